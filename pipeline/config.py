@@ -1,0 +1,356 @@
+"""A run's settings: frozen dataclasses, read from YAML and the command line, refused all at once when wrong."""
+
+import dataclasses
+import difflib
+import math
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+DEFAULT = "configs/emoji-small.yaml"
+SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
+PREDICTIONS = ("epsilon", "sample", "v_prediction")
+SPACINGS = ("leading", "linspace", "trailing")
+VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
+WEIGHTINGS = ("simple", "min_snr", "velocity", "min_velocity", "x_0")
+LR_SCHEDULES = ("constant", "linear", "cosine", "flat_then_linear")
+PRECISIONS = ("auto", "no", "bf16", "fp16")
+
+
+class ConfigError(ValueError):
+    """What is wrong with a configuration, every problem on a line of its own."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The captioned images: `source` is a named emoji set (emoji, emoji-small, shapes) or an image folder."""
+
+    source: str = "emoji-small"
+    split: str = "train"
+    held_out: str | None = "test"  # the split of the validation loss and of the judge's combinations
+    resolution: int = 64
+    caption_length: int = 16  # tokens; longer captions are cut, and counted
+    caption_dropout: float = 0.1  # (14): the share of captions replaced by the empty one, drawn anew every step
+    max_broken: float = 0.05  # more unreadable rows than this share end the run before it starts
+    cache: str = "data"
+
+    def problems(self):
+        """What is out of range, a sentence each."""
+        return [
+            *at_least("data.resolution", self.resolution, 1),
+            *at_least("data.caption_length", self.caption_length, 2),
+            *in_range("data.caption_dropout", self.caption_dropout, 0, 1),
+            *in_range("data.max_broken", self.max_broken, 0, 1),
+        ]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The denoiser, diffusers' UNet2DConditionModel, with a frozen text encoder."""
+
+    patch_size: int | None = None  # None: pixels; p: lossless p x p patches (PatchAutoencoder)
+    channels: tuple[int, ...] = (64, 128, 256)
+    layers: int = 1
+    attention: tuple[bool, ...] = (False, False, True)
+    heads: int = 8
+    text_in_time: bool = True  # captions also steer the time embedding (addition_embed_type="text")
+    time_scale_shift: bool = True
+    text_encoder: str = "minilm"  # the embedded all-MiniLM-L6-v2, or a transformers folder or id
+
+    def problems(self):
+        """What is out of range, a sentence each."""
+        found = [
+            *at_least("model.layers", self.layers, 1),
+            *at_least("model.heads", self.heads, 1),
+            *(at_least("model.patch_size", self.patch_size, 1) if self.patch_size is not None else []),
+        ]
+        if not self.channels or any(c < 32 or c % 32 for c in self.channels):
+            found.append(f"model.channels must be multiples of 32 (group norm has 32 groups), got {self.channels}")
+        elif any(c % self.heads for c in self.channels):
+            found.append(f"model.channels must be multiples of model.heads ({self.heads}), got {self.channels}")
+        if len(self.attention) != len(self.channels):
+            found.append(f"model.attention needs one value per level of model.channels ({len(self.channels)}), "
+                         f"got {len(self.attention)}")  # fmt: skip
+        return found
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """The noise process, as DDPMScheduler takes it."""
+
+    num_train_timesteps: int = 1000
+    beta_schedule: str = "linear"
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    prediction_type: str = "epsilon"
+    variance_type: str = "fixed_small"
+    timestep_spacing: str = "trailing"
+    rescale_betas_zero_snr: bool = False
+    clip_sample: bool = True
+
+    def problems(self):
+        """What is out of range, a sentence each."""
+        found = [
+            *at_least("diffusion.num_train_timesteps", self.num_train_timesteps, 1),
+            *one_of("diffusion.beta_schedule", self.beta_schedule, SCHEDULES),
+            *one_of("diffusion.prediction_type", self.prediction_type, PREDICTIONS),
+            *one_of("diffusion.variance_type", self.variance_type, VARIANCES),
+            *one_of("diffusion.timestep_spacing", self.timestep_spacing, SPACINGS),
+        ]
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            found.append("diffusion.beta_start and diffusion.beta_end must satisfy 0 < start <= end < 1, "
+                         f"got {self.beta_start} and {self.beta_end}")  # fmt: skip
+        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
+            found.append("diffusion.rescale_betas_zero_snr needs prediction_type sample or v_prediction: "
+                         "at SNR = 0 the noise says nothing about the image")  # fmt: skip
+        return found
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The optimisation. One step is one optimiser step on `batch_size` examples, all ranks and micro-steps together."""
+
+    steps: int = 1000
+    batch_size: int = 32
+    accumulation: int = 1  # micro-steps a step
+    lr: float = 1e-4
+    lr_schedule: str = "constant"
+    lr_end: float = 0.0  # the last learning rate, as a share of lr
+    decay_share: float = 0.4  # flat_then_linear: the share of the run in which lr falls
+    warmup: int = 0
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    weighting: str = "simple"  # losses.WEIGHTS; (13) by default
+    gamma: float | None = None  # where min_snr and min_velocity clip
+    ema: float = 0.999
+    precision: str = "auto"  # bf16 where the machine computes in it
+    threads: int | None = None  # CPU threads a process; None: cores / local processes
+    log_every: int = 20
+    validate_every: int = 250
+    save_every: int = 250
+    keep: int = 2
+
+    def problems(self):
+        """What is out of range, a sentence each."""
+        found = [
+            *at_least("train.steps", self.steps, 1),
+            *at_least("train.batch_size", self.batch_size, 1),
+            *at_least("train.accumulation", self.accumulation, 1),
+            *above_zero("train.lr", self.lr),
+            *above_zero("train.clip", self.clip),
+            *one_of("train.lr_schedule", self.lr_schedule, LR_SCHEDULES),
+            *in_range("train.lr_end", self.lr_end, 0, 1),
+            *in_range("train.decay_share", self.decay_share, 0, 1),
+            *in_range("train.ema", self.ema, 0, 1),
+            *one_of("train.weighting", self.weighting, WEIGHTINGS),
+            *one_of("train.precision", self.precision, PRECISIONS),
+            *at_least("train.log_every", self.log_every, 1),
+            *at_least("train.validate_every", self.validate_every, 1),
+            *at_least("train.save_every", self.save_every, 1),
+            *at_least("train.keep", self.keep, 1),
+            *(at_least("train.threads", self.threads, 1) if self.threads is not None else []),
+        ]
+        if not 0 <= self.warmup <= self.steps:
+            found.append(f"train.warmup must be in [0, train.steps = {self.steps}], got {self.warmup}")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            found.append(f"train.weight_decay must be 0 or more, got {self.weight_decay}")
+        if any(not 0 <= b < 1 for b in self.betas):
+            found.append(f"train.betas must be in [0, 1), got {self.betas}")
+        if self.batch_size >= 1 and self.accumulation >= 1 and self.batch_size % self.accumulation:
+            found.append(f"train.batch_size must be a multiple of train.accumulation ({self.accumulation}), "
+                         f"got {self.batch_size}")  # fmt: skip
+        if self.weighting.startswith("min_") and not (self.gamma is not None and 0 < self.gamma < math.inf):
+            found.append(f"train.gamma must be a number above 0 for train.weighting {self.weighting}, got {self.gamma}")
+        if not self.weighting.startswith("min_") and self.gamma is not None:
+            found.append(f"train.gamma is used by min_snr and min_velocity only, not by {self.weighting}: leave it out")
+        return found
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """What is drawn while training and at its end: each prompt at each w, from the same noise."""
+
+    prompts: tuple[str, ...] = ("red heart", "cat face", "hot dog", "green cat")
+    w: tuple[float, ...] = (0.0, 2.0)
+    steps: int = 50
+    eta: float = 1.0
+    seed: int = 0
+    every: int = 500  # steps
+    default_w: float = 2.0  # saved with the pipeline
+
+    def problems(self):
+        """What is out of range, a sentence each."""
+        found = [*at_least("sample.steps", self.steps, 1), *at_least("sample.every", self.every, 1),
+                 *in_range("sample.eta", self.eta, 0, 1)]  # fmt: skip
+        if not self.prompts:
+            found.append("sample.prompts must name at least one prompt, got none")
+        if not self.w or not all(math.isfinite(w) for w in (*self.w, self.default_w)):
+            found.append(f"sample.w and sample.default_w must be finite numbers, got {self.w} and {self.default_w}")
+        return found
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a run depends on."""
+
+    name: str = "emoji-small"
+    output: str = "runs"
+    seed: int = 0
+    report_to: str | None = None  # an accelerate tracker beside metrics.jsonl: tensorboard, wandb, ...
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+    @property
+    def folder(self) -> Path:
+        """Where the run lives."""
+        return Path(self.output) / self.name
+
+    def problems(self) -> list[str]:
+        """Every value out of its range, a sentence each; empty for a usable configuration."""
+        found = [p for group in groups() for p in getattr(self, group).problems()]
+        if not self.name or Path(self.name).name != self.name:
+            found.append(f"name must be one folder's name, got {self.name!r}")
+        if not 0 <= self.seed < 2**63:
+            found.append(f"seed must be in [0, 2**63), got {self.seed}")
+        factor = 2 ** (len(self.model.channels) - 1) * (self.model.patch_size or 1)
+        if self.data.resolution % factor:
+            found.append(f"data.resolution must be a multiple of {factor} (patches times the UNet's halvings), "
+                         f"got {self.data.resolution}")  # fmt: skip
+        if self.sample.steps > self.diffusion.num_train_timesteps:
+            found.append(f"sample.steps must be at most diffusion.num_train_timesteps "
+                         f"({self.diffusion.num_train_timesteps}), got {self.sample.steps}")  # fmt: skip
+        return found
+
+    def to_yaml(self) -> str:
+        """The whole configuration, as `load` reads it."""
+        return yaml.safe_dump(plain(dataclasses.asdict(self)), sort_keys=False, allow_unicode=True)
+
+
+def at_least(name, value, low):
+    """A problem where an integer is below `low`."""
+    return [] if value >= low else [f"{name} must be at least {low}, got {value}"]
+
+
+def in_range(name, value, low, high):
+    """A problem where a number is outside [low, high] or not a number."""
+    return [] if low <= value <= high else [f"{name} must be in [{low}, {high}], got {value}"]
+
+
+def above_zero(name, value):
+    """A problem where a number is not finite and above 0."""
+    return [] if 0 < value < math.inf else [f"{name} must be a finite number above 0, got {value}"]
+
+
+def one_of(name, value, known):
+    """A problem where a name is not one of those known."""
+    return [] if value in known else [f"{name} must be one of {', '.join(known)}, got {value!r}"]
+
+
+def groups() -> list[str]:
+    """The names of the nested dataclasses."""
+    return [f.name for f in dataclasses.fields(Config) if f.default_factory is not dataclasses.MISSING]
+
+
+def plain(value):
+    """Tuples as lists, all the way down, for YAML."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def flatten(tree: dict, prefix: str = "") -> dict:
+    """{"train": {"lr": 1}} as {"train.lr": 1}."""
+    flat = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def parser() -> ArgumentParser:
+    """The command line that Config describes; `--config FILE` first, then single settings override it."""
+    out = ArgumentParser(prog="train_text2img.py", exit_on_error=False)
+    out.add_argument("--config", action="config", help=f"a YAML file (default: {DEFAULT})")
+    out.add_argument("--dry_run", type=bool, default=False, help="print the plan from one timed step and stop")
+    out.add_class_arguments(Config, nested_key=None)
+    return out
+
+
+def unknown_keys(given: list[str]) -> list[str]:
+    """A sentence for each name that no setting has, with the nearest one."""
+    known = list(flatten(dataclasses.asdict(Config())))
+    sections, found = set(groups()), []
+    for name in given:
+        if name not in known and name not in sections and name not in ("config", "dry_run", "help", "print_config"):
+            near = difflib.get_close_matches(name, known, 1) or [k for k in known if k.endswith("." + name)][:1]
+            found.append(f"unknown setting {name!r}" + (f": did you mean {near[0]!r}?" if near else ""))
+    return found
+
+
+def read_yaml(path: str) -> dict:
+    """The settings of one file, or a ConfigError that says what is wrong with it."""
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(tree or {}, dict):
+        raise ConfigError(f"{path} must hold `setting: value` lines, got a {type(tree).__name__}")
+    return tree or {}
+
+
+def load(argv: list[str]) -> tuple[Config, bool]:
+    """The configuration of a command line, and whether it is a dry run; ConfigError names every problem at once."""
+    argv = ["--dry_run=true" if a == "--dry_run" else a for a in argv]
+    flags = [a[2:].split("=")[0] for a in argv if a.startswith("--")]
+    if not any(f in ("config", "help") for f in flags) and "-h" not in argv:
+        argv = ["--config", DEFAULT, *argv]
+    files = [argv[i + 1] for i, a in enumerate(argv[:-1]) if a == "--config"]
+    files += [a.split("=", 1)[1] for a in argv if a.startswith("--config=")]
+    given = [key for path in files for key in flatten(read_yaml(path))] + flags
+    if found := unknown_keys(given):
+        raise ConfigError("\n".join(found))
+    try:
+        parsed = parser().parse_args(argv)
+    except ArgumentError as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+    dry_run = parsed.pop("dry_run")
+    parsed.pop("config", None)
+    sections = {f.name: f.default_factory for f in dataclasses.fields(Config) if f.name in groups()}
+    values = {k: sections[k](**vars(v)) if k in sections and not isinstance(v, sections[k]) else v
+              for k, v in vars(parsed).items()}  # fmt: skip
+    config = Config(**values)
+    if found := config.problems():
+        raise ConfigError("\n".join(found))
+    return config, dry_run
+
+
+def load_file(path: str | Path) -> Config:
+    """The configuration that a file holds, as a run's own config.yaml does."""
+    return load(["--config", str(path)])[0]
+
+
+def differences(old: Config, new: Config, free: tuple[str, ...] = ()) -> list[str]:
+    """A sentence for each setting that two configurations give different values, but for the groups or names in `free`."""
+    a, b = flatten(dataclasses.asdict(old)), flatten(dataclasses.asdict(new))
+    same = lambda key: key in free or key.split(".")[0] in free or a[key] == b[key]  # noqa: E731
+    return [f"{key} was {a[key]!r} and is now {b[key]!r}" for key in b if not same(key)]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the resolved configuration of a command line."""
+    try:
+        print(load(sys.argv[1:] if argv is None else argv)[0].to_yaml(), end="")
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
