@@ -1,0 +1,223 @@
+"""A run's folder: checkpoints that are whole or absent, its log, its lock, and requests to stop."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import signal
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+MANIFEST = "manifest.json"
+
+
+class RunError(RuntimeError):
+    """Something about a run's folder that the user has to decide."""
+
+
+class Run:
+    """One run's folder: `config.yaml metrics.jsonl samples/ checkpoints/ pipeline/ figures/ README.md`."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.checkpoints, self.samples = self.folder / "checkpoints", self.folder / "samples"
+        self.pipeline, self.figures = self.folder / "pipeline", self.folder / "figures"
+        self.metrics, self.config = self.folder / "metrics.jsonl", self.folder / "config.yaml"
+        self.card = self.folder / "README.md"
+
+    def create(self) -> None:
+        """Make the folders; RunError where the place is taken by a file or cannot be written."""
+        try:
+            for folder in (self.checkpoints, self.samples, self.figures):
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"cannot make the run folder {self.folder}: {error.strerror}") from error
+        for stale in self.checkpoints.glob(".tmp-*"):
+            shutil.rmtree(stale)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for this process; RunError while another one has it. The system frees it when a process dies."""
+        with open(self.folder / ".lock", "a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.seek(0)
+                raise RunError(f"{self.folder} is in use by process {file.read().strip()}: "
+                               "wait for it, or give this run another --name") from error  # fmt: skip
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
+
+    def save(self, step: int, write: Callable[[Path], None], keep: int, **facts) -> Path:
+        """A checkpoint: `write(folder)` beside the target, hashes last, then a rename; older ones go only afterwards."""
+        target, new = self.checkpoints / str(step), self.checkpoints / f".tmp-{step}"
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+        write(new)
+        files = {str(p.relative_to(new)): p for p in sorted(new.rglob("*")) if p.is_file()}
+        manifest = {"step": step, **facts, "files": {name: describe(path) for name, path in files.items()}}
+        (new / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        for path in (*files.values(), new / MANIFEST, *(p for p in new.rglob("*") if p.is_dir()), new):
+            sync(path)
+        if target.exists():  # a torn one of the same step: a whole one would have been resumed from
+            shutil.rmtree(target)
+        new.rename(target)
+        sync(self.checkpoints)
+        for old in self.steps()[:-keep]:
+            shutil.rmtree(self.checkpoints / str(old))
+        return target
+
+    def steps(self) -> list[int]:
+        """The steps of all checkpoints, oldest first; other names in the folder are nobody's business."""
+        if not self.checkpoints.is_dir():
+            return []
+        return sorted(int(p.name) for p in self.checkpoints.iterdir() if p.is_dir() and p.name.isdecimal())
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint that verifies, None where there is none; RunError if all that exist are damaged."""
+        steps = self.steps()
+        for step in reversed(steps):
+            folder = self.checkpoints / str(step)
+            if not (damage := verify(folder)):
+                return folder
+            warnings.warn(f"checkpoint {folder} is skipped: {damage}", stacklevel=2)
+        if steps:
+            raise RunError(f"every checkpoint in {self.checkpoints} is damaged ({len(steps)} of {len(steps)}): "
+                           "nothing was deleted; move the folder away to start anew")  # fmt: skip
+        return None
+
+    def log(self, **record) -> None:
+        """One line of metrics.jsonl."""
+        with open(self.metrics, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def history(self) -> list[dict]:
+        """The lines of metrics.jsonl; a last one cut short by a kill is left out."""
+        if not self.metrics.exists():
+            return []
+        *whole, last = self.metrics.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in whole if line]
+
+    def rewind(self, step: int) -> None:
+        """Forget what was logged after `step`: those steps are about to be repeated."""
+        kept = [json.dumps(record) for record in self.history() if record["step"] <= step]
+        replace(self.metrics, "".join(line + "\n" for line in kept))
+
+
+def describe(path: Path) -> dict:
+    """A file's size in bytes and sha256, as the manifest keeps them."""
+    with open(path, "rb") as file:
+        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def verify(folder: Path) -> str:
+    """What is wrong with a checkpoint, "" where every file is as its manifest says."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"its {MANIFEST} cannot be read ({error})"
+    for name, wanted in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if describe(path) != wanted:
+            return f"{name} is not what was written"
+    return ""
+
+
+def sync(path: Path) -> None:
+    """Have the system write a file or a folder's entries to the disk now."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    new = path.with_name(f".{path.name}.tmp")
+    new.write_text(text, encoding="utf-8")
+    sync(new)
+    new.replace(path)
+
+
+def save_state(folder: Path, name: str, tree: dict) -> None:
+    """A tree of dicts, lists, tensors and plain values as `name.safetensors` and `name.json`; nothing is pickled."""
+    tensors: dict[str, torch.Tensor] = {}
+
+    def strip(node, path):
+        if isinstance(node, torch.Tensor):
+            tensors[path] = node.detach().to("cpu", copy=True).contiguous()
+            return {"tensor": path}
+        if isinstance(node, dict):
+            return {"dict": [[key, strip(value, f"{path}.{key}")] for key, value in node.items()]}
+        if isinstance(node, list | tuple):
+            return {"list": [strip(value, f"{path}.{i}") for i, value in enumerate(node)]}
+        return {"value": node}
+
+    description = strip(tree, name)
+    save_file(tensors, folder / f"{name}.safetensors")
+    (folder / f"{name}.json").write_text(json.dumps(description))
+
+
+def load_state(folder: Path, name: str) -> dict:
+    """What `save_state` wrote; tuples come back as lists."""
+    tensors = load_file(folder / f"{name}.safetensors")
+
+    def fill(node):
+        ((kind, value),) = node.items()
+        if kind == "dict":
+            return {key: fill(item) for key, item in value}
+        return [fill(item) for item in value] if kind == "list" else tensors[value] if kind == "tensor" else value
+
+    return fill(json.loads((folder / f"{name}.json").read_text()))
+
+
+class StopRequest:
+    """Has anybody asked this process to stop? SIGTERM, SIGINT, SIGUSR1, or the launcher's death; a second SIGINT kills.
+
+    `bool(stop)` is the poll, `stop.exit_code` 143, 130 or 0; use it as a context manager, which puts the handlers back.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self):
+        self.reason, self.exit_code, self.parent = "", 0, os.getppid()
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self.handle) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def handle(self, number, _frame):
+        if self.reason and number == signal.SIGINT:
+            os._exit(130)
+        self.reason, self.exit_code = signal.Signals(number).name, 130 if number == signal.SIGINT else 143
+
+    def __bool__(self):
+        if not self.reason and os.getppid() != self.parent:
+            self.reason, self.exit_code = "the launcher is gone", 143
+        return bool(self.reason)
+
+
+class Clock:
+    """Seconds since its start, with the seconds that earlier sittings of the same run took."""
+
+    def __init__(self, before: float = 0.0):
+        self.start = time.monotonic() - before
+
+    def __call__(self) -> float:
+        return time.monotonic() - self.start
