@@ -1,0 +1,114 @@
+"""What a model is shown with: its card and its curves."""
+
+import subprocess
+from pathlib import Path
+
+import matplotlib
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+
+from pipeline import emoji
+from pipeline.config import Config
+from pipeline.exact import irreducible_loss
+from pipeline.run import Run
+
+ATTRIBUTION = "Emoji pictures: Twemoji, (c) Twitter, Inc and other contributors, CC-BY 4.0."
+
+
+def commit() -> str:
+    """The project's commit, or "unknown" outside a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
+def hardware() -> str:
+    """What this process computes on, in words."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"a CPU ({torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()})"
+
+
+def card(config: Config, run: Run, images, seconds: float) -> ModelCard:
+    """The model card of a run: how it was made, what it draws, how to load it. All metadata goes through YAML."""
+    embedded = config.data.source in emoji.SETS
+    data = ModelCardData(
+        license="cc-by-4.0" if embedded else "other",
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["text-to-image", "diffusion", "ddpm", "classifier-free-guidance"],
+        widget=[{"text": prompt} for prompt in config.sample.prompts],
+    )
+    logged = [r for r in run.history() if "loss" in r]
+    last = f"\nLast logged loss: {logged[-1]['loss']:.4f} at step {logged[-1]['step']}.\n" if logged else ""
+    pictures = sorted(run.samples.glob("*.png"))
+    picture = f"\n![samples](samples/{pictures[-1].name})\n" if pictures else ""
+    rows = " · ".join(f"w = {w:g}" for w in config.sample.w)
+    shown = ", ".join(f"`{fenced(p)}`" for p in config.sample.prompts)
+    loading = f'pipe = TextToImagePipeline.from_pretrained("{run.pipeline}", use_safetensors=True)'
+    body = f"""# {fenced(config.name)}
+
+A text-conditional diffusion model trained with Direct Jump.
+{picture}
+Columns: {shown}. Rows: {rows}.
+
+```python
+from pipeline import TextToImagePipeline
+
+{loading}
+pipe(["green cat"], w={config.sample.default_w:g}, seed=0).images[0].save("green-cat.png")
+```
+
+## Training
+
+- data: {fenced(str(images.report))}
+- {config.train.steps} steps of {config.train.batch_size} images, {seconds / 3600:.2f} hours on {hardware()}
+- commit {commit()}, seed {config.seed}, caption dropout {config.data.caption_dropout:g}
+{last}
+```yaml
+{config.to_yaml()}```
+
+## Limits
+
+It draws what its small training set shows and composes it only so far. {ATTRIBUTION if embedded else ""}
+"""
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
+
+
+def fenced(text: str) -> str:
+    """User text that stays text inside Markdown: one line, no HTML, no code fence."""
+    return " ".join(text.split()).replace("`", "'").replace("<", "‹").replace(">", "›")
+
+
+def plot_run(run: Run, images, scheduler, vae) -> Path:
+    """`figures/training.png`: the loss, and the x_0 error by timestep above what no denoiser without captions can beat."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    history = run.history()
+    steps = [r for r in history if "loss" in r]
+    checks = [r for r in history if "train_x_0_error" in r]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    left.plot([r["step"] for r in steps], [r["loss"] for r in steps], color="0.7", label="training")
+    for split in ("train", "held_out"):
+        line = [(r["step"], r[f"{split}_loss"]) for r in checks if f"{split}_loss" in r]
+        if line:
+            left.plot(*zip(*line, strict=True), marker=".", label=f"{split.replace('_', '-')} grid, averaged weights")
+    left.set(xlabel="step", ylabel="loss", yscale="log", title="Loss")
+    left.legend()
+    if checks:
+        grid = [int(t) for t in checks[-1]["train_x_0_error"]]
+        for split in ("train", "held_out"):
+            if f"{split}_x_0_error" in checks[-1]:
+                right.plot(grid, list(checks[-1][f"{split}_x_0_error"].values()), marker=".", label=split.replace("_", "-"))
+        rows = torch.linspace(0, len(images) - 1, min(512, len(images))).long()
+        x_0 = images.images[rows].float() / 127.5 - 1
+        x_0 = x_0 if vae is None else vae.encode(x_0).latents
+        floor = [float(irreducible_loss(x_0, scheduler, t)) for t in grid]
+        right.plot(grid, floor, "k--", label="irreducible without captions (exact denoiser)")
+        right.set(xlabel="timestep", ylabel="mean squared error of x_0", yscale="log", title="Error by timestep")
+        right.legend()
+    path = run.figures / "training.png"
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path

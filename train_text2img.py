@@ -1,0 +1,348 @@
+"""Train a text-to-image diffusion model: `accelerate launch train_text2img.py [--config FILE] [--train.lr 3e-4 …]`.
+
+The loop is the lecture's: a batch of captioned images, a timestep and noise each, the direct jump (5), caption dropout
+(14), the network's prediction, its loss (13), a step. Everything random is a function of (seed, step, position in the
+global batch), so running the same command again after an interruption repeats what was lost, bit for bit.
+"""
+
+import contextlib
+import os
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.tracking import get_available_trackers
+from diffusers import UNet2DConditionModel
+from diffusers.optimization import get_scheduler
+from diffusers.utils import make_image_grid
+from tqdm.auto import tqdm
+
+from pipeline import config as settings
+from pipeline import data, emoji, hub, losses, models
+from pipeline import run as runs
+from pipeline.config import Config, ConfigError
+from pipeline.scheduler import DDPMScheduler
+from pipeline.text_to_image import TextToImagePipeline
+
+FREE = ("name", "output", "report_to", "sample", "data.cache", "train.steps", "train.threads", "train.log_every",
+        "train.validate_every", "train.save_every", "train.keep")  # fmt: skip  # what a resumed run may change
+GRID = 8  # timesteps of the validation grid
+HELD = 16  # images of each split on it
+
+
+@dataclass
+class Parts:
+    """What a step needs: the images with their caption states, and the models."""
+
+    images: data.CaptionedImages
+    held_out: data.CaptionedImages | None
+    states: torch.Tensor  # (N, L, D), one row an image of the training split
+    held_states: torch.Tensor | None
+    empty: torch.Tensor  # (1, L, D), the empty caption
+    unet: UNet2DConditionModel
+    scheduler: DDPMScheduler
+    vae: torch.nn.Module | None
+    tokenizer: object
+    encoder: torch.nn.Module
+
+    def latents(self, images: data.CaptionedImages, rows) -> torch.Tensor:
+        """Images by row as the network sees them, (B, c, h, w)."""
+        pixels = images.images[rows].to(self.empty.device).float() / 127.5 - 1
+        return pixels if self.vae is None else self.vae.encode(pixels).latents * self.vae.config.scaling_factor
+
+    def pipeline(self, config: Config) -> TextToImagePipeline:
+        """The pipeline of these parts."""
+        return TextToImagePipeline(
+            unet=self.unet, scheduler=self.scheduler, vae=self.vae, text_encoder=self.encoder, tokenizer=self.tokenizer,
+            caption_length=config.data.caption_length, caption_dropout=config.data.caption_dropout,
+            w=config.sample.default_w)  # fmt: skip
+
+
+def prepare(config: Config, checkpoint: Path | None, device: torch.device) -> Parts:
+    """Read the data, encode its captions, build or load the models."""
+    source, size = config.data.source, config.data.resolution
+    if source in emoji.SETS:
+        source = emoji.write(Path(config.data.cache) / f"{source}-{size}", name=source, size=size)
+    read = lambda split: data.load_images(source, split=split, resolution=size, cache_dir=config.data.cache,  # noqa: E731
+                                          max_broken=config.data.max_broken)  # fmt: skip
+    images = read(config.data.split)
+    held_out = read(config.data.held_out) if config.data.held_out else None
+    tokenizer, encoder = models.text_encoder(config.model.text_encoder)
+    encode = lambda captions: data.encode_captions(captions, tokenizer, encoder, config.data.caption_length,  # noqa: E731
+                                                   cache_dir=config.data.cache)  # fmt: skip
+    states, empty = encode(images.captions), encode([""])
+    torch.manual_seed(config.seed)  # the network's first weights
+    unet = (models.unet(config, empty.shape[-1]) if checkpoint is None
+            else UNet2DConditionModel.from_pretrained(checkpoint / "unet", use_safetensors=True))  # fmt: skip
+    diffusion = {k: v for k, v in vars(config.diffusion).items()}
+    return Parts(images, held_out, states.to(device), encode(held_out.captions).to(device) if held_out else None,
+                 empty.to(device), unet.to(memory_format=torch.channels_last), DDPMScheduler(**diffusion),
+                 models.autoencoder(config.model), tokenizer, encoder.to(device))  # fmt: skip
+
+
+def lr_schedule(optimizer, train: settings.TrainConfig):
+    """The learning rate by step, after a linear warm-up: diffusers' schedules, or flat, then linear to lr_end."""
+    if train.lr_schedule != "flat_then_linear":
+        name = "constant_with_warmup" if train.lr_schedule == "constant" else train.lr_schedule
+        return get_scheduler(name, optimizer, num_warmup_steps=train.warmup, num_training_steps=train.steps)
+    fall = max(train.decay_share * train.steps, 1)
+
+    def share(step: int) -> float:
+        down = min((train.steps - step) / fall, 1)
+        return min((step + 1) / max(train.warmup, 1), 1) * (train.lr_end + (1 - train.lr_end) * down)
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+
+
+def batch_loss(unet, parts: Parts, config: Config, step: int, slots: torch.Tensor) -> torch.Tensor:
+    """The training loss of the examples at `slots` of the global batch of one step, one value each (B,)."""
+    seed, train, device = config.seed, config.train, parts.empty.device
+    rows = data.batch_indices(seed, step, train.batch_size, len(parts.images), slots=slots)
+    x_0 = parts.latents(parts.images, rows)
+    t = data.timesteps(seed, step, slots, train.batch_size, config.diffusion.num_train_timesteps).to(device)
+    eps = data.noise(seed, step, slots, x_0.shape[1:]).to(device)
+    x_t = parts.scheduler.add_noise(x_0, eps, t)  # (5)
+    keep = data.keep_caption(seed, step, slots, config.data.caption_dropout).to(device)
+    captions = torch.where(keep[:, None, None], parts.states[rows], parts.empty)  # (14)
+    output = unet(x_t.to(memory_format=torch.channels_last), t, encoder_hidden_states=captions, return_dict=False)[0]
+    return losses.training_loss(parts.scheduler, output.float(), x_0, eps, t, train.weighting, train.gamma)
+
+
+@torch.no_grad()
+def validate(unet, parts: Parts, config: Config, stop) -> dict:
+    """Loss and x_0 error by timestep on a fixed grid of (image, t, eps), for the training and the held-out split."""
+    T, record = config.diffusion.num_train_timesteps, {}
+    for split, images, states in [("train", parts.images, parts.states), ("held_out", parts.held_out, parts.held_states)]:
+        if images is None:
+            continue
+        rows = torch.linspace(0, len(images) - 1, min(HELD, len(images))).long()
+        x_0 = parts.latents(images, rows)
+        eps = data.noise(0, 0, rows, x_0.shape[1:]).to(x_0.device)
+        loss, error = [], {}
+        for t in ((torch.arange(GRID) + 0.5) * T / GRID).long().tolist():
+            if stop:
+                return {}
+            x_t = parts.scheduler.add_noise(x_0, eps, torch.full((len(rows),), t, device=x_0.device))
+            output = unet(x_t, t, encoder_hidden_states=states[rows], return_dict=False)[0].float()
+            loss.append(losses.training_loss(parts.scheduler, output, x_0, eps, torch.full((len(rows),), t),
+                                             config.train.weighting, config.train.gamma).mean().item())  # fmt: skip
+            error[t] = (parts.scheduler.predict_x_0(output, t, x_t) - x_0).square().mean().item()
+        record[f"{split}_loss"], record[f"{split}_x_0_error"] = sum(loss) / GRID, error
+    return record
+
+
+def draw(pipe: TextToImagePipeline, config: Config, path: Path, stop) -> None:
+    """Each prompt (a column) at each w (a row) from the same noise, written as one picture."""
+    pipe.set_progress_bar_config(disable=True)
+    sample, images = config.sample, []
+    for w in sample.w:
+        if stop:
+            return
+        images += pipe(list(sample.prompts), w=w, seed=sample.seed, num_inference_steps=sample.steps, eta=sample.eta).images
+    make_image_grid(images, rows=len(sample.w), cols=len(sample.prompts)).save(path)
+
+
+@contextlib.contextmanager
+def averaged(ema, unet):
+    """The network with its moving average for weights."""
+    ema.store(unet.parameters())
+    ema.copy_to(unet.parameters())
+    try:
+        yield unet.eval()
+    finally:
+        ema.restore(unet.parameters())
+        unet.train()
+
+
+def set_threads(config: Config, accelerator: Accelerator) -> None:
+    """Use every core that this process may: `accelerate launch` exports OMP_NUM_THREADS=1 on a CPU."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+    threads = config.train.threads or max(len(os.sched_getaffinity(0)) // local, 1)
+    torch.set_num_threads(threads)
+    accelerator.print(f"{accelerator.num_processes} process(es) on {accelerator.device}, {threads} CPU threads each, "
+                      f"mixed precision: {accelerator.mixed_precision}")  # fmt: skip
+
+
+def resume_point(run: runs.Run, config: Config) -> Path | None:
+    """The checkpoint to go on from, None for a new run; RunError where the settings changed in between."""
+    checkpoint = run.newest()
+    if checkpoint and (changed := settings.differences(settings.load_file(run.config), config, FREE)):
+        raise runs.RunError(f"{run.folder} was begun with other settings: {'; '.join(changed)}. "
+                            "Undo that, or give the new run another --name")  # fmt: skip
+    return checkpoint
+
+
+def train(config: Config, dry_run: bool = False) -> int:
+    """Train as configured, from the newest checkpoint if there is one; the exit code."""
+    if config.report_to and config.report_to not in [str(t.value) for t in get_available_trackers()]:
+        raise ConfigError(f"report_to {config.report_to!r} is not installed here: pip install {config.report_to}")
+    accelerator = Accelerator(
+        mixed_precision=models.precision(config.train.precision, PartialState().device), log_with=config.report_to,
+        gradient_accumulation_steps=config.train.accumulation, project_dir=config.folder)  # fmt: skip
+    set_threads(config, accelerator)
+    share = config.train.batch_size // config.train.accumulation
+    if share % accelerator.num_processes:
+        raise ConfigError(f"train.batch_size / train.accumulation must be a multiple of the {accelerator.num_processes} "
+                          f"processes, got {share}")  # fmt: skip
+    if dry_run:
+        return rehearse(config, accelerator)
+    run, main = runs.Run(config.folder), accelerator.is_main_process
+    with accelerator.main_process_first():
+        run.create()
+    with runs.StopRequest() as stop, run.lock() if main else contextlib.nullcontext():
+        checkpoint = resume_point(run, config)
+        start = int(checkpoint.name) if checkpoint else 0
+        if start >= config.train.steps and (run.pipeline / "model_index.json").exists():
+            accelerator.print(f"{run.folder} is finished at step {start} of {config.train.steps}.\n{usage(run, config)}")
+            return 0
+        return loop(config, accelerator, run, checkpoint, stop)
+
+
+def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Path | None, stop) -> int:
+    """The training loop, from a checkpoint or from nothing to the last step; the exit code."""
+    main, share, steps = accelerator.is_main_process, config.train.batch_size // config.train.accumulation, config.train.steps
+    parts = prepare(config, checkpoint, accelerator.device)
+    optimizer = torch.optim.AdamW(parts.unet.parameters(), config.train.lr, betas=config.train.betas,
+                                  weight_decay=config.train.weight_decay, fused=True)  # fmt: skip
+    schedule = lr_schedule(optimizer, config.train)
+    ema = models.moving_average(parts.unet, config.train.ema)
+    state = {"step": 0, "skipped": 0, "seconds": 0.0, "losses": []}  # losses: since the last line of the log
+    if checkpoint:
+        saved = runs.load_state(checkpoint, "trainer")
+        optimizer.load_state_dict(saved["optimizer"])
+        schedule.load_state_dict(saved["schedule"])
+        ema.load_state_dict(saved["ema"])
+        state = saved["state"]
+    if main:
+        run.rewind(state["step"])
+        runs.replace(run.config, config.to_yaml())
+        print(f"{parts.images.report}\n{models.parameters(parts.unet) / 1e6:.1f} M weights, {config.data.source}: "
+              f"{len(parts.images)} images; " + (f"going on from step {state['step']}" if checkpoint else "a new run"))  # fmt: skip
+    unet, optimizer = accelerator.prepare(parts.unet, optimizer)
+    ema.to(accelerator.device)
+    if config.report_to:
+        accelerator.init_trackers(config.name, config=settings.flatten(vars(config)))
+    pipe, clock, busy = parts.pipeline(config), runs.Clock(state["seconds"]), 0.0
+    bar = tqdm(total=steps, initial=state["step"], disable=not main, desc=config.name, unit="step", dynamic_ncols=True)
+
+    def save():
+        state["seconds"] = clock()
+        trainer = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "ema": ema.state_dict(),
+                   "state": state}  # fmt: skip
+
+        def write(folder):
+            parts.unet.save_pretrained(folder / "unet", safe_serialization=True)
+            runs.save_state(folder, "trainer", trainer)
+
+        if main:
+            run.save(state["step"], write, config.train.keep, processes=accelerator.num_processes)
+        accelerator.wait_for_everyone()
+
+    while state["step"] < steps:
+        step, began = state["step"], time.perf_counter()
+        for micro in range(config.train.accumulation):
+            mine = torch.arange(accelerator.process_index, share, accelerator.num_processes) + micro * share
+            with accelerator.accumulate(unet):
+                loss = batch_loss(unet, parts, config, step, mine).mean()
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(unet.parameters(), config.train.clip)
+                    if torch.isfinite(norm):
+                        optimizer.step()
+                        ema.step(parts.unet.parameters())
+                    else:
+                        state["skipped"] += 1
+                optimizer.zero_grad()
+            state["losses"].append(loss.item())
+        schedule.step()
+        state["step"] = step = step + 1
+        busy += time.perf_counter() - began
+        bar.update()
+        if step % config.train.log_every == 0 or step == steps:
+            mean = accelerator.reduce(torch.tensor(state["losses"], device=accelerator.device).mean(), "mean").item()
+            images = config.train.batch_size * len(state["losses"]) / config.train.accumulation
+            record = {"step": step, "loss": mean, "grad_norm": norm.item(), "lr": schedule.get_last_lr()[0],
+                      "skipped": state["skipped"], "images_per_s": images / busy, "seconds": clock()}  # fmt: skip
+            state["losses"], busy = [], 0.0
+            bar.set_postfix(loss=f"{record['loss']:.4f}")
+            if main:
+                run.log(**record)
+            accelerator.log(record, step=step)
+        last, ended = step == steps, stopped(stop, accelerator)
+        if main and not ended and (step % config.train.validate_every == 0 or last):
+            with averaged(ema, parts.unet):
+                run.log(step=step, **validate(parts.unet, parts, config, stop))
+        if main and not ended and (step % config.sample.every == 0 or last):
+            with averaged(ema, parts.unet):
+                draw(pipe, config, run.samples / f"{step:06d}.png", stop)
+        ended = ended or stopped(stop, accelerator)
+        if ended or last or step % config.train.save_every == 0:
+            save()
+        if ended:
+            bar.close()
+            accelerator.print(f"Stopped ({stop.reason}) after step {step} of {steps}; run the same command to go on.")
+            return stop.exit_code
+    bar.close()
+    if main:
+        finish(config, run, parts, ema, pipe, clock())
+    accelerator.end_training()
+    return 0
+
+
+def stopped(stop, accelerator: Accelerator) -> bool:
+    """Has any process been asked to stop? All of them get the same answer."""
+    if accelerator.num_processes == 1:
+        return bool(stop)
+    return bool(accelerator.reduce(torch.tensor(int(bool(stop)), device=accelerator.device), "sum").item())
+
+
+def finish(config: Config, run: runs.Run, parts: Parts, ema, pipe: TextToImagePipeline, seconds: float) -> None:
+    """Leave the averaged weights as a loadable pipeline, with its card and figures."""
+    ema.copy_to(parts.unet.parameters())
+    pipe.save_pretrained(run.pipeline, safe_serialization=True)
+    hub.plot_run(run, parts.images, parts.scheduler, parts.vae)
+    runs.replace(run.card, str(hub.card(config, run, parts.images, seconds)))
+    print(f"\n{run.samples / f'{config.train.steps:06d}.png'} shows its samples, {run.card} is its card.\n{usage(run, config)}")
+
+
+def usage(run: runs.Run, config: Config) -> str:
+    """The line that draws a picture with a finished run."""
+    return f'Draw with it:  python -m pipeline.sample {run.folder} "{config.sample.prompts[-1]}" --w {config.sample.default_w:g} -o out.png'
+
+
+def rehearse(config: Config, accelerator: Accelerator) -> int:
+    """`--dry_run`: the plan, from one timed step; nothing is kept but the prepared data."""
+    parts = prepare(config, None, accelerator.device)
+    optimizer = torch.optim.AdamW(parts.unet.parameters(), config.train.lr, fused=True)
+    unet, optimizer = accelerator.prepare(parts.unet, optimizer)
+    slots, timed = torch.arange(config.train.batch_size // config.train.accumulation), []
+    for step in range(2):  # the first one warms up
+        began = time.perf_counter()
+        accelerator.backward(batch_loss(unet, parts, config, step, slots).mean())
+        optimizer.step()
+        optimizer.zero_grad()
+        timed.append((time.perf_counter() - began) * config.train.accumulation)
+    hub.card(config, runs.Run(config.folder), parts.images, 0.0).data.to_yaml()
+    minutes = timed[-1] * config.train.steps / 60
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    accelerator.print(config.to_yaml() + f"\n{parts.images.report}\n{models.parameters(parts.unet):,} weights to train\n"
+                      f"{config.train.steps} steps of {config.train.batch_size} images, {timed[-1]:.3f} s each: about "
+                      f"{minutes:.1f} minutes\n{memory:.1f} GiB of memory at most so far")  # fmt: skip
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line: 0 done, 2 bad input, 130 or 143 stopped and resumable."""
+    try:
+        return train(*settings.load(sys.argv[1:] if argv is None else argv))
+    except (ConfigError, data.DataError, runs.RunError) as error:
+        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
