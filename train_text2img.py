@@ -67,12 +67,12 @@ def prepare(config: Config, checkpoint: Path | None, device: torch.device) -> Pa
     source, size = config.data.source, config.data.resolution
     if source in emoji.SETS:
         source = emoji.write(Path(config.data.cache) / f"{source}-{size}", name=source, size=size)
-    read = lambda split: data.load_images(source, split=split, resolution=size, cache_dir=config.data.cache,  # noqa: E731
+    read = lambda split: data.load_images(source, split=split, resolution=size, cache_dir=config.data.cache,
                                           max_broken=config.data.max_broken)  # fmt: skip
     images = read(config.data.split)
     held_out = read(config.data.held_out) if config.data.held_out else None
     tokenizer, encoder = models.text_encoder(config.model.text_encoder)
-    encode = lambda captions: data.encode_captions(captions, tokenizer, encoder, config.data.caption_length,  # noqa: E731
+    encode = lambda captions: data.encode_captions(captions, tokenizer, encoder, config.data.caption_length,
                                                    cache_dir=config.data.cache)  # fmt: skip
     states, empty = encode(images.captions), encode([""])
     torch.manual_seed(config.seed)  # the network's first weights

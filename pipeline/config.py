@@ -340,7 +340,7 @@ def load_file(path: str | Path) -> Config:
 def differences(old: Config, new: Config, free: tuple[str, ...] = ()) -> list[str]:
     """A sentence for each setting that two configurations give different values, but for the groups or names in `free`."""
     a, b = flatten(dataclasses.asdict(old)), flatten(dataclasses.asdict(new))
-    same = lambda key: key in free or key.split(".")[0] in free or a[key] == b[key]  # noqa: E731
+    same = lambda key: key in free or key.split(".")[0] in free or a[key] == b[key]
     return [f"{key} was {a[key]!r} and is now {b[key]!r}" for key in b if not same(key)]
 
 

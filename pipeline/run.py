@@ -104,7 +104,7 @@ class Run:
         """The lines of metrics.jsonl; a last one cut short by a kill is left out."""
         if not self.metrics.exists():
             return []
-        *whole, last = self.metrics.read_text(encoding="utf-8").split("\n")
+        *whole, _cut = self.metrics.read_text(encoding="utf-8").split("\n")
         return [json.loads(line) for line in whole if line]
 
     def rewind(self, step: int) -> None:

@@ -1,0 +1,115 @@
+"""Settings: everything wrong is named at once, nothing unknown passes, and a saved configuration reads back the same."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline import config as settings
+from pipeline.config import Config, ConfigError, TrainConfig, load
+
+CONFIGS = sorted(Path(__file__).parent.parent.joinpath("configs").glob("*.yaml"))
+
+
+def yaml_file(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_of_the_project_loads_and_is_a_difference_from_the_defaults(path):
+    config, dry_run = load(["--config", str(path)])
+    assert not dry_run
+    assert config.problems() == []
+    given = settings.flatten(settings.read_yaml(str(path)))
+    defaults = settings.flatten(settings.plain(dataclasses.asdict(Config())))
+    repeated = [k for k, v in given.items() if v == defaults[k] and k != "name"]
+    assert repeated in ([], ["data.source"], ["data.resolution"], ["data.source", "data.resolution"])
+    assert path.read_text().startswith("#"), "a config opens with its lab note"
+
+
+def test_the_command_line_overrides_the_file(tmp_path):
+    path = yaml_file(tmp_path, "name: a\ntrain: {lr: 1e-4, steps: 7}\n")
+    config, dry_run = load(["--config", path, "--train.lr", "3e-4", "--dry_run"])
+    assert (config.train.lr, config.train.steps, dry_run) == (3e-4, 7, True)
+
+
+def test_the_default_file_is_read_when_none_is_named():
+    assert load([])[0] == load(["--config", settings.DEFAULT])[0]
+
+
+def test_a_configuration_reads_back_as_it_was_written(tmp_path):
+    path = yaml_file(tmp_path, "train: {weighting: min_velocity, gamma: 5, betas: [0.9, 0.95]}\n"
+                               "model: {patch_size: 4, channels: [64, 96], attention: [true, false]}\n")  # fmt: skip
+    config = load(["--config", path])[0]
+    assert load(["--config", yaml_file(tmp_path, config.to_yaml())])[0] == config
+    assert config.model.channels == (64, 96)
+
+
+def test_all_range_errors_come_at_once_with_their_names(tmp_path):
+    path = yaml_file(tmp_path, "train: {lr: -1, batch_size: 0, steps: 0, clip: .nan, weighting: other}\n"
+                               "data: {caption_dropout: 1.5}\nmodel: {channels: [50]}\n"
+                               "diffusion: {beta_schedule: lineer, beta_end: 1.0}\n")  # fmt: skip
+    with pytest.raises(ConfigError) as error:
+        load(["--config", path])
+    lines = str(error.value).splitlines()
+    names = ("train.lr", "train.batch_size", "train.steps", "train.clip", "train.weighting", "data.caption_dropout",
+             "model.channels", "model.attention", "diffusion.beta_schedule", "diffusion.beta_end")  # fmt: skip
+    for name in names:
+        assert sum(name in line.split(", got")[0] for line in lines) >= 1, name
+    assert "data.caption_dropout must be in [0, 1], got 1.5" in lines
+
+
+@pytest.mark.parametrize(("wrong", "nearest"), [("train.lrr", "train.lr"), ("data.captions_dropout", "data.caption_dropout"),
+                                                ("lr", "train.lr"), ("train.batchsize", "train.batch_size")])  # fmt: skip
+def test_an_unknown_setting_is_refused_with_the_nearest_name(tmp_path, wrong, nearest):
+    message = f"unknown setting {wrong!r}: did you mean {nearest!r}?"
+    with pytest.raises(ConfigError) as on_the_command_line:
+        load([f"--{wrong}", "3"])
+    assert message in str(on_the_command_line.value)
+    *groups, key = wrong.split(".")
+    with pytest.raises(ConfigError) as in_a_file:
+        load(["--config", yaml_file(tmp_path, f"{groups[0]}: {{{key}: 3}}" if groups else f"{key}: 3")])
+    assert message in str(in_a_file.value)
+
+
+@pytest.mark.parametrize(("argv", "says"), [
+    (["--train.lr", "fast"], "train.lr"),
+    (["--train.steps", "2.5"], "train.steps"),
+    (["--config", "nowhere.yaml"], "cannot read the config nowhere.yaml"),
+    (["--train.warmup", "100000"], "train.warmup must be in [0, train.steps"),
+    (["--train.batch_size", "6", "--train.accumulation", "4"], "train.batch_size must be a multiple of train.accumulation (4), got 6"),
+    (["--data.resolution", "30"], "data.resolution must be a multiple of 16"),
+    (["--train.weighting", "min_snr", "--train.gamma", "null"], "train.gamma must be a number above 0"),
+    (["--diffusion.rescale_betas_zero_snr", "true", "--diffusion.prediction_type", "epsilon"], "SNR = 0"),
+    (["--name", "../x"], "name must be one folder's name, got '../x'"),
+    (["--sample.w", "[.inf]"], "sample.w and sample.default_w must be finite numbers"),
+])  # fmt: skip
+def test_bad_values_are_named(argv, says):
+    with pytest.raises(ConfigError, match=r".*") as error:
+        load(argv)
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "a: [", "just words"])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
+    with pytest.raises(ConfigError, match="YAML|setting: value"):
+        load(["--config", yaml_file(tmp_path, text)])
+
+
+@given(st.floats(allow_nan=True, allow_infinity=True))
+def test_a_learning_rate_is_accepted_exactly_when_it_is_finite_and_positive(lr):
+    complained = any("train.lr " in p for p in TrainConfig(lr=lr).problems())
+    assert complained == (not (math.isfinite(lr) and lr > 0))
+
+
+def test_differences_name_key_old_and_new_and_leave_out_what_is_free():
+    old = Config()
+    new = dataclasses.replace(old, seed=3, train=dataclasses.replace(old.train, lr=1e-3, log_every=7))
+    assert settings.differences(old, new, ("train.log_every",)) == [
+        "seed was 0 and is now 3", "train.lr was 0.0001 and is now 0.001"]  # fmt: skip
+    assert settings.differences(old, new, ("train", "seed")) == []

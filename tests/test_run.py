@@ -1,0 +1,137 @@
+"""A run's folder: a checkpoint is whole or it is not there."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from pipeline.run import MANIFEST, Run, RunError, StopRequest, load_state, save_state, verify
+
+
+@pytest.fixture
+def run(tmp_path):
+    made = Run(tmp_path / "run")
+    made.create()
+    return made
+
+
+def write(text="weights"):
+    return lambda folder: ((folder / "unet").mkdir(), (folder / "unet" / "w.bin").write_text(text))
+
+
+def test_a_saved_checkpoint_verifies_and_is_the_newest(run):
+    run.save(2, write(), keep=3)
+    run.save(10, write(), keep=3, processes=1)
+    assert run.newest().name == "10"
+    manifest = json.loads((run.checkpoints / "10" / MANIFEST).read_text())
+    assert (manifest["step"], manifest["processes"], list(manifest["files"])) == (10, 1, ["unet/w.bin"])
+
+
+@pytest.mark.parametrize("damage", ["truncate", "empty", "flip", "remove", "no manifest", "half a manifest"])
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(run, damage):
+    run.save(1, write(), keep=3)
+    folder = run.save(2, write(), keep=3)
+    file, manifest = folder / "unet" / "w.bin", folder / MANIFEST
+    {"truncate": lambda: file.write_text("wei"), "empty": lambda: file.write_text(""),
+     "flip": lambda: file.write_text("weighty"), "remove": file.unlink, "no manifest": manifest.unlink,
+     "half a manifest": lambda: manifest.write_text(manifest.read_text()[:20])}[damage]()  # fmt: skip
+    with pytest.warns(UserWarning, match="checkpoint .*2 is skipped"):
+        assert run.newest().name == "1"
+
+
+def test_when_all_are_damaged_nothing_is_deleted_and_nobody_starts_anew(run):
+    for step in (1, 2):
+        (run.save(step, write(), keep=3) / MANIFEST).unlink()
+    with pytest.warns(UserWarning), pytest.raises(RunError, match="2 of 2"):
+        run.newest()
+    assert run.steps() == [1, 2]
+
+
+def test_a_failed_save_leaves_the_old_checkpoint_and_the_next_start_clears_the_rest(run):
+    run.save(1, write(), keep=1)
+
+    def fail(folder):
+        (folder / "half").write_text("x")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        run.save(2, fail, keep=1)
+    assert run.newest().name == "1"
+    assert (run.checkpoints / ".tmp-2").exists()
+    run.create()
+    assert not (run.checkpoints / ".tmp-2").exists()
+
+
+def test_only_the_last_few_are_kept_and_foreign_names_are_left_alone(run):
+    for name in ("checkpoint-old", "7.bak"):
+        (run.checkpoints / name).mkdir()
+    (run.checkpoints / "9").write_text("a file")
+    for step in (1, 2, 3):
+        run.save(step, write(), keep=2)
+    assert run.steps() == [2, 3]
+    assert {"checkpoint-old", "7.bak", "9"} < {p.name for p in run.checkpoints.iterdir()}
+
+
+def test_state_survives_with_its_types_and_bits(tmp_path):
+    tree = {"state": {0: {"step": torch.tensor(3.0), "m": torch.randn(4, 5).to(torch.bfloat16)}},
+            "groups": [{"lr": 1e-3, "betas": [0.9, 0.999], "name": None, "fused": True}], "n": 7}  # fmt: skip
+    save_state(tmp_path, "trainer", tree)
+    back = load_state(tmp_path, "trainer")
+    assert torch.equal(back["state"][0]["m"], tree["state"][0]["m"]) and back["state"][0]["m"].dtype == torch.bfloat16
+    assert torch.equal(back["state"][0]["step"], tree["state"][0]["step"])
+    assert back["groups"] == tree["groups"] and back["n"] == 7
+
+
+def test_the_log_rewinds_and_forgives_a_line_cut_short(run):
+    for step in (1, 2, 3):
+        run.log(step=step, loss=step / 2)
+    with open(run.metrics, "a") as file:
+        file.write('{"step": 4, "lo')
+    run.rewind(2)
+    assert run.history() == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 1.0}]
+
+
+def test_a_second_process_is_refused_while_the_run_is_held(run):
+    code = f"from pipeline.run import Run\nwith Run({str(run.folder)!r}).lock(): pass"
+    with run.lock():
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode != 0 and f"is in use by process {os.getpid()}" in done.stderr
+    subprocess.run([sys.executable, "-c", code], check=True)  # and free again afterwards
+
+
+def test_a_file_in_the_way_is_one_clear_error(tmp_path):
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(RunError, match="cannot make the run folder"):
+        Run(tmp_path / "runs" / "a").create()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 143)])
+def test_a_signal_is_a_request_and_the_handlers_are_put_back(number, code):
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        assert not stop
+        os.kill(os.getpid(), number)
+        assert stop and stop.exit_code == code and stop.reason == number.name
+    assert signal.getsignal(number) == before
+
+
+def test_a_vanished_launcher_is_a_request_to_stop():
+    child = "import os, time; from pipeline.run import StopRequest; s = StopRequest(); assert not s; print('up', flush=True)\n" \
+            "end = time.time() + 20\nwhile not s and time.time() < end: time.sleep(0.05)\nprint(s.reason, s.exit_code, flush=True)"  # fmt: skip
+    launcher = f"import subprocess, sys, os\np = subprocess.Popen([sys.executable, '-c', {child!r}], stdout=1)\nsys.stdin.readline(); os._exit(0)"
+    process = subprocess.Popen([sys.executable, "-c", launcher], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "up\n"
+    process.stdin.write("\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "the launcher is gone 143\n"
+
+
+def test_verify_says_which_file(run):
+    folder = run.save(1, write(), keep=1)
+    assert verify(folder) == ""
+    (folder / "unet" / "w.bin").write_text("other!!")
+    assert verify(folder) == "unet/w.bin is not what was written"
