@@ -1,0 +1,326 @@
+"""The noise process of the lecture, forwards and backwards, as a diffusers scheduler.
+
+Numbers in brackets are the equations of docs/equations.md. Library time counts 0 … T-1, the lecture's 1 … T; the clean
+image is library time -1, where abar = 1. All variances are per dimension.
+"""
+
+import math
+import operator
+import warnings
+
+import numpy as np
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+NOISE_FLOOR = 1e-3  # (6): a chain that starts above this abar starts from an image, not from noise
+
+
+def linear(T: int, start: float, end: float) -> Tensor:
+    """beta grows evenly (Ho et al. 2020)."""
+    return torch.linspace(start, end, T, dtype=torch.float64)
+
+
+def scaled_linear(T: int, start: float, end: float) -> Tensor:
+    """sqrt(beta) grows evenly (latent diffusion)."""
+    return torch.linspace(start**0.5, end**0.5, T, dtype=torch.float64) ** 2
+
+
+def squaredcos_cap_v2(T: int, start: float, end: float) -> Tensor:
+    """abar falls like a squared cosine, whatever the range; beta is capped at 0.999 (Nichol & Dhariwal 2021)."""
+    u = torch.arange(T + 1, dtype=torch.float64) / T
+    abar = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+    return (1 - abar[1:] / abar[:-1]).clamp(max=0.999)
+
+
+def sigmoid(T: int, start: float, end: float) -> Tensor:
+    """beta follows a logistic curve from start to end."""
+    return torch.sigmoid(torch.linspace(-6, 6, T, dtype=torch.float64)) * (end - start) + start
+
+
+SCHEDULES = {f.__name__: f for f in (linear, scaled_linear, squaredcos_cap_v2, sigmoid)}
+PREDICTIONS = ("epsilon", "sample", "v_prediction")
+SPACINGS = ("leading", "linspace", "trailing")
+VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
+
+
+def zero_terminal_snr(beta: Tensor) -> Tensor:
+    """Shift and stretch sqrt(abar) so that abar_T = 0 and abar_1 stays (Lin et al. 2024, algorithm 1)."""
+    root = (1 - beta).cumprod(0).sqrt()
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    abar = torch.cat([torch.ones(1, dtype=beta.dtype), root**2])
+    return 1 - abar[1:] / abar[:-1]
+
+
+class DDPMScheduler(SchedulerMixin, ConfigMixin):
+    """q(x_t | x_0) forwards, p(x_s | x_t) backwards, for any s < t. Configuration keys and defaults are diffusers' own.
+
+    Every method takes a timestep as an int, a 0-d tensor or one per example (B,). Coefficients are computed in the
+    sample's dtype but never below float32; results come back in the sample's dtype.
+    """
+
+    _compatibles = [e.name for e in KarrasDiffusionSchedulers]
+    order = 1
+
+    # -- forwards ------------------------------------------------------------------------------------------------
+
+    def abar(self, t: int | Tensor, like: Tensor) -> Tensor:
+        """(4) abar_t = product of alpha_1 … alpha_t, shaped to multiply `like` (B, ...); t = -1 gives 1."""
+        key = (like.device, torch.promote_types(like.dtype, torch.float32))
+        if key not in self._tables:
+            self._tables[key] = self._abar.to(*key)
+        if not isinstance(t, Tensor):
+            self._check_range(t)
+            return self._tables[key][t + 1]
+        if t.device.type == "cpu":
+            self._check_range(int(t.min())), self._check_range(int(t.max()))
+        abar = self._tables[key][t.to(like.device) + 1]
+        return abar if t.ndim == 0 else abar.reshape(-1, *[1] * (like.ndim - 1))
+
+    def snr(self, t: int | Tensor, like: Tensor) -> Tensor:
+        """Signal to noise ratio abar / (1 - abar) of x_t, from (5)."""
+        abar_t = self.abar(t, like)
+        return abar_t / (1 - abar_t)
+
+    def add_noise_step(self, x_s: Tensor, noise: Tensor, t: int | Tensor, s: int | Tensor | None = None) -> Tensor:
+        """(1) x_t = sqrt(alpha) x_s + sqrt(1 - alpha) eps, one step of the chain; s = t - 1 unless given."""
+        alpha = self.abar(t, x_s) / self.abar(t - 1 if s is None else s, x_s)
+        return (alpha.sqrt() * x_s + (1 - alpha).sqrt() * noise).to(x_s.dtype)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: int | Tensor) -> Tensor:
+        """(5) the direct jump x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps."""
+        abar_t = self.abar(timesteps, original_samples)
+        x_0, eps = original_samples.to(abar_t.dtype), noise.to(abar_t.dtype)
+        return (abar_t.sqrt() * x_0 + (1 - abar_t).sqrt() * eps).to(original_samples.dtype)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: int | Tensor) -> Tensor:
+        """v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0 (Salimans & Ho 2022)."""
+        abar_t = self.abar(timesteps, sample)
+        x_0, eps = sample.to(abar_t.dtype), noise.to(abar_t.dtype)
+        return (abar_t.sqrt() * eps - (1 - abar_t).sqrt() * x_0).to(sample.dtype)
+
+    # -- backwards -----------------------------------------------------------------------------------------------
+
+    def predict_x_0(self, model_output: Tensor, t: int | Tensor, x_t: Tensor) -> Tensor:
+        """(15) x_0 from the network's prediction, unclipped; ValueError for epsilon where abar_t = 0."""
+        abar_t = self.abar(t, x_t)
+        out, x_t = model_output.to(abar_t.dtype), x_t.to(abar_t.dtype)
+        if self.config.prediction_type == "sample":
+            return out
+        if self.config.prediction_type == "v_prediction":
+            return abar_t.sqrt() * x_t - (1 - abar_t).sqrt() * out
+        if self._abar[-1] == 0 and (abar_t == 0).any():
+            raise ValueError(f"prediction_type='epsilon' cannot give x_0 at t={t}: abar_t = 0 there. "
+                             "Train and sample with v_prediction or sample.")  # fmt: skip
+        return (x_t - (1 - abar_t).sqrt() * out) / abar_t.sqrt()
+
+    def predict_eps(self, x_0: Tensor, x_t: Tensor, t: int | Tensor) -> Tensor:
+        """(5), rearranged for the noise: eps = (x_t - sqrt(abar_t) x_0) / sqrt(1 - abar_t)."""
+        abar_t = self.abar(t, x_t)
+        return (x_t - abar_t.sqrt() * x_0) / (1 - abar_t).sqrt()
+
+    def posterior(self, x_0: Tensor, x_t: Tensor, t: int | Tensor, s: int | Tensor) -> tuple[Tensor, Tensor]:
+        """(8), (9) mean (B, ...) and variance of q(x_s | x_t, x_0) for s < t; the lecture's mu~ and beta~ at s = t - 1."""
+        abar_t, abar_s = self.abar(t, x_t), self.abar(s, x_t)
+        alpha = abar_t / abar_s  # alpha_t when s = t - 1
+        x_0_part = abar_s.sqrt() * (1 - alpha) / (1 - abar_t)
+        x_t_part = alpha.sqrt() * (1 - abar_s) / (1 - abar_t)
+        return x_0_part * x_0 + x_t_part * x_t, (1 - abar_s) / (1 - abar_t) * (1 - alpha)
+
+    def transition(self, x_0: Tensor, x_t: Tensor, t: int | Tensor, s: int | Tensor, eta: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Mean and variance of p(x_s | x_t): (10) with the configured variance at eta = 1, (19) below it."""
+        mean, variance = self.posterior(x_0, x_t, t, s)
+        if self.config.variance_type.startswith("fixed_large"):
+            alpha = self.abar(t, x_t) / self.abar(s, x_t)
+            variance = torch.where(self.abar(s, x_t) == 1, 0, 1 - alpha)  # the clean image gets no noise
+        if eta != 1:
+            variance = eta**2 * variance
+            abar_s = self.abar(s, x_t)
+            mean = abar_s.sqrt() * x_0 + (1 - abar_s - variance).sqrt() * self.predict_eps(x_0, x_t, t)
+        return mean, variance
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+        *,
+        eta: float = 1.0,
+        previous_timestep: int | Tensor | None = None,
+    ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
+        """(16) x_s from x_t and the network's prediction, with the clipped x_0 of (15) beside it.
+
+        s is `previous_timestep`, or what follows `timestep` in the plan of `set_timesteps`; the step to the clean image
+        (s = -1) returns the mean. `eta` in [0, 1] leads from DDIM to ancestral sampling (19). One normal draw a step,
+        in the dtype of `model_output`; none where nothing random is left. Stock diffusers pipelines hand over their own
+        `eta`, 0 unless told otherwise.
+        """
+        t, s = timestep, self.previous_timestep(timestep) if previous_timestep is None else previous_timestep
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta must be in [0, 1] (0 is DDIM, 1 is ancestral), got {eta}")
+        if eta != 1 and self.config.variance_type.startswith("fixed_large"):
+            raise ValueError(f"eta={eta} needs variance_type='fixed_small', got {self.config.variance_type!r}: "
+                             "(19) interpolates the posterior's own variance")  # fmt: skip
+        if model_output.shape != sample.shape:
+            raise ValueError(f"model_output must have the sample's shape {tuple(sample.shape)}, got "
+                             f"{tuple(model_output.shape)}; learned variances are not implemented")  # fmt: skip
+        x_0 = self.clip(self.predict_x_0(model_output, t, sample))
+        mean, variance = self.transition(x_0, sample.to(x_0.dtype), t, s, eta)
+        if eta > 0 and (s >= 0 if not isinstance(s, Tensor) or s.ndim == 0 else (s >= 0).any()):
+            z = randn_tensor(model_output.shape, generator, model_output.device, model_output.dtype)
+            mean = mean + variance.sqrt() * z
+        out = mean.to(sample.dtype), x_0.to(sample.dtype)
+        return DDPMSchedulerOutput(*out) if return_dict else out
+
+    def clip(self, x_0: Tensor) -> Tensor:
+        """x_0 kept in the images' range: by a dynamic threshold (Saharia et al. 2022), a clamp, or not at all."""
+        if self.config.thresholding:
+            size = torch.quantile(x_0.abs().flatten(1), self.config.dynamic_thresholding_ratio, dim=1)
+            size = size.clamp(min=1, max=self.config.sample_max_value).reshape(-1, *[1] * (x_0.ndim - 1))
+            return x_0.clamp(-size, size) / size
+        if self.config.clip_sample:
+            return x_0.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+        return x_0
+
+    # -- the plan ------------------------------------------------------------------------------------------------
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: list[int] | None = None,
+    ) -> None:
+        """Plan the timesteps of a sampling run: so many, spaced as configured, or these, in decreasing order."""
+        T = self.config.num_train_timesteps
+        if num_inference_steps is not None and timesteps is not None:
+            raise ValueError("pass either num_inference_steps or timesteps, got both")
+        if timesteps is None:
+            plan = self._spaced(self._count(num_inference_steps))
+        else:
+            plan = [operator.index(t) for t in timesteps]
+            if not plan or any(a <= b for a, b in zip(plan, plan[1:], strict=False)):
+                raise ValueError(f"timesteps must be in decreasing order, got {list(timesteps)}")
+        if plan[0] >= T or plan[-1] < 0:
+            raise ValueError(f"timesteps must lie in [0, {T - 1}] (num_train_timesteps is {T}), got {plan[0]} … {plan[-1]}")
+        if timesteps is None and self._abar[plan[0] + 1] > NOISE_FLOOR >= self._abar[-1]:
+            warnings.warn(f"{len(plan)} steps spaced {self.config.timestep_spacing!r} start at t={plan[0]}, where "
+                          f"abar = {self._abar[plan[0] + 1]:.2g}: that is no pure noise. timestep_spacing='trailing' "
+                          "starts at the last timestep.", stacklevel=2)  # fmt: skip
+        self.custom_timesteps = timesteps is not None
+        self.num_inference_steps = len(plan)
+        self.timesteps = torch.tensor(plan, dtype=torch.int64, device=device)
+        self._next = dict(zip(plan, [*plan[1:], -1], strict=True))
+
+    def previous_timestep(self, timestep: int | Tensor) -> int | Tensor:
+        """The timestep s that sampling goes to from t: the next one of the plan, t - 1 without a plan, -1 at the end."""
+        if self._next is None:
+            return timestep - 1
+        wanted = torch.as_tensor(timestep)
+        try:
+            following = [self._next[t] for t in wanted.reshape(-1).tolist()]
+        except KeyError as error:
+            raise ValueError(f"timestep {error} is not in the plan of set_timesteps ({len(self.timesteps)} timesteps "
+                             f"from {int(self.timesteps[0])} to {int(self.timesteps[-1])}); pass previous_timestep= "
+                             "to step between any two") from None  # fmt: skip
+        return torch.tensor(following, device=wanted.device).reshape(wanted.shape)
+
+    def _count(self, n) -> int:
+        T = self.config.num_train_timesteps
+        whole = isinstance(n, int | np.integer) and not isinstance(n, bool)
+        if not whole or not 1 <= n <= T:
+            raise ValueError(f"num_inference_steps must be a whole number from 1 to {T} (num_train_timesteps), got {n!r}")
+        return int(n)
+
+    def _spaced(self, n: int) -> list[int]:
+        T = self.config.num_train_timesteps
+        if self.config.timestep_spacing == "linspace":
+            plan = np.linspace(T - 1, 0, n).round()
+        elif self.config.timestep_spacing == "leading":
+            plan = np.arange(n)[::-1] * (T // n) + self.config.steps_offset
+        else:
+            plan = np.round(T - np.arange(n) * (T / n)) - 1
+        return plan.astype(int).tolist()
+
+    # -- diffusers' surface --------------------------------------------------------------------------------------
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: np.ndarray | list[float] | None = None,
+        variance_type: str = "fixed_small",
+        clip_sample: bool = True,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float | None = 1.0,
+        timestep_spacing: str = "leading",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+    ):
+        for name, value, known in [("beta_schedule", beta_schedule, SCHEDULES), ("variance_type", variance_type, VARIANCES),
+                                   ("prediction_type", prediction_type, PREDICTIONS),
+                                   ("timestep_spacing", timestep_spacing, SPACINGS)]:  # fmt: skip
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        if trained_betas is not None:
+            beta = torch.as_tensor(trained_betas, dtype=torch.float64)
+        else:
+            beta = SCHEDULES[beta_schedule](num_train_timesteps, beta_start, beta_end)
+        if len(beta) != num_train_timesteps and trained_betas is None:
+            raise ValueError(f"num_train_timesteps must be at least 1, got {num_train_timesteps}")
+        if not ((beta > 0) & (beta < 1)).all():
+            raise ValueError(f"every beta must lie in (0, 1), got {beta.min():.3g} … {beta.max():.3g} "
+                             f"from beta_start={beta_start}, beta_end={beta_end}")  # fmt: skip
+        if rescale_betas_zero_snr:
+            beta = zero_terminal_snr(beta)
+        self._abar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - beta).cumprod(0)])  # [t + 1] is abar at t
+        self._tables: dict = {}
+        self._next: dict[int, int] | None = None
+        self.betas, self.alphas, self.alphas_cumprod = beta.float(), (1 - beta).float(), self._abar[1:].float()
+        self.init_noise_sigma = 1.0
+        self.custom_timesteps, self.num_inference_steps = False, None
+        self.timesteps = torch.arange(len(beta) - 1, -1, -1)
+        self.variance_type = variance_type
+        self._warn(beta)
+
+    def _warn(self, beta: Tensor) -> None:
+        config, last = self.config, float(self._abar[-1])
+        if config.rescale_betas_zero_snr and config.prediction_type == "epsilon":
+            warnings.warn("rescale_betas_zero_snr with prediction_type='epsilon': at the last timestep abar = 0 and the noise "
+                          "says nothing about x_0; use v_prediction or sample.", stacklevel=4)  # fmt: skip
+        if config.thresholding and config.sample_max_value is not None and config.sample_max_value <= 1:
+            warnings.warn("thresholding=True with sample_max_value=1.0 is a plain clamp to [-1, 1]; sample_max_value=None "
+                          "sets no maximum.", stacklevel=4)  # fmt: skip
+        if last > NOISE_FLOOR and config.trained_betas is None:
+            scale = 1.01 * math.log(NOISE_FLOOR) / math.log(last)
+            start, end = scale * config.beta_start, scale * config.beta_end
+            fits = end < 1 and config.beta_schedule != "squaredcos_cap_v2"
+            cure = (f"beta_start={start:.3g}, beta_end={end:.3g} end below {NOISE_FLOOR:g}" if fits
+                    else "no range of betas below 1 ends in noise; take more timesteps or rescale_betas_zero_snr=True")  # fmt: skip
+            warnings.warn(f"the chain ends at abar = {last:.3g}, which is no pure noise: with {len(beta)} timesteps {cure}.",
+                          stacklevel=4)  # fmt: skip
+
+    def _check_range(self, t: int) -> None:
+        if not -1 <= t < len(self._abar) - 1:
+            raise ValueError(f"timestep must be in [-1, {len(self._abar) - 2}], got {t}")
+
+    def _get_variance(self, t: int) -> Tensor:
+        like = torch.zeros(1)
+        return self.transition(like, like, t, self.previous_timestep(t))[1]
+
+    def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
+        """The sample itself: this family needs no scaling."""
+        return sample
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
