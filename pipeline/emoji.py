@@ -15,7 +15,6 @@ import shutil
 import sys
 import tempfile
 import zlib
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
