@@ -37,17 +37,17 @@ def interval(w: Real | Sequence[Real], lo: float, hi: float) -> Callable[[float]
     return lambda level: w if lo <= level <= hi else none
 
 
-def weights(w: Weight, prompts: int, level: float | None = None) -> Tensor:
+def weights(w: Weight, prompts: int, level: float | None = None, name: str = "w") -> Tensor:
     """The finite weight of each prompt (prompts,) at one noise level, float64; InputError for anything else."""
     value = w(level) if callable(w) else w
-    if isinstance(value, Tensor):
+    if hasattr(value, "tolist"):  # tensors and arrays
         value = value.tolist()
     values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value] * prompts
     if any(isinstance(v, bool) or not isinstance(v, Real) or not math.isfinite(v) for v in values):
-        raise InputError(f"w is {value!r}, expected a finite number, one for each prompt, or a function of the noise level: "
-                         "w=0 draws without guidance, w=2 is a good start")  # fmt: skip
+        raise InputError(f"{name} is {value!r}, expected a finite number, one for each prompt, or a function of the noise "
+                         "level: w=0 draws without guidance, w=2 is a good start")  # fmt: skip
     if len(values) != prompts:
-        raise InputError(f"w has {len(values)} values for {prompts} prompts, expected one for each: pass {prompts} or a number")
+        raise InputError(f"{name} has {len(values)} values for {prompts} prompts, expected one for each: pass {prompts} or a number")
     return torch.tensor(values, dtype=torch.float64)
 
 

@@ -26,17 +26,7 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         if block_out_channels is not None and tuple(block_out_channels) != levels:
             raise ValueError(f"block_out_channels is {block_out_channels}, but follows from the others: leave it out")
         self.register_to_config(block_out_channels=levels)
-        self.register_buffer("place", torch.zeros(()), persistent=False)  # gives the model a dtype and a device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype that this module was moved to."""
-        return self.place.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """The device that this module was moved to."""
-        return self.place.device
+        self.register_buffer("place", torch.zeros(()))  # a dtype and a device, and a weights file for diffusers to find
 
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderTinyOutput | tuple[Tensor]:
         """Latents (B, C p², H/p, W/p) of images (B, C, H, W); sides that p does not divide are refused."""
