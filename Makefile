@@ -1,0 +1,28 @@
+# make train | test | lint | mutants: each sets up .venv by itself when it is missing or older than the requirements.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: train test lint mutants
+
+train: .venv/.runtime
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no train_text2img.py $(ARGS)
+
+test: .venv/.dev
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+
+mutants: .venv/.dev
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/mutants.py
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.runtime: requirements.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+.venv/.dev: requirements-dev.txt requirements.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	touch $@ .venv/.runtime

@@ -1,0 +1,99 @@
+"""Draw pictures from the command line: `python -m pipeline.sample RUN "a green cat" --w 2 --seed 7 -o cat.png`."""
+
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's arguments."""
+    arguments = argparse.ArgumentParser(prog="python -m pipeline.sample", description="Draw pictures of a prompt.",
+                                        allow_abbrev=False)  # fmt: skip
+    arguments.add_argument("model", metavar="RUN_OR_PATH", help="a run's folder (runs/NAME) or a saved pipeline's")
+    arguments.add_argument("prompt", help='what to draw, such as "a green cat"; "" is no prompt at all')
+    arguments.add_argument("--w", type=float, help="guidance: 0 none, 2 strong (default: the model's own)")
+    arguments.add_argument("--seed", type=int, default=0, help="picture i draws its noise from seed + i (default: 0)")
+    arguments.add_argument("--steps", type=int, default=50, help="denoising steps (default: 50)")
+    arguments.add_argument("--eta", type=float, help="1 draws new noise at every step, 0 none (default: the scheduler's own)")
+    arguments.add_argument("--n", type=int, default=1, help="how many pictures (default: 1)")
+    arguments.add_argument("--device", help="cpu, cuda or mps (default: the fastest there is)")
+    arguments.add_argument("-o", "--output", type=Path, default=Path("out.png"),
+                           help="the picture's file; several get -0, -1, … before its suffix (default: out.png)")  # fmt: skip
+    return arguments
+
+
+def folder(model: str) -> Path:
+    """The folder of a saved pipeline, from its own path or from that of its run."""
+    for path in (Path(model), Path(model) / "pipeline"):
+        if (path / "model_index.json").is_file():
+            return path
+    if Path(model).is_dir():
+        held = "its training has not finished: run the training command again" if (Path(model) / "config.yaml").is_file() else (
+            "pass a run's folder or a saved pipeline's")  # fmt: skip
+        raise ValueError(f"{model} holds no pipeline, expected {Path(model) / 'pipeline' / 'model_index.json'}: {held}")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        raise ValueError(f"{model} is not a folder here, expected one: to use a model of the Hub, download it first with "
+                         f"`hf download {model} --local-dir NAME` and pass NAME")  # fmt: skip
+    raise ValueError(f"{model} does not exist, expected the folder of a run or of a saved pipeline: see `ls runs`")
+
+
+def files(output: Path, n: int) -> list[Path]:
+    """Where n pictures go, checked before anything is drawn."""
+    if n < 1:
+        raise ValueError(f"--n is {n}, expected 1 or more: pass 1")
+    if output.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"-o is {output}, expected a name that ends in one of {', '.join(SUFFIXES)}: pass out.png")
+    if not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
+        raise ValueError(f"-o is {output}, expected a file in a folder that can be written: create {output.parent} first")
+    return [output] if n == 1 else [output.with_stem(f"{output.stem}-{i}") for i in range(n)]
+
+
+def chosen(device: str | None) -> str:
+    """The device by name, or the fastest there is."""
+    import torch
+    from accelerate import PartialState
+
+    if device is None:
+        return str(PartialState().device)
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch's way to say that a device is unknown or not there
+        raise ValueError(f"--device is {device}, expected one that this machine has: leave it out to use the fastest") from error
+    return device
+
+
+def load(path: Path):
+    """The pipeline saved in a folder, from safetensors only."""
+    from pipeline.text_to_image import TextToImagePipeline
+
+    try:
+        return TextToImagePipeline.from_pretrained(path, use_safetensors=True, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be loaded ({' '.join(str(error).split())}), expected a complete saved pipeline: "
+                         "save or download it again") from error  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Draw, save and name the pictures; 0 is done, 2 is bad input, told in one sentence."""
+    arguments = parser().parse_args(argv)
+    try:
+        path, outputs = folder(arguments.model), files(arguments.output, arguments.n)
+
+        pipe = load(path).to(chosen(arguments.device))
+        images = pipe(arguments.prompt, w=arguments.w, seed=arguments.seed, num_inference_steps=arguments.steps,
+                      eta=arguments.eta, num_images_per_prompt=arguments.n).images  # fmt: skip
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for image, output in zip(images, outputs, strict=True):
+        image.save(output)
+        print(output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
