@@ -1,4 +1,8 @@
-"""What the network is trained on, and what its predictions are worth: losses with one value per example."""
+"""Training objectives and the terms of the variational bound, one value per example.
+
+Numbers in brackets are the equations of docs/equations.md. Every objective is a weight times the squared error of x_0;
+the table below holds those weights, `weight` translates them for a network that predicts eps or v instead.
+"""
 
 import math
 from collections.abc import Callable
@@ -6,52 +10,48 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pipeline.scheduler import DDPMScheduler
+from .scheduler import DDPMScheduler
 
-LEVELS = 255  # 8-bit pixels in [-1, 1] are 2 / 255 apart
-
-WEIGHTS: dict[str, Callable[[Tensor, float], Tensor]] = {  # of the squared error of x_0, by SNR
-    "simple": lambda snr, gamma: snr,  # (13)
-    "min_snr": lambda snr, gamma: snr.clamp(max=gamma),  # Hang et al. 2023
+# Weights of the squared error of x_0, as functions of (snr, gamma). In eps terms the first is 1: that is (13).
+WEIGHTS: dict[str, Callable[[Tensor, float | None], Tensor]] = {
+    "simple": lambda snr, gamma: snr,
+    "min_snr": lambda snr, gamma: snr.clamp(max=gamma),
     "velocity": lambda snr, gamma: snr + 1,
     "min_velocity": lambda snr, gamma: (snr + 1).clamp(max=gamma),
     "x_0": lambda snr, gamma: torch.ones_like(snr),
 }
-
-
-def flat_mean(x: Tensor) -> Tensor:
-    """The mean over everything but the batch: (B, ...) to (B,)."""
-    return x.flatten(1).mean(1)
-
-
-def flat_sum(x: Tensor) -> Tensor:
-    """The sum over everything but the batch: (B, ...) to (B,)."""
-    return x.flatten(1).sum(1)
+SPACES = ("pixels", "patches")  # where a bit per dimension means a bit per colour value of the image
 
 
 def target(scheduler: DDPMScheduler, x_0: Tensor, eps: Tensor, t: int | Tensor) -> Tensor:
-    """What the network is asked for at x_t: eps, x_0 or the velocity, by the scheduler's prediction_type."""
-    kind = scheduler.config.prediction_type
-    return {"epsilon": lambda: eps, "sample": lambda: x_0, "v_prediction": lambda: scheduler.get_velocity(x_0, eps, t)}[kind]()
+    """What the network should have predicted: eps, x_0 or v, by the scheduler's prediction_type."""
+    if scheduler.config.prediction_type == "epsilon":
+        return eps
+    if scheduler.config.prediction_type == "sample":
+        return x_0
+    return scheduler.get_velocity(x_0, eps, t)
 
 
-def weight(scheduler: DDPMScheduler, t: Tensor, name: str, gamma: float | None = None) -> Tensor:
-    """The weight (B,) of the squared error of the network's own prediction.
+def weight(scheduler: DDPMScheduler, t: Tensor, name: str = "simple", gamma: float | None = None) -> Tensor:
+    """The weight (B,) of the squared error of what the network predicts, for timesteps t (B,).
 
-    WEIGHTS holds it for x_0; an error in eps is SNR times one in x_0, in v SNR + 1 times, so there it is divided by
-    that. ValueError for an unknown name, a missing gamma, or eps at SNR = 0, where no eps determines x_0.
+    The squared error of x_0 is that of eps divided by SNR, and that of v divided by SNR + 1. ValueError for an unknown
+    name, a `gamma` that is missing or unused, and for epsilon where SNR = 0.
     """
     if name not in WEIGHTS:
         raise ValueError(f"weighting must be one of {', '.join(WEIGHTS)}, got {name!r}")
-    if name.startswith("min_") != (gamma is not None):
-        raise ValueError(f"weighting {name!r} {'needs' if gamma is None else 'takes no'} gamma, got gamma={gamma}")
-    snr = scheduler.snr(t, torch.empty(1, device=t.device))
-    if scheduler.config.prediction_type == "epsilon":
-        if (snr == 0).any():
-            raise ValueError("prediction_type='epsilon' has no loss at SNR = 0: use v_prediction or sample with "
-                             "zero-terminal-SNR schedules")  # fmt: skip
-        return WEIGHTS[name](snr, gamma) / snr
-    return WEIGHTS[name](snr, gamma) / (snr + 1 if scheduler.config.prediction_type == "v_prediction" else 1)
+    if name.startswith("min_") != (gamma is not None) or (gamma is not None and not 0 < gamma < math.inf):
+        raise ValueError(f"gamma clips min_snr and min_velocity, where it must be above 0, and nothing else: got "
+                         f"gamma={gamma} with weighting {name!r}")  # fmt: skip
+    snr = scheduler.snr(t, torch.zeros(1, device=t.device))
+    if scheduler.config.prediction_type == "sample":
+        return WEIGHTS[name](snr, gamma)
+    if scheduler.config.prediction_type == "v_prediction":
+        return WEIGHTS[name](snr, gamma) / (snr + 1)
+    if (snr == 0).any():
+        raise ValueError("prediction_type='epsilon' has no weight where SNR = 0: the noise says nothing about x_0 there. "
+                         "Train v_prediction or sample, or without rescale_betas_zero_snr.")  # fmt: skip
+    return WEIGHTS[name](snr, gamma) / snr
 
 
 def training_loss(
@@ -63,86 +63,101 @@ def training_loss(
     weighting: str = "simple",
     gamma: float | None = None,
 ) -> Tensor:
-    """(13) and its relatives: the weighted mean squared error of a prediction (B, ...), one value per example (B,).
-
-    "simple" is (13) itself for prediction_type epsilon: mean |eps - eps_theta|^2.
-    """
-    error = flat_mean((model_output - target(scheduler, x_0, eps, t)).square())
+    """(13), and its weighted relatives: weight times the mean squared error over the dimensions, (B,)."""
+    error = (target(scheduler, x_0, eps, t) - model_output).square().flatten(1).mean(1)
     return weight(scheduler, t, weighting, gamma) * error
 
 
-# -- the variational bound, in nats unless it says bits --------------------------------------------------------------
+# -- the variational bound, in nats summed over the dimensions -------------------------------------------------------
 
 
-def step_kl(scheduler: DDPMScheduler, x_0: Tensor, x_0_hat: Tensor, x_t: Tensor, t: int | Tensor, s: int | Tensor) -> Tensor:
-    """(11) KL(q(x_s | x_t, x_0) || p(x_s | x_t)) in nats (B,), for 0 <= s < t; (11) is s = t - 1.
+def kl(scheduler: DDPMScheduler, x_0: Tensor, x_0_hat: Tensor, x_t: Tensor, t: int | Tensor, s: int | Tensor) -> Tensor:
+    """(11) KL(q(x_s | x_t, x_0) ‖ p(x_s | x_t)) in nats (B,); ValueError at s = -1, where a density has no KL.
 
-    With fixed_small both variances are beta~ and only the means differ; fixed_large adds the variances' own term.
+    With fixed_small both variances are beta~ and this is ‖mu~ - mu‖² / (2 beta~); with fixed_large the variances' own
+    difference adds to it.
     """
-    mean_q, variance_q = scheduler.posterior(x_0, x_t, t, s)
-    mean_p, variance_p = scheduler.transition(x_0_hat, x_t, t, s)
-    ratio = variance_q / variance_p
-    means = (mean_q - mean_p).square() / variance_p
-    return flat_sum((means + ratio - 1 - ratio.log()) / 2)
+    _refuse_clean(s)
+    mean, variance = scheduler.posterior(x_0, x_t, t, s)
+    mean_hat, variance_hat = scheduler.transition(x_0_hat, x_t, t, s)
+    ratio = variance / variance_hat
+    each = (mean - mean_hat).square() / variance_hat + ratio - 1 - ratio.log()
+    return each.flatten(1).sum(1) / 2
 
 
-def noise_kl(scheduler: DDPMScheduler, eps: Tensor, eps_hat: Tensor, t: int | Tensor) -> Tensor:
-    """(12) the same KL in terms of the noise, s = t - 1: beta^2 / (2 beta~ alpha (1 - abar)) |eps - eps_hat|^2 (B,)."""
-    abar_t, abar_s = scheduler.abar(t, eps), scheduler.abar(t - 1, eps)
+def noise_weight(scheduler: DDPMScheduler, t: int | Tensor, s: int | Tensor, like: Tensor) -> Tensor:
+    """(12) beta² / (2 beta~ alpha (1 - abar_t)), what turns ‖eps - eps_hat‖² into the KL of (11)."""
+    _refuse_clean(s)
+    abar_t, abar_s = scheduler.abar(t, like), scheduler.abar(s, like)
     alpha = abar_t / abar_s
-    beta = 1 - alpha
-    beta_tilde = (1 - abar_s) / (1 - abar_t) * beta  # (9)
-    return flat_sum(beta**2 / (2 * beta_tilde * alpha * (1 - abar_t)) * (eps - eps_hat).square())
+    variance = (1 - abar_s) / (1 - abar_t) * (1 - alpha)
+    return (1 - alpha) ** 2 / (2 * variance * alpha * (1 - abar_t))
 
 
-def prior_kl(scheduler: DDPMScheduler, x_0: Tensor) -> Tensor:
-    """(6) KL(q(x_T | x_0) || N(0, I)) in nats (B,): what the end of the chain still knows of the image."""
-    abar = scheduler.abar(len(scheduler) - 1, x_0)
-    return flat_sum((abar * x_0.square() - abar - torch.log1p(-abar)) / 2)
+def kl_in_noise(scheduler: DDPMScheduler, eps: Tensor, eps_hat: Tensor, t: int | Tensor, s: int | Tensor) -> Tensor:
+    """(12) the KL of (11), with fixed_small, from the error in the noise: nats (B,)."""
+    return (noise_weight(scheduler, t, s, eps) * (eps - eps_hat).square()).flatten(1).sum(1)
 
 
-def decoder_nll(scheduler: DDPMScheduler, x_0: Tensor, x_0_hat: Tensor, *, pixels: bool) -> Tensor:
-    """-log p(x_0 | x_1) in nats (B,): the last step, whose beta~ is 0, is a likelihood with the variance beta~_2.
+def prior(scheduler: DDPMScheduler, x_0: Tensor, t: int) -> Tensor:
+    """KL(q(x_t | x_0) ‖ N(0, I)) at the chain's first timestep t, in nats (B,): what (6) leaves of the image."""
+    abar_t = scheduler.abar(t, x_0)
+    return (abar_t * x_0.square() - abar_t - (1 - abar_t).log()).flatten(1).sum(1) / 2
 
-    `pixels`: the probability of 8-bit values in [-1, 1], a Gaussian's mass in their bins, the outer ones open; else a
-    density.
+
+def decoder(x_0: Tensor, mean: Tensor, variance: Tensor, levels: int | None = 256) -> Tensor:
+    """-log p(x_0 | x_1) in nats (B,), the bound's last step, where a KL would be infinite.
+
+    p is a Gaussian around `mean`. Images with so many `levels` in [-1, 1] get its mass over the level's own bin (the
+    outermost bins are open); None means continuous data and its density.
     """
-    one = torch.ones((), dtype=x_0.dtype, device=x_0.device)
-    sigma = scheduler.posterior(one, one, 1, 0)[1].sqrt()
-    if not pixels:
-        return flat_sum(((x_0 - x_0_hat) / sigma).square() / 2 + sigma.log() + math.log(2 * math.pi) / 2)
-    z, half = ((x_0 - x_0_hat) / sigma).double(), (1 / LEVELS / sigma).double()
-    below = torch.special.log_ndtr(torch.where(x_0 > 0, -z, z) + half)  # all that lies beyond an outer value's bin edge
-    left, right = torch.special.log_ndtr(-z.abs() - half), torch.special.log_ndtr(-z.abs() + half)
-    inside = right + torch.log(-torch.expm1(left - right))  # in the left tail, where differences keep their digits
-    outer = x_0.abs() > 1 - 1 / LEVELS
-    return -flat_sum(torch.where(outer, below, inside)).to(x_0.dtype)
+    z, sigma = x_0 - mean, variance.sqrt()
+    if levels is None:
+        return (z.square() / variance + (2 * math.pi * variance).log()).flatten(1).sum(1) / 2
+    half = 1 / (levels - 1)
+    low = torch.where(x_0 <= -1 + half, -math.inf, (z - half) / sigma)
+    high = torch.where(x_0 >= 1 - half, math.inf, (z + half) / sigma)
+    low, high = torch.where(z > 0, -high, low), torch.where(z > 0, -low, high)  # the lower tail keeps its digits
+    log_high, log_low = torch.special.log_ndtr(high), torch.special.log_ndtr(low)
+    return -(log_high + torch.log1p(-(log_low - log_high).exp())).flatten(1).sum(1)
 
 
-def vlb(scheduler: DDPMScheduler, predict: Callable[[Tensor, int], Tensor], x_0: Tensor, noise: Callable[[int], Tensor], *,
-        pixels: bool, timesteps: list[int] | None = None) -> dict[str, Tensor]:  # fmt: skip
-    """The variational bound on -log p(x_0) in nats, its terms and their sum, (B,) each.
+def vlb(
+    scheduler: DDPMScheduler,
+    predict: Callable[[Tensor, Tensor], Tensor],
+    x_0: Tensor,
+    generator: torch.Generator | None = None,
+    levels: int | None = 256,
+) -> dict[str, Tensor]:
+    """The terms of the variational bound on -log p(x_0) in nats: prior (B,), steps (B, n-1) and decoder (B,).
 
-    `predict(x_t, t)` is the network, `noise(t)` the eps (B, ...) of the direct jump to t. `timesteps` estimates the sum
-    over t = 1 … T-1 by a mean over those times T - 1; None takes all.
+    The chain is the scheduler's plan: all T timesteps, or those of `set_timesteps`. `predict(x_t, t)` is the network,
+    t (B,); it is called once a timestep, and its x_0 is clipped as in sampling. Each term is a one-sample estimate.
     """
-    T = len(scheduler)
-    chosen = list(range(1, T)) if timesteps is None else timesteps
+    plan = [int(t) for t in scheduler.timesteps]
+    if len(plan) < 2:
+        raise ValueError(f"the bound needs a chain of at least 2 timesteps, got {len(plan)}")
+    steps = []
+    for t, s in zip(plan, [*plan[1:], -1], strict=True):
+        eps = torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype, device=x_0.device)
+        x_t = scheduler.add_noise(x_0, eps, t)
+        output = predict(x_t, torch.full((len(x_0),), t, device=x_0.device))
+        x_0_hat = scheduler.clip(scheduler.predict_x_0(output, t, x_t))
+        if s >= 0:
+            steps.append(kl(scheduler, x_0, x_0_hat, x_t, t, s))
+    variance = scheduler.posterior(x_0, x_0, plan[-2], plan[-1])[1]  # beta~_2, since beta~_1 = 0
+    last = decoder(x_0, x_0_hat, variance, levels)
+    return {"prior": prior(scheduler, x_0, plan[0]), "steps": torch.stack(steps, 1), "decoder": last}
 
-    def x_0_hat(t):
-        x_t = scheduler.add_noise(x_0, noise(t), t)
-        return scheduler.clip(scheduler.predict_x_0(predict(x_t, t), t, x_t)), x_t
 
-    steps = torch.zeros(len(x_0), dtype=x_0.dtype, device=x_0.device)
-    for t in chosen:
-        guess, x_t = x_0_hat(t)
-        steps = steps + step_kl(scheduler, x_0, guess, x_t, t, t - 1) * (T - 1) / len(chosen)
-    prior, decoder = prior_kl(scheduler, x_0), decoder_nll(scheduler, x_0, x_0_hat(0)[0], pixels=pixels)
-    return {"prior": prior, "steps": steps, "decoder": decoder, "total": prior + steps + decoder}
+def bits_per_dimension(nats: Tensor, dimensions: int, space: str = "pixels") -> Tensor:
+    """Nats per example as bits per colour value; ValueError for a VAE's latents, whose bits are not the image's."""
+    if space not in SPACES:
+        raise ValueError(f"bits per dimension are defined for {' and '.join(SPACES)} (a permutation of pixels), got "
+                         f"{space!r}: a bound on latents says nothing about pixels")  # fmt: skip
+    return nats / (dimensions * math.log(2))
 
 
-def bits_per_dim(nats: Tensor, x_0: Tensor, *, lossless: bool) -> Tensor:
-    """Nats per image (B,) as bits per pixel value; ValueError for a VAE's latents, whose dimensions are no pixels."""
-    if not lossless:
-        raise ValueError("bits per dimension are of pixels (or their lossless patches), not of a VAE's latents: report nats")
-    return nats / (x_0[0].numel() * math.log(2))
+def _refuse_clean(s: int | Tensor) -> None:
+    if (torch.as_tensor(s) < 0).any():
+        raise ValueError("the step to the clean image (s = -1) has beta~ = 0 and an infinite KL; its term is `decoder`")

@@ -58,8 +58,8 @@ def zero_terminal_snr(beta: Tensor) -> Tensor:
 class DDPMScheduler(SchedulerMixin, ConfigMixin):
     """q(x_t | x_0) forwards, p(x_s | x_t) backwards, for any s < t. Configuration keys and defaults are diffusers' own.
 
-    Every method takes a timestep as an int, a 0-d tensor or one per example (B,). Coefficients are computed in the
-    sample's dtype but never below float32; results come back in the sample's dtype.
+    Every method takes a timestep as an int, a 0-d tensor or one per example (B,). Arithmetic runs in the sample's dtype
+    but never below float32; what a network or a loop takes next (x_t, v, x_s) comes back in the sample's dtype.
     """
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers]
@@ -88,7 +88,7 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
     def add_noise_step(self, x_s: Tensor, noise: Tensor, t: int | Tensor, s: int | Tensor | None = None) -> Tensor:
         """(1) x_t = sqrt(alpha) x_s + sqrt(1 - alpha) eps, one step of the chain; s = t - 1 unless given."""
         alpha = self.abar(t, x_s) / self.abar(t - 1 if s is None else s, x_s)
-        return (alpha.sqrt() * x_s + (1 - alpha).sqrt() * noise).to(x_s.dtype)
+        return (alpha.sqrt() * x_s.to(alpha.dtype) + (1 - alpha).sqrt() * noise.to(alpha.dtype)).to(x_s.dtype)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: int | Tensor) -> Tensor:
         """(5) the direct jump x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps."""
@@ -120,7 +120,7 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
     def predict_eps(self, x_0: Tensor, x_t: Tensor, t: int | Tensor) -> Tensor:
         """(5), rearranged for the noise: eps = (x_t - sqrt(abar_t) x_0) / sqrt(1 - abar_t)."""
         abar_t = self.abar(t, x_t)
-        return (x_t - abar_t.sqrt() * x_0) / (1 - abar_t).sqrt()
+        return (x_t.to(abar_t.dtype) - abar_t.sqrt() * x_0.to(abar_t.dtype)) / (1 - abar_t).sqrt()
 
     def posterior(self, x_0: Tensor, x_t: Tensor, t: int | Tensor, s: int | Tensor) -> tuple[Tensor, Tensor]:
         """(8), (9) mean (B, ...) and variance of q(x_s | x_t, x_0) for s < t; the lecture's mu~ and beta~ at s = t - 1."""
@@ -128,6 +128,7 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         alpha = abar_t / abar_s  # alpha_t when s = t - 1
         x_0_part = abar_s.sqrt() * (1 - alpha) / (1 - abar_t)
         x_t_part = alpha.sqrt() * (1 - abar_s) / (1 - abar_t)
+        x_0, x_t = x_0.to(abar_t.dtype), x_t.to(abar_t.dtype)
         return x_0_part * x_0 + x_t_part * x_t, (1 - abar_s) / (1 - abar_t) * (1 - alpha)
 
     def transition(self, x_0: Tensor, x_t: Tensor, t: int | Tensor, s: int | Tensor, eta: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -196,7 +197,7 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         timesteps: list[int] | None = None,
     ) -> None:
         """Plan the timesteps of a sampling run: so many, spaced as configured, or these, in decreasing order."""
-        T = self.config.num_train_timesteps
+        T = len(self)
         if num_inference_steps is not None and timesteps is not None:
             raise ValueError("pass either num_inference_steps or timesteps, got both")
         if timesteps is None:
@@ -230,14 +231,14 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         return torch.tensor(following, device=wanted.device).reshape(wanted.shape)
 
     def _count(self, n) -> int:
-        T = self.config.num_train_timesteps
+        T = len(self)
         whole = isinstance(n, int | np.integer) and not isinstance(n, bool)
         if not whole or not 1 <= n <= T:
             raise ValueError(f"num_inference_steps must be a whole number from 1 to {T} (num_train_timesteps), got {n!r}")
         return int(n)
 
     def _spaced(self, n: int) -> list[int]:
-        T = self.config.num_train_timesteps
+        T = len(self)
         if self.config.timestep_spacing == "linspace":
             plan = np.linspace(T - 1, 0, n).round()
         elif self.config.timestep_spacing == "leading":
@@ -278,7 +279,7 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
             beta = SCHEDULES[beta_schedule](num_train_timesteps, beta_start, beta_end)
         if len(beta) != num_train_timesteps and trained_betas is None:
             raise ValueError(f"num_train_timesteps must be at least 1, got {num_train_timesteps}")
-        if not ((beta > 0) & (beta < 1)).all():
+        if not ((beta > 0) & (beta < 1))[:-1].all() or not 0 < beta[-1] <= 1:  # beta_T = 1: zero terminal SNR
             raise ValueError(f"every beta must lie in (0, 1), got {beta.min():.3g} … {beta.max():.3g} "
                              f"from beta_start={beta_start}, beta_end={beta_end}")  # fmt: skip
         if rescale_betas_zero_snr:
@@ -295,8 +296,8 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
 
     def _warn(self, beta: Tensor) -> None:
         config, last = self.config, float(self._abar[-1])
-        if config.rescale_betas_zero_snr and config.prediction_type == "epsilon":
-            warnings.warn("rescale_betas_zero_snr with prediction_type='epsilon': at the last timestep abar = 0 and the noise "
+        if last == 0 and config.prediction_type == "epsilon":
+            warnings.warn("zero terminal SNR with prediction_type='epsilon': at the last timestep abar = 0 and the noise "
                           "says nothing about x_0; use v_prediction or sample.", stacklevel=4)  # fmt: skip
         if config.thresholding and config.sample_max_value is not None and config.sample_max_value <= 1:
             warnings.warn("thresholding=True with sample_max_value=1.0 is a plain clamp to [-1, 1]; sample_max_value=None "
@@ -323,4 +324,4 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         return sample
 
     def __len__(self) -> int:
-        return self.config.num_train_timesteps
+        return len(self._abar) - 1  # num_train_timesteps, or the number of trained_betas
