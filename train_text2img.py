@@ -78,9 +78,8 @@ def prepare(config: Config, checkpoint: Path | None, device: torch.device) -> Pa
     torch.manual_seed(config.seed)  # the network's first weights
     unet = (models.unet(config, empty.shape[-1]) if checkpoint is None
             else UNet2DConditionModel.from_pretrained(checkpoint / "unet", use_safetensors=True))  # fmt: skip
-    diffusion = {k: v for k, v in vars(config.diffusion).items()}
     return Parts(images, held_out, states.to(device), encode(held_out.captions).to(device) if held_out else None,
-                 empty.to(device), unet.to(memory_format=torch.channels_last), DDPMScheduler(**diffusion),
+                 empty.to(device), unet.to(memory_format=torch.channels_last), DDPMScheduler(**vars(config.diffusion)),
                  models.autoencoder(config.model), tokenizer, encoder.to(device))  # fmt: skip
 
 

@@ -104,7 +104,7 @@ def plot_run(run: Run, images, scheduler, vae) -> Path:
         rows = torch.linspace(0, len(images) - 1, min(512, len(images))).long()
         x_0 = images.images[rows].float() / 127.5 - 1
         x_0 = x_0 if vae is None else vae.encode(x_0).latents
-        floor = [float(irreducible_loss(x_0, scheduler, t)) for t in grid]
+        floor = [irreducible_loss(x_0, scheduler, t).mean().item() for t in grid]
         right.plot(grid, floor, "k--", label="irreducible without captions (exact denoiser)")
         right.set(xlabel="timestep", ylabel="mean squared error of x_0", yscale="log", title="Error by timestep")
         right.legend()
