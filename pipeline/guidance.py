@@ -47,7 +47,7 @@ def weights(w: Weight, prompts: int, level: float | None = None, name: str = "w"
         raise InputError(f"{name} is {value!r}, expected a finite number, one for each prompt, or a function of the noise "
                          "level: w=0 draws without guidance, w=2 is a good start")  # fmt: skip
     if len(values) != prompts:
-        raise InputError(f"{name} has {len(values)} values for {prompts} prompts, expected one for each: pass {prompts} or a number")
+        raise InputError(f"{name} has {len(values)} values for {prompts} prompts, expected one each: pass {prompts} or a number")
     return torch.tensor(values, dtype=torch.float64)
 
 

@@ -5,6 +5,7 @@ import inspect
 import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, ModelMixin, SchedulerMixin, UNet2DConditionModel
@@ -44,8 +45,8 @@ class TextToImagePipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
-    _optional_components = ["text_encoder", "tokenizer", "vae"]
-    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+    _optional_components: ClassVar[list[str]] = ["text_encoder", "tokenizer", "vae"]
+    _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "prompt_embeds", "negative_prompt_embeds"]
 
     def __init__(
         self,
@@ -273,8 +274,8 @@ class TextToImagePipeline(DiffusionPipeline):
         A CLIP encoder sees its padding, as in Stable Diffusion; others do not, and their padded positions are zero.
         """
         if self.tokenizer is None or self.text_encoder is None:
-            raise InputError(f"this pipeline has no text encoder to read {captions} with, expected caption states: pass {instead}")
-        captions = [unicodedata.normalize("NFC", caption) for caption in captions]
+            raise InputError(f"this pipeline has no text encoder to read {captions} with, expected states: pass {instead}")
+        captions = [normalize(caption) for caption in captions]
         length = self._caption_length(captions)
         tokens = self.tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt",
                                 return_attention_mask=True).to(device)  # fmt: skip
@@ -359,6 +360,12 @@ class TextToImagePipeline(DiffusionPipeline):
         if tuple(latents.shape) != shape:
             raise InputError(f"latents is {tuple(latents.shape)}, expected {shape}: draw them in that shape")
         return latents.to(device, dtype)
+
+
+def normalize(caption: str) -> str:
+    """A caption as training reads it: NFC, no control characters, single spaces."""
+    kept = "".join(letter if unicodedata.category(letter) != "Cc" else " " if letter.isspace() else "" for letter in caption)
+    return " ".join(unicodedata.normalize("NFC", kept).split())
 
 
 def whole(n) -> bool:
