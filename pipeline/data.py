@@ -143,7 +143,8 @@ def split_folder(source: Path, split: str) -> Path:
     if (source / split).is_dir():
         return source / split
     known = sorted(p.name for p in source.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if split == "train" and not {"test", "validation"} & set(known) and any(p.suffix.lower() in SUFFIXES or p.name == "metadata.jsonl" for p in source.iterdir()):
+    pictures = any(p.suffix.lower() in SUFFIXES or p.name == "metadata.jsonl" for p in source.iterdir())
+    if split == "train" and pictures and not {"test", "validation"} & set(known):
         return source
     raise DataError(f"{source} has no split {split!r}: it has {', '.join(known) or 'no folders'}")
 
@@ -159,11 +160,14 @@ def stat(path: str | None) -> tuple[int, int]:
 
 def folder_rows(folder: Path, caption_column: str | None) -> tuple[list[dict], list[str]]:
     """(rows, notes) of one folder: a row an image, sorted by name, or as metadata.jsonl lists them."""
-    files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*"))
-             if p.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in p.relative_to(folder).parts)}  # fmt: skip
+    paths = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in SUFFIXES]
+    files = {p.relative_to(folder).as_posix(): p for p in paths}
+    files = {name: p for name, p in files.items() if not any(part.startswith(".") for part in name.split("/"))}
     listing = folder / "metadata.jsonl"
     if listing.is_file():
         entries = read_jsonl(listing)
+        if not entries:
+            return [], []
         column = find_column(listing, [e for e in entries if isinstance(e, dict)], caption_column)
         rows = [listed_row(folder, i, entry, column) for i, entry in enumerate(entries, 1)]
         unlisted = sorted(files.keys() - {row["name"] for row in rows})
@@ -251,8 +255,8 @@ def prepare(table: datasets.Dataset, stamp: str, source: str, resolution: int, n
             cache_dir: str | Path | None, max_broken: float) -> CaptionedImages:  # fmt: skip
     """Decode a table's images once, keep them in the cache under (stamp, resolution), and leave the broken rows out."""
     key = digest("pixels", VERSION, stamp, resolution)
-    features = datasets.Features({name: datasets.Value(kind) for name, kind in [
-        ("name", "string"), ("caption", "string"), ("problem", "string"), ("metadata", "string"), ("pixels", "binary")]})  # fmt: skip
+    features = datasets.Features({name: feature for name, feature in table.features.items() if name != "image"})
+    features["pixels"] = datasets.Value("binary")
     prepared = table.map(
         prepare_row, fn_kwargs={"resolution": resolution}, remove_columns=["image"], features=features, new_fingerprint=key,
         cache_file_name=cache_file(cache_dir, "images", key), writer_batch_size=64, desc="Preparing images")  # fmt: skip
@@ -329,7 +333,7 @@ def cache_file(cache_dir: str | Path | None, what: str, key: str) -> str:
 
 @torch.no_grad()
 def caption_states(captions: list[str], tokenizer, text_encoder, length: int) -> Tensor:
-    """The encoder's last hidden states (B, length, D), float32 on the CPU; zero where padded, but for CLIP, which reads padding."""
+    """The encoder's last hidden states (B, length, D), float32 on the CPU; zero where padded, save for CLIP."""
     device = next(text_encoder.parameters()).device
     tokens = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt").to(device)
     if text_encoder.config.model_type in CLIP:

@@ -252,9 +252,9 @@ def fill(folder: Path, split: dict[str, list[Emoji]], size: int) -> None:
         for e in split[part]:
             picture = draw(e.path, size)
             picture.save(folder / part / e.file_name)
-            original = first.setdefault(picture.tobytes(), e.emoji)
+            twin = first.setdefault(picture.tobytes(), e.emoji)
             rows.append({"file_name": e.file_name, "caption": e.caption, "emoji": e.emoji, "category": e.category,
-                         "grid": e.grid, "factors": e.factors, "duplicate_of": None if original == e.emoji else original})  # fmt: skip
+                         "grid": e.grid, "factors": e.factors, "duplicate_of": None if twin == e.emoji else twin})  # fmt: skip
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / part / "metadata.jsonl").write_text(lines, encoding="utf-8")
 
@@ -275,7 +275,7 @@ def exchange(new: Path, folder: Path, manifest: dict) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0 written, 2 refused."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.emoji", description="Write emoji with their names as an image folder.")
+    parser = argparse.ArgumentParser(prog="python -m pipeline.emoji", description=__doc__.splitlines()[0])
     parser.add_argument("folder")
     parser.add_argument("--set", default="emoji", help="; ".join(SETS))
     parser.add_argument("--size", type=int, default=64, help="pixels a side; Twemoji's own is 72")
