@@ -4,9 +4,11 @@ Numbers in brackets are the equations of docs/equations.md. Library time counts 
 image is library time -1, where abar = 1. All variances are per dimension.
 """
 
+import itertools
 import math
 import operator
 import warnings
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -62,7 +64,7 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
     but never below float32; what a network or a loop takes next (x_t, v, x_s) comes back in the sample's dtype.
     """
 
-    _compatibles = [e.name for e in KarrasDiffusionSchedulers]
+    _compatibles: ClassVar = [e.name for e in KarrasDiffusionSchedulers]
     order = 1
 
     # -- forwards ------------------------------------------------------------------------------------------------
@@ -123,7 +125,7 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         return (x_t.to(abar_t.dtype) - abar_t.sqrt() * x_0.to(abar_t.dtype)) / (1 - abar_t).sqrt()
 
     def posterior(self, x_0: Tensor, x_t: Tensor, t: int | Tensor, s: int | Tensor) -> tuple[Tensor, Tensor]:
-        """(8), (9) mean (B, ...) and variance of q(x_s | x_t, x_0) for s < t; the lecture's mu~ and beta~ at s = t - 1."""
+        """(8), (9) mean (B, ...) and variance of q(x_s | x_t, x_0), s < t; the lecture's mu~ and beta~ at s = t - 1."""
         abar_t, abar_s = self.abar(t, x_t), self.abar(s, x_t)
         alpha = abar_t / abar_s  # alpha_t when s = t - 1
         x_0_part = abar_s.sqrt() * (1 - alpha) / (1 - abar_t)
@@ -131,7 +133,9 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         x_0, x_t = x_0.to(abar_t.dtype), x_t.to(abar_t.dtype)
         return x_0_part * x_0 + x_t_part * x_t, (1 - abar_s) / (1 - abar_t) * (1 - alpha)
 
-    def transition(self, x_0: Tensor, x_t: Tensor, t: int | Tensor, s: int | Tensor, eta: float = 1.0) -> tuple[Tensor, Tensor]:
+    def transition(
+        self, x_0: Tensor, x_t: Tensor, t: int | Tensor, s: int | Tensor, eta: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
         """Mean and variance of p(x_s | x_t): (10) with the configured variance at eta = 1, (19) below it."""
         mean, variance = self.posterior(x_0, x_t, t, s)
         if self.config.variance_type.startswith("fixed_large"):
@@ -204,10 +208,11 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
             plan = self._spaced(self._count(num_inference_steps))
         else:
             plan = [operator.index(t) for t in timesteps]
-            if not plan or any(a <= b for a, b in zip(plan, plan[1:], strict=False)):
+            if not plan or any(a <= b for a, b in itertools.pairwise(plan)):
                 raise ValueError(f"timesteps must be in decreasing order, got {list(timesteps)}")
         if plan[0] >= T or plan[-1] < 0:
-            raise ValueError(f"timesteps must lie in [0, {T - 1}] (num_train_timesteps is {T}), got {plan[0]} … {plan[-1]}")
+            raise ValueError(f"timesteps must lie in [0, {T - 1}] (num_train_timesteps is {T}), "
+                             f"got {plan[0]} … {plan[-1]}")  # fmt: skip
         if timesteps is None and self._abar[plan[0] + 1] > NOISE_FLOOR >= self._abar[-1]:
             warnings.warn(f"{len(plan)} steps spaced {self.config.timestep_spacing!r} start at t={plan[0]}, where "
                           f"abar = {self._abar[plan[0] + 1]:.2g}: that is no pure noise. timestep_spacing='trailing' "
@@ -218,7 +223,7 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         self._next = dict(zip(plan, [*plan[1:], -1], strict=True))
 
     def previous_timestep(self, timestep: int | Tensor) -> int | Tensor:
-        """The timestep s that sampling goes to from t: the next one of the plan, t - 1 without a plan, -1 at the end."""
+        """The timestep s that sampling goes to from t: the plan's next, t - 1 without a plan, -1 at the end."""
         if self._next is None:
             return timestep - 1
         wanted = torch.as_tensor(timestep)
@@ -234,7 +239,8 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         T = len(self)
         whole = isinstance(n, int | np.integer) and not isinstance(n, bool)
         if not whole or not 1 <= n <= T:
-            raise ValueError(f"num_inference_steps must be a whole number from 1 to {T} (num_train_timesteps), got {n!r}")
+            raise ValueError(f"num_inference_steps must be a whole number from 1 to {T} (num_train_timesteps), "
+                             f"got {n!r}")  # fmt: skip
         return int(n)
 
     def _spaced(self, n: int) -> list[int]:
@@ -268,9 +274,12 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
     ):
-        for name, value, known in [("beta_schedule", beta_schedule, SCHEDULES), ("variance_type", variance_type, VARIANCES),
-                                   ("prediction_type", prediction_type, PREDICTIONS),
-                                   ("timestep_spacing", timestep_spacing, SPACINGS)]:  # fmt: skip
+        for name, value, known in [
+            ("beta_schedule", beta_schedule, SCHEDULES),
+            ("variance_type", variance_type, VARIANCES),
+            ("prediction_type", prediction_type, PREDICTIONS),
+            ("timestep_spacing", timestep_spacing, SPACINGS),
+        ]:
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         if trained_betas is not None:
@@ -297,19 +306,19 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
     def _warn(self, beta: Tensor) -> None:
         config, last = self.config, float(self._abar[-1])
         if last == 0 and config.prediction_type == "epsilon":
-            warnings.warn("zero terminal SNR with prediction_type='epsilon': at the last timestep abar = 0 and the noise "
-                          "says nothing about x_0; use v_prediction or sample.", stacklevel=4)  # fmt: skip
+            warnings.warn("zero terminal SNR with prediction_type='epsilon': at the last timestep abar = 0 and the "
+                          "noise says nothing about x_0; use v_prediction or sample.", stacklevel=4)  # fmt: skip
         if config.thresholding and config.sample_max_value is not None and config.sample_max_value <= 1:
-            warnings.warn("thresholding=True with sample_max_value=1.0 is a plain clamp to [-1, 1]; sample_max_value=None "
-                          "sets no maximum.", stacklevel=4)  # fmt: skip
+            warnings.warn(f"thresholding=True with sample_max_value={config.sample_max_value} is a plain clamp to "
+                          "[-1, 1]; sample_max_value=None sets no maximum.", stacklevel=4)  # fmt: skip
         if last > NOISE_FLOOR and config.trained_betas is None:
             scale = 1.01 * math.log(NOISE_FLOOR) / math.log(last)
             start, end = scale * config.beta_start, scale * config.beta_end
-            fits = end < 1 and config.beta_schedule != "squaredcos_cap_v2"
-            cure = (f"beta_start={start:.3g}, beta_end={end:.3g} end below {NOISE_FLOOR:g}" if fits
-                    else "no range of betas below 1 ends in noise; take more timesteps or rescale_betas_zero_snr=True")  # fmt: skip
-            warnings.warn(f"the chain ends at abar = {last:.3g}, which is no pure noise: with {len(beta)} timesteps {cure}.",
-                          stacklevel=4)  # fmt: skip
+            cure = "no range of betas below 1 ends in noise; take more timesteps or rescale_betas_zero_snr=True"
+            if end < 1 and config.beta_schedule != "squaredcos_cap_v2":
+                cure = f"beta_start={start:.3g}, beta_end={end:.3g} end below {NOISE_FLOOR:g}"
+            warnings.warn(f"the chain ends at abar = {last:.3g}, which is no pure noise: with {len(beta)} timesteps "
+                          f"{cure}.", stacklevel=4)  # fmt: skip
 
     def _check_range(self, t: int) -> None:
         if not -1 <= t < len(self._abar) - 1:
