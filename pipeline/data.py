@@ -132,7 +132,7 @@ def load_images(source: str | Path, split: str = "train", resolution: int = 64, 
     table = datasets.Dataset.from_list(rows, features=datasets.Features({
         "image": datasets.Image(decode=False), "name": datasets.Value("string"), "caption": datasets.Value("string"),
         "problem": datasets.Value("string"), "metadata": datasets.Value("string")}))  # fmt: skip
-    stamp = digest([(row, stat(row["image"]["path"])) for row in rows])
+    stamp = digest([(row, stat(row["image"]["path"]) if row["image"] else None) for row in rows])
     return prepare(table, stamp, str(folder), resolution, notes, cache_dir, max_broken)
 
 
@@ -149,12 +149,9 @@ def split_folder(source: Path, split: str) -> Path:
     raise DataError(f"{source} has no split {split!r}: it has {', '.join(known) or 'no folders'}")
 
 
-def stat(path: str | None) -> tuple[int, int]:
-    """Size and time of a file, (0, 0) if there is none."""
-    try:
-        found = Path(path).stat()
-    except (OSError, TypeError):
-        return 0, 0
+def stat(path: str) -> tuple[int, int]:
+    """Size and time of a file."""
+    found = Path(path).stat()
     return found.st_size, found.st_mtime_ns
 
 
@@ -244,7 +241,7 @@ def as_row(name: str, path: Path | None, caption: object, problem: str = "", met
         text, path, problem = "", None, "its file name is not valid UTF-8"
     except BrokenRow as error:
         text, problem = "", str(error)
-    return {"image": {"path": str(path) if path else None, "bytes": None}, "name": printable(name), "caption": text,
+    return {"image": {"path": str(path), "bytes": None} if path else None, "name": printable(name), "caption": text,
             "problem": printable(problem), "metadata": json.dumps({"file_name": name} | (metadata or {}))}  # fmt: skip
 
 
@@ -296,8 +293,8 @@ def decode(content: bytes, resolution: int) -> np.ndarray:
         picture = on_white(PIL.ImageOps.exif_transpose(picture))
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    square = picture.resize((resolution, resolution), PIL.Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
-    return np.asarray(square).transpose(2, 0, 1)
+    square = picture.crop((left, top, left + side, top + side))  # resize(box=...) would read beyond the box
+    return np.asarray(square.resize((resolution, resolution), PIL.Image.Resampling.LANCZOS)).transpose(2, 0, 1)
 
 
 def on_white(picture: PIL.Image.Image) -> PIL.Image.Image:
