@@ -68,12 +68,17 @@ def chosen(device: str | None) -> str:
 
 def load(path: Path):
     """The pipeline saved in a folder, from safetensors only."""
+    from diffusers.utils import logging
+    from transformers.utils import logging as transformers_logging
+
     from pipeline.text_to_image import TextToImagePipeline
 
+    logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     try:
         return TextToImagePipeline.from_pretrained(path, use_safetensors=True, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be loaded ({' '.join(str(error).split())}), expected a complete saved pipeline: "
+        raise ValueError(f"{path} cannot be loaded ({' '.join(str(error).split()).rstrip('.')}), expected a complete saved pipeline: "
                          "save or download it again") from error  # fmt: skip
 
 

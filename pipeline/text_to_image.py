@@ -1,6 +1,7 @@
 """From a prompt to an image: captions, the sampling loop of (16) under guidance (17), the picture."""
 
 import copy
+import importlib
 import inspect
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -65,6 +66,14 @@ class TextToImagePipeline(DiffusionPipeline):
         self.vae_scale_factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._guidance_scale, self._num_timesteps, self._interrupt = plus(w, 1), 0, False
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """A saved pipeline, as diffusers loads it. It takes a class of ours only from a module that is imported already."""
+        if __package__ == "pipeline":  # elsewhere this file has come from the Hub alone
+            for module in ("scheduler", "patches"):
+                importlib.import_module(f"{__package__}.{module}")
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @property
     def guidance_scale(self) -> Weight:
@@ -356,7 +365,7 @@ class TextToImagePipeline(DiffusionPipeline):
                 raise InputError(f"{name} is {side!r}, expected a multiple of {f}: this model was trained at {h * f}x{w * f}")
         shape, dtype = (B, self.unet.config.in_channels, height // f, width // f), at_least_float32(self.unet.dtype)
         if latents is None:
-            return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+            return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
         if tuple(latents.shape) != shape:
             raise InputError(f"latents is {tuple(latents.shape)}, expected {shape}: draw them in that shape")
         return latents.to(device, dtype)

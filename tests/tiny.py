@@ -37,7 +37,7 @@ def tiny_text(kind: str = "bert", length: int = 8) -> tuple:
         tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
         tokenizer = BertTokenizer(vocab={token: i for i, token in enumerate(tokens)}, model_max_length=length)
         config = BertConfig(vocab_size=len(tokens), max_position_embeddings=length, **small)
-        return tokenizer, seeded(lambda: BertModel(config, add_pooling_layer=False))
+        return tokenizer, seeded(lambda: BertModel(config))
     letters = string.ascii_lowercase + string.digits + string.punctuation
     tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=length)

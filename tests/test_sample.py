@@ -1,0 +1,107 @@
+"""The command line: the pictures it draws, and one sentence for each mistake."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import tiny_pipeline
+
+from pipeline import sample
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run's folder with a tiny pipeline in it."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    tiny_pipeline(patch_size=2, w=1.0).save_pretrained(folder / "pipeline")
+    return folder
+
+
+@pytest.fixture
+def output(tmp_path):
+    return tmp_path / "cat.png"
+
+
+def refused(capsys, *arguments):
+    """What the command line says to bad input: one sentence, exit status 2."""
+    capsys.readouterr()
+    assert sample.main([str(a) for a in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert err.startswith("error: ") and err.count("\n") == 1
+    return err
+
+
+def test_a_fresh_process_draws_what_the_pipeline_draws(run, output):
+    command = [sys.executable, "-m", "pipeline.sample", run, "a green cat", "--w", "2", "--seed", "7", "--steps", "2",
+               "--eta", "1", "--n", "1", "--device", "cpu", "-o", output]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{output}\n"
+    image = tiny_pipeline(patch_size=2)("a green cat", w=2.0, seed=7, num_inference_steps=2, eta=1.0).images[0]
+    difference = np.asarray(Image.open(output)).astype(int) - np.asarray(image).astype(int)
+    assert np.abs(difference).max() <= 1  # the other process may use another number of threads
+
+
+@pytest.mark.parametrize("model", [".", "pipeline"])
+def test_a_run_or_its_pipeline_at_the_models_own_weight(run, output, model):
+    assert sample.main([str(run / model), "red heart", "--steps", "2", "--device", "cpu", "-o", str(output)]) == 0
+    image = tiny_pipeline(patch_size=2)("red heart", w=1.0, seed=0, num_inference_steps=2).images[0]
+    assert np.array_equal(np.asarray(Image.open(output)), np.asarray(image))
+
+
+def test_several_pictures_have_numbers_and_seeds_that_count_up(run, output, capsys):
+    arguments = [str(run), "red heart", "--steps", "2", "--device", "cpu"]
+    assert sample.main([*arguments, "--n", "2", "--seed", "3", "-o", str(output)]) == 0
+    assert capsys.readouterr().out == "".join(f"{output.with_stem(f'cat-{i}')}\n" for i in range(2))
+    assert sample.main([*arguments, "--seed", "4", "-o", str(output)]) == 0
+    second, alone = (np.asarray(Image.open(f)).astype(int) for f in (output.with_stem("cat-1"), output))
+    assert np.abs(second - alone).max() <= 1
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--steps", "0"], "num_inference_steps is 0, expected a whole number from 1 to 1000"),
+    (["--w", "inf"], "w is inf, expected a finite number"),
+    (["--eta", "2"], "eta is 2.0, expected a number from 0"),
+    (["--seed", "-1"], "seed is -1, expected a whole number"),
+    (["--n", "0"], "--n is 0, expected 1 or more"),
+    (["--device", "abacus"], "--device is abacus, expected one that this machine has"),
+    (["-o", "cat.txt"], "-o is cat.txt, expected a name that ends in one of .png"),
+    (["-o", "no/such/cat.png"], "create no/such first"),
+])  # fmt: skip
+def test_bad_settings(run, output, capsys, arguments, message):
+    assert message in refused(capsys, run, "cat", "--device", "cpu", "-o", output, *arguments)
+    assert not output.exists()
+
+
+def test_models_that_are_not_there(tmp_path, capsys, output):
+    assert "does not exist, expected the folder of a run" in refused(capsys, tmp_path / "none", "cat", "-o", output)
+    assert "hf download someone/emoji --local-dir" in refused(capsys, "someone/emoji", "cat", "-o", output)
+    assert "holds no pipeline" in refused(capsys, tmp_path, "cat", "-o", output)
+    (tmp_path / "config.yaml").write_text("name: unfinished\n")
+    assert "its training has not finished" in refused(capsys, tmp_path, "cat", "-o", output)
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "index"])
+def test_a_damaged_model_is_one_sentence(tmp_path, capsys, output, damage):
+    folder = tmp_path / "tiny"
+    tiny_pipeline().save_pretrained(folder)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    if damage == "missing":
+        weights.unlink()
+    elif damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    else:
+        (folder / "model_index.json").write_text("{")
+    assert f"{folder} cannot be loaded" in refused(capsys, folder, "cat", "-o", output)
+
+
+def test_a_misspelt_option_is_argparse_s_own_error(run, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        sample.main([str(run), "cat", "--stepz", "3"])
+    assert "unrecognized arguments: --stepz" in capsys.readouterr().err
