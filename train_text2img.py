@@ -97,6 +97,15 @@ def lr_schedule(optimizer, train: settings.TrainConfig):
     return torch.optim.lr_scheduler.LambdaLR(optimizer, share)
 
 
+def restore(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Load an optimiser's state in each weight's own memory format: the fused CPU kernel reads both as they lie."""
+    optimizer.load_state_dict(state)
+    for weight, moments in optimizer.state.items():
+        for name, value in moments.items():
+            if value.shape == weight.shape:
+                moments[name] = torch.empty_like(weight).copy_(value)
+
+
 def batch_loss(unet, parts: Parts, config: Config, step: int, slots: torch.Tensor) -> torch.Tensor:
     """The training loss of the examples at `slots` of the global batch of one step, one value each (B,)."""
     seed, train, device = config.seed, config.train, parts.empty.device
@@ -179,8 +188,10 @@ def train(config: Config, dry_run: bool = False) -> int:
     """Train as configured, from the newest checkpoint if there is one; the exit code."""
     if config.report_to and config.report_to not in [str(t.value) for t in get_available_trackers()]:
         raise ConfigError(f"report_to {config.report_to!r} is not installed here: pip install {config.report_to}")
+    cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())  # told, torchrun's ranks find each other
+    device = PartialState(cpu=cpu).device
     accelerator = Accelerator(
-        mixed_precision=models.precision(config.train.precision, PartialState().device), log_with=config.report_to,
+        cpu=cpu, mixed_precision=models.precision(config.train.precision, device), log_with=config.report_to,
         gradient_accumulation_steps=config.train.accumulation, project_dir=config.folder)  # fmt: skip
     set_threads(config, accelerator)
     share = config.train.batch_size // config.train.accumulation
@@ -212,7 +223,7 @@ def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Pa
     state = {"step": 0, "skipped": 0, "seconds": 0.0, "losses": []}  # losses: since the last line of the log
     if checkpoint:
         saved = runs.load_state(checkpoint, "trainer")
-        optimizer.load_state_dict(saved["optimizer"])
+        restore(optimizer, saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
         ema.load_state_dict(saved["ema"])
         state = saved["state"]
