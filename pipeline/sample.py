@@ -78,8 +78,8 @@ def load(path: Path):
     try:
         return TextToImagePipeline.from_pretrained(path, use_safetensors=True, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be loaded ({' '.join(str(error).split()).rstrip('.')}), expected a complete saved pipeline: "
-                         "save or download it again") from error  # fmt: skip
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(f"{path} cannot be loaded ({reason}), expected a complete saved pipeline: save or download it again") from error
 
 
 def main(argv: list[str] | None = None) -> int:
