@@ -79,7 +79,7 @@ def load(path: Path):
         return TextToImagePipeline.from_pretrained(path, use_safetensors=True, local_files_only=True)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
-        raise ValueError(f"{path} cannot be loaded ({reason}), expected a complete saved pipeline: save or download it again") from error
+        raise ValueError(f"{path} cannot be loaded ({reason}), expected a complete saved pipeline: save it again") from error
 
 
 def main(argv: list[str] | None = None) -> int:
