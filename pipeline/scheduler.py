@@ -286,7 +286,7 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
             beta = torch.as_tensor(trained_betas, dtype=torch.float64)
         else:
             beta = SCHEDULES[beta_schedule](num_train_timesteps, beta_start, beta_end)
-        if len(beta) != num_train_timesteps and trained_betas is None:
+        if not len(beta):
             raise ValueError(f"num_train_timesteps must be at least 1, got {num_train_timesteps}")
         if not ((beta > 0) & (beta < 1))[:-1].all() or not 0 < beta[-1] <= 1:  # beta_T = 1: zero terminal SNR
             raise ValueError(f"every beta must lie in (0, 1), got {beta.min():.3g} … {beta.max():.3g} "
