@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.guidance import InputError, guide, interval, plus, weights
@@ -15,6 +15,7 @@ def two(shape=(4, 3, 2, 2), dtype=torch.float64):
     return torch.randn(shape, generator=g, dtype=dtype), torch.randn(shape, generator=g, dtype=dtype)
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(FINITE)
 def test_guidance_is_the_lectures_combination(w):
     eps_c, eps_u = two()
@@ -45,6 +46,7 @@ def test_each_image_has_its_own_weight():
         torch.testing.assert_close(together[i], guide(eps_c[i], eps_u[i], float(w[i])), rtol=1e-14, atol=1e-14)
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(FINITE, FINITE)
 def test_guiding_x_0_is_guiding_eps(w, abar):
     """eps = (x_t - sqrt(abar) x_0) / sqrt(1 - abar) is affine in x_0 at one x_t, so (17) may be applied to either."""
