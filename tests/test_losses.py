@@ -1,0 +1,195 @@
+"""The objectives against each other, against closed forms and against the likelihood they bound."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+
+from pipeline.config import WEIGHTINGS
+from pipeline.losses import (
+    WEIGHTS,
+    bits_per_dimension,
+    decoder,
+    kl,
+    kl_in_noise,
+    noise_weight,
+    prior,
+    target,
+    training_loss,
+    vlb,
+    weight,
+)
+from pipeline.scheduler import PREDICTIONS, DDPMScheduler
+
+F64 = torch.float64
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+def abar_of_the_linear_schedule(t):
+    return np.prod(1 - np.linspace(1e-4, 0.02, 1000)[: t + 1])
+
+
+@pytest.mark.parametrize("gamma", [1.0, 5.0])
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_one_error_weighs_the_same_whatever_the_network_predicts(name, gamma):
+    """The three predictions of one x_0_hat have one loss: w(SNR) times the squared error of x_0."""
+    gamma = gamma if name.startswith("min_") else None
+    t, (x_0, x_0_hat, eps) = torch.tensor([5, 100, 500, 900]), (normal(4, 3, 4, 4, seed=i) for i in range(3))
+    snr = torch.tensor([a / (1 - a) for a in map(abar_of_the_linear_schedule, t.tolist())])
+    in_x_0 = {"simple": snr, "min_snr": snr, "velocity": 1 + snr, "min_velocity": 1 + snr, "x_0": 1 + 0 * snr}[name]
+    in_x_0 = in_x_0 if gamma is None else torch.minimum(in_x_0, torch.tensor(gamma))
+    expected = in_x_0 * (x_0 - x_0_hat).square().mean((1, 2, 3))
+    for prediction in PREDICTIONS:
+        scheduler = DDPMScheduler(prediction_type=prediction)
+        eps_hat = scheduler.predict_eps(x_0_hat, scheduler.add_noise(x_0, eps, t), t)
+        abar = scheduler.abar(t, x_0)
+        v_hat = abar.sqrt() * eps_hat - (1 - abar).sqrt() * x_0_hat
+        output = {"epsilon": eps_hat, "sample": x_0_hat, "v_prediction": v_hat}[prediction]
+        loss = training_loss(scheduler, output, x_0, eps, t, name, gamma)
+        assert loss.shape == (4,)
+        torch.testing.assert_close(loss, expected, rtol=1e-3, atol=0)  # weights are float32: 1 - abar loses digits
+
+
+def test_default_objective_is_the_plain_error_in_the_noise():
+    """(13): exactly, since its weight is 1."""
+    eps, output, t = normal(2, 3, 4, 4), normal(2, 3, 4, 4, seed=1), torch.tensor([0, 999])
+    loss = training_loss(DDPMScheduler(), output, normal(2, 3, 4, 4, seed=2), eps, t)
+    torch.testing.assert_close(loss, (eps - output).square().mean((1, 2, 3)), rtol=0, atol=0)
+
+
+def test_config_and_table_know_the_same_weights():
+    assert set(WEIGHTINGS) == set(WEIGHTS)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_target_is_what_the_scheduler_turns_back_into_the_image(prediction):
+    scheduler, t = DDPMScheduler(prediction_type=prediction), torch.tensor([3, 400, 999])
+    x_0, eps = normal(3, 5), normal(3, 5, seed=1)
+    out = scheduler.predict_x_0(target(scheduler, x_0, eps, t), t, scheduler.add_noise(x_0, eps, t))
+    torch.testing.assert_close(out, x_0, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_noise_has_no_weight_where_there_is_no_signal():
+    t = torch.tensor([3, 999])
+    with pytest.raises(ValueError, match="SNR = 0"):
+        weight(DDPMScheduler(rescale_betas_zero_snr=True), t)
+    for prediction in ("sample", "v_prediction"):
+        scheduler = DDPMScheduler(rescale_betas_zero_snr=True, prediction_type=prediction)
+        assert weight(scheduler, t, "min_velocity", 5.0)[1] == 1
+
+
+@pytest.mark.parametrize("name, gamma, message",
+                         [("p2", None, "simple, min_snr"), ("min_snr", None, "gamma"), ("simple", 5.0, "gamma"),
+                          ("min_velocity", 0.0, "gamma"), ("min_velocity", math.inf, "gamma")])  # fmt: skip
+def test_weights_that_mean_nothing_are_refused(name, gamma, message):
+    with pytest.raises(ValueError, match=message):
+        weight(DDPMScheduler(), torch.tensor([5]), name, gamma)
+
+
+# -- the bound -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+@pytest.mark.parametrize("t, s", [(999, 998), (500, 400), (1, 0)])
+def test_step_is_torch_s_own_gaussian_divergence(t, s, variance):
+    """(11): KL(q ‖ p), this way round."""
+    scheduler, (x_0, x_0_hat, x_t) = DDPMScheduler(variance_type=variance), (normal(4, 6, seed=i) for i in range(3))
+    mean, beta_tilde = scheduler.posterior(x_0, x_t, t, s)
+    q = Normal(mean, beta_tilde.sqrt())
+    alpha = abar_of_the_linear_schedule(t) / abar_of_the_linear_schedule(s)
+    deviation = q.scale if variance == "fixed_small" else torch.tensor((1 - alpha) ** 0.5, dtype=F64)
+    p = Normal(scheduler.posterior(x_0_hat, x_t, t, s)[0], deviation)
+    torch.testing.assert_close(kl(scheduler, x_0, x_0_hat, x_t, t, s), kl_divergence(q, p).sum(1), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("t", [1, 10, 500, 999])
+def test_posterior_kl_is_the_weighted_noise_error(t):
+    """(11) = (12), with the slides' factor beta² / (2 beta~ alpha (1 - abar))."""
+    scheduler, x_0, eps, eps_hat = DDPMScheduler(), normal(4, 6), normal(4, 6, seed=1), normal(4, 6, seed=2)
+    x_t = scheduler.add_noise(x_0, eps, t)
+    abar, before = abar_of_the_linear_schedule(t), abar_of_the_linear_schedule(t - 1)
+    beta = np.linspace(1e-4, 0.02, 1000)[t]
+    factor = beta**2 / (2 * (1 - before) / (1 - abar) * beta * (1 - beta) * (1 - abar))
+    in_noise = kl_in_noise(scheduler, eps, eps_hat, t, t - 1)
+    in_mean = kl(scheduler, x_0, scheduler.predict_x_0(eps_hat, t, x_t), x_t, t, t - 1)
+    torch.testing.assert_close(in_noise, factor * (eps - eps_hat).square().sum(1), rtol=1e-8, atol=0)
+    torch.testing.assert_close(in_mean, in_noise, rtol=1e-7, atol=0)
+
+
+def test_last_step_has_no_divergence():
+    """beta~_1 = 0: the slide's (11) is infinite at t = 1, and refused."""
+    x = normal(2, 3)
+    for step in (lambda: kl(DDPMScheduler(), x, x, x, 0, -1), lambda: noise_weight(DDPMScheduler(), 0, -1, x)):
+        with pytest.raises(ValueError, match="infinite"):
+            step()
+
+
+@pytest.mark.parametrize("t", [100, 999])
+def test_prior_is_torch_s_own_gaussian_divergence(t):
+    """(6) in nats."""
+    x_0, abar = normal(3, 5), abar_of_the_linear_schedule(t)
+    q = Normal(abar**0.5 * x_0, torch.tensor((1 - abar) ** 0.5, dtype=F64))
+    expected = kl_divergence(q, Normal(torch.zeros(1, dtype=F64), torch.ones(1, dtype=F64))).sum(1)
+    torch.testing.assert_close(prior(DDPMScheduler(), x_0, t), expected, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("deviation", [0.002, 0.1, 1.0])
+def test_decoder_is_a_distribution_over_the_levels(deviation):
+    """The 256 probabilities of one pixel sum to 1, wherever the mean lies."""
+    levels, variance = torch.linspace(-1, 1, 256, dtype=F64), torch.tensor(deviation**2, dtype=F64)
+    for mean in (-1.0, -0.3, 0.999, 1.2):
+        total = (-decoder(levels[:, None], torch.full((256, 1), mean, dtype=F64), variance)).exp().sum()
+        assert abs(total - 1) < 1e-9
+
+
+def test_decoder_far_from_the_mean_stays_finite():
+    """200 standard deviations out, where a difference of two probabilities would be log 0."""
+    x_0, variance = torch.tensor([[0.5], [-0.5]], dtype=F64), torch.tensor(2.5e-3**2, dtype=F64)
+    nats = decoder(x_0, torch.zeros(2, 1, dtype=F64), variance)
+    nearest = (0.5 - 1 / 255) / 2.5e-3
+    assert nats.isfinite().all() and torch.allclose(nats[0], nats[1])
+    assert nearest**2 / 2 < nats[0] < nearest**2 / 2 + 10
+
+
+def test_decoder_of_continuous_data_is_a_density():
+    x_0, mean, variance = normal(3, 4), normal(3, 4, seed=1), torch.tensor(0.3, dtype=F64)
+    expected = -Normal(mean, variance.sqrt()).log_prob(x_0).sum(1)
+    torch.testing.assert_close(decoder(x_0, mean, variance, levels=None), expected)
+
+
+def test_bound_lies_above_the_true_likelihood_and_closes_as_the_chain_grows():
+    """Data N(0, 0.25) and its exact noise, betas shrinking as 1 / T: the bound exceeds the known likelihood."""
+    var, N = 0.25, 4000
+    x_0 = normal(N, 1) * var**0.5
+    nll = -Normal(0, torch.tensor(var**0.5, dtype=F64)).log_prob(x_0).sum(1)
+    gaps = []
+    for T in (25, 100, 400):
+        scheduler = DDPMScheduler(num_train_timesteps=T, beta_start=0.1 / T, beta_end=20 / T, clip_sample=False)
+        abar = torch.tensor(np.cumprod(1 - np.linspace(0.1 / T, 20 / T, T)))
+
+        def exact(x_t, t, abar=abar):
+            a = abar[t][:, None]
+            return (1 - a).sqrt() * x_t / (a * var + 1 - a)
+
+        terms = vlb(scheduler, exact, x_0, torch.Generator().manual_seed(1), levels=None)
+        assert terms["steps"].shape == (N, T - 1) and terms["prior"].shape == terms["decoder"].shape == (N,)
+        gap = terms["prior"] + terms["steps"].sum(1) + terms["decoder"] - nll
+        assert gap.mean() > 3 * gap.std() / N**0.5
+        gaps.append(float(gap.mean()))
+    assert gaps[0] > 1.5 * gaps[1] > 1.5**2 * gaps[2], gaps
+
+
+def test_bits_belong_to_pixels():
+    assert torch.allclose(bits_per_dimension(torch.tensor([8 * 12 * math.log(2)]), 12, "patches"), torch.tensor([8.0]))
+    with pytest.raises(ValueError, match="latents"):
+        bits_per_dimension(torch.ones(1), 12, "latents")
+    with pytest.raises(ValueError, match="at least 2"):
+        scheduler = DDPMScheduler(timestep_spacing="trailing")
+        scheduler.set_timesteps(1)
+        vlb(scheduler, lambda x, t: x, normal(1, 3))
