@@ -311,9 +311,22 @@ def test_p28_stable_diffusions_parts_draw_the_same_picture_in_both():
     again = StableDiffusionPipeline.from_pipe(ours, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     assert again.components == theirs.components
     for scale in (1.0, 7.5):
-        request = {"num_inference_steps": STEPS, "output_type": "np", "guidance_scale": scale, "num_images_per_prompt": 2}
-        pictures = [p(["a cat", "a dog"], generator=torch.Generator().manual_seed(0), **request)[0] for p in (theirs, ours)]
-        close(pictures[1], pictures[0])
+        close(*(draw_jointly(p, guidance_scale=scale, num_images_per_prompt=2) for p in (theirs, ours)))
+
+
+def draw_jointly(pipe, **request):
+    """Images of two prompts from a single generator, diffusers' way."""
+    request = {"num_inference_steps": STEPS, "output_type": "np", "generator": torch.Generator().manual_seed(0)} | request
+    return pipe(["a cat", "a dog"], **request)[0]
+
+
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler"])
+def test_p28_schedulers_that_scale_their_input_do_so_as_in_stable_diffusion(name):
+    theirs = stable_diffusion()
+    theirs.scheduler = getattr(diffusers, name).from_config(theirs.scheduler.config)
+    ours = TextToImagePipeline.from_pipe(theirs)
+    ours.set_progress_bar_config(disable=True)
+    close(*(draw_jointly(p, guidance_scale=2.0) for p in (theirs, ours)))
 
 
 def stable_diffusion():
@@ -467,10 +480,13 @@ def test_schedulers_that_tell_no_x_0_leave_it_out(pipe):
 
 
 def test_calls_that_interleave_do_not_disturb_each_other(pipe):
-    start = lambda prompt, w: pipe.denoise(prompt, w=w, seed=0, num_inference_steps=4)
-    alone = [list(start("red heart", 2.0))[-1], list(start("cat", 0.0))[-1]]
-    together = list(zip(start("red heart", 2.0), start("cat", 0.0), strict=True))[-1]
-    assert all(torch.equal(a.x_t, b.x_t) for a, b in zip(together, alone, strict=True))
+    start = lambda n, w: pipe.denoise("red heart", w=w, seed=0, num_inference_steps=n)
+    alone = [list(start(4, 2.0))[-1], list(start(3, 0.0))[-1]]
+    first, second = start(4, 2.0), start(3, 0.0)
+    for _ in range(3):
+        one, other = next(first), next(second)
+    assert torch.equal(next(first).x_t, alone[0].x_t) and torch.equal(other.x_t, alone[1].x_t)
+    assert int(one.s) == int(alone[0].t)
 
 
 def test_own_timesteps_are_followed(pipe):
