@@ -349,7 +349,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command line: 0 done, 2 bad input, 130 or 143 stopped and resumable."""
     try:
         return train(*settings.load(sys.argv[1:] if argv is None else argv))
-    except (ConfigError, data.DataError, runs.RunError) as error:
+    except (ConfigError, data.DataError, emoji.EmojiError, runs.RunError) as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return 2
 

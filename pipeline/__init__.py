@@ -16,9 +16,6 @@ def __getattr__(name: str):
     """The public names, imported on first use, so that `import pipeline` costs nothing."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name == "TextToImagePipeline":  # diffusers loads our own components only where they are imported already
-        for home in ("scheduler", "patches"):
-            importlib.import_module(f"{__name__}.{home}")
     return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
 
 

@@ -1,0 +1,90 @@
+"""What the repository says about itself is so."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MODULES = sorted((ROOT / "pipeline").glob("*.py"))
+ALLOWED = {  # what a module may import of ours
+    "scheduler": set(), "guidance": set(), "patches": set(), "config": set(), "emoji": set(), "run": set(),
+    "losses": {"scheduler"}, "exact": {"scheduler"}, "text_to_image": {"guidance"}, "data": {"config", "emoji"},
+    "models": {"config", "patches"},
+}  # fmt: skip
+SOURCES = [*MODULES, ROOT / "train_text2img.py"]
+
+
+def imports(path):
+    """The names of our modules that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ("pipeline" if node.level else "") + ("." if node.level and node.module else "") + (node.module or "")
+            found |= {f"{base}.{alias.name}" for alias in node.names} if base == "pipeline" else {base}
+    return {name.split(".")[1] for name in found if name.startswith("pipeline.")} | (found & {"train_text2img", "app"})
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+def test_imports_go_one_way(path):
+    found = imports(path)
+    assert not found & {"train_text2img", "app"}
+    if path.stem in ALLOWED:
+        assert found <= ALLOWED[path.stem]
+
+
+def test_importing_the_package_costs_nothing():
+    code = "import sys, pipeline; print([m for m in ('torch', 'diffusers', 'transformers') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.stem)
+def test_nothing_is_unpickled_or_evaluated(path):
+    tree = ast.parse(path.read_text())
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        name, keywords = ast.unparse(call.func), {k.arg: k.value for k in call.keywords}
+        assert name not in ("eval", "exec", "yaml.load", "pickle.load", "pickle.loads"), name
+        if name == "torch.load":
+            assert ast.unparse(keywords["weights_only"]) == "True"
+        assert "trust_remote_code" not in keywords
+    assert "import pickle" not in path.read_text()
+
+
+def defined(path, name):
+    return any(isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name == name for n in ast.walk(ast.parse(path.read_text())))
+
+
+def test_every_equation_has_its_function_and_its_test():
+    rows = [line for line in (ROOT / "docs" / "equations.md").read_text().splitlines() if line.startswith("| (")]
+    assert {int(n) for row in rows for n in re.findall(r"^\| \((\d+)\)", row)} == {*range(1, 20)} - {18}
+    for row in rows:
+        places = re.findall(r"`([\w/.]+\.py)::(\w+)`", row)
+        assert len(places) == 2, row
+        for file, name in places:
+            assert defined(ROOT / file, name), f"{file} has no {name}"
+
+
+def test_the_readmes_table_names_what_exists():
+    rows = re.findall(r"\| `(\w+)\.(\w+)` \| `(\w+)` \|", (ROOT / "README.md").read_text())
+    assert len(rows) == 4
+    for module, function, test in rows:
+        assert defined(ROOT / "pipeline" / f"{module}.py", function)
+        assert any(defined(path, test) for path in (ROOT / "tests").glob("test_*.py")), test
+
+
+def test_the_readme_names_only_files_that_exist():
+    text = (ROOT / "README.md").read_text()
+    for name in re.findall(r"`((?:pipeline|configs|tests|docs)/[\w./-]+)`", text) + re.findall(r"\]\(([\w/.]+)\)", text):
+        assert (ROOT / name).exists(), name
+    for target in re.findall(r"`?make (\w+)", text):
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), target
+
+
+def test_the_space_pins_the_gradio_that_is_required():
+    required = re.search(r"^gradio==(\S+)", (ROOT / "requirements.txt").read_text(), re.M)[1]
+    assert f"sdk_version: {required}\n" in (ROOT / "README.md").read_text()
