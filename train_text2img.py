@@ -230,8 +230,8 @@ def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Pa
     if main:
         run.rewind(state["step"])
         runs.replace(run.config, config.to_yaml())
-        print(f"{parts.images.report}\n{models.parameters(parts.unet) / 1e6:.1f} M weights, {config.data.source}: "
-              f"{len(parts.images)} images; " + (f"going on from step {state['step']}" if checkpoint else "a new run"))  # fmt: skip
+        print(f"{parts.images.report}\n{models.parameters(parts.unet) / 1e6:.1f} M weights;",
+              f"going on from step {state['step']}" if checkpoint else "a new run")  # fmt: skip
     unet, optimizer = accelerator.prepare(parts.unet, optimizer)
     ema.to(accelerator.device)
     if config.report_to:
@@ -321,7 +321,8 @@ def finish(config: Config, run: runs.Run, parts: Parts, ema, pipe: TextToImagePi
 
 def usage(run: runs.Run, config: Config) -> str:
     """The line that draws a picture with a finished run."""
-    return f'Draw with it:  python -m pipeline.sample {run.folder} "{config.sample.prompts[-1]}" --w {config.sample.default_w:g} -o out.png'
+    sample = config.sample
+    return f'Draw with it:  python -m pipeline.sample {run.folder} "{sample.prompts[-1]}" --w {sample.default_w:g} -o out.png'
 
 
 def rehearse(config: Config, accelerator: Accelerator) -> int:

@@ -30,6 +30,7 @@ SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 STAGES = ((1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 40, 2, 2, 5), (6, 80, 3, 2, 3), (6, 112, 3, 1, 5), (6, 192, 4, 2, 5),
           (6, 320, 1, 1, 3))  # expansion, channels, repeats, stride, kernel: table 1 of EfficientNet  # fmt: skip
 SIDE = 224  # pixels that the judge sees
+STRIDE = 1_000_000  # image i of seed s is drawn from s * STRIDE + i: no two seeds share a draw
 FREE = ("green cat", "blue dog", "purple banana", "red tree", "yellow frog", "pink lion", "blue strawberry", "green rocket",
         "orange whale", "red snowman", "purple bus", "blue house", "golden fish", "cat astronaut", "white pizza",
         "rainbow heart")  # fmt: skip  # prompts of no picture in the set, for copies
@@ -209,3 +210,188 @@ def seam_ratio(images: Tensor, patch: int) -> float:
         border.append(energy[at_border].flatten())
         inside.append(energy[~at_border].flatten())
     return float(torch.cat(border).mean() / torch.cat(inside).mean())
+
+
+# ---- a run
+
+
+@dataclass
+class Bank:
+    """All pictures of a set, training rows first, as the judge sees them."""
+
+    images: Tensor  # uint8 (N, 3, H, W)
+    captions: list[str]
+    metadata: list[dict]
+    n_train: int
+    features: Tensor  # (D, 1280) of the different pictures
+    own: Tensor  # (N,) which of them each row is
+
+    @classmethod
+    def of(cls, judge: Judge, splits: list[data.CaptionedImages]) -> "Bank":
+        """The bank of a training split and, maybe, a held-out one."""
+        images = torch.cat([split.images[:] for split in splits])
+        rows, own = distinct(images)
+        captions = [c for split in splits for c in split.captions]
+        return cls(images, captions, [m for s in splits for m in s.metadata], len(splits[0]), judge.features(images[rows]), own)
+
+    @property
+    def train(self) -> Tensor:
+        """Features of the training pictures."""
+        return self.features[self.own[: self.n_train].unique()]
+
+    def grids(self) -> dict[str, Tensor]:
+        """The held-out rows by factor grid."""
+        held = range(self.n_train, len(self.captions))
+        names = sorted({self.metadata[i].get("grid") or "no grid" for i in held})
+        return {name: torch.tensor([i for i in held if (self.metadata[i].get("grid") or "no grid") == name]) for name in names}
+
+    def siblings(self, row: int) -> list[int]:
+        """Training rows of the same grid that differ from a row in exactly one factor."""
+        mine = self.metadata[row]
+        same = lambda other: other.get("grid") == mine.get("grid") and other["factors"].keys() == mine["factors"].keys()
+        apart = lambda other: sum(other["factors"][k] != v for k, v in mine["factors"].items())
+        if not mine.get("factors"):
+            return []
+        return [i for i, other in enumerate(self.metadata[: self.n_train]) if same(other) and apart(other) == 1]
+
+    def sibling_baseline(self, rows: Tensor) -> dict | None:
+        """How the most similar sibling's picture, handed in unchanged, would rank; None where no row has siblings."""
+        similarity = centred(self.features, self.features) @ centred(self.features, self.features).T
+        best = [(int(row), max(found, key=lambda i, row=row: float(similarity[self.own[row], self.own[i]])))
+                for row in rows if (found := self.siblings(int(row)))]  # fmt: skip
+        if not best:
+            return None
+        held, sibling = torch.tensor(best).T
+        return summary(retrieval_ranks(self.features[self.own[sibling]], self.features, self.own[held]))
+
+
+def measure(judge: Judge, bank: Bank, images: Tensor, rows: Tensor, threshold: float, patch: int) -> dict:
+    """What drawings (M, 3, H, W) of the captions of some rows of the bank are worth."""
+    features = judge.features(images)
+    ranks = retrieval_ranks(features, bank.features, bank.own[rows])
+    where = lambda some: summary(ranks[torch.isin(rows, some)])
+    found, held = {"train": summary(ranks[rows < bank.n_train])}, rows >= bank.n_train
+    if held.any():
+        found["held_out"] = summary(ranks[held]) | {"copies": copy_rate(features[held], bank.train, threshold)}
+        found["grids"] = {name: where(some) for name, some in bank.grids().items()}
+    return found | {"seam_ratio": seam_ratio(images, patch) / seam_ratio(bank.images, patch)}
+
+
+def references(judge: Judge, bank: Bank, threshold: float) -> dict:
+    """What the numbers are read against: chance, a lightly augmented real picture, a sibling, the real held-out picture."""
+    n, rows = len(bank.features), torch.arange(len(bank.captions))
+    held = rows[bank.n_train :]
+    found = {"pictures": n, "captions": len(rows), "chance": {"first": 1 / n, "first_five": min(5 / n, 1)},
+             "ceiling": summary(retrieval_ranks(judge.features(augment(bank.images)), bank.features, bank.own))}  # fmt: skip
+    if len(held):
+        found["real_held_out_copies"] = copy_rate(bank.features[bank.own[held]], bank.train, threshold)
+        found["siblings"] = {"held_out": bank.sibling_baseline(held)} | {
+            name: bank.sibling_baseline(some) for name, some in bank.grids().items()}  # fmt: skip
+    return found
+
+
+def draw(pipe: TextToImagePipeline, prompts: list[str], w: float, seed: int, steps: int, path: Path, batch: int) -> Tensor:
+    """Pictures uint8 (N, 3, H, W), prompt i from its own seed; kept in `path`, which is read if it is there."""
+    if path.is_file():
+        return load_file(path)["images"]
+    pipe.set_progress_bar_config(disable=True)
+    parts = []
+    for start in tqdm(range(0, len(prompts), batch), desc=f"w={w:g} seed={seed}", unit="batch", dynamic_ncols=True):
+        images = pipe(prompts[start : start + batch], w=w, seed=seed * STRIDE + start, num_inference_steps=steps,
+                      output_type="pt").images  # fmt: skip
+        parts.append((images.cpu() * 255).round().to(torch.uint8))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(".tmp")
+    save_file({"images": torch.cat(parts)}, new)
+    new.rename(path)
+    return torch.cat(parts)
+
+
+def splits_of(config: settings.Config) -> list[data.CaptionedImages]:
+    """The training split of a run's data, and its held-out one."""
+    source, size = config.data.source, config.data.resolution
+    if source in emoji.SETS:
+        source = emoji.write(Path(config.data.cache) / f"{source}-{size}", name=source, size=size)
+    names = [config.data.split, *([config.data.held_out] if config.data.held_out else [])]
+    return [data.load_images(source, split=name, resolution=size, cache_dir=config.data.cache,
+                             max_broken=config.data.max_broken) for name in names]  # fmt: skip
+
+
+def evaluate(folder: Path, ws: list[float], seeds: list[int], choose_seed: int, choose_on: int, steps: int, batch: int) -> dict:
+    """Choose w on `choose_on` training captions with one seed, draw every caption with the others, write metrics.json."""
+    run = runs.Run(folder)
+    if choose_seed in seeds:
+        raise EvaluationError(f"seed {choose_seed} chooses w and may not report it: give other --seeds or --choose-seed")
+    if not (run.pipeline / "model_index.json").is_file():
+        raise EvaluationError(f"{folder} holds no finished pipeline, expected {run.pipeline / 'model_index.json'}: train first")
+    config = settings.load_file(run.config)
+    judge, splits = Judge(), splits_of(config)
+    bank, patch = Bank.of(judge, splits), config.model.patch_size or 4
+    pipe = TextToImagePipeline.from_pretrained(run.pipeline, use_safetensors=True, local_files_only=True)
+    weights = sorted((run.pipeline / "unet").glob("*.safetensors"))
+    model = hashlib.sha256(b"".join(path.read_bytes() for path in weights)).hexdigest()[:8]
+    model += f"-{hashlib.sha256(json.dumps(bank.captions).encode()).hexdigest()[:8]}-{steps}"
+    kept = lambda what, w, seed: folder / "evaluation" / model / f"{what}-w{w:g}-seed{seed}.safetensors"
+    threshold = copy_threshold(judge, bank.images[: bank.n_train], bank.features)
+    judged = lambda images, rows: measure(judge, bank, images, rows, threshold, patch)
+
+    some = torch.linspace(0, bank.n_train - 1, min(choose_on, bank.n_train)).long()
+    choice = {}
+    for w in ws if len(ws) > 1 else []:
+        images = draw(pipe, [bank.captions[i] for i in some], w, choose_seed, steps, kept(f"choice{len(some)}", w, choose_seed), batch)
+        choice[w] = judged(images, some)
+    w = max(choice, key=lambda w: choice[w]["train"]["first_five"]["k"]) if choice else ws[0]
+    rows, by_seed, copies = torch.arange(len(bank.captions)), {}, {}
+    free = [prompt for prompt in FREE if prompt not in bank.captions]
+    for seed in seeds:
+        by_seed[seed] = judged(draw(pipe, bank.captions, w, seed, steps, kept("all", w, seed), batch), rows)
+        drawn = draw(pipe, free, w, seed, steps, kept("free", w, seed), batch)
+        copies[seed] = copy_rate(judge.features(drawn), bank.train, threshold)
+    result = {"w": w, "num_inference_steps": steps, "seeds": seeds, "by_seed": by_seed, "free_prompt_copies": copies,
+              "choice": {"seed": choose_seed, "captions": len(some), "by_w": choice},
+              "references": references(judge, bank, threshold), "model": model}  # fmt: skip
+    runs.replace(folder / "metrics.json", json.dumps(result, indent=1))
+    return json.loads(json.dumps(result))
+
+
+def report(result: dict) -> str:
+    """The headline of an evaluation, a few lines."""
+    percent = lambda s: f"{s['share']:.1%} ({s['interval'][0]:.0%} to {s['interval'][1]:.0%} of {s['n']})"
+    refs, lines = result["references"], [f"w = {result['w']:g}, {result['num_inference_steps']} steps"]
+    for seed, found in result["by_seed"].items():
+        lines += [f"seed {seed}: training captions: first {percent(found['train']['first'])}, "
+                  f"first five {percent(found['train']['first_five'])}; seams {found['seam_ratio']:.2f} of real"]  # fmt: skip
+        if "held_out" in found:
+            lines += [f"  held-out combinations: first {percent(found['held_out']['first'])}, "
+                      f"copies {percent(found['held_out']['copies'])}"]  # fmt: skip
+            lines += [f"    {name}: first {percent(grid['first'])}" for name, grid in found["grids"].items()]
+        lines += [f"  free prompts: copies {percent(result['free_prompt_copies'][seed])}"]
+    lines += [f"chance: first {refs['chance']['first']:.2%}, first five {refs['chance']['first_five']:.2%}; "
+              f"ceiling: first {percent(refs['ceiling']['first'])}, first five {percent(refs['ceiling']['first_five'])}"]  # fmt: skip
+    if sibling := refs.get("siblings", {}).get("held_out"):
+        lines += [f"a sibling's picture: first {percent(sibling['first'])}, first five {percent(sibling['first_five'])}; "
+                  f"real held-out pictures: copies {percent(refs['real_held_out_copies'])}"]  # fmt: skip
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line: 0 done, 2 refused."""
+    parser = argparse.ArgumentParser(prog="python -m pipeline.evaluation", description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="a run's folder")
+    parser.add_argument("--w", type=float, nargs="+", default=[0.0, 1.0, 2.0], help="guidance to choose from, or one to use")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="each draws every caption once, and reports")
+    parser.add_argument("--choose-seed", type=int, default=1000, help="the seed that w is chosen on")
+    parser.add_argument("--choose-on", type=int, default=96, help="how many training captions w is chosen on")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--batch", type=int, default=32)
+    args = parser.parse_args(argv)
+    try:
+        print(report(evaluate(args.run, args.w, args.seeds, args.choose_seed, args.choose_on, args.steps, args.batch)))
+    except (EvaluationError, settings.ConfigError, data.DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

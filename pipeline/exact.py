@@ -16,7 +16,9 @@ from pipeline.scheduler import DDPMScheduler
 SAME = 1e-3  # caption states closer than this in every element are of the same caption
 
 
-def posterior_weights(x_0: Tensor, x_t: Tensor, scheduler: DDPMScheduler, t: int | Tensor, allowed: Tensor | None = None) -> Tensor:
+def posterior_weights(
+    x_0: Tensor, x_t: Tensor, scheduler: DDPMScheduler, t: int | Tensor, allowed: Tensor | None = None
+) -> Tensor:
     """p(image i | x_t) for x_t (B, ...) and images (N, ...), a uniform prior over those allowed (B, N): (B, N), float64.
 
     -|x_t - sqrt(abar) x_0|^2 / (2 (1 - abar)) by (5), less what is the same for every image.

@@ -120,9 +120,11 @@ def test_a_signal_is_a_request_and_the_handlers_are_put_back(number, code):
 
 
 def test_a_vanished_launcher_is_a_request_to_stop():
-    child = "import os, time; from pipeline.run import StopRequest; s = StopRequest(); assert not s; print('up', flush=True)\n" \
-            "end = time.time() + 20\nwhile not s and time.time() < end: time.sleep(0.05)\nprint(s.reason, s.exit_code, flush=True)"  # fmt: skip
-    launcher = f"import subprocess, sys, os\np = subprocess.Popen([sys.executable, '-c', {child!r}], stdout=1)\nsys.stdin.readline(); os._exit(0)"
+    child = "\n".join([
+        "import time", "from pipeline.run import StopRequest", "stop, end = StopRequest(), time.time() + 20",
+        "assert not stop", "print('up', flush=True)", "while not stop and time.time() < end: time.sleep(0.05)",
+        "print(stop.reason, stop.exit_code, flush=True)"])  # fmt: skip
+    launcher = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}]); sys.stdin.readline()"
     process = subprocess.Popen([sys.executable, "-c", launcher], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "up\n"
     process.stdin.write("\n")

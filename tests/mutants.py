@@ -1,0 +1,104 @@
+"""`make mutants`: break one line of the code at a time; the named test must turn red. Exits 1 if a break survives."""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).parent.parent
+SCHEDULER, LOSSES, GUIDANCE, DATA = (f"pipeline/{name}.py" for name in ("scheduler", "losses", "guidance", "data"))
+PIPELINE = "pipeline/text_to_image.py"
+
+# (file, what a line says, what it says broken, the test that notices)
+MUTANTS = [
+    (SCHEDULER, "(1 - beta).cumprod(0)])  #", "(1 - beta).cumsum(0)])  #", "test_scheduler.py::test_abar_is_the_product_of_the_alphas"),
+    (SCHEDULER, "(abar_t.sqrt() * x_0 + (1 - abar_t).sqrt() * eps)", "(abar_t.sqrt() * x_0 + (1 - abar_t) * eps)",
+     "test_scheduler.py::test_chain_of_single_steps_has_the_moments_of_the_direct_jump"),
+    (SCHEDULER, "(alpha.sqrt() * x_s.to(alpha.dtype) + (1 - alpha).sqrt()", "(alpha.sqrt() * x_s.to(alpha.dtype) + (1 - alpha)",
+     "test_scheduler.py::test_variance_is_preserved_per_dimension"),
+    (SCHEDULER, "x_t_part = alpha.sqrt() * (1 - abar_s)", "x_t_part = alpha * (1 - abar_s)",
+     "test_scheduler.py::test_posterior_is_bayes_rule_for_two_gaussians"),
+    (SCHEDULER, "x_0_part = abar_s.sqrt() * (1 - alpha)", "x_0_part = abar_t.sqrt() * (1 - alpha)",
+     "test_scheduler.py::test_posterior_is_bayes_rule_for_two_gaussians"),
+    (SCHEDULER, "(1 - abar_s) / (1 - abar_t) * (1 - alpha)\n", "(1 - alpha) + 0 * abar_s\n",
+     "test_scheduler.py::test_posterior_is_what_simulation_shows"),
+    (SCHEDULER, "mean = mean + variance.sqrt() * z", "mean = mean + variance * z",
+     "test_scheduler.py::test_every_step_is_that_of_diffusers"),
+    (SCHEDULER, "x_0 = self.clip(self.predict_x_0(model_output, t, sample))", "x_0 = self.predict_x_0(model_output, t, sample)",
+     "test_scheduler.py::test_every_step_is_that_of_diffusers"),
+    (SCHEDULER, "variance = eta**2 * variance", "variance = eta * variance", "test_scheduler.py::test_every_ddim_step_is_that_of_diffusers"),
+    (SCHEDULER, "(1 - abar_s - variance).sqrt() * self.predict_eps", "(1 - abar_s).sqrt() * self.predict_eps",
+     "test_scheduler.py::test_every_ddim_step_is_that_of_diffusers"),
+    (SCHEDULER, "variance = torch.where(self.abar(s, x_t) == 1, 0, 1 - alpha)", "variance = 1 - alpha",
+     "test_scheduler_conformance.py::test_last_step_with_the_true_noise_gives_the_clean_image"),
+    (SCHEDULER, "return (x_t - (1 - abar_t).sqrt() * out) / abar_t.sqrt()", "return (x_t - (1 - abar_t) * out) / abar_t.sqrt()",
+     "test_scheduler.py::test_every_prediction_gives_back_the_image_and_the_noise"),
+    (SCHEDULER, "return (abar_t.sqrt() * eps - (1 - abar_t).sqrt() * x_0)", "return (abar_t.sqrt() * eps + (1 - abar_t).sqrt() * x_0)",
+     "test_scheduler.py::test_every_prediction_gives_back_the_image_and_the_noise"),
+    (SCHEDULER, "return x_0.clamp(-size, size) / size", "return x_0.clamp(-size, size)",
+     "test_scheduler_conformance.py::test_dynamic_thresholding_rescales_and_a_maximum_of_one_warns"),
+    (LOSSES, ".square().flatten(1).mean(1)\n", ".abs().flatten(1).mean(1)\n",
+     "test_losses.py::test_default_objective_is_the_plain_error_in_the_noise"),
+    (LOSSES, "return WEIGHTS[name](snr, gamma) / (snr + 1)", "return WEIGHTS[name](snr, gamma) / snr",
+     "test_losses.py::test_one_error_weighs_the_same_whatever_the_network_predicts"),
+    (LOSSES, "return (1 - alpha) ** 2 / (2 * variance * alpha * (1 - abar_t))", "return (1 - alpha) ** 2 / (2 * variance * (1 - abar_t))",
+     "test_losses.py::test_posterior_kl_is_the_weighted_noise_error"),
+    (LOSSES, "abar_t * x_0.square() - abar_t - (1 - abar_t).log()", "abar_t * x_0.square() - (1 - abar_t).log()",
+     "test_losses.py::test_prior_is_torch_s_own_gaussian_divergence"),
+    (LOSSES, "variance_hat + ratio - 1 - ratio.log()", "variance_hat", "test_losses.py::test_step_is_torch_s_own_gaussian_divergence"),
+    (GUIDANCE, "return eps_c + w * (eps_c - eps_u)", "return eps_u + w * (eps_c - eps_u)",
+     "test_guidance.py::test_guidance_is_the_lectures_combination"),
+    (GUIDANCE, "w if lo <= level <= hi else none", "w if lo <= level else none", "test_guidance.py::test_interval_guides_inside_only"),
+    (DATA, 'return uniform(seed, step, slots, "dropout") >= p', 'return uniform(seed, step, slots, "dropout") > 1 - p',
+     "test_data.py::test_dropout_is_exactly_p"),
+    (DATA, 'f"{what} {seed} {step} {slot}"', 'f"{what} {seed} {slot}"', "test_data.py::test_seed_step_slot_and_purpose_each_give_another_stream"),
+    (DATA, 'return torch.randperm(n, generator=randomness(seed, epoch, 0, "order"))', "return torch.arange(n)",
+     "test_data.py::test_epochs_and_seeds_differ_in_order"),
+    (DATA, 'share = (stratum + uniform(seed, step, slots, "t")) / global_batch', 'share = uniform(seed, step, slots, "t")',
+     "test_data.py::test_timesteps_have_one_in_each_stratum"),
+]  # fmt: skip
+
+
+def copy(folder: Path) -> Path:
+    """The files that git knows, in a folder of their own."""
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def survives(folder: Path, test: str) -> bool:
+    """Does the named test stay green? RuntimeError where it could not even be collected."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/{test}"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode not in (0, 1):
+        raise RuntimeError(f"{test}: pytest ended with {done.returncode}\n{done.stdout[-2000:]}")
+    return done.returncode == 0
+
+
+def main() -> int:
+    survivors = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = copy(Path(scratch))
+        for test in tqdm(sorted({m[3] for m in MUTANTS}), desc="unbroken", unit="test"):
+            if not survives(folder, test):
+                raise RuntimeError(f"{test} is red before anything is broken")
+        for file, old, new, test in tqdm(MUTANTS, desc="mutants", unit="break"):
+            whole = (folder / file).read_text()
+            if whole.count(old) != 1:
+                raise RuntimeError(f"{file} must hold this line once, found it {whole.count(old)} times: {old}")
+            (folder / file).write_text(whole.replace(old, new))
+            if survives(folder, test):
+                survivors.append(f"{file}: {old.strip()} -> {new.strip()} is not noticed by {test}")
+            (folder / file).write_text(whole)
+    print("\n".join(survivors))
+    print(f"{len(MUTANTS) - len(survivors)} of {len(MUTANTS)} breaks turned their test red")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
