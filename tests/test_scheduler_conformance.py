@@ -312,10 +312,11 @@ def test_noise_level_in_bfloat16_is_right_at_every_timestep():
     assert np.abs(sigma.numpy() / exact - 1).max() < 1e-2
 
 
-@pytest.mark.parametrize("eta", [1.0, 0.3, 0.0])
-def test_one_timestep_per_example_equals_one_example_at_a_time(eta):
+@pytest.mark.parametrize("variance, eta", [("fixed_large", 1.0), *[("fixed_small", eta) for eta in (1.0, 0.3, 0.0)]])
+def test_one_timestep_per_example_equals_one_example_at_a_time(variance, eta):
     """B7, with one generator an image and an image that is already at its last step."""
-    scheduler, x, eps = make(), torch.randn(4, 3, 8, 8, generator=noise(3)), torch.randn(4, 3, 8, 8, generator=noise(4))
+    scheduler, x = make(variance_type=variance), torch.randn(4, 3, 8, 8, generator=noise(3))
+    eps = torch.randn(4, 3, 8, 8, generator=noise(4))
     t, s = torch.tensor([999, 500, 20, 10]), torch.tensor([900, 499, 0, -1])
     generators = [noise(i) for i in range(4)]
     together = scheduler.step(eps, t, x, generators, eta=eta, previous_timestep=s).prev_sample
