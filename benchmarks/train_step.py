@@ -1,0 +1,102 @@
+"""`python benchmarks/train_step.py [--config FILE] [--batch 16 64]`: the training step beside the machine's own matmul rate.
+
+Prints images/s, the step's FLOP/s as a share of a large matrix product's rate measured in the same run, and peak memory,
+in bf16 where the CPU has it and without (the same program under ATEN_CPU_CAPABILITY=avx2).
+"""
+
+import argparse
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from pipeline import config as settings
+from pipeline import losses, models
+from pipeline.scheduler import DDPMScheduler
+
+CAPTION_WIDTH = 384  # of the embedded encoder
+SIDE = 4096  # of the matrices
+
+
+def timed(call, repeats: int) -> float:
+    """The median time of a call in seconds, after one to warm up."""
+    call()
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - began)
+    return median(times)
+
+
+def matmul_rate(dtype: torch.dtype) -> float:
+    """FLOP/s of a square matrix product."""
+    a, b = torch.randn(SIDE, SIDE).to(dtype), torch.randn(SIDE, SIDE).to(dtype)
+    return 2 * SIDE**3 / timed(lambda: a @ b, 5)
+
+
+def step_of(config: settings.Config, batch: int, bf16: bool):
+    """A training step on random latents and captions, as train_text2img.py takes it."""
+    torch.manual_seed(0)
+    unet = models.unet(config, CAPTION_WIDTH).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(unet.parameters(), config.train.lr, fused=True)
+    ema = models.moving_average(unet, config.train.ema)
+    scheduler = DDPMScheduler(**vars(config.diffusion))
+    side, channels = unet.config.sample_size, unet.config.in_channels
+    x_0, eps = torch.randn(2, batch, channels, side, side)
+    captions = torch.randn(batch, config.data.caption_length, CAPTION_WIDTH)
+    t = torch.randint(0, config.diffusion.num_train_timesteps, (batch,))
+
+    def step():
+        x_t = scheduler.add_noise(x_0, eps, t).to(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            output = unet(x_t, t, encoder_hidden_states=captions, return_dict=False)[0]
+        losses.training_loss(scheduler, output.float(), x_0, eps, t, config.train.weighting, config.train.gamma).mean().backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), config.train.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.step(unet.parameters())
+
+    return step, models.parameters(unet)
+
+
+def measure(config: settings.Config, batches: list[int]) -> None:
+    """The table of one precision."""
+    bf16 = models.precision("auto", torch.device("cpu")) == "bf16"
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    print(f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, {dtype}", flush=True)
+    for batch in batches:
+        step, size = step_of(config, batch, bf16)
+        with FlopCounterMode(display=False) as counter:
+            step()
+        seconds, rate = timed(step, 7), matmul_rate(dtype)
+        flops, memory = counter.get_total_flops() / seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(f"  batch {batch:3d}: {batch / seconds:6.1f} images/s, {flops / 1e9:5.0f} of {rate / 1e9:.0f} GFLOP/s "
+              f"({flops / rate:.0%} of the matmul rate), {memory:.1f} GiB, {size / 1e6:.1f} M weights", flush=True)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", default=settings.DEFAULT)
+    parser.add_argument("--batch", type=int, nargs="+", default=[16, 32, 64])
+    parser.add_argument("--alone", action="store_true", help="this precision only")
+    args = parser.parse_args()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    if not args.alone:
+        print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}")
+    measure(settings.load_file(args.config), args.batch)
+    if not args.alone:
+        again = [sys.executable, __file__, "--alone", "--config", args.config, "--batch", *map(str, args.batch)]
+        subprocess.run(again, env={**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}, check=True)
+
+
+if __name__ == "__main__":
+    main()
