@@ -1,6 +1,7 @@
 """The training script as a user runs it: subprocesses, real parts, tiny networks."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -19,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train_text2img
+from pipeline import config as settings
 
 ROOT = Path(__file__).parent.parent
 TINY = """
@@ -153,6 +155,17 @@ def test_how_often_it_logs_checks_and_saves_does_not_change_what_it_learns(whole
 def test_another_seed_learns_something_else(whole, tmp_path):
     train(whole[0] / "config.yaml", tmp_path, "--seed", "1")
     assert not same(weights(tmp_path / "tiny"), weights(whole[0]))
+
+
+@pytest.mark.parametrize("dropout", [0, 1])
+def test_the_loss_depends_on_captions_exactly_where_they_are_kept(config, dropout):
+    """(14): a dropped caption is the empty one's row, whatever the caption's own states are."""
+    chosen, _ = settings.load(["--config", str(config), "--data.caption_dropout", str(dropout)])
+    parts, slots = train_text2img.prepare(chosen, None, torch.device("cpu")), torch.arange(4)
+    others = dataclasses.replace(parts, states=parts.states.flip(0).roll(1, 1))
+    with torch.no_grad():
+        a, b = (train_text2img.batch_loss(p.unet, p, chosen, 0, slots) for p in (parts, others))
+    assert torch.equal(a, b) == bool(dropout) and torch.isfinite(a).all()
 
 
 def test_accumulated_micro_steps_are_one_batch(whole, tmp_path):
