@@ -38,8 +38,8 @@ def bank(judge, folder):
 def run(folder, tmp_path):
     """A run's folder around a network that was never trained."""
     tiny_pipeline(sample_size=16, caption_length=8).save_pretrained(tmp_path / "pipeline")
-    settings = config.Config(name="tiny", data=config.DataConfig(source=str(folder), resolution=16, cache=str(tmp_path / "cache")))
-    (tmp_path / "config.yaml").write_text(settings.to_yaml())
+    source = config.DataConfig(source=str(folder), resolution=16, cache=str(tmp_path / "cache"))
+    (tmp_path / "config.yaml").write_text(config.Config(name="tiny", data=source).to_yaml())
     return tmp_path
 
 
@@ -139,10 +139,11 @@ def test_seams_show_where_squares_are_shifted_against_each_other():
 
 
 def test_copies_are_found_however_they_are_moved_and_other_pictures_are_not():
-    train = pictures(["cat face", "hot dog", "red heart", "rocket", "banana", "snowman", "tiger", "key"], 64)
+    train = pictures(["cat face", "hot dog", "red heart", "rocket", "banana", "snowman", "tiger", "key"], 60)
+    train = torch.nn.functional.pad(train, [2] * 4, value=255)  # so that a move loses nothing
     threshold = evaluation.copy_threshold(train)
     moved = train.roll(1, 3)
-    assert evaluation.copy_distances(moved, train).diagonal().amax() < 0.02
+    assert evaluation.copy_distances(moved, train).diagonal().amax() < 1e-3
     assert evaluation.copy_rate(moved, train, threshold)["k"] == len(train)
     others = pictures(["green heart", "pizza", "house", "bicycle"], 64)
     assert evaluation.copy_rate(others, train, threshold)["k"] == 0
