@@ -112,3 +112,36 @@ def plot_run(run: Run, images, scheduler, vae) -> Path:
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
+
+
+@torch.no_grad()
+def plot_strips(pipe, prompts: list[str], seen: set[str], path: Path, *, w: float, seed: int, steps: int = 50, eta: float = 1.0,
+                columns: int = 8) -> Path:  # fmt: skip
+    """The way from noise to picture, a row a prompt: x_t on the left, the current x_0 of (15) on the right.
+
+    Prompts that are not in `seen`, the captions of the data, are labelled so.
+    """
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    shown = set(torch.linspace(0, steps - 1, columns).round().long().tolist())
+    kept = [(step.t, pipe.decode(step.x_t), pipe.decode(step.x_0_hat))
+            for i, step in enumerate(pipe.denoise(list(prompts), w=w, seed=seed, num_inference_steps=steps, eta=eta))
+            if i in shown]  # fmt: skip
+    figure, axes = plt.subplots(len(prompts), 2 * columns + 1, figsize=(2 * columns + 1, 1.25 * len(prompts)),
+                                width_ratios=[1] * columns + [0.3] + [1] * columns, squeeze=False)  # fmt: skip
+    for row, prompt in enumerate(prompts):
+        for column, (t, x_t, x_0_hat) in enumerate(kept):
+            for place, x in ((column, x_t), (columns + 1 + column, x_0_hat)):
+                axes[row, place].imshow(((x[row] + 1) / 2).clamp(0, 1).permute(1, 2, 0).float().cpu().numpy())
+                if row == 0:
+                    axes[row, place].set_title(f"t = {int(t)}", fontsize=8)
+        note = "" if prompt in seen else "\n(in no training picture)"
+        axes[row, 0].text(-0.15, 0.5, prompt + note, ha="right", va="center", transform=axes[row, 0].transAxes, fontsize=10)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    figure.text(0.33, 0.0, "x_t", ha="center")
+    figure.text(0.73, 0.0, "x̂_0, the current prediction (15)", ha="center")
+    figure.savefig(path, dpi=90, bbox_inches="tight")
+    plt.close(figure)
+    return path
