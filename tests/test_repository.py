@@ -1,12 +1,14 @@
 """What the repository says about itself is so."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tiny import tiny_pipeline
 
 ROOT = Path(__file__).parent.parent
 MODULES = sorted((ROOT / "pipeline").glob("*.py"))
@@ -83,6 +85,34 @@ def test_the_readme_names_only_files_that_exist():
         assert (ROOT / name).exists(), name
     for target in re.findall(r"`?make (\w+)", text):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), target
+
+
+def test_the_readmes_python_runs(tmp_path):
+    """As it stands, in a folder that holds a run of that name."""
+    text = (ROOT / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    (run,) = re.findall(r'from_pretrained\("([^"]+)"', code)
+    tiny_pipeline().save_pretrained(tmp_path / run, safe_serialization=True)
+    done = subprocess.run([sys.executable, "-c", code + "print(picture.size)"], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("(8, 8)\n") and done.stdout.count("torch.Size([1, 3, 8, 8])") == 2 * 50
+
+
+def test_the_readmes_modules_answer_for_help():
+    """Each `python -m pipeline.x` of the README is a command line."""
+    modules = sorted(set(re.findall(r"python -m (pipeline\.\w+)", (ROOT / "README.md").read_text())))
+    assert "pipeline.sample" in modules
+    for module in modules:
+        done = subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
+
+
+def test_no_file_holds_a_path_of_one_machine():
+    places = [ROOT.glob("*"), *((ROOT / name).rglob("*") for name in ("pipeline", "tests", "configs", "docs", ".ci"))]
+    for path in (path for place in places for path in place if path.is_file() and path.suffix not in (".pyc", ".png")):
+        found = re.search(r"(?<![\w.])/(?:home|root|Users|work|tmp)/\w+", path.read_text())
+        assert not found, f"{path.relative_to(ROOT)}: {found}"
 
 
 def test_the_space_pins_the_gradio_that_is_required():
