@@ -6,7 +6,9 @@ global batch), so running the same command again after an interruption repeats w
 """
 
 import contextlib
+import ctypes
 import os
+import platform
 import resource
 import sys
 import time
@@ -17,6 +19,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from diffusers.optimization import get_scheduler
 from diffusers.utils import make_image_grid
 from tqdm.auto import tqdm
@@ -31,6 +34,7 @@ from pipeline.text_to_image import TextToImagePipeline
 FREE = ("name", "output", "report_to", "sample", "data.cache", "train.steps", "train.threads", "train.log_every",
         "train.validate_every", "train.save_every", "train.keep")  # fmt: skip  # what a resumed run may change
 GRID = 8  # timesteps of the validation grid
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 HELD = 16  # images of each split on it
 
 
@@ -46,6 +50,7 @@ class Parts:
     unet: UNet2DConditionModel
     scheduler: DDPMScheduler
     vae: torch.nn.Module | None
+    whitening: torch.nn.Module | None
     tokenizer: object
     encoder: torch.nn.Module
 
@@ -58,7 +63,7 @@ class Parts:
         """The pipeline of these parts."""
         return TextToImagePipeline(
             unet=self.unet, scheduler=self.scheduler, vae=self.vae, text_encoder=self.encoder, tokenizer=self.tokenizer,
-            caption_length=config.data.caption_length, caption_dropout=config.data.caption_dropout,
+            whitening=self.whitening, caption_length=config.data.caption_length, caption_dropout=config.data.caption_dropout,
             w=config.sample.default_w)  # fmt: skip
 
 
@@ -74,13 +79,19 @@ def prepare(config: Config, checkpoint: Path | None, device: torch.device) -> Pa
     tokenizer, encoder = models.text_encoder(config.model.text_encoder)
     encode = lambda captions: data.encode_captions(captions, tokenizer, encoder, config.data.caption_length,
                                                    cache_dir=config.data.cache)  # fmt: skip
-    states, empty = encode(images.captions), encode([""])
+    states = encode(images.captions)
+    whitening = models.whitening(config.model, states)
+    white = whitening or (lambda raw: raw)
+    states, empty = white(states), white(encode([""]))
     torch.manual_seed(config.seed)  # the network's first weights
     unet = (models.unet(config, empty.shape[-1]) if checkpoint is None
             else UNet2DConditionModel.from_pretrained(checkpoint / "unet", use_safetensors=True))  # fmt: skip
-    return Parts(images, held_out, states.to(device), encode(held_out.captions).to(device) if held_out else None,
+    if device.type == "cpu":
+        unet.set_attn_processor(AttnProcessor())  # a small grid's attention is faster as two products than fused
+    return Parts(images, held_out, states.to(device), white(encode(held_out.captions)).to(device) if held_out else None,
                  empty.to(device), unet.to(memory_format=torch.channels_last), DDPMScheduler(**vars(config.diffusion)),
-                 models.autoencoder(config.model), tokenizer, encoder.to(device))  # fmt: skip
+                 models.autoencoder(config.model), whitening and whitening.to(device), tokenizer,
+                 encoder.to(device))  # fmt: skip
 
 
 def lr_schedule(optimizer, train: settings.TrainConfig):
@@ -175,6 +186,14 @@ def set_threads(config: Config, accelerator: Accelerator) -> None:
                       f"mixed precision: {accelerator.mixed_precision}")  # fmt: skip
 
 
+def keep_freed_memory() -> None:
+    """Have glibc reuse what the last step freed: handed back to the kernel, it costs a page fault for every 4 KiB."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        for option, size in ((M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, (1 << 31) - 1)):
+            libc.mallopt(option, size)
+
+
 def resume_point(run: runs.Run, config: Config) -> Path | None:
     """The checkpoint to go on from, None for a new run; RunError where the settings changed in between."""
     checkpoint = run.newest()
@@ -194,6 +213,7 @@ def train(config: Config, dry_run: bool = False) -> int:
         cpu=cpu, mixed_precision=models.precision(config.train.precision, device), log_with=config.report_to,
         gradient_accumulation_steps=config.train.accumulation, project_dir=config.folder)  # fmt: skip
     set_threads(config, accelerator)
+    keep_freed_memory()
     share = config.train.batch_size // config.train.accumulation
     if share % accelerator.num_processes:
         raise ConfigError(f"train.batch_size / train.accumulation must be a multiple of the {accelerator.num_processes} "

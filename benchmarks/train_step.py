@@ -15,12 +15,14 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from diffusers.models.attention_processor import AttnProcessor
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from pipeline import config as settings
 from pipeline import losses, models
 from pipeline.scheduler import DDPMScheduler
+from train_text2img import keep_freed_memory
 
 CAPTION_WIDTH = 384  # of the embedded encoder
 SIDE = 4096  # of the matrices
@@ -47,6 +49,7 @@ def step_of(config: settings.Config, batch: int, bf16: bool):
     """A training step on random latents and captions, as train_text2img.py takes it."""
     torch.manual_seed(0)
     unet = models.unet(config, CAPTION_WIDTH).to(memory_format=torch.channels_last)
+    unet.set_attn_processor(AttnProcessor())
     optimizer = torch.optim.AdamW(unet.parameters(), config.train.lr, fused=True)
     ema = models.moving_average(unet, config.train.ema)
     scheduler = DDPMScheduler(**vars(config.diffusion))
@@ -88,8 +91,11 @@ def main() -> None:
     parser.add_argument("--config", default=settings.DEFAULT)
     parser.add_argument("--batch", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument("--alone", action="store_true", help="this precision only")
+    parser.add_argument("--stock-malloc", action="store_true", help="without what the script tells glibc, to compare")
     args = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
+    if not args.stock_malloc:
+        keep_freed_memory()
     if not args.alone:
         print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}")
     measure(settings.load_file(args.config), args.batch)

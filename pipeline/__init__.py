@@ -6,6 +6,7 @@ _HOME = {
     "DDPMScheduler": "scheduler",
     "TextToImagePipeline": "text_to_image",
     "PatchAutoencoder": "patches",
+    "CaptionWhitening": "captions",
     "ExactDenoiser": "exact",
     "interval": "guidance",
 }

@@ -58,6 +58,8 @@ class ModelConfig:
     heads: int = 8
     text_in_time: bool = True  # captions also steer the time embedding (addition_embed_type="text")
     time_scale_shift: bool = True
+    time_embedding_dim: int | None = None  # None: 4 x the first of channels
+    whitening: float | None = None  # caption states are whitened, with this added to every variance; None: as they are
     text_encoder: str = "minilm"  # the embedded all-MiniLM-L6-v2, or a transformers folder or id
 
     def problems(self):
@@ -66,6 +68,8 @@ class ModelConfig:
             *at_least("model.layers", self.layers, 1),
             *at_least("model.heads", self.heads, 1),
             *(at_least("model.patch_size", self.patch_size, 1) if self.patch_size is not None else []),
+            *(at_least("model.time_embedding_dim", self.time_embedding_dim, 2) if self.time_embedding_dim is not None else []),
+            *(above_zero("model.whitening", self.whitening) if self.whitening is not None else []),
         ]
         if not self.channels or any(c < 32 or c % 32 for c in self.channels):
             found.append(f"model.channels must be multiples of 32 (group norm has 32 groups), got {self.channels}")

@@ -21,7 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm.auto import tqdm
 
 from pipeline import config as settings
-from pipeline import data, emoji
+from pipeline import data, emoji, models
 from pipeline import run as runs
 from pipeline.text_to_image import TextToImagePipeline
 
@@ -307,14 +307,18 @@ def references(judge: Judge, bank: Bank, threshold: float) -> dict:
 
 
 def draw(pipe: TextToImagePipeline, prompts: list[str], w: float, seed: int, steps: int, path: Path, batch: int) -> Tensor:
-    """Pictures uint8 (N, 3, H, W), prompt i from its own seed; kept in `path`, which is read if it is there."""
+    """Pictures uint8 (N, 3, H, W), prompt i from its own seed; kept in `path`, which is read if it is there.
+
+    The network computes in bf16 where the machine does, as in training.
+    """
     if path.is_file():
         return load_file(path)["images"]
     pipe.set_progress_bar_config(disable=True)
-    parts = []
+    parts, bf16 = [], models.precision("auto", pipe.device) == "bf16"
     for start in tqdm(range(0, len(prompts), batch), desc=f"w={w:g} seed={seed}", unit="batch", dynamic_ncols=True):
-        images = pipe(prompts[start : start + batch], w=w, seed=seed * STRIDE + start, num_inference_steps=steps,
-                      output_type="pt").images  # fmt: skip
+        with torch.autocast(pipe.device.type, torch.bfloat16, enabled=bf16):
+            images = pipe(prompts[start : start + batch], w=w, seed=seed * STRIDE + start, num_inference_steps=steps,
+                          output_type="pt").images  # fmt: skip
         parts.append((images.cpu() * 255).round().to(torch.uint8))
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_suffix(".tmp")

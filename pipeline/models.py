@@ -9,6 +9,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextModel, T5EncoderModel
 
+from pipeline.captions import CaptionWhitening
 from pipeline.config import Config, ConfigError, ModelConfig
 from pipeline.patches import PatchAutoencoder
 
@@ -48,6 +49,11 @@ def autoencoder(model: ModelConfig) -> PatchAutoencoder | None:
     return None if model.patch_size is None else PatchAutoencoder(patch_size=model.patch_size)
 
 
+def whitening(model: ModelConfig, states: torch.Tensor) -> CaptionWhitening | None:
+    """The whitening of a configuration, from the training captions' states (N, L, D); None for states as they are."""
+    return None if model.whitening is None else CaptionWhitening.fit(states, model.whitening)
+
+
 def unet(config: Config, caption_width: int) -> UNet2DConditionModel:
     """The denoiser of a configuration, for caption states (B, L, caption_width); weights from torch's global generator."""
     model, patch = config.model, config.model.patch_size or 1
@@ -64,6 +70,7 @@ def unet(config: Config, caption_width: int) -> UNet2DConditionModel:
         attention_head_dim=model.heads,  # diffusers reads this as the number of heads
         cross_attention_dim=caption_width,
         addition_embed_type="text" if model.text_in_time else None,
+        time_embedding_dim=model.time_embedding_dim,
         resnet_time_scale_shift="scale_shift" if model.time_scale_shift else "default",
     )
 

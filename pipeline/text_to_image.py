@@ -41,12 +41,13 @@ class Step:
 class TextToImagePipeline(DiffusionPipeline):
     """Images for captions, by a diffusion model in pixels (`vae=None`), in patches or in an autoencoder's latents.
 
+    whitening: CaptionWhitening, or None where the network takes the text encoder's states as they are.
     caption_length: tokens every caption is padded or cut to; None is the tokenizer's own. caption_dropout: the rate that
     the network was trained with; None is unknown. w: the guidance used when a call names none.
     """
 
-    model_cpu_offload_seq = "text_encoder->unet->vae"
-    _optional_components: ClassVar[list[str]] = ["text_encoder", "tokenizer", "vae"]
+    model_cpu_offload_seq = "text_encoder->whitening->unet->vae"
+    _optional_components: ClassVar[list[str]] = ["text_encoder", "tokenizer", "vae", "whitening"]
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "prompt_embeds", "negative_prompt_embeds"]
 
     def __init__(
@@ -56,12 +57,14 @@ class TextToImagePipeline(DiffusionPipeline):
         text_encoder: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         vae: AutoencoderKL | AutoencoderTiny | ModelMixin | None = None,
+        whitening: ModelMixin | None = None,
         caption_length: int | None = None,
         caption_dropout: float | None = None,
         w: float = 0.0,
     ):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer, vae=vae)
+        self.register_modules(unet=unet, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer, vae=vae,
+                              whitening=whitening)  # fmt: skip
         self.register_to_config(caption_length=caption_length, caption_dropout=caption_dropout, w=w)
         self.vae_scale_factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
@@ -71,7 +74,7 @@ class TextToImagePipeline(DiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """A saved pipeline, as diffusers loads it. It takes a class of ours only from a module that is imported already."""
         if __package__ == "pipeline":  # elsewhere this file has come from the Hub alone
-            for module in ("scheduler", "patches"):
+            for module in ("scheduler", "patches", "captions"):
                 importlib.import_module(f"{__package__}.{module}")
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
@@ -278,7 +281,7 @@ class TextToImagePipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def _caption_states(self, captions: list[str], device: torch.device, instead: str = "prompt_embeds") -> Tensor:
-        """Last hidden states (B, L, D) of captions, padded to one length L.
+        """Last hidden states (B, L, D) of captions, padded to one length L, and whitened if the model was trained so.
 
         A CLIP encoder sees its padding, as in Stable Diffusion; others do not, and their padded positions are zero.
         """
@@ -289,9 +292,11 @@ class TextToImagePipeline(DiffusionPipeline):
         tokens = self.tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt",
                                 return_attention_mask=True).to(device)  # fmt: skip
         if self.text_encoder.config.model_type in CLIP:
-            return self.text_encoder(tokens.input_ids).last_hidden_state
-        states = self.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
-        return states * tokens.attention_mask[..., None]
+            states = self.text_encoder(tokens.input_ids).last_hidden_state
+        else:
+            states = self.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+            states = states * tokens.attention_mask[..., None]
+        return states if self.whitening is None else self.whitening(states)
 
     def _caption_length(self, captions: list[str]) -> int:
         """L, having warned of every caption that is longer."""

@@ -52,13 +52,13 @@ def test_a_configuration_reads_back_as_it_was_written(tmp_path):
 
 def test_all_range_errors_come_at_once_with_their_names(tmp_path):
     path = yaml_file(tmp_path, "train: {lr: -1, batch_size: 0, steps: 0, clip: .nan, weighting: other}\n"
-                               "data: {caption_dropout: 1.5}\nmodel: {channels: [50]}\n"
+                               "data: {caption_dropout: 1.5}\nmodel: {channels: [50], whitening: 0}\n"
                                "diffusion: {beta_schedule: lineer, beta_end: 1.0}\n")  # fmt: skip
     with pytest.raises(ConfigError) as error:
         load(["--config", path])
     lines = str(error.value).splitlines()
     names = ("train.lr", "train.batch_size", "train.steps", "train.clip", "train.weighting", "data.caption_dropout",
-             "model.channels", "model.attention", "diffusion.beta_schedule", "diffusion.beta_end")  # fmt: skip
+             "model.channels", "model.whitening", "model.attention", "diffusion.beta_schedule", "diffusion.beta_end")  # fmt: skip
     for name in names:
         assert sum(name in line.split(", got")[0] for line in lines) >= 1, name
     assert "data.caption_dropout must be in [0, 1], got 1.5" in lines

@@ -53,6 +53,19 @@ def test_the_denoiser_takes_latents_and_captions(patch, text_in_time):
     assert unet.config.sample_size == z.shape[-1]
 
 
+def test_the_time_embedding_has_the_width_asked_for():
+    wide = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, time_embedding_dim=80))
+    widths = [models.unet(config, caption_width=384).time_embedding.linear_2.out_features for config in (SMALL, wide)]
+    assert widths == [4 * 32, 80]
+
+
+def test_captions_are_whitened_only_where_the_configuration_says():
+    states = torch.randn(4, 3, 8)
+    assert models.whitening(SMALL.model, states) is None
+    white = models.whitening(dataclasses.replace(SMALL.model, whitening=0.1), states)(states)
+    assert white.flatten(0, 1).mean(0).abs().max() < 1e-5
+
+
 def test_the_caption_also_steers_the_time_embedding():
     unet = models.unet(SMALL, caption_width=384)
     assert unet.config.addition_embed_type == "text" and hasattr(unet, "add_embedding")

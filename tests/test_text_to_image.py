@@ -14,9 +14,10 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import is_torchsde_available, logging
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import WIDTH, tiny_pipeline, tiny_text, tiny_unet
+from tiny import WIDTH, WORDS, tiny_pipeline, tiny_text, tiny_unet
 
 from pipeline import data
+from pipeline.captions import CaptionWhitening
 from pipeline.guidance import InputError, interval
 from pipeline.scheduler import DDPMScheduler
 from pipeline.text_to_image import TextToImagePipeline, noise_level
@@ -116,7 +117,7 @@ def test_p6_tuple_and_dict_are_the_same(pipe):
 
 
 def test_p7_components_are_the_constructors(pipe):
-    assert set(pipe.components) == {"unet", "scheduler", "text_encoder", "tokenizer", "vae"}
+    assert set(pipe.components) == {"unet", "scheduler", "text_encoder", "tokenizer", "vae", "whitening"}
     arguments = set(inspect.signature(TextToImagePipeline.__init__).parameters) - {"self"}
     assert set(pipe.components) | set(pipe.parameters) == arguments
 
@@ -133,13 +134,25 @@ def test_p8_p11_dtypes_follow_and_draw_the_same_picture(dtype, off):
     assert draw(pipe, output_type="latent").dtype == torch.promote_types(dtype, torch.float32)
 
 
+def test_p1_a_pipeline_with_whitened_captions_draws_the_same_after_loading(tmp_path, pipe):
+    states = torch.cat([pipe.encode_prompt(word)[0] for word in WORDS])
+    white = TextToImagePipeline(**{**pipe.components, "whitening": CaptionWhitening.fit(states, 0.1)})
+    white.set_progress_bar_config(disable=True)
+    assert torch.equal(white.encode_prompt("red")[0], white.whitening(pipe.encode_prompt("red")[0]))
+    white.save_pretrained(tmp_path)
+    again = TextToImagePipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert np.array_equal(draw(again, w=1.0), draw(white, w=1.0))
+    assert np.abs(draw(white, w=1.0) - draw(pipe, w=1.0)).max() > 1e-3
+
+
 def test_p10_optional_parts_stay_none(tmp_path):
     pipe = tiny_pipeline()
     states, empty = pipe.encode_prompt("red heart")
     bare = TextToImagePipeline(pipe.unet, pipe.scheduler)
     bare.save_pretrained(tmp_path)
     again = TextToImagePipeline.from_pretrained(tmp_path)
-    assert again.text_encoder is None and again.tokenizer is None and again.vae is None
+    assert again.text_encoder is None and again.tokenizer is None and again.vae is None and again.whitening is None
     close(draw(again, None, prompt_embeds=states, negative_prompt_embeds=empty, w=1.0), draw(pipe, w=1.0))
 
 

@@ -1,0 +1,62 @@
+"""Whitened caption states have the moments they promise, and padding stays padding."""
+
+import pytest
+import torch
+
+from pipeline.captions import CaptionWhitening
+
+RIDGE = 0.02
+
+
+@pytest.fixture
+def states():
+    """40 captions of 6 states of width 5, far from their origin and correlated; the last two positions are padding."""
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(5, 5, generator=generator)
+    out = torch.randn(40, 6, 5, generator=generator) @ mix + torch.tensor([9.0, -3, 0, 1, 20])
+    out[:, 4:] = 0
+    return out
+
+
+def test_states_come_out_centred_with_covariance_one_but_for_the_ridge(states):
+    white = CaptionWhitening.fit(states, RIDGE)(states)[:, :4].flatten(0, 1).double()
+    raw = states[:, :4].flatten(0, 1).double()
+    assert white.mean(0).abs().max() < 1e-4
+    variance = torch.linalg.eigvalsh(torch.cov(raw.T))
+    assert torch.allclose(torch.linalg.eigvalsh(torch.cov(white.T)), variance / (variance + RIDGE), atol=1e-4)
+
+
+def test_axes_keep_their_names(states):
+    assert torch.allclose(matrix := CaptionWhitening.fit(states, RIDGE).matrix, matrix.T, atol=1e-6)
+    assert (torch.linalg.eigvalsh(matrix.double()) > 0).all()
+
+
+def test_padding_stays_zero_and_takes_no_part(states):
+    whitening = CaptionWhitening.fit(states, RIDGE)
+    assert not whitening(states)[:, 4:].any()
+    assert torch.equal(CaptionWhitening.fit(states[:, :4], RIDGE).matrix, whitening.matrix)
+
+
+def test_directions_without_variance_stay_finite(states):
+    flat = states.clone()
+    flat[..., 2] = 7.0 * (flat[..., 0] != 0)
+    white = CaptionWhitening.fit(flat, RIDGE)(flat)
+    assert white.isfinite().all() and white[..., 2].abs().max() < 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_dtype_of_the_states_is_kept(states, dtype):
+    assert CaptionWhitening.fit(states, RIDGE)(states.to(dtype)).dtype == dtype
+
+
+def test_it_is_saved_and_loaded(states, tmp_path):
+    whitening = CaptionWhitening.fit(states, RIDGE)
+    whitening.save_pretrained(tmp_path)
+    assert torch.equal(CaptionWhitening.from_pretrained(tmp_path)(states), whitening(states))
+
+
+@pytest.mark.parametrize(("ridge", "rows", "says"), [(0, 40, "ridge is 0, expected"), (-1, 40, "ridge is -1"),
+                                                     (float("nan"), 40, "ridge is nan"), (RIDGE, 0, "two caption states")])  # fmt: skip
+def test_what_cannot_be_whitened_is_refused(states, ridge, rows, says):
+    with pytest.raises(ValueError, match=says):
+        CaptionWhitening.fit(states[:rows], ridge)
