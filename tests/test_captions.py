@@ -27,7 +27,8 @@ def test_states_come_out_centred_with_covariance_one_but_for_the_ridge(states):
 
 
 def test_axes_keep_their_names(states):
-    assert torch.allclose(matrix := CaptionWhitening.fit(states, RIDGE).matrix, matrix.T, atol=1e-6)
+    matrix = CaptionWhitening.fit(states, RIDGE).matrix
+    assert torch.allclose(matrix, matrix.T, atol=1e-6)
     assert (torch.linalg.eigvalsh(matrix.double()) > 0).all()
 
 
@@ -55,8 +56,9 @@ def test_it_is_saved_and_loaded(states, tmp_path):
     assert torch.equal(CaptionWhitening.from_pretrained(tmp_path)(states), whitening(states))
 
 
-@pytest.mark.parametrize(("ridge", "rows", "says"), [(0, 40, "ridge is 0, expected"), (-1, 40, "ridge is -1"),
-                                                     (float("nan"), 40, "ridge is nan"), (RIDGE, 0, "two caption states")])  # fmt: skip
+@pytest.mark.parametrize(("ridge", "rows", "says"), [
+    (0, 40, "ridge is 0, expected"), (-1, 40, "ridge is -1"), (float("nan"), 40, "ridge is nan"),
+    (RIDGE, 0, "two caption states")])  # fmt: skip
 def test_what_cannot_be_whitened_is_refused(states, ridge, rows, says):
     with pytest.raises(ValueError, match=says):
         CaptionWhitening.fit(states[:rows], ridge)
