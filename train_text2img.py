@@ -19,7 +19,6 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor
 from diffusers.optimization import get_scheduler
 from diffusers.utils import make_image_grid
 from tqdm.auto import tqdm
@@ -69,13 +68,7 @@ class Parts:
 
 def prepare(config: Config, checkpoint: Path | None, device: torch.device) -> Parts:
     """Read the data, encode its captions, build or load the models."""
-    source, size = config.data.source, config.data.resolution
-    if source in emoji.SETS:
-        source = emoji.write(Path(config.data.cache) / f"{source}-{size}", name=source, size=size)
-    read = lambda split: data.load_images(source, split=split, resolution=size, cache_dir=config.data.cache,
-                                          max_broken=config.data.max_broken)  # fmt: skip
-    images = read(config.data.split)
-    held_out = read(config.data.held_out) if config.data.held_out else None
+    images, held_out = data.load_splits(config.data)
     tokenizer, encoder = models.text_encoder(config.model.text_encoder)
     encode = lambda captions: data.encode_captions(captions, tokenizer, encoder, config.data.caption_length,
                                                    cache_dir=config.data.cache)  # fmt: skip
@@ -86,12 +79,15 @@ def prepare(config: Config, checkpoint: Path | None, device: torch.device) -> Pa
     torch.manual_seed(config.seed)  # the network's first weights
     unet = (models.unet(config, empty.shape[-1]) if checkpoint is None
             else UNet2DConditionModel.from_pretrained(checkpoint / "unet", use_safetensors=True))  # fmt: skip
-    if device.type == "cpu":
-        unet.set_attn_processor(AttnProcessor())  # a small grid's attention is faster as two products than fused
     return Parts(images, held_out, states.to(device), white(encode(held_out.captions)).to(device) if held_out else None,
-                 empty.to(device), unet.to(memory_format=torch.channels_last), DDPMScheduler(**vars(config.diffusion)),
+                 empty.to(device), models.for_training(unet, device), DDPMScheduler(**vars(config.diffusion)),
                  models.autoencoder(config.model), whitening and whitening.to(device), tokenizer,
                  encoder.to(device))  # fmt: skip
+
+
+def adamw(unet, train: settings.TrainConfig) -> torch.optim.AdamW:
+    """The optimiser of a run."""
+    return torch.optim.AdamW(unet.parameters(), train.lr, betas=train.betas, weight_decay=train.weight_decay, fused=True)
 
 
 def lr_schedule(optimizer, train: settings.TrainConfig):
@@ -236,8 +232,7 @@ def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Pa
     """The training loop, from a checkpoint or from nothing to the last step; the exit code."""
     main, share, steps = accelerator.is_main_process, config.train.batch_size // config.train.accumulation, config.train.steps
     parts = prepare(config, checkpoint, accelerator.device)
-    optimizer = torch.optim.AdamW(parts.unet.parameters(), config.train.lr, betas=config.train.betas,
-                                  weight_decay=config.train.weight_decay, fused=True)  # fmt: skip
+    optimizer = adamw(parts.unet, config.train)
     schedule = lr_schedule(optimizer, config.train)
     ema = models.moving_average(parts.unet, config.train.ema)
     state = {"step": 0, "skipped": 0, "seconds": 0.0, "losses": []}  # losses: since the last line of the log
@@ -351,7 +346,7 @@ def usage(run: runs.Run, config: Config) -> str:
 def rehearse(config: Config, accelerator: Accelerator) -> int:
     """`--dry_run`: the plan, from one timed step; nothing is kept but the prepared data."""
     parts = prepare(config, None, accelerator.device)
-    optimizer = torch.optim.AdamW(parts.unet.parameters(), config.train.lr, fused=True)
+    optimizer = adamw(parts.unet, config.train)
     unet, optimizer = accelerator.prepare(parts.unet, optimizer)
     slots, timed = torch.arange(config.train.batch_size // config.train.accumulation), []
     for step in range(2):  # the first one warms up

@@ -15,14 +15,14 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.attention_processor import AttnProcessor2_0
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from pipeline import config as settings
 from pipeline import losses, models
 from pipeline.scheduler import DDPMScheduler
-from train_text2img import keep_freed_memory
+from train_text2img import adamw, keep_freed_memory
 
 CAPTION_WIDTH = 384  # of the embedded encoder
 SIDE = 4096  # of the matrices
@@ -45,12 +45,13 @@ def matmul_rate(dtype: torch.dtype) -> float:
     return 2 * SIDE**3 / timed(lambda: a @ b, 5)
 
 
-def step_of(config: settings.Config, batch: int, bf16: bool):
+def step_of(config: settings.Config, batch: int, bf16: bool, fused_attention: bool):
     """A training step on random latents and captions, as train_text2img.py takes it."""
     torch.manual_seed(0)
-    unet = models.unet(config, CAPTION_WIDTH).to(memory_format=torch.channels_last)
-    unet.set_attn_processor(AttnProcessor())
-    optimizer = torch.optim.AdamW(unet.parameters(), config.train.lr, fused=True)
+    unet = models.for_training(models.unet(config, CAPTION_WIDTH), torch.device("cpu"))
+    if fused_attention:
+        unet.set_attn_processor(AttnProcessor2_0())
+    optimizer = adamw(unet, config.train)
     ema = models.moving_average(unet, config.train.ema)
     scheduler = DDPMScheduler(**vars(config.diffusion))
     side, channels = unet.config.sample_size, unet.config.in_channels
@@ -71,13 +72,13 @@ def step_of(config: settings.Config, batch: int, bf16: bool):
     return step, models.parameters(unet)
 
 
-def measure(config: settings.Config, batches: list[int]) -> None:
+def measure(config: settings.Config, batches: list[int], fused_attention: bool) -> None:
     """The table of one precision."""
     bf16 = models.precision("auto", torch.device("cpu")) == "bf16"
     dtype = torch.bfloat16 if bf16 else torch.float32
     print(f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, {dtype}", flush=True)
     for batch in batches:
-        step, size = step_of(config, batch, bf16)
+        step, size = step_of(config, batch, bf16, fused_attention)
         with FlopCounterMode(display=False) as counter:
             step()
         seconds, rate = timed(step, 7), matmul_rate(dtype)
@@ -92,15 +93,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument("--alone", action="store_true", help="this precision only")
     parser.add_argument("--stock-malloc", action="store_true", help="without what the script tells glibc, to compare")
+    parser.add_argument("--fused-attention", action="store_true", help="torch's own attention kernel, to compare")
     args = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     if not args.stock_malloc:
         keep_freed_memory()
     if not args.alone:
         print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}")
-    measure(settings.load_file(args.config), args.batch)
+    measure(settings.load_file(args.config), args.batch, args.fused_attention)
     if not args.alone:
-        again = [sys.executable, __file__, "--alone", "--config", args.config, "--batch", *map(str, args.batch)]
+        again = [sys.executable, __file__, "--alone", *sys.argv[1:]]
         subprocess.run(again, env={**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}, check=True)
 
 

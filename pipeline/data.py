@@ -24,6 +24,9 @@ import torch
 from datasets.fingerprint import Hasher
 from torch import Tensor
 
+from pipeline import emoji
+from pipeline.config import DataConfig
+
 VERSION = 1  # of the prepared pixels: raise it when `decode` changes, so that caches are not reused
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 CAPTION_COLUMNS = ("caption", "text")
@@ -116,6 +119,15 @@ def digest(*parts: object) -> str:
 
 
 # ---- image folders
+
+
+def load_splits(config: DataConfig) -> tuple[CaptionedImages, CaptionedImages | None]:
+    """The training split and the held-out one, if any, of a folder, or of a named emoji set, which is written first."""
+    source, size = config.source, config.resolution
+    if source in emoji.SETS:
+        source = emoji.write(Path(config.cache) / f"{source}-{size}", name=source, size=size)
+    read = lambda split: load_images(source, split=split, resolution=size, cache_dir=config.cache, max_broken=config.max_broken)
+    return read(config.split), read(config.held_out) if config.held_out else None
 
 
 def load_images(source: str | Path, split: str = "train", resolution: int = 64, caption_column: str | None = None,

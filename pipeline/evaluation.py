@@ -21,7 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm.auto import tqdm
 
 from pipeline import config as settings
-from pipeline import data, emoji, models
+from pipeline import data, models
 from pipeline import run as runs
 from pipeline.text_to_image import TextToImagePipeline
 
@@ -327,16 +327,6 @@ def draw(pipe: TextToImagePipeline, prompts: list[str], w: float, seed: int, ste
     return torch.cat(parts)
 
 
-def splits_of(config: settings.Config) -> list[data.CaptionedImages]:
-    """The training split of a run's data, and its held-out one."""
-    source, size = config.data.source, config.data.resolution
-    if source in emoji.SETS:
-        source = emoji.write(Path(config.data.cache) / f"{source}-{size}", name=source, size=size)
-    names = [config.data.split, *([config.data.held_out] if config.data.held_out else [])]
-    return [data.load_images(source, split=name, resolution=size, cache_dir=config.data.cache,
-                             max_broken=config.data.max_broken) for name in names]  # fmt: skip
-
-
 def evaluate(folder: Path, ws: list[float], seeds: list[int], choose_seed: int, choose_on: int, steps: int, batch: int) -> dict:
     """Choose w on `choose_on` training captions with one seed, draw every caption with the others, write metrics.json."""
     run = runs.Run(folder)
@@ -345,7 +335,7 @@ def evaluate(folder: Path, ws: list[float], seeds: list[int], choose_seed: int, 
     if not (run.pipeline / "model_index.json").is_file():
         raise EvaluationError(f"{folder} holds no finished pipeline, expected {run.pipeline / 'model_index.json'}: train first")
     config = settings.load_file(run.config)
-    judge, splits = Judge(), splits_of(config)
+    judge, splits = Judge(), [split for split in data.load_splits(config.data) if split is not None]
     bank, patch = Bank.of(judge, splits), config.model.patch_size or 1
     pipe = TextToImagePipeline.from_pretrained(run.pipeline, use_safetensors=True, local_files_only=True)
     weights = sorted((run.pipeline / "unet").glob("*.safetensors"))

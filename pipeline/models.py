@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel
 from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextModel, T5EncoderModel
 
@@ -73,6 +74,13 @@ def unet(config: Config, caption_width: int) -> UNet2DConditionModel:
         time_embedding_dim=model.time_embedding_dim,
         resnet_time_scale_shift="scale_shift" if model.time_scale_shift else "default",
     )
+
+
+def for_training(network: UNet2DConditionModel, device: torch.device) -> UNet2DConditionModel:
+    """The network as it trains fastest: channels last, and on a CPU attention as two products, since its grids are small."""
+    if device.type == "cpu":
+        network.set_attn_processor(AttnProcessor())
+    return network.to(memory_format=torch.channels_last)
 
 
 def moving_average(network: torch.nn.Module, decay: float) -> EMAModel:
