@@ -9,7 +9,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
-SCHEDULER, LOSSES, GUIDANCE, DATA = (f"pipeline/{name}.py" for name in ("scheduler", "losses", "guidance", "data"))
+SCHEDULER, LOSSES, GUIDANCE, DATA, CAPTIONS = (
+    f"pipeline/{name}.py" for name in ("scheduler", "losses", "guidance", "data", "captions"))
 PIPELINE, TRAIN = "pipeline/text_to_image.py", "train_text2img.py"
 
 # (file, what a line says, what it says broken, the test that notices)
@@ -89,6 +90,19 @@ MUTANTS = [
      "test_data.py::test_each_slots_timestep_is_uniform"),
     (TRAIN, "parts.states[rows], parts.empty)", "parts.states[rows], parts.states[rows])",
      "test_train.py::test_the_loss_depends_on_captions_exactly_where_they_are_kept"),
+    (CAPTIONS, "out.mean.copy_(tokens.mean(0))", "out.mean.zero_()",
+     "test_captions.py::test_states_come_out_centred_with_covariance_one_but_for_the_ridge"),
+    (CAPTIONS, "tokens = states[states.any(-1)]", "tokens = states.flatten(0, -2)",
+     "test_captions.py::test_padding_stays_zero_and_takes_no_part"),
+    (CAPTIONS, "return torch.where(real, white, 0)", "return white", "test_captions.py::test_padding_stays_zero_and_takes_no_part"),
+    (PIPELINE, '("scheduler", "patches", "captions")', '("scheduler", "patches")',
+     "test_text_to_image.py::test_p1_a_fresh_process_loads_it"),
+    (TRAIN, "white(encode(held_out.captions))", "encode(held_out.captions)",
+     "test_train.py::test_the_saved_pipeline_draws_and_a_checkpoint_holds_a_loadable_unet"),
+    (TRAIN, 'white(encode([""]))', 'encode([""])',
+     "test_train.py::test_the_saved_pipeline_draws_and_a_checkpoint_holds_a_loadable_unet"),
+    (TRAIN, "    set_threads(config, accelerator)\n    keep_freed_memory()\n", "    set_threads(config, accelerator)\n",
+     "test_train.py::test_the_script_keeps_freed_memory_so_that_a_step_costs_no_page_faults"),
     (TRAIN, "eps = data.noise(seed, step, slots,", "eps = data.noise(seed, step, range(len(slots)),",
      "test_train.py::test_accumulated_micro_steps_are_one_batch"),
 ]  # fmt: skip

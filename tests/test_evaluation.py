@@ -216,6 +216,15 @@ def test_an_evaluation_goes_on_where_it_stopped(run, monkeypatch, capsys):
     assert "held-out combinations: first" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("chosen", ["bf16", "no"])
+def test_drawings_are_computed_in_the_precision_of_training(chosen, monkeypatch, tmp_path):
+    pipe, seen = tiny_pipeline(caption_length=8), set()
+    monkeypatch.setattr(evaluation.models, "precision", lambda choice, device: chosen)
+    pipe.unet.conv_in.register_forward_hook(lambda net, args, out: seen.add(out.dtype))
+    drawn = evaluation.draw(pipe, ["red", "blue"], 1.0, 0, 2, tmp_path / "images.safetensors", 2)
+    assert seen == {torch.bfloat16 if chosen == "bf16" else torch.float32} and drawn.shape == (2, 3, 8, 8)
+
+
 def test_w_is_not_reported_on_the_seed_that_chose_it(run, capsys):
     assert evaluation.main([str(run), "--seeds", "1000", *STEPS]) == 2
     assert "seed 1000 chooses w" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor
 
 from pipeline import models
 from pipeline.config import Config, ConfigError, DataConfig, ModelConfig
@@ -51,6 +52,18 @@ def test_the_denoiser_takes_latents_and_captions(patch, text_in_time):
     out = unet(z, torch.tensor([3, 7]), encoder_hidden_states=torch.randn(2, 5, 384), return_dict=False)[0]
     assert out.shape == z.shape == (2, *((3, 16, 16) if patch is None else (12, 8, 8)))
     assert unet.config.sample_size == z.shape[-1]
+
+
+def test_training_attention_is_torchs_own_in_two_products():
+    fused, plain = models.unet(SMALL, caption_width=384), models.unet(SMALL, caption_width=384)
+    plain.load_state_dict(fused.state_dict())
+    plain = models.for_training(plain, torch.device("cpu"))
+    assert {type(p) for p in plain.attn_processors.values()} == {AttnProcessor}
+    assert plain.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    x, t, captions = torch.randn(2, 3, 16, 16), torch.tensor([3, 7]), torch.randn(2, 5, 384)
+    with torch.no_grad():
+        a, b = (net(x, t, encoder_hidden_states=captions, return_dict=False)[0] for net in (fused, plain))
+    assert torch.allclose(a, b, atol=1e-4)
 
 
 def test_the_time_embedding_has_the_width_asked_for():

@@ -87,6 +87,13 @@ def test_the_readme_names_only_files_that_exist():
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), target
 
 
+def test_the_readmes_tree_and_contributing_name_every_module():
+    (tree,) = re.findall(r"^pipeline/ +((?:[a-z_]+\s+)+)configs/", (ROOT / "README.md").read_text(), re.M)
+    assert sorted(tree.split()) == sorted(path.stem for path in MODULES if path.stem != "__init__")
+    (alone,) = re.findall(r"Import direction: `([a-z_, ]+)` import nothing", (ROOT / "CONTRIBUTING.md").read_text())
+    assert set(alone.split(", ")) == {name for name, allowed in ALLOWED.items() if not allowed}
+
+
 def test_the_readmes_python_runs(tmp_path):
     """As it stands, in a folder that holds a run of that name."""
     text = (ROOT / "README.md").read_text()

@@ -74,12 +74,14 @@ def test_p1_saved_and_loaded_it_draws_the_same(tmp_path, safe, patch_size, caplo
 
 
 def test_p1_a_fresh_process_loads_it(tmp_path):
-    tiny_pipeline(patch_size=2).save_pretrained(tmp_path)
+    parts = tiny_pipeline(patch_size=2).components
+    TextToImagePipeline(**{**parts, "whitening": CaptionWhitening(WIDTH)}).save_pretrained(tmp_path)
     lines = ("import sys; from pipeline import TextToImagePipeline\n"
-             "print(type(TextToImagePipeline.from_pretrained(sys.argv[1]).vae).__name__)")  # fmt: skip
+             "pipe = TextToImagePipeline.from_pretrained(sys.argv[1])\n"
+             "print(type(pipe.vae).__name__, type(pipe.whitening).__name__)")  # fmt: skip
     done = subprocess.run([sys.executable, "-c", lines, tmp_path], cwd=Path(__file__).parents[1], capture_output=True, text=True,
                           check=False)  # fmt: skip
-    assert done.stdout == "PatchAutoencoder\n", done.stderr
+    assert done.stdout == "PatchAutoencoder CaptionWhitening\n", done.stderr
 
 
 @pytest.mark.parametrize(("settings", "shape"), [
