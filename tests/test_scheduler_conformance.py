@@ -258,6 +258,16 @@ def test_last_step_with_the_true_noise_gives_the_clean_image(spacing, variance):
     assert (out - x_0).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("variance", VARIANCES)
+def test_the_transition_to_the_clean_image_is_certain(variance):
+    """B2, as the bound and any other reader of `transition` see it, for one timestep and for one per example."""
+    scheduler, x_0 = make(variance_type=variance), 2 * ramp() - 1
+    x_t = scheduler.add_noise(x_0, torch.randn(x_0.shape, generator=noise()), 19)
+    for t, s in ((19, -1), (torch.full((len(x_0),), 19), torch.full((len(x_0),), -1))):
+        mean, variance_s = scheduler.transition(x_0, x_t, t, s)
+        assert not variance_s.any() and torch.allclose(mean.to(x_0.dtype), x_0, atol=1e-6)
+
+
 @pytest.mark.parametrize("n", [7, 50, 600, 1000])
 @pytest.mark.parametrize("spacing", ["trailing", "linspace"])
 def test_trailing_and_linspace_start_at_the_last_timestep(spacing, n):
