@@ -82,12 +82,13 @@ def test_the_recorded_split_of_the_shapes():
 
 
 def test_the_split_of_a_role_depends_on_its_name_alone():
-    """One gender of each role is held out, by a rule that no other emoji moves."""
+    """One gender of each role is held out, of some roles of the large set two, by a rule that no other emoji moves."""
     held = defaultdict(set)
     for e in emoji.select("emoji")["test"]:
         if e.grid == "roles":
             held[e.factors["role"]].add(e.factors["gender"])
-    assert all(len(genders) == 1 for genders in held.values())
+    assert all(len(genders) == 1 or (len(genders) == 2 and role not in emoji.SMALL_ROLES) for role, genders in held.items())
+    assert sum(len(genders) == 2 for genders in held.values()) > 10
     counts = Counter(gender for genders in held.values() for gender in genders)
     assert min(counts.values()) > 15 and set(counts) == {"person", "man", "woman"}
     assert held["cook"] == {"man"} and held["astronaut"] == {"woman"} and held["pilot"] == {"person"}
