@@ -5,6 +5,7 @@ features. `python -m pipeline.evaluation RUN` writes `RUN/metrics.json`; what it
 """
 
 import argparse
+import copy
 import hashlib
 import importlib.util
 import json
@@ -34,7 +35,7 @@ SIDE = 224  # pixels that the judge sees
 STRIDE = 1_000_000  # image i of seed s is drawn from s * STRIDE + i: no two seeds share a draw
 FREE = ("green cat", "blue dog", "purple banana", "red tree", "yellow frog", "pink lion", "blue strawberry", "green rocket",
         "orange whale", "red snowman", "purple bus", "blue house", "golden fish", "cat astronaut", "white pizza",
-        "rainbow heart")  # fmt: skip  # prompts of no picture in the set, for copies
+        "rainbow heart", "a happy puppy", "blue cow", "three stars", "yellow car")  # fmt: skip  # of no picture in any set
 
 
 class EvaluationError(ValueError):
@@ -313,7 +314,6 @@ def draw(pipe: TextToImagePipeline, prompts: list[str], w: float, seed: int, ste
     """
     if path.is_file():
         return load_file(path)["images"]
-    pipe.set_progress_bar_config(disable=True)
     parts, bf16 = [], models.precision("auto", pipe.device) == "bf16"
     for start in tqdm(range(0, len(prompts), batch), desc=f"w={w:g} seed={seed}", unit="batch", dynamic_ncols=True):
         with torch.autocast(pipe.device.type, torch.bfloat16, enabled=bf16):
@@ -327,17 +327,44 @@ def draw(pipe: TextToImagePipeline, prompts: list[str], w: float, seed: int, ste
     return torch.cat(parts)
 
 
-def evaluate(folder: Path, ws: list[float], seeds: list[int], choose_seed: int, choose_on: int, steps: int, batch: int) -> dict:
-    """Choose w on `choose_on` training captions with one seed, draw every caption with the others, write metrics.json."""
+def finished(folder: Path) -> tuple[runs.Run, settings.Config, Judge, Bank, TextToImagePipeline]:
+    """A finished run with all that judges it."""
     run = runs.Run(folder)
-    if choose_seed in seeds:
-        raise EvaluationError(f"seed {choose_seed} chooses w and may not report it: give other --seeds or --choose-seed")
     if not (run.pipeline / "model_index.json").is_file():
         raise EvaluationError(f"{folder} holds no finished pipeline, expected {run.pipeline / 'model_index.json'}: train first")
-    config = settings.load_file(run.config)
-    judge, splits = Judge(), [split for split in data.load_splits(config.data) if split is not None]
-    bank, patch = Bank.of(judge, splits), config.model.patch_size or 1
+    config, judge = settings.load_file(run.config), Judge()
+    bank = Bank.of(judge, [split for split in data.load_splits(config.data) if split is not None])
     pipe = TextToImagePipeline.from_pretrained(run.pipeline, use_safetensors=True, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    return run, config, judge, bank, pipe
+
+
+@torch.no_grad()
+def from_real(judge: Judge, bank: Bank, pipe: TextToImagePipeline, rows: Tensor, t: int, w: float, seed: int, steps: int) -> dict:
+    """How drawings of some rows rank that start at t, from their own picture noised by (5): what is lost below t.
+
+    The timesteps are those of a plan of `steps` from t down.
+    """
+    scheduler = copy.deepcopy(pipe.scheduler)
+    scheduler.set_timesteps(steps)
+    plan = [k for k in scheduler.timesteps.tolist() if k <= t]
+    if not plan:
+        raise EvaluationError(f"a plan of {steps} steps has no timestep up to {t}: give more --steps, or start later")
+    x_0 = as_float(bank.images[rows])
+    z = x_0 if pipe.vae is None else pipe.vae.encode(x_0).latents * pipe.vae.config.scaling_factor
+    x_t = scheduler.add_noise(z, torch.randn(z.shape, generator=torch.Generator().manual_seed(seed)), plan[0])
+    with torch.autocast(pipe.device.type, torch.bfloat16, enabled=models.precision("auto", pipe.device) == "bf16"):
+        drawn = pipe([bank.captions[i] for i in rows], w=w, seed=seed, timesteps=plan, latents=x_t, output_type="pt").images
+    images = (drawn.cpu() * 255).round().to(torch.uint8)
+    return {"t": plan[0]} | summary(retrieval_ranks(judge.features(images), bank.features, bank.own[rows]))
+
+
+def evaluate(folder: Path, ws: list[float], seeds: list[int], choose_seed: int, choose_on: int, steps: int, batch: int) -> dict:
+    """Choose w on `choose_on` training captions with one seed, draw every caption with the others, write metrics.json."""
+    if choose_seed in seeds:
+        raise EvaluationError(f"seed {choose_seed} chooses w and may not report it: give other --seeds or --choose-seed")
+    run, config, judge, bank, pipe = finished(folder)
+    patch = config.model.patch_size or 1
     weights = sorted((run.pipeline / "unet").glob("*.safetensors"))
     model = hashlib.sha256(b"".join(path.read_bytes() for path in weights)).hexdigest()[:8]
     model += f"-{hashlib.sha256(json.dumps(bank.captions).encode()).hexdigest()[:8]}-{steps}"
@@ -366,9 +393,13 @@ def evaluate(folder: Path, ws: list[float], seeds: list[int], choose_seed: int, 
     return json.loads(json.dumps(result))
 
 
+def percent(found: dict) -> str:
+    """A share with its interval, in words."""
+    return f"{found['share']:.1%} ({found['interval'][0]:.0%} to {found['interval'][1]:.0%} of {found['n']})"
+
+
 def report(result: dict) -> str:
     """The headline of an evaluation, a few lines."""
-    percent = lambda s: f"{s['share']:.1%} ({s['interval'][0]:.0%} to {s['interval'][1]:.0%} of {s['n']})"
     refs, lines = result["references"], [f"w = {result['w']:g}, {result['num_inference_steps']} steps"]
     for seed, found in result["by_seed"].items():
         lines += [f"seed {seed}: training captions: first {percent(found['train']['first'])}, "
@@ -397,8 +428,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--choose-on", type=int, default=96, help="how many training captions w is chosen on")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--from-real", type=int, nargs="+", metavar="T",
+                        help="instead: start from the real pictures of the --choose-on captions, noised to each of these "
+                             "timesteps, and see where on the way quality is lost")  # fmt: skip
     args = parser.parse_args(argv)
     try:
+        if args.from_real:
+            _run, _config, judge, bank, pipe = finished(args.run)
+            rows = torch.linspace(0, bank.n_train - 1, min(args.choose_on, bank.n_train)).long()
+            for t in args.from_real:
+                found = from_real(judge, bank, pipe, rows, t, args.w[0], args.choose_seed, args.steps)
+                print(f"from t = {found['t']}: first {percent(found['first'])}, first five {percent(found['first_five'])}")
+            return 0
         print(report(evaluate(args.run, args.w, args.seeds, args.choose_seed, args.choose_on, args.steps, args.batch)))
     except (EvaluationError, settings.ConfigError, data.DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

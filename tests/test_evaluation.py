@@ -14,6 +14,7 @@ from tiny import tiny_pipeline
 from pipeline import config, data, emoji, evaluation
 from pipeline import run as runs
 from pipeline.evaluation import Bank, EvaluationError, Judge
+from pipeline.exact import ExactDenoiser
 
 STEPS = ["--steps", "2", "--choose-on", "5", "--batch", "16"]
 
@@ -205,7 +206,7 @@ def test_an_evaluation_goes_on_where_it_stopped(run, monkeypatch, capsys):
     calls.clear()
     stop_at = None
     assert evaluation.main(command) == 0
-    assert [c[1] for c in calls] == [0, 16, 0, 3_000_000, 3_000_016, 3_000_000]  # all, then free prompts; no choice again
+    assert [c[1] for c in calls] == [0, 16, 0, 16, 3_000_000, 3_000_016, 3_000_000, 3_000_016]  # all, then free; no choice
     first = json.loads((run / "metrics.json").read_text())
     calls.clear()
     assert evaluation.main(command) == 0
@@ -228,6 +229,24 @@ def test_drawings_are_computed_in_the_precision_of_training(chosen, monkeypatch,
 def test_w_is_not_reported_on_the_seed_that_chose_it(run, capsys):
     assert evaluation.main([str(run), "--seeds", "1000", *STEPS]) == 2
     assert "seed 1000 chooses w" in capsys.readouterr().err
+
+
+def test_what_starts_from_its_own_picture_is_as_good_as_the_chain_below(run, judge, bank):
+    """The exact denoiser gives back the picture it can still see, and any picture where it sees none."""
+    *_, pipe = evaluation.finished(run)
+    pipe.unet = ExactDenoiser(evaluation.as_float(bank.train), pipe.scheduler)
+    rows = torch.arange(bank.n_train)
+    low, high = (evaluation.from_real(judge, bank, pipe, rows, t, 0.0, 0, 50) for t in (19, 999))
+    assert (low["t"], high["t"]) == (19, 999)
+    assert low["first"]["share"] == 1 and high["first"]["share"] < 0.5
+    with pytest.raises(evaluation.EvaluationError, match="a plan of 50 steps has no timestep up to 5: give more --steps"):
+        evaluation.from_real(judge, bank, pipe, rows, 5, 0.0, 0, 50)
+
+
+def test_the_command_starts_from_real_pictures(run, capsys):
+    assert evaluation.main([str(run), "--from-real", "999", "19", "--w", "0", "--choose-on", "4"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in out] == ["from t = 999", "from t = 19"]
 
 
 def test_an_unfinished_run_is_refused(tmp_path, capsys):
