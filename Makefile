@@ -1,11 +1,14 @@
-# make train | test | lint | mutants: each sets up .venv by itself when it is missing or older than the requirements.
+# make train | app | test | lint | mutants: each sets up .venv by itself when it is missing or older than the requirements.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test lint mutants
+.PHONY: train app test lint mutants
 
 train: .venv/.runtime
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no train_text2img.py $(ARGS)
+
+app: .venv/.runtime
+	$(BIN)/python app.py $(ARGS)
 
 test: .venv/.dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)

@@ -58,6 +58,10 @@ class Parts:
         pixels = images.images[rows].to(self.empty.device).float() / 127.5 - 1
         return pixels if self.vae is None else self.vae.encode(pixels).latents * self.vae.config.scaling_factor
 
+    def loss(self, config: Config, output, x_0, eps, t) -> torch.Tensor:
+        """The configured loss of a batch, one value each (B,)."""
+        return losses.training_loss(self.scheduler, output, x_0, eps, t, config.train.weighting, config.train.gamma)
+
     def pipeline(self, config: Config) -> TextToImagePipeline:
         """The pipeline of these parts."""
         return TextToImagePipeline(
@@ -124,7 +128,7 @@ def batch_loss(unet, parts: Parts, config: Config, step: int, slots: torch.Tenso
     keep = data.keep_caption(seed, step, slots, config.data.caption_dropout).to(device)
     captions = torch.where(keep[:, None, None], parts.states[rows], parts.empty)  # (14)
     output = unet(x_t.to(memory_format=torch.channels_last), t, encoder_hidden_states=captions, return_dict=False)[0]
-    return losses.training_loss(parts.scheduler, output.float(), x_0, eps, t, train.weighting, train.gamma)
+    return parts.loss(config, output.float(), x_0, eps, t)
 
 
 @torch.no_grad()
@@ -143,8 +147,7 @@ def validate(unet, parts: Parts, config: Config, stop) -> dict:
                 return {}
             x_t = parts.scheduler.add_noise(x_0, eps, torch.full((len(rows),), t, device=x_0.device))
             output = unet(x_t, t, encoder_hidden_states=states[rows], return_dict=False)[0].float()
-            loss.append(losses.training_loss(parts.scheduler, output, x_0, eps, torch.full((len(rows),), t),
-                                             config.train.weighting, config.train.gamma).mean().item())  # fmt: skip
+            loss.append(parts.loss(config, output, x_0, eps, torch.full((len(rows),), t)).mean().item())
             error[t] = (parts.scheduler.predict_x_0(output, t, x_t) - x_0).square().mean().item()
         record[f"{split}_loss"], record[f"{split}_x_0_error"] = sum(loss) / GRID, error
     return record
@@ -261,6 +264,8 @@ def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Pa
 
         def write(folder):
             parts.unet.save_pretrained(folder / "unet", safe_serialization=True)
+            if parts.whitening is not None:
+                parts.whitening.save_pretrained(folder / "whitening", safe_serialization=True)
             runs.save_state(folder, "trainer", trainer)
 
         if main:

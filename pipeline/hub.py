@@ -1,18 +1,62 @@
-"""What a model is shown with: its card and its curves."""
+"""What a model is shown with, its card and its curves, and how a saved one is found and loaded."""
 
 import subprocess
 from pathlib import Path
 
 import matplotlib
 import torch
+from diffusers import UNet2DConditionModel
 from huggingface_hub import ModelCard, ModelCardData
 
-from pipeline import emoji
-from pipeline.config import Config
+from pipeline import emoji, models, sample
+from pipeline import run as runs
+from pipeline.captions import CaptionWhitening
+from pipeline.config import Config, load_file
 from pipeline.exact import irreducible_loss
 from pipeline.run import Run
+from pipeline.scheduler import DDPMScheduler
+from pipeline.text_to_image import TextToImagePipeline
 
 ATTRIBUTION = "Emoji pictures: Twemoji, (c) Twitter, Inc and other contributors, CC-BY 4.0."
+
+
+def newest(root: str | Path = "runs", shipped: str | Path = "pretrained/emoji") -> Path | None:
+    """The run that was last written to and can be drawn with, else the shipped model, else None."""
+    found = [run for run in map(Run, Path(root).glob("*")) if (run.pipeline / "model_index.json").is_file() or run.steps()]
+    if found:
+        return max(found, key=lambda run: run.metrics.stat().st_mtime if run.metrics.exists() else 0).folder
+    return Path(shipped) if (Path(shipped) / "model_index.json").is_file() else None
+
+
+def load(model: str | Path) -> TextToImagePipeline:
+    """The pipeline of a finished run's folder or of a saved pipeline's, from safetensors alone and with no code of its own.
+
+    One that was saved without its text encoder gets the one that the config beside it names. ValueError says what is wrong.
+    """
+    folder = sample.folder(str(model))
+    pipe = sample.load(folder)
+    if pipe.text_encoder is None and (folder / "config.yaml").is_file():
+        tokenizer, encoder = models.text_encoder(load_file(folder / "config.yaml").model.text_encoder)
+        pipe.register_modules(tokenizer=tokenizer, text_encoder=encoder)
+    return pipe
+
+
+def load_checkpoint(run: Run, step: int) -> TextToImagePipeline:
+    """The pipeline of a run's checkpoint, with the averaged weights; ValueError where the checkpoint is damaged."""
+    folder, config = run.checkpoints / str(step), load_file(run.config)
+    if damage := runs.verify(folder):
+        raise ValueError(f"checkpoint {folder} cannot be used: {damage}")
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet", use_safetensors=True)
+    average = models.moving_average(unet, config.train.ema)
+    average.load_state_dict(runs.load_state(folder, "trainer")["ema"])
+    average.copy_to(unet.parameters())
+    whitening = (None if config.model.whitening is None
+                 else CaptionWhitening.from_pretrained(folder / "whitening", use_safetensors=True))  # fmt: skip
+    tokenizer, encoder = models.text_encoder(config.model.text_encoder)
+    return TextToImagePipeline(
+        unet.eval(), DDPMScheduler(**vars(config.diffusion)), encoder, tokenizer, models.autoencoder(config.model), whitening,
+        caption_length=config.data.caption_length, caption_dropout=config.data.caption_dropout,
+        w=config.sample.default_w)  # fmt: skip
 
 
 def commit() -> str:

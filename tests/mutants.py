@@ -11,7 +11,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).parent.parent
 SCHEDULER, LOSSES, GUIDANCE, DATA, CAPTIONS = (
     f"pipeline/{name}.py" for name in ("scheduler", "losses", "guidance", "data", "captions"))
-PIPELINE, TRAIN = "pipeline/text_to_image.py", "train_text2img.py"
+PIPELINE, SERVING, TRAIN = "pipeline/text_to_image.py", "pipeline/serving.py", "train_text2img.py"
 
 # (file, what a line says, what it says broken, the test that notices)
 MUTANTS = [
@@ -105,6 +105,11 @@ MUTANTS = [
      "test_train.py::test_the_script_keeps_freed_memory_so_that_a_step_costs_no_page_faults"),
     (TRAIN, "eps = data.noise(seed, step, slots,", "eps = data.noise(seed, step, range(len(slots)),",
      "test_train.py::test_accumulated_micro_steps_are_one_batch"),
+    (SERVING, "not isinstance(value, bool) and low <= value <= high", "not isinstance(value, bool) and low <= value",
+     "test_serving.py::test_a_request_out_of_range_is_refused_by_name"),
+    (SERVING, "        hook.remove()\n", "        pass\n", "test_serving.py::test_leaving_early_leaves_nothing_behind"),
+    (SERVING, "torch.Generator().manual_seed(request.seed) for _ in", "torch.Generator().manual_seed(_) for _ in",
+     "test_serving.py::test_the_sweep_is_one_noise_under_six_weights"),
 ]  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from tiny import tiny_pipeline
 
 ROOT = Path(__file__).parent.parent
@@ -17,7 +18,7 @@ ALLOWED = {  # what a module may import of ours
     "losses": {"scheduler"}, "exact": {"scheduler"}, "text_to_image": {"guidance"}, "data": {"config", "emoji"},
     "models": {"config", "patches", "captions"},
 }  # fmt: skip
-SOURCES = [*MODULES, ROOT / "train_text2img.py"]
+SOURCES = [*MODULES, ROOT / "train_text2img.py", ROOT / "app.py"]
 
 
 def imports(path):
@@ -97,7 +98,7 @@ def test_the_readmes_tree_and_contributing_name_every_module():
 def test_the_readmes_python_runs(tmp_path):
     """As it stands, in a folder that holds a run of that name."""
     text = (ROOT / "README.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    code = re.findall(r"```python\n(.*?)```", text, re.S)[0]
     (run,) = re.findall(r'from_pretrained\("([^"]+)"', code)
     tiny_pipeline().save_pretrained(tmp_path / run, safe_serialization=True)
     done = subprocess.run([sys.executable, "-c", code + "print(picture.size)"], cwd=tmp_path, capture_output=True, text=True,
@@ -120,6 +121,15 @@ def test_no_file_holds_a_path_of_one_machine():
     for path in (path for place in places for path in place if path.is_file() and path.suffix not in (".pyc", ".png")):
         found = re.search(r"(?<![\w.])/(?:home|root|Users|work|tmp)/\w+", path.read_text())
         assert not found, f"{path.relative_to(ROOT)}: {found}"
+
+
+def test_the_front_matter_is_a_spaces():
+    """By the keys and values that the Hub takes."""
+    matter = yaml.safe_load((ROOT / "README.md").read_text().split("---\n")[1])
+    colors = {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}
+    assert matter["sdk"] == "gradio" and (ROOT / matter["app_file"]).is_file() and matter["title"]
+    assert {matter["colorFrom"], matter["colorTo"]} <= colors and len(matter["short_description"]) <= 60
+    assert matter["license"] == "apache-2.0" and len(matter["emoji"]) == 1
 
 
 def test_the_space_pins_the_gradio_that_is_required():

@@ -22,6 +22,9 @@ from safetensors.torch import load_file
 
 import train_text2img
 from pipeline import config as settings
+from pipeline import hub
+from pipeline.run import Run
+from pipeline.serving import Shelf
 
 ROOT = Path(__file__).parent.parent
 TINY = """
@@ -127,6 +130,41 @@ def test_the_saved_pipeline_draws_and_a_checkpoint_holds_a_loadable_unet(whole):
     saved = UNet2DConditionModel.from_pretrained(run / "checkpoints" / "6" / "unet", use_safetensors=True)
     average = weights(run)
     assert any(not average[k].equal(v) for k, v in saved.state_dict().items()), "the pipeline holds the average"
+
+
+def test_a_checkpoint_draws_with_its_averaged_weights(whole):
+    run, _ = whole
+    pipe = hub.load_checkpoint(Run(run), 6)
+    assert same(pipe.unet.state_dict(), weights(run))
+    pipe.set_progress_bar_config(disable=True)
+    finished = hub.load(run)
+    finished.set_progress_bar_config(disable=True)
+    drawn = [np.asarray(p("red", w=1.0, seed=0, num_inference_steps=3).images[0]) for p in (pipe, finished)]
+    assert np.array_equal(*drawn)
+
+
+def test_a_page_follows_a_run_in_progress(whole, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole[0], run, ignore=shutil.ignore_patterns("pipeline"))
+    shelf = Shelf(run)
+    assert shelf.follows and shelf.steps() == [2, 4, 6]
+    assert shelf.studio().name == "run at step 6" and shelf.studio(3).name in ("run at step 2", "run at step 4")
+    assert not same(shelf.studio(2).network.unet.state_dict(), shelf.studio().network.unet.state_dict())
+    shutil.rmtree(run / "checkpoints" / "6")
+    assert shelf.studio().name == "run at step 4"
+    (run / "checkpoints" / "2" / "unet" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="cannot be used: .*config.json is not what was written"):
+        Shelf(run).studio(2)
+
+
+def test_the_newest_run_is_served(whole, tmp_path):
+    assert hub.newest(tmp_path, tmp_path / "shipped") is None
+    for name, age in {"old": 100, "new": 1}.items():
+        shutil.copytree(whole[0], tmp_path / name)
+        then = time.time() - age
+        os.utime(tmp_path / name / "metrics.jsonl", (then, then))
+    (tmp_path / "empty").mkdir()
+    assert hub.newest(tmp_path) == tmp_path / "new"
 
 
 def test_the_same_command_on_a_finished_run_says_so_and_changes_nothing(whole):

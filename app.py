@@ -1,0 +1,431 @@
+"""The web page: `python app.py [--model RUN_PATH_OR_ID] [--host 0.0.0.0] [--port 7860]`.
+
+It draws prompts, shows what w does and walks through the lecture's equations; `pipeline.serving` does the work, and every
+request is checked there, because a browser or a script may send anything.
+"""
+
+import argparse
+import functools
+import inspect
+import logging
+import os
+import random
+import re
+import secrets
+import sys
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # Gradio reads it when it is imported
+os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "1")
+
+import gradio as gr
+import matplotlib
+from fastapi.exceptions import RequestValidationError
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
+
+from pipeline import hub, serving
+from pipeline.guidance import InputError
+from pipeline.serving import BUDGET, DENOISERS, IMAGES, SEEDS, SWEEP, UPLOAD, Request, Shelf, Studio
+
+log = logging.getLogger("app")
+
+EXAMPLES = ("red heart", "green cat", "hot dog", "cat face", "woman astronaut", "blue apple", "rocket", "purple dog face",
+            "red apple", "two hearts", "snowman", "yellow star")  # fmt: skip
+QUEUE = 20  # requests that may wait; more hear "Queue is full"
+BODY = UPLOAD + 100_000  # bytes of one HTTP request
+THEME = gr.themes.Soft(primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+CSS = """
+.gradio-container { max-width: 1080px !important; margin: auto; }
+#title h1 { margin-bottom: 0; }
+.pixels img { image-rendering: pixelated; }
+.strip, .strip .grid-wrap { min-height: 0 !important; height: auto !important; max-height: none !important; }
+@media (max-width: 640px) {
+  .strip .grid-container { grid-template-columns: repeat(3, 1fr) !important; }
+  .tab-wrapper, .tab-container { height: auto !important; flex-wrap: wrap; }
+}
+"""
+QUIET = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}  # events of the page alone
+GUIDANCE = ("w as in the lecture: (1 + w) ε(c) - w ε(∅). -1 ignores the prompt, 0 follows it unguided; "
+            "elsewhere this is called s = 1 + w")  # fmt: skip
+
+
+# ---- what every answer has in common
+
+
+def failure(error: Exception) -> gr.Error:
+    """What the visitor hears: the mistake in the request, or an id under which the log has the rest."""
+    if isinstance(error, gr.Error):
+        return error
+    if isinstance(error, InputError):
+        told = f"{error}.".replace("<", "‹").replace(">", "›")  # the page shows it as HTML
+        return gr.Error(told, title="Not drawn", print_exception=False)
+    name = secrets.token_hex(4)
+    log.exception("error %s", name, exc_info=error)
+    return gr.Error(f"Something broke on this side. The log has it under {name}.", print_exception=False)
+
+
+def answering(function):
+    """`function`, a plain one or a generator, whose errors are told as `failure` does."""
+    if inspect.isgeneratorfunction(function):
+
+        @functools.wraps(function)
+        def answer(*args, **kwargs):
+            try:
+                yield from function(*args, **kwargs)
+            except Exception as error:
+                raise failure(error) from None
+    else:
+
+        @functools.wraps(function)
+        def answer(*args, **kwargs):
+            try:
+                return function(*args, **kwargs)
+            except Exception as error:
+                raise failure(error) from None
+
+    return answer
+
+
+class BodyLimit:
+    """ASGI middleware: a request with more than `limit` bytes gets 413, whatever its header says."""
+
+    def __init__(self, app, limit: int):
+        self.app, self.limit = app, limit
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        size, begun = 0, False
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        if not declared.isdigit() or int(declared) > self.limit:
+            return await self.refuse(send)
+
+        async def counted():
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            return message if size <= self.limit else {"type": "http.disconnect"}
+
+        async def answered(message):
+            nonlocal begun
+            if size <= self.limit or begun:
+                begun = True
+                await send(message)
+
+        try:
+            await self.app(scope, counted, answered)
+        except Exception:  # what the reader of a body that broke off says
+            if size <= self.limit or begun:
+                raise
+        if size > self.limit and not begun:
+            await self.refuse(send)
+
+    async def refuse(self, send):
+        """The answer 413."""
+        body = f"the request is larger than {self.limit} bytes".encode()
+        headers = [(b"content-type", b"text/plain"), (b"content-length", str(len(body)).encode()), (b"connection", b"close")]
+        await send({"type": "http.response.start", "status": 413, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+
+# ---- the page
+
+
+def build_demo(shelf: Shelf) -> gr.Blocks:
+    """The page of a model, or of the checkpoints of a run in progress."""
+    studio = shelf.studio()
+    with gr.Blocks(title=f"Direct Jump · {shelf.name}", analytics_enabled=False, delete_cache=(600, 3600)) as demo:
+        gr.Markdown(f"# Direct Jump\nText-to-image diffusion from the equations. {about_model(shelf, studio)}", elem_id="title")
+        checkpoint = checkpoints(shelf, demo)
+        with gr.Tab("Create"):
+            create_tab(shelf, studio, checkpoint)
+        with gr.Tab("What w does"):
+            sweep_tab(shelf, studio, checkpoint)
+        with gr.Tab("Walk the equations"):
+            walk_tab(shelf, studio, checkpoint, demo)
+        with gr.Tab("About"):
+            gr.Markdown(card(shelf))
+    demo.queue(max_size=QUEUE, api_open=False, default_concurrency_limit=1)
+    return demo
+
+
+def about_model(shelf: Shelf, studio: Studio) -> str:
+    """One line on what draws here."""
+    if studio.network is None:
+        return ("**No trained model is here yet**, so the exact denoiser of the embedded emoji draws: it knows its pictures by "
+                "name and nothing else. `make train` makes a model in minutes.")  # fmt: skip
+    return f"Model: `{hub.fenced(shelf.name)}`."
+
+
+def model_options(denoiser: str = DENOISERS[0]) -> gr.Radio:
+    """The switch between network and exact denoiser."""
+    return gr.Radio(list(DENOISERS), value=denoiser, label="Denoiser",
+                    info="exact: the perfect denoiser of the picture set, which can draw nothing else")  # fmt: skip
+
+
+def checkpoints(shelf: Shelf, demo: gr.Blocks) -> gr.Slider:
+    """The slider over a run's checkpoints, which follows the newest; hidden where there is one model."""
+    steps = shelf.steps()
+    with gr.Group(visible=shelf.follows):
+        slider = gr.Slider(min(steps, default=0), max([*steps, 1]), value=max(steps, default=0), step=1,
+                           label="Checkpoint (step)", info="the nearest one that is kept is used")  # fmt: skip
+        newest = gr.Checkbox(True, label="Follow the newest")
+
+    def refresh(value, follow):
+        found = shelf.steps()
+        last = max(found, default=0)
+        return gr.Slider(minimum=min(found, default=0), maximum=max(last, 1), value=last if follow else value)
+
+    if shelf.follows:
+        gr.on([gr.Timer(5).tick, demo.load], answering(refresh), [slider, newest], slider, **QUIET)
+    return slider
+
+
+def create_tab(shelf: Shelf, studio: Studio, checkpoint: gr.Slider) -> None:
+    """Prompt in, pictures out, with everything that decides them."""
+    default = studio.pipe.config.w
+    with gr.Row():
+        with gr.Column(scale=5, min_width=300):
+            prompt = gr.Textbox("", label="Prompt", placeholder="red heart", autofocus=True, elem_id="prompt",
+                                max_length=serving.CHARACTERS)  # fmt: skip
+            counter = gr.Markdown("", elem_id="tokens")
+            with gr.Row():
+                go = gr.Button("Generate", variant="primary", elem_id="generate")
+                stop = gr.Button("Stop", variant="stop", visible=False, elem_id="stop")
+            w = gr.Slider(-1, 10, value=default, step=0.25, label="w, guidance", info=GUIDANCE)
+            with gr.Row():
+                images = gr.Slider(1, IMAGES, value=1, step=1, label="Pictures", min_width=120)
+                steps = gr.Slider(1, 250, value=50, step=1, label="Steps", min_width=120)
+            with gr.Row():
+                seed = gr.Number(0, label="Seed", info="picture i draws its noise from seed + i", min_width=120, elem_id="seed")
+                randomise = gr.Checkbox(True, label="Randomise", info="a new seed each time; it is shown here", min_width=120)
+            with gr.Accordion("More", open=False):
+                eta = gr.Slider(0, 1, value=1, step=0.05, label="η", info="1 is ancestral sampling (16), 0 DDIM (19)")
+                negative = gr.Textbox("", label="Negative prompt", info="guided away from, in the empty caption's place",
+                                      max_length=serving.CHARACTERS)  # fmt: skip
+                with gr.Row():
+                    low = gr.Slider(0, 1, value=0, step=0.05, label="Guide from noise level", min_width=120)
+                    high = gr.Slider(0, 1, value=1, step=0.05, label="to noise level", min_width=120)
+                denoiser = model_options()
+                dropped = gr.File(label="Reuse the settings of a PNG from this page", file_types=[".png"], height=100)
+        with gr.Column(scale=6, min_width=300):
+            gallery = gr.Gallery(label="Pictures", show_label=False, format="png", columns=2, fit_columns=False, height=540,
+                                 elem_id="gallery", elem_classes="pixels", buttons=["download", "fullscreen"])  # fmt: skip
+            status = gr.Markdown("", elem_id="status")
+            known = set(studio.set[0].captions) if studio.network is None else None
+            shown = [[e] for e in EXAMPLES if known is None or e in known]
+            gr.Examples(shown or [[c] for c in sorted(known)[:8]], prompt, label="Examples", examples_per_page=len(EXAMPLES))
+
+    @answering
+    def create(prompt, negative_prompt, w, steps, eta, images, seed, randomise, low, high, denoiser, checkpoint):
+        """Draw pictures of a prompt: (pictures, status, seed). w as in the lecture, s = 1 + w; eta 1 ancestral, 0 DDIM."""
+        studio = shelf.studio(checkpoint)
+        seed = random.randrange(2**31) if randomise is True else seed
+        request = Request.read({"prompt": prompt, "negative_prompt": negative_prompt, "w": w, "steps": steps, "eta": eta,
+                                "images": images, "seed": seed, "low": low, "high": high}, studio.T)  # fmt: skip
+        for frame in studio.create(request, denoiser):
+            yield frame.images, progress(frame, request.seed), request.seed
+
+    @answering
+    def reuse(path):
+        request = serving.settings_of(path, studio.T)
+        return (request.prompt, request.negative_prompt, request.w, request.steps, request.eta, request.images,
+                request.seed, False, request.low, request.high)  # fmt: skip
+
+    inputs = [prompt, negative, w, steps, eta, images, seed, randomise, low, high, denoiser, checkpoint]
+    drawing = clicked([prompt.submit, go.click], go, stop, create, inputs, [gallery, status, seed], "create")
+    stops(stop, go, drawing)
+    prompt.change(answering(studio.tokens), prompt, counter, trigger_mode="always_last", **QUIET)
+    dropped.upload(reuse, dropped, [prompt, negative, w, steps, eta, images, seed, randomise, low, high], **QUIET)
+
+
+def clicked(triggers, go: gr.Button, stop: gr.Button, function, inputs, outputs, name: str):
+    """`function` on any of the triggers, one model call at a time on the whole page, with Generate and Stop exchanged."""
+    begun = gr.on(triggers, lambda: (gr.Button(visible=False), gr.Button(visible=True)), None, [go, stop], **QUIET)
+    drawing = begun.then(function, inputs, outputs, preprocess=False, show_progress="minimal", api_name=name,
+                         concurrency_id="model", concurrency_limit=1)  # fmt: skip
+    for ended in (drawing.success, drawing.failure):
+        ended(lambda: (gr.Button(visible=True), gr.Button(visible=False)), None, [go, stop], **QUIET)
+    return drawing
+
+
+def stops(stop: gr.Button, go: gr.Button, drawing) -> None:
+    """Stop ends the drawing between two network calls."""
+    stopped = stop.click(None, cancels=[drawing], **QUIET)
+    stopped.then(lambda: (gr.Button(visible=True), gr.Button(visible=False)), None, [go, stop], **QUIET)
+
+
+def progress(frame: serving.Frame, seed: int | None = None) -> str:
+    """What a request has cost so far."""
+    done = "" if frame.last else f"step {frame.step} of {frame.steps} · "
+    used = "" if seed is None else f" · seed {seed}"
+    return f"{done}{frame.seconds:.1f} s · {frame.calls} network calls{used}"
+
+
+def strip(label: str, columns: int, name: str) -> gr.Gallery:
+    """Small pictures in a row, in several on a phone."""
+    return gr.Gallery(label=label, show_label=False, format="png", columns=columns, object_fit="contain", elem_id=name,
+                      elem_classes="pixels strip", buttons=["download", "fullscreen"])  # fmt: skip
+
+
+def sweep_tab(shelf: Shelf, studio: Studio, checkpoint: gr.Slider) -> None:
+    """The same noise under six w."""
+    gr.Markdown(f"The same noise at w = {', '.join(f'{w:g}' for w in SWEEP)}. {GUIDANCE}.")
+    with gr.Row():
+        prompt = gr.Textbox(label="Prompt", value=known_caption(studio), scale=4, min_width=200, max_length=serving.CHARACTERS)
+        seed = gr.Number(0, label="Seed", scale=1, min_width=100)
+        steps = gr.Slider(1, BUDGET // len(SWEEP), value=50, step=1, label="Steps", scale=2, min_width=140)
+    with gr.Row():
+        go = gr.Button("Draw all six", variant="primary", elem_id="sweep")
+        stop = gr.Button("Stop", variant="stop", visible=False)
+    gallery = strip("One noise, six w", len(SWEEP), "sweep-gallery")
+    status = gr.Markdown("")
+    slider = gr.ImageSlider(label="conditional (w = 0) | unconditional (w = -1)", format="png", height=300, elem_classes="pixels",
+                            interactive=False, buttons=[])  # fmt: skip
+    denoiser = model_options()
+
+    @answering
+    def sweep(prompt, seed, steps, denoiser, checkpoint):
+        """Draw a prompt at w = -1, 0, 1, 2, 4 and 8 from the same noise: (pictures, status, the pair of w = 0 and w = -1)."""
+        studio = shelf.studio(checkpoint)
+        request = Request.read({"prompt": prompt, "seed": seed, "steps": steps}, studio.T, rows=len(SWEEP))
+        for frame in studio.sweep(request, denoiser):
+            labelled = [(image, f"w = {w:g}") for w, image in zip(SWEEP, frame.images, strict=True)]
+            pair = (frame.images[SWEEP.index(0)], frame.images[SWEEP.index(-1)])
+            yield labelled, progress(frame), pair if frame.last else gr.skip()
+
+    inputs = [prompt, seed, steps, denoiser, checkpoint]
+    drawing = clicked([prompt.submit, go.click], go, stop, sweep, inputs, [gallery, status, slider], "sweep")
+    stops(stop, go, drawing)
+
+
+def known_caption(studio: Studio) -> str:
+    """A prompt to begin with that every denoiser here can draw."""
+    captions = studio.set[0].captions
+    return next((e for e in EXAMPLES if e in captions), captions[0])
+
+
+def walk_tab(shelf: Shelf, studio: Studio, checkpoint: gr.Slider, demo: gr.Blocks) -> None:
+    """The lecture's equations on a picture: forwards, and back again."""
+    captions = [c for split in studio.set if split is not None for c in split.captions]
+    T = studio.T
+    gr.Markdown("### Forwards: the direct jump (5) and the chain (1)\nBoth give x_t the same distribution. Beside them, what "
+                "each denoiser takes the picture for, (15): where the network agrees with the exact one it has memorised, where "
+                "it departs from it, it generalises.")  # fmt: skip
+    with gr.Row():
+        picture = gr.Dropdown(captions, value=known_caption(studio), label="Picture of the set", scale=3, min_width=200)
+        t = gr.Slider(1, T, value=T // 4, step=1, label="t", scale=3, min_width=200)
+        seed = gr.Number(0, label="Seed", scale=1, min_width=100)
+    tell = gr.Checkbox(False, label="Tell the denoisers the caption")
+    with gr.Accordion("Or a picture of your own", open=False):
+        upload = gr.File(label="PNG or JPEG, 2 MB at most", file_types=[".png", ".jpg", ".jpeg"], height=100)
+    noise = gr.Button("Noise it", variant="primary", elem_id="noise")
+    panels = strip("x_0, x_t and what is made of it", 5, "forward-gallery")
+    plot = gr.Plot(label="The schedule", show_label=False, format="png")
+    gr.Markdown("### Backwards: the film strip of (16)\nFrom noise to a picture by x_s = mean(x_t, x̂_0) + √variance · z.")
+    with gr.Row():
+        prompt = gr.Textbox(label="Prompt", value=known_caption(studio), scale=3, min_width=200, max_length=serving.CHARACTERS)
+        w = gr.Slider(-1, 10, value=studio.pipe.config.w, step=0.25, label="w", scale=2, min_width=140)
+        steps = gr.Slider(1, 250, value=50, step=1, label="Steps", scale=2, min_width=140)
+        eta = gr.Slider(0, 1, value=1, step=0.05, label="η", scale=1, min_width=160)
+    denoiser = model_options()
+    with gr.Row():
+        go = gr.Button("Walk back", variant="primary", elem_id="walk")
+        stop = gr.Button("Stop", variant="stop", visible=False)
+    gr.Markdown("x\\_t")
+    noisy = strip("x_t", serving.COLUMNS, "strip")
+    gr.Markdown("x̂\\_0, the current prediction (15)")
+    clean = strip("x̂_0", serving.COLUMNS, "strip-clean")
+
+    @answering
+    def forward(picture, t, seed, tell, upload, checkpoint):
+        """Noise a picture to t and denoise it once: the panels x_0, (5), (1) and (15), with their names."""
+        studio, problems = shelf.studio(checkpoint), []
+        t = serving.number("t", t, 1, studio.T, True, problems)
+        seed = serving.number("seed", seed, 0, SEEDS, True, problems)
+        name = serving.text("picture", picture, problems)
+        if problems:
+            raise InputError("; ".join(problems))
+        x_0 = serving.uploaded(upload["path"], studio.source.resolution) if upload else studio.named(name)
+        told = name if tell is True and not upload else ""
+        return [(image, label) for label, image in studio.forward(x_0, t, seed, told).items()]
+
+    @answering
+    def backward(prompt, w, steps, eta, seed, denoiser, checkpoint):
+        """Draw a prompt and show the way: the strips of x_t and of x_0, each picture with its t."""
+        studio = shelf.studio(checkpoint)
+        request = Request.read({"prompt": prompt, "w": w, "steps": steps, "eta": eta, "seed": seed}, studio.T)
+        for strip in studio.backward(request, denoiser):
+            yield [(x_t, f"t = {t}") for t, x_t, _ in strip], [(x_0, f"t = {t}") for t, _, x_0 in strip]
+
+    noise.click(forward, [picture, t, seed, tell, upload, checkpoint], panels, preprocess=False, api_name="forward",
+                concurrency_id="model", concurrency_limit=1)  # fmt: skip
+    plotted = answering(lambda t: plot_curves(studio, t))
+    gr.on([demo.load, t.release], plotted, t, plot, **QUIET)
+    drawing = clicked([prompt.submit, go.click], go, stop, backward, [prompt, w, steps, eta, seed, denoiser, checkpoint],
+                      [noisy, clean], "backward")  # fmt: skip
+    stops(stop, go, drawing)
+
+
+def plot_curves(studio: Studio, t: int):
+    """The schedule's four curves with one t marked."""
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure  # not pyplot: it keeps every figure it makes
+
+    problems = []
+    t = serving.number("t", t, 1, studio.T, True, problems)
+    if problems:
+        raise InputError(problems[0])
+    figure = Figure(figsize=(11, 2.4), layout="constrained")
+    for ax, (name, values) in zip(figure.subplots(1, 4), studio.curves().items(), strict=True):
+        ax.plot(range(1, studio.T + 1), values, color="#4f46e5")
+        ax.plot([t], [values[t - 1]], "o", color="#be185d")
+        ax.set_title(f"{name}\n{values[t - 1]:.3g} at t = {t}", fontsize=10)
+        if name.startswith("SNR"):
+            ax.set_yscale("log")
+    return figure
+
+
+def card(shelf: Shelf) -> str:
+    """The model's card, without its front matter and its pictures, and whose the embedded data is."""
+    text = re.sub(r"\A---\n.*?\n---\n", "", shelf.card(), flags=re.S)
+    text = re.sub(r"!\[[^\]]*\]\([^)]*\)", "", text)
+    return f"{text}\n\n---\nDirect Jump is Apache-2.0. {hub.ATTRIBUTION}"
+
+
+# ---- the server
+
+
+async def not_a_request(_request, _error: Exception) -> PlainTextResponse:
+    """What a body of the wrong form is told; FastAPI's own answer quotes it, and fails on half a surrogate pair."""
+    return PlainTextResponse('the body is not what this API takes, expected {"data": [...]}', 422)
+
+
+def serve(demo: gr.Blocks, host: str = "127.0.0.1", port: int | None = None, **options):
+    """Start the page's server."""
+    kwargs = {"middleware": [Middleware(BodyLimit, limit=BODY)], "exception_handlers": {RequestValidationError: not_a_request}}
+    return demo.launch(
+        server_name=host, server_port=port, share=False, show_error=False, enable_monitoring=False, ssr_mode=False,
+        max_file_size=UPLOAD, app_kwargs=kwargs, theme=THEME, css=CSS, footer_links=["api", "settings"], **options)  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line: serves until it is stopped; 2 is bad input, told in one sentence."""
+    parser = argparse.ArgumentParser(prog="python app.py", description="Serve the web page of a model.", allow_abbrev=False)
+    parser.add_argument("--model", help="a run's folder, a saved pipeline's, or a Hub id (default: the newest run, else "
+                                        "pretrained/emoji, else the exact denoiser)")  # fmt: skip
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, help="default: 7860, or the next free one")
+    args = parser.parse_args(argv)
+    try:
+        shelf = Shelf(args.model or hub.newest())
+        demo = build_demo(shelf)
+        serve(demo, args.host, args.port)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,418 @@
+"""What the web page does, without the page: checked requests, pictures that carry their settings, the lecture's panels.
+
+Whatever takes long is a generator, so that its reader can stop it between two network calls.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import io
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+
+import PIL.Image
+import torch
+from torch import Tensor
+
+from pipeline import data, emoji, hub, models
+from pipeline.config import DataConfig, load_file
+from pipeline.exact import ExactDenoiser
+from pipeline.guidance import InputError, Weight, interval
+from pipeline.run import Run
+from pipeline.scheduler import DDPMScheduler
+from pipeline.text_to_image import Step, TextToImagePipeline
+
+SWEEP = (-1.0, 0.0, 1.0, 2.0, 4.0, 8.0)  # the w of "what w does"
+DENOISERS = ("network", "exact")
+CHARACTERS = 500  # of a prompt
+IMAGES = 4
+BUDGET = 1024  # pictures x steps of one request
+DEADLINE = 120.0  # seconds of one request
+PREVIEW = 0.2  # seconds between two previews
+SEEDS = 2**53 - 1  # the largest whole number that every reader of JSON keeps
+UPLOAD, UPLOAD_PIXELS = 2_000_000, 4_000_000  # bytes and pixels of a file
+COLUMNS = 8  # of a film strip
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one click asks for; `low` and `high` are the noise levels between which guidance acts."""
+
+    prompt: str = ""
+    negative_prompt: str = ""
+    w: float = 1.0
+    steps: int = 50
+    eta: float = 1.0
+    images: int = 1
+    seed: int = 0
+    low: float = 0.0
+    high: float = 1.0
+
+    @classmethod
+    def read(cls, raw: dict, T: int, rows: int | None = None) -> "Request":
+        """The request in `raw`, values as they came; InputError names all that is wrong with them.
+
+        T is the scheduler's number of timesteps, `rows` how many pictures it draws where that is not `images`.
+        """
+        ranges = {"w": (-10, 30), "steps": (1, T), "eta": (0, 1), "images": (1, IMAGES), "seed": (0, SEEDS), "low": (0, 1),
+                  "high": (0, 1)}  # fmt: skip
+        known, found, problems = {f.name: f.default for f in dataclasses.fields(cls)}, {}, []
+        for name, value in raw.items():
+            if name not in known:
+                problems.append(f"{name} is not a setting, expected {', '.join(known)}")
+            elif name in ranges:
+                found[name] = number(name, value, *ranges[name], isinstance(known[name], int), problems)
+            else:
+                found[name] = text(name, value, problems)
+        if not problems:
+            request = cls(**found)
+            problems = request.problems(rows or request.images)
+        if problems:
+            raise InputError("; ".join(problems))
+        return request
+
+    def problems(self, rows: int) -> list[str]:
+        """What is wrong with settings that are each in range."""
+        found = []
+        if self.low > self.high:
+            found.append(f"the guidance interval is {self.low:g} to {self.high:g}, expected its start below its end: swap them")
+        if rows * self.steps > BUDGET:
+            found.append(f"{rows} pictures of {self.steps} steps are {rows * self.steps} network steps, and one request may "
+                         f"take {BUDGET}: ask for fewer of either")  # fmt: skip
+        return found
+
+    @property
+    def weight(self) -> Weight:
+        """w as the pipeline takes it."""
+        return self.w if (self.low, self.high) == (0, 1) else interval(self.w, self.low, self.high)
+
+
+def number(name: str, value, low: float, high: float, whole: bool, problems: list[str]) -> float | int | None:
+    """A number in [low, high]; anything else is one more of `problems`."""
+    kind = "a whole number" if whole else "a number"
+    good = isinstance(value, Real) and not isinstance(value, bool) and low <= value <= high  # nan is not
+    if not good or (whole and value != int(value)):
+        problems.append(f"{name} is {shown(value)}, expected {kind} from {low} to {high}")
+        return None
+    return int(value) if whole else float(value)
+
+
+def text(name: str, value, problems: list[str]) -> str | None:
+    """A text that is not too long and can be encoded; anything else is one more of `problems`."""
+    if not isinstance(value, str):
+        problems.append(f"{name} is {shown(value)}, expected a text")
+    elif len(value) > CHARACTERS:
+        problems.append(f"{name} has {len(value)} characters, expected {CHARACTERS} at most: shorten it")
+    elif any("\ud800" <= letter <= "\udfff" for letter in value):
+        problems.append(f"{name} holds half a surrogate pair, expected Unicode text")
+    else:
+        return value
+    return None
+
+
+def shown(value) -> str:
+    """A value as a message may quote it."""
+    return f"{value!r:.40}"
+
+
+@dataclass(frozen=True)
+class Frame:
+    """How far a request is: previews of x_0 (15), or at the end the pictures, with what it has cost."""
+
+    images: list[PIL.Image.Image]
+    step: int
+    steps: int
+    calls: int  # network calls, a doubled one is two, summed over the pictures
+    seconds: float
+
+    @property
+    def last(self) -> bool:
+        """Are these the pictures?"""
+        return self.step == self.steps
+
+
+class Studio:
+    """A pipeline with the picture set it is compared to, drawing what requests ask for.
+
+    pipe: None leaves the exact denoiser of the set alone. `source` names the set; it is read when first needed.
+    """
+
+    def __init__(self, pipe: TextToImagePipeline | None, name: str, source: DataConfig):
+        self.network, self.name, self.source = pipe, name, source
+
+    # -- the models
+
+    @functools.cached_property
+    def set(self) -> tuple[data.CaptionedImages, data.CaptionedImages | None]:
+        """The training pictures and the held-out ones."""
+        return data.load_splits(self.source)
+
+    @functools.cached_property
+    def exact(self) -> TextToImagePipeline:
+        """The pipeline with E[x_0 | x_t] of the training pictures for its network (`exact.py`)."""
+        pipe, (train, _held_out) = self.network, self.set
+        if pipe is None:
+            tokenizer, encoder = models.text_encoder("minilm")
+            scheduler = DDPMScheduler(prediction_type="sample", timestep_spacing="trailing")
+            shared = {"text_encoder": encoder, "tokenizer": tokenizer, "caption_length": 16}
+        else:
+            scheduler = pipe.scheduler
+            shared = {name: getattr(pipe, name) for name in ("text_encoder", "tokenizer", "vae", "whitening")}
+            shared |= {name: pipe.config[name] for name in ("caption_length", "w")}
+        x_0 = train.images[:].float() / 127.5 - 1
+        if pipe is not None:
+            x_0 = encode(pipe, x_0)
+        exact = TextToImagePipeline(ExactDenoiser(x_0, scheduler), scheduler, **shared)
+        captions, empty = exact.encode_prompt(train.captions, negative_prompt="")
+        exact.unet = ExactDenoiser(x_0, scheduler, captions, empty[:1])
+        return exact
+
+    @property
+    def pipe(self) -> TextToImagePipeline:
+        """The pipeline that draws: the network's, or the exact one where there is none."""
+        return self.network or self.exact
+
+    @property
+    def T(self) -> int:
+        """The number of timesteps."""
+        return self.pipe.scheduler.config.num_train_timesteps
+
+    def chosen(self, denoiser: str, *prompts: str) -> TextToImagePipeline:
+        """The pipeline of a denoiser's name, once it can draw these prompts."""
+        if denoiser not in DENOISERS:
+            raise InputError(f"denoiser is {shown(denoiser)}, expected one of {', '.join(DENOISERS)}")
+        if denoiser == "network" and self.network is not None:
+            return self.network
+        captions = set(self.set[0].captions)
+        for prompt in map(data.normalize, prompts):
+            if prompt and prompt not in captions:
+                near = difflib.get_close_matches(prompt, captions, 3, 0.3)
+                raise InputError(f"the exact denoiser knows the {len(captions)} names of its pictures and nothing else, and "
+                                 f"{shown(prompt)} is none of them: try {', '.join(near or sorted(captions)[:3])}")  # fmt: skip
+        return self.exact
+
+    # -- drawing
+
+    def create(self, request: Request, denoiser: str = "network") -> Iterator[Frame]:
+        """The pictures of a request, previews first; picture i draws from seed + i."""
+        pipe = self.chosen(denoiser, request.prompt, request.negative_prompt)
+        settings = [dataclasses.asdict(request) | {"image": i} for i in range(request.images)]
+        yield from self._drawn(pipe, denoiser, settings, prompt=request.prompt, negative_prompt=request.negative_prompt or None,
+                               w=request.weight, num_inference_steps=request.steps, eta=request.eta, seed=request.seed,
+                               num_images_per_prompt=request.images)  # fmt: skip
+
+    def sweep(self, request: Request, denoiser: str = "network") -> Iterator[Frame]:
+        """One picture for each w of SWEEP, all from the same noise."""
+        pipe, n = self.chosen(denoiser, request.prompt, request.negative_prompt), len(SWEEP)
+        settings = [dataclasses.asdict(request) | {"w": w, "images": 1, "image": 0} for w in SWEEP]
+        yield from self._drawn(pipe, denoiser, settings, prompt=[request.prompt] * n,
+                               negative_prompt=request.negative_prompt or None, w=list(SWEEP),
+                               num_inference_steps=request.steps, eta=request.eta,
+                               generator=[torch.Generator().manual_seed(request.seed) for _ in range(n)])  # fmt: skip
+
+    def _drawn(self, pipe, denoiser: str, settings: list[dict], **call) -> Iterator[Frame]:
+        """The frames of one call, the pictures of the last one with their settings."""
+        seen = 0.0
+        with calls_of(pipe.unet) as calls:
+            for i, step, seconds in timed(pipe.denoise(**call)):
+                last = i == pipe.num_timesteps
+                if not last and seconds - seen < PREVIEW:
+                    continue
+                images, seen = pictures(pipe, step.x_t if last else x_0_of(step)), seconds
+                for image, own in zip(images, settings if last else [], strict=last):
+                    own |= {"denoiser": denoiser, "model": self.name}
+                    image.info["parameters"] = json.dumps(own, ensure_ascii=False)
+                yield Frame(images, i, pipe.num_timesteps, sum(calls), seconds)
+
+    def backward(self, request: Request, denoiser: str = "network") -> Iterator[list[tuple]]:
+        """The film strip of one picture so far: (t, x_t, x_0 of (15)) at COLUMNS timesteps, t in the lecture's count."""
+        pipe, strip = self.chosen(denoiser, request.prompt, request.negative_prompt), []
+        kept = set(torch.linspace(1, request.steps, min(COLUMNS, request.steps)).round().long().tolist())
+        steps = pipe.denoise(request.prompt, negative_prompt=request.negative_prompt or None, w=request.weight, seed=request.seed,
+                             num_inference_steps=request.steps, eta=request.eta)  # fmt: skip
+        for i, step, _seconds in timed(steps):
+            if i in kept:
+                strip.append((int(step.s) + 1, pictures(pipe, step.x_t)[0], pictures(pipe, x_0_of(step))[0]))
+                yield list(strip)
+
+    # -- the lecture, panel by panel
+
+    def named(self, caption: str) -> Tensor:
+        """The picture of a caption (1, 3, H, W) in [-1, 1], trained on or held out."""
+        for split in filter(None, self.set):
+            if caption in split.captions:
+                return split.images[split.captions.index(caption)][None].float() / 127.5 - 1
+        raise InputError(f"picture is {shown(caption)}, expected one of the set's {sum(map(len, filter(None, self.set)))} names")
+
+    @torch.no_grad()
+    def forward(self, x_0: Tensor, t: int, seed: int, caption: str = "") -> dict[str, PIL.Image.Image]:
+        """A picture (1, 3, H, W) noised to the lecture's t, by (5) and by t steps of (1), and what each denoiser makes of it.
+
+        The keys name the panels. `caption` is what the denoisers are told of the picture, "" nothing.
+        """
+        pipe, generator = self.pipe, torch.Generator().manual_seed(seed)
+        scheduler, z = pipe.scheduler, encode(pipe, x_0)
+        noise = lambda: torch.randn(z.shape, generator=generator)
+        jump, chain = scheduler.add_noise(z, noise(), t - 1), z
+        for k in range(t):
+            chain = scheduler.add_noise_step(chain, noise(), k)
+        panels = {"x_0": z, "(5) the jump": jump, "(1) the chain": chain}
+        for denoiser in DENOISERS if self.network is not None else ("exact",):
+            chosen = self.chosen(denoiser, caption)
+            states, _ = chosen.encode_prompt(caption)
+            output = chosen.unet(jump, t - 1, encoder_hidden_states=states, return_dict=False)[0]
+            panels[f"(15) x̂_0, {denoiser}"] = scheduler.clip(scheduler.predict_x_0(output, t - 1, jump))
+        return {name: pictures(pipe, x)[0] for name, x in panels.items()}
+
+    def curves(self) -> dict[str, list[float]]:
+        """beta_t, abar_t, the SNR and the posterior's variance by the lecture's t = 1 … T, with their equations' numbers."""
+        scheduler, one = self.pipe.scheduler, torch.zeros(1, dtype=torch.float64)
+        t = torch.arange(self.T)
+        abar, before = scheduler.abar(t, one).flatten(), scheduler.abar(t - 1, one).flatten()
+        beta = 1 - abar / before
+        return {"β_t (1)": beta.tolist(), "ᾱ_t (4)": abar.tolist(), "SNR = ᾱ_t / (1 - ᾱ_t)": (abar / (1 - abar)).tolist(),
+                "β̃_t (9)": (beta * (1 - before) / (1 - abar)).tolist()}  # fmt: skip
+
+    def tokens(self, prompt: str | None) -> str:
+        """How many tokens a prompt has, and what is cut off it."""
+        tokenizer, length = self.pipe.tokenizer, self.pipe.config.caption_length or self.pipe.tokenizer.model_max_length
+        ids = tokenizer(data.normalize((prompt or "")[:CHARACTERS]), add_special_tokens=False, verbose=False).input_ids
+        room = length - tokenizer.num_special_tokens_to_add()
+        cut = f"; left out: {tokenizer.decode(ids[room:])}" if len(ids) > room else ""
+        return f"{len(ids)} of {room} tokens{cut}"
+
+
+class Shelf:
+    """The models that a page offers: one, the checkpoints of a run in progress, or (None) the exact denoiser alone."""
+
+    def __init__(self, model: str | Path | None):
+        self.model, self.run = model, None
+        if model is not None and (Path(model) / "config.yaml").is_file() and not (Path(model) / "model_index.json").is_file():
+            self.run = Run(model)
+            self.follows = not (self.run.pipeline / "model_index.json").is_file()
+        else:
+            self.follows = False
+        if self.follows and not self.steps():
+            raise ValueError(f"{model} has no checkpoint yet, expected one at the least: wait until it has saved its first")
+        self.name = "the exact denoiser" if model is None else Path(model).name
+
+    def steps(self) -> list[int]:
+        """The checkpoints of the run that is followed, oldest first."""
+        return self.run.steps() if self.follows else []
+
+    def studio(self, step: int | None = None) -> Studio:
+        """What draws: the one model, or the checkpoint nearest to a step (None is the newest)."""
+        if not self.follows:
+            return self._studio(None)
+        steps = self.steps()
+        wanted = steps[-1] if step is None else number("checkpoint", step, 0, SEEDS, True, problems := [])
+        if step is not None and problems:
+            raise InputError(problems[0])
+        return self._studio(min(steps, key=lambda s: abs(s - wanted)))
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019  # a page has one shelf
+    def _studio(self, step: int | None) -> Studio:
+        if self.model is None:
+            return Studio(None, self.name, DataConfig())
+        if step is not None:
+            return Studio(hub.load_checkpoint(self.run, step), f"{self.name} at step {step}", load_file(self.run.config).data)
+        pipe = hub.load(self.model)
+        pipe.set_progress_bar_config(disable=True)
+        places = [self.run.config] if self.run else [Path(self.model) / "config.yaml", Path(self.model).parent / "config.yaml"]
+        known = [load_file(path).data for path in places if path.is_file()]
+        known = [config for config in known if config.source in emoji.SETS or Path(config.source).is_dir()]
+        elsewhere = DataConfig(resolution=pipe.unet.config.sample_size * pipe.vae_scale_factor)  # trained on what is not here
+        return Studio(pipe, self.name, known[0] if known else elsewhere)
+
+    def card(self) -> str:
+        """The model card, Markdown; a word on the exact denoiser where there is none."""
+        places = [] if self.model is None else [Path(self.model) / "README.md", Path(self.model).parent / "README.md"]
+        found = next((path for path in places if path.is_file()), None)
+        return found.read_text(encoding="utf-8") if found else f"# {self.name}\n\nThere is no model card."
+
+
+@contextlib.contextmanager
+def calls_of(network: torch.nn.Module) -> Iterator[list[int]]:
+    """The number of pictures in each call of a network, while this is open."""
+    calls = []
+    hook = network.register_forward_hook(lambda _network, args, _out: calls.append(len(args[0])))
+    try:
+        yield calls
+    finally:
+        hook.remove()
+
+
+def timed(steps: Iterator[Step]) -> Iterator[tuple[int, Step, float]]:
+    """The steps of a sampling loop, counted from 1, with the seconds so far; InputError at the deadline."""
+    began = time.monotonic()
+    for i, step in enumerate(steps, 1):
+        seconds = time.monotonic() - began
+        if seconds > DEADLINE:
+            raise InputError(f"this took longer than the {DEADLINE:g} s that one request may: ask for fewer steps")
+        yield i, step, seconds
+
+
+def x_0_of(step: Step) -> Tensor:
+    """The current x_0 of (15), or x_t where the scheduler does not say."""
+    return step.x_t if step.x_0_hat is None else step.x_0_hat
+
+
+def encode(pipe: TextToImagePipeline, x_0: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) in [-1, 1] as the network sees them (B, c, h, w)."""
+    if pipe.vae is None:
+        return x_0
+    found, config = pipe.vae.encode(x_0), pipe.vae.config
+    z = found.latents if hasattr(found, "latents") else found.latent_dist.mode()
+    return (z - (getattr(config, "shift_factor", None) or 0)) * config.scaling_factor
+
+
+def pictures(pipe: TextToImagePipeline, x: Tensor) -> list[PIL.Image.Image]:
+    """What the network draws (B, c, h, w) as pictures."""
+    return pipe.image_processor.postprocess(pipe.decode(x), output_type="pil")
+
+
+# ---- files that people drop on the page
+
+
+def opened(path: str | Path, kinds: tuple[str, ...]) -> bytes:
+    """The bytes of a picture file of one of some kinds (Pillow's names), once its header promises a reasonable size."""
+    size = Path(path).stat().st_size
+    if size > UPLOAD:
+        raise InputError(f"the file has {size / 1e6:.1f} MB, expected {UPLOAD / 1e6:g} at most: save it smaller")
+    content = Path(path).read_bytes()
+    try:
+        with PIL.Image.open(io.BytesIO(content), formats=kinds) as picture:
+            width, height = picture.size
+    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+        raise InputError(f"the file cannot be read, expected a picture ({' or '.join(kinds)})") from error
+    if width * height > UPLOAD_PIXELS:
+        raise InputError(f"the picture is {width} x {height}, expected {UPLOAD_PIXELS / 1e6:g} megapixels at most: "
+                         "save it smaller")  # fmt: skip
+    return content
+
+
+def uploaded(path: str | Path, resolution: int) -> Tensor:
+    """A dropped picture (1, 3, resolution, resolution) in [-1, 1]; InputError where it is none."""
+    content = opened(path, ("PNG", "JPEG"))
+    try:
+        pixels = data.decode(content, resolution)
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow says to a picture that breaks off
+        raise InputError("the picture is damaged, expected a whole one: save it again") from error
+    return torch.from_numpy(pixels.copy())[None].float() / 127.5 - 1
+
+
+def settings_of(path: str | Path, T: int) -> Request:
+    """The request that a PNG of this page was drawn by; InputError where it carries none."""
+    with PIL.Image.open(io.BytesIO(opened(path, ("PNG",)))) as picture:
+        try:
+            picture.load()
+            raw = json.loads(picture.info["parameters"])
+            own = {f.name: raw[f.name] for f in dataclasses.fields(Request)}
+        except (OSError, SyntaxError, ValueError, KeyError, TypeError) as error:
+            raise InputError("the picture carries no settings, expected a PNG that this page drew") from error
+    return Request.read(own, T)

@@ -1,0 +1,422 @@
+"""The web page as visitors, scripts and attackers meet it: a real server, the real client, a real browser."""
+
+import contextlib
+import gc
+import io
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from gradio_client import Client
+from PIL import Image
+from tiny import tiny_pipeline
+
+import app
+from pipeline import serving
+from pipeline.config import Config, DataConfig
+from pipeline.serving import Request, Shelf
+
+ROOT = Path(__file__).parent.parent
+FIELDS = ("prompt", "negative_prompt", "w", "steps", "eta", "images", "seed", "randomise", "low", "high", "denoiser",
+          "checkpoint")  # fmt: skip
+GOOD = dict(zip(FIELDS, ("red heart", "", 1.0, 4, 1.0, 1, 7, False, 0.0, 1.0, "network", 0), strict=True))
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory):
+    """A tiny model beside the settings that it was trained with, on three squares."""
+    folder = tmp_path_factory.mktemp("page")
+    for name, color in {"red heart": "red", "green heart": "green", "blue circle": "blue"}.items():
+        (folder / "squares" / "train").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), color).save(folder / "squares" / "train" / f"{name}.png")
+    tiny_pipeline(caption_length=8, caption_dropout=0.1, w=1.0).save_pretrained(folder / "tiny")
+    data = DataConfig(source=str(folder / "squares"), held_out=None, resolution=8, cache=str(folder / "cache"))
+    (folder / "tiny" / "config.yaml").write_text(Config(name="tiny", data=data).to_yaml())
+    (folder / "tiny" / "README.md").write_text("---\nlicense: other\n---\n# Tiny\n<script>1</script> ![x](y.png) card text")
+    return Shelf(folder / "tiny")
+
+
+@pytest.fixture(scope="module")
+def url(shelf):
+    """The address of a server of that model."""
+    demo = app.build_demo(shelf)
+    _app, address, _share = app.serve(demo, prevent_thread_lock=True, quiet=True)
+    yield address.rstrip("/")
+    demo.close()
+
+
+def pixels(images):
+    return np.stack([np.asarray(image).astype(int) for image in images])
+
+
+def call(url, name, *data, client=None):
+    """A raw request to an endpoint: (HTTP status, last event's name, its data)."""
+    client = client or httpx
+    body = json.dumps({"data": list(data)})  # json writes NaN and Infinity, as scripts do
+    begun = client.post(f"{url}/gradio_api/call/{name}", content=body, headers={"content-type": "application/json"}, timeout=60)
+    if begun.status_code != 200:
+        return begun.status_code, None, None
+    heard = client.get(f"{url}/gradio_api/call/{name}/{begun.json()['event_id']}", timeout=60).text
+    events = re.findall(r"event: (\w+)\ndata: (.*)\n", heard)
+    return 200, events[-1][0], json.loads(events[-1][1])
+
+
+def image_of(url, entry):
+    """The picture behind a gallery's entry."""
+    return Image.open(io.BytesIO(httpx.get(entry["image"]["url"]).content))
+
+
+# ---- one request, three ways
+
+
+def test_page_client_and_python_give_the_same_pixels(url, shelf, tmp_path):
+    expected = pixels(shelf.studio().network("red heart", w=1.0, num_inference_steps=4, eta=1.0, seed=7,
+                                             num_images_per_prompt=2).images)  # fmt: skip
+    status, event, (gallery, said, seed) = call(url, "create", *(GOOD | {"images": 2}).values())
+    assert (status, event, seed) == (200, "complete", 7)
+    assert np.array_equal(pixels([image_of(url, entry) for entry in gallery]), expected)
+    assert re.fullmatch(r"\d+\.\d s · 16 network calls · seed 7", said)
+    client = Client(url, verbose=False, download_files=tmp_path)
+    gallery, *_ = client.predict(**GOOD | {"images": 2}, api_name="/create")
+    assert np.array_equal(pixels([Image.open(entry["image"]) for entry in gallery]), expected)
+    assert serving.settings_of(gallery[0]["image"], T=1000) == Request("red heart", w=1.0, steps=4, images=2, seed=7)
+
+
+def test_the_readmes_script_draws(url, tmp_path):
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    assert "http://127.0.0.1:7860" in code
+    code = code.replace("http://127.0.0.1:7860", url) + "print(len(pictures), seed)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.endswith("1 7\n"), done.stdout + done.stderr
+
+
+def test_the_endpoints_are_named_and_described(url):
+    found = httpx.get(f"{url}/gradio_api/info").json()["named_endpoints"]
+    assert set(found) == {"/create", "/sweep", "/forward", "/backward"}
+    assert [p["parameter_name"] for p in found["/create"]["parameters"]] == list(FIELDS)
+    assert all(endpoint["description"] for endpoint in found.values())
+
+
+def test_a_randomised_seed_is_told_and_draws_the_same_again(url):
+    _, _, (first, _, seed) = call(url, "create", *(GOOD | {"randomise": True}).values())
+    _, _, (again, _, _) = call(url, "create", *(GOOD | {"seed": seed}).values())
+    assert np.array_equal(pixels([image_of(url, first[0])]), pixels([image_of(url, again[0])]))
+
+
+def test_the_sweep_and_the_walk_answer(url):
+    _, event, (gallery, said, pair) = call(url, "sweep", "red heart", 3, 2, "network", 0)
+    assert event == "complete" and [entry["caption"] for entry in gallery] == [f"w = {w:g}" for w in serving.SWEEP]
+    assert "20 network calls" in said and len(pair) == 2
+    _, event, (panels,) = call(url, "forward", "red heart", 250, 0, False, None, 0)
+    assert event == "complete" and len(panels) == 5
+    _, event, (noisy, clean) = call(url, "backward", "red heart", 1.0, 20, 1.0, 0, "exact", 0)
+    assert event == "complete" and len(noisy) == len(clean) == serving.COLUMNS
+
+
+# ---- requests that cannot be drawn
+
+BAD = [({"steps": 3.7}, "steps is 3.7"), ({"steps": True}, "steps is True"), ({"steps": 0}, "steps is 0"),
+       ({"steps": None}, "steps is None"), ({"steps": 10**400}, "steps is 1000"), ({"w": float("nan")}, "w is "),
+       ({"w": float("inf")}, "w is "), ({"w": "2"}, "w is"), ({"w": [2]}, "w is"), ({"prompt": {"a": 1}}, "prompt is"),
+       ({"prompt": None}, "prompt is None"), ({"prompt": ["red"]}, "prompt is"), ({"prompt": "x" * 501}, "501 characters"),
+       ({"seed": None}, "seed is None"), ({"seed": -1}, "seed is -1"), ({"images": 1000}, "images is 1000"),
+       ({"images": 4, "steps": 1000}, "network steps"), ({"eta": -0.1}, "eta is -0.1"), ({"low": 0.9, "high": 0.1}, "interval"),
+       ({"denoiser": {}}, "denoiser is"), ({"denoiser": "../etc"}, "denoiser is"),
+       ({"prompt": "purple", "denoiser": "exact"}, "is none of them")]  # fmt: skip
+
+
+@pytest.mark.parametrize("change, message", BAD, ids=lambda x: str(x)[:40])
+def test_a_bad_request_is_told_what_is_wrong_with_it(url, change, message):
+    status, event, said = call(url, "create", *(GOOD | change).values())
+    assert (status, event) == (200, "error")
+    assert message in json.dumps(said), said
+    assert call(url, "create", *GOOD.values())[1] == "complete"
+
+
+@pytest.mark.parametrize("data", [[], ["red heart"], [*GOOD.values(), 1, 2, 3], [None] * 12, [{}] * 12])
+def test_missing_and_surplus_arguments_are_no_server_error(url, data):
+    status, event, _ = call(url, "create", *data)
+    assert status < 500 and event in (None, "error", "complete")
+    assert call(url, "create", *GOOD.values())[1] == "complete"
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"data": 7}', b'{"data": null}', b"\xff\xfe", b'{"data": "\\ud83d"}'])
+def test_what_is_no_request_is_no_server_error(url, body):
+    got = httpx.post(f"{url}/gradio_api/call/create", content=body, headers={"content-type": "application/json"})
+    assert got.status_code < 500, got.text
+
+
+@pytest.mark.parametrize("name, data, message", [
+    ("sweep", ("red heart", 3, 171, "network", 0), "6 pictures of 171 steps"),
+    ("forward", ("red heart", 1001, 0, False, None, 0), "t is 1001, expected a whole number from 1 to 1000"),
+    ("forward", ("purple", 5, 0, False, None, 0), "expected one of the set"),
+    ("forward", ("red heart", 5, 0, False, {"path": "/etc/passwd"}, 0), ""),
+    ("backward", ("red heart", 1.0, 20, 1.0, 0.5, "network", 0), "seed is 0.5"),
+])  # fmt: skip
+def test_bad_requests_to_the_other_endpoints(url, name, data, message):
+    status, event, said = call(url, name, *data)
+    assert status < 500 and event in (None, "error")
+    assert message in json.dumps(said)
+    assert "root:" not in json.dumps(said)
+
+
+def test_a_huge_body_is_refused_before_it_is_read(url):
+    body = json.dumps({"data": ["x" * 50_000_000]}).encode()
+    try:
+        got = httpx.post(f"{url}/gradio_api/call/create", content=body)
+        assert got.status_code == 413
+    except httpx.WriteError:  # the server has closed the connection while it was still being told
+        pass
+    streamed = httpx.post(f"{url}/gradio_api/call/create", content=(b"x" * 100_000 for _ in range(30)))
+    assert streamed.status_code == 413
+    assert call(url, "create", *GOOD.values())[1] == "complete"
+
+
+def test_an_error_of_ours_is_told_by_its_number_alone(url, shelf, monkeypatch, caplog):
+    def broken(*_args, **_kwargs):
+        raise RuntimeError("a secret of the server")
+
+    monkeypatch.setattr(shelf.studio().network.unet, "forward", broken)
+    status, event, said = call(url, "create", *GOOD.values())
+    assert (status, event) == (200, "error") and "secret" not in json.dumps(said)
+    number = re.search(r"under (\w{8})", json.dumps(said))[1]
+    assert number in caplog.text and "a secret of the server" in caplog.text
+    monkeypatch.undo()
+    assert call(url, "create", *GOOD.values())[1] == "complete"
+
+
+@pytest.mark.parametrize("path", ["file=/etc/passwd", "file=../../etc/passwd", "file=%2e%2e/%2e%2e/etc/passwd", "file=http://127.0.0.1/",
+                                  "file=app.py", "proxy=http://127.0.0.1/"])  # fmt: skip
+def test_files_and_other_servers_are_out_of_reach(url, path):
+    got = httpx.get(f"{url}/gradio_api/{path}")
+    assert got.status_code in (400, 401, 403, 404), got.text[:100]
+
+
+def test_nothing_is_monitored_shared_or_reported(url):
+    config = httpx.get(f"{url}/config").json()
+    assert config["analytics_enabled"] is False and config["show_error"] is False
+    assert httpx.get(f"{url}/monitoring").status_code >= 400
+    hosts = set(re.findall(r"https?://([\w.-]+)", httpx.get(url).text))
+    assert not {h for h in hosts if "googleapis" in h or "gstatic" in h}, hosts
+
+
+# ---- many at once
+
+
+def test_an_abandoned_request_frees_the_model_within_a_second(url):
+    long = GOOD | {"steps": 1000}
+    with httpx.Client() as client:
+        event = client.post(f"{url}/gradio_api/call/create", json={"data": list(long.values())}).json()["event_id"]
+        with client.stream("GET", f"{url}/gradio_api/call/create/{event}") as stream:
+            next(stream.iter_lines())  # it draws
+    began = time.monotonic()
+    assert call(url, "create", *GOOD.values())[1] == "complete"
+    assert time.monotonic() - began < 2
+
+
+@pytest.mark.slow
+def test_fifty_clients_at_once_get_their_own_pictures_or_hear_that_the_queue_is_full(url, shelf):
+    answers, guard = {}, threading.Lock()
+
+    def visitor(seed):
+        answer = call(url, "create", *(GOOD | {"seed": seed, "steps": 12}).values())
+        with guard:
+            answers[seed] = answer
+
+    threads = [threading.Thread(target=visitor, args=(seed,)) for seed in range(50)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert len(answers) == 50
+    drawn = {seed: data for seed, (_, event, data) in answers.items() if event == "complete"}
+    assert app.QUEUE <= len(drawn) < 50
+    for seed, (gallery, _said, told) in drawn.items():
+        own = shelf.studio().network("red heart", w=1.0, num_inference_steps=12, seed=seed).images
+        assert told == seed and np.array_equal(pixels([image_of(url, gallery[0])]), pixels(own))
+    for seed in answers.keys() - drawn.keys():
+        status, event, data = answers[seed]
+        assert status == 503 or (event == "error" and "full" in json.dumps(data)), answers[seed]
+    assert call(url, "create", *GOOD.values())[1] == "complete"
+
+
+@pytest.mark.slow
+def test_memory_stays_where_it_is(url):
+    def resident():
+        gc.collect()
+        return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+    for i in range(200):
+        assert call(url, "create", *(GOOD | {"seed": i}).values())[1] == "complete"
+        if i == 20:
+            before = resident()
+    assert resident() < 1.1 * before
+
+
+# ---- the command line
+
+
+def test_a_model_that_is_not_there_is_said_in_one_sentence(tmp_path, capsys):
+    assert app.main(["--model", str(tmp_path / "nothing")]) == 2
+    _out, err = capsys.readouterr()
+    assert err.count("\n") == 1 and "does not exist, expected" in err
+
+
+def test_a_run_without_a_checkpoint_is_said_in_one_sentence(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(Config().to_yaml())
+    assert app.main(["--model", str(tmp_path / "run")]) == 2
+    assert "has no checkpoint yet, expected one at the least: wait" in capsys.readouterr()[1]
+
+
+def test_the_page_shows_the_card_as_text(shelf):
+    text = app.card(shelf)
+    assert "license: other" not in text and "y.png" not in text and "card text" in text and "CC-BY" in text
+
+
+RUNTIME_ONLY = """
+import importlib.machinery, re, sys
+dev = {name.lower() for name in re.findall(r"^([\\w-]+)==", open("requirements-dev.txt").read(), re.M)} - {"httpx"}
+class Others(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in dev else super().find_spec(name, path, target)
+sys.meta_path = [Others if finder is importlib.machinery.PathFinder else finder for finder in sys.meta_path]
+import app
+sys.exit(app.main(sys.argv[1:]))
+"""
+
+
+def test_the_page_starts_with_the_runtime_requirements_alone(shelf):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", RUNTIME_ONLY, "--model", str(shelf.model), "--port", str(port)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            deadline = time.monotonic() + 60
+            while time.monotonic() < deadline and process.poll() is None:
+                with contextlib.suppress(httpx.ConnectError):
+                    assert "Direct Jump" in httpx.get(f"http://127.0.0.1:{port}").text
+                    return
+                time.sleep(0.2)
+            process.terminate()
+            pytest.fail(process.communicate()[0])
+        finally:
+            process.terminate()
+
+
+# ---- in a browser
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+needs_browser = pytest.mark.skipif(not CHROMIUM, reason="no Chromium here: apt-get install chromium")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as tools:
+        browser = tools.chromium.launch(executable_path=CHROMIUM, args=[
+            "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+            "--disable-component-update", "--disable-sync"])  # fmt: skip
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, url):
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.set_default_timeout(20_000)
+    page.goto(url)
+    page.locator("#prompt textarea").wait_for()
+    yield page
+    page.close()
+
+
+@needs_browser
+def test_enter_draws_a_picture(page):
+    page.keyboard.type("red heart")  # the prompt has the focus
+    page.keyboard.press("Enter")
+    page.locator("#gallery img").first.wait_for()
+    page.locator("#status", has_text="network calls").wait_for()
+    page.locator("#generate").wait_for(state="visible")
+    assert "2 of 6 tokens" in page.locator("#tokens").inner_text()
+
+
+@needs_browser
+def test_stop_ends_the_drawing_and_the_page_goes_on(page):
+    page.locator("#prompt textarea").fill("red heart")
+    page.get_by_label("Steps").first.fill("250")
+    page.get_by_label("Pictures").first.fill("4")
+    page.locator("#generate").click()
+    page.locator("#stop").click()
+    page.locator("#generate").wait_for(state="visible")
+    page.get_by_label("Steps").first.fill("2")
+    page.locator("#generate").click()
+    page.wait_for_function("/^\\d+\\.\\d s/.test(document.querySelector('#status').innerText)")  # without "step 3 of"
+
+
+@needs_browser
+def test_a_dropped_picture_brings_its_settings_back(page, url, tmp_path):
+    settings = GOOD | {"prompt": "green heart", "seed": 123, "steps": 9, "w": 3.5}
+    _, _, (gallery, _, _) = call(url, "create", *settings.values())
+    (tmp_path / "drawn.png").write_bytes(httpx.get(gallery[0]["image"]["url"]).content)
+    page.get_by_text("More").click()
+    page.locator("input[type=file]").first.set_input_files(tmp_path / "drawn.png")
+    page.wait_for_function("document.querySelector('#prompt textarea').value == 'green heart'")
+    assert page.locator("#seed input").input_value() == "123"
+    assert page.get_by_label("number input for Steps").first.input_value() == "9"
+    page.locator("#generate").click()
+    page.locator("#status", has_text="seed 123").wait_for()
+
+
+@needs_browser
+def test_the_sweep_shows_six_pictures(page):
+    page.get_by_role("tab", name="What w does").click()
+    page.locator("#sweep").click()
+    page.locator("#sweep-gallery img").nth(5).wait_for()
+    assert page.locator("#sweep-gallery .grid-container img, #sweep-gallery .thumbnail-item img").count() >= 6
+
+
+@needs_browser
+def test_the_walk_shows_its_panels(page):
+    page.get_by_role("tab", name="Walk the equations").click()
+    page.locator("#noise").click()
+    page.locator("#forward-gallery img").nth(4).wait_for()
+    page.locator("#walk").click()
+    page.locator("#strip img").nth(7).wait_for()
+
+
+@needs_browser
+def test_markup_in_a_prompt_stays_text(page):
+    page.locator("#prompt textarea").fill('<img src=x onerror="document.title=1">' + "x" * 480)
+    page.keyboard.press("Enter")
+    page.wait_for_timeout(1500)
+    assert page.title().startswith("Direct Jump")
+
+
+@needs_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_needs_no_sideways_scrolling(browser, url, scheme):
+    page = browser.new_page(viewport={"width": 375, "height": 800}, color_scheme=scheme, has_touch=True)
+    page.goto(url)
+    page.locator("#prompt textarea").wait_for()
+    for tab in ("Create", "What w does", "Walk the equations", "About"):
+        button = page.get_by_role("tab", name=tab)
+        if not button.is_visible():
+            page.locator(".overflow-menu button").first.click()
+            button = page.get_by_role("button", name=tab)
+        button.click()
+        page.wait_for_timeout(300)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 375, tab
+    page.close()

@@ -1,0 +1,343 @@
+"""What the page does: every request is checked, every picture can be drawn again, and every panel shows its equation."""
+
+import io
+import json
+import math
+import re
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from tiny import tiny_pipeline
+
+from pipeline import hub, serving
+from pipeline.config import Config, DataConfig
+from pipeline.guidance import InputError, interval
+from pipeline.serving import Request, Shelf, Studio
+
+COLORS = {"red heart": (250, 20, 20), "green heart": (20, 250, 20), "blue circle": (20, 20, 250), "yellow square": (250, 250, 20)}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Four plain squares of 8x8 with captions that the tiny tokenizer knows; one of them is held out."""
+    folder = tmp_path_factory.mktemp("squares")
+    for i, (name, color) in enumerate(COLORS.items()):
+        split = folder / ("test" if i == 3 else "train")
+        split.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), color).save(split / f"{name}.png")
+    return DataConfig(source=str(folder), resolution=8, cache=str(folder / "cache"))
+
+
+@pytest.fixture(scope="module")
+def studio(source):
+    return Studio(tiny_pipeline(caption_length=8, caption_dropout=0.1, w=1.0), "tiny", source)
+
+
+@pytest.fixture(scope="module")
+def alone(source):
+    """A page without a network."""
+    return Studio(None, "the exact denoiser", source)
+
+
+def last(frames):
+    *_, frame = frames
+    assert frame.last
+    return frame
+
+
+def pixels(images):
+    return np.stack([np.asarray(image).astype(int) for image in images])
+
+
+# ---- requests
+
+
+@pytest.mark.parametrize("raw, message", [
+    ({"steps": 3.7}, "steps is 3.7, expected a whole number from 1 to 1000"),
+    ({"steps": 0}, "steps is 0, expected a whole number from 1 to 1000"),
+    ({"steps": True}, "steps is True, expected a whole number"),
+    ({"steps": "5"}, "steps is '5', expected a whole number"),
+    ({"steps": None}, "steps is None, expected a whole number"),
+    ({"w": math.nan}, "w is nan, expected a number from -10 to 30"),
+    ({"w": math.inf}, "w is inf, expected a number from -10 to 30"),
+    ({"w": [1]}, "w is [1], expected a number"),
+    ({"seed": -1}, "seed is -1, expected a whole number from 0"),
+    ({"seed": 2**53}, "expected a whole number from 0 to 9007199254740991"),
+    ({"seed": None}, "seed is None, expected a whole number"),
+    ({"images": 5}, "images is 5, expected a whole number from 1 to 4"),
+    ({"eta": 1.01}, "eta is 1.01, expected a number from 0 to 1"),
+    ({"low": 0.8, "high": 0.2}, "the guidance interval is 0.8 to 0.2, expected its start below its end: swap them"),
+    ({"prompt": {"a": 1}}, "prompt is {'a': 1}, expected a text"),
+    ({"prompt": "x" * 501}, "prompt has 501 characters, expected 500 at most: shorten it"),
+    ({"negative_prompt": None}, "negative_prompt is None, expected a text"),
+    ({"prompt": "\ud83d"}, "prompt holds half a surrogate pair"),
+    ({"images": 4, "steps": 257}, "4 pictures of 257 steps are 1028 network steps, and one request may take 1024"),
+    ({"size": 4096}, "size is not a setting, expected prompt, negative_prompt, w"),
+])  # fmt: skip
+def test_a_request_out_of_range_is_refused_by_name(raw, message):
+    with pytest.raises(InputError, match="^.*" + re.escape(message)):
+        Request.read(raw, T=1000)
+
+
+def test_all_that_is_wrong_is_said_at_once():
+    with pytest.raises(InputError) as said:
+        Request.read({"prompt": 7, "steps": 0, "w": math.nan, "eta": 2}, T=1000)
+    assert str(said.value).count("expected") == 4
+
+
+def test_whole_numbers_may_come_as_floats():
+    request = Request.read({"prompt": "", "steps": 7.0, "seed": 3.0, "w": 2}, T=1000)
+    assert (request.steps, request.seed, request.w) == (7, 3, 2.0)
+    assert type(request.steps) is int and type(request.w) is float
+
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda x: st.lists(x) | st.dictionaries(
+    st.text(), x), max_leaves=3)  # fmt: skip
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the first text loads Unicode's tables
+@given(st.dictionaries(st.sampled_from(list(Request.__dataclass_fields__)), JSON))
+def test_anything_that_json_can_say_is_either_drawable_or_refused(raw):
+    try:
+        request = Request.read(raw, T=1000)
+    except InputError:
+        return
+    assert 1 <= request.steps * request.images <= serving.BUDGET and math.isfinite(request.w)
+    assert 0 <= request.low <= request.high <= 1 and 0 <= request.seed <= serving.SEEDS and len(request.prompt) <= 500
+    json.dumps(request.prompt).encode()
+
+
+# ---- pictures
+
+
+def test_the_page_draws_what_the_pipeline_draws(studio):
+    request = Request("red heart", "blue", w=2.0, steps=3, eta=0.5, images=2, seed=7, low=0.1, high=0.9)
+    drawn = last(studio.create(request))
+    images = studio.network("red heart", negative_prompt="blue", w=interval(2.0, 0.1, 0.9), num_inference_steps=3, eta=0.5,
+                            seed=7, num_images_per_prompt=2).images  # fmt: skip
+    assert np.array_equal(pixels(drawn.images), pixels(images))
+
+
+def test_a_picture_carries_what_draws_it_again(studio, tmp_path):
+    request = Request("a \"red\" heart ❤", "cat", w=1.5, steps=4, eta=0.0, images=2, seed=2**40, low=0.2, high=0.7)
+    drawn = last(studio.create(request)).images
+    for i, image in enumerate(drawn):
+        image.save(tmp_path / "a.png", pnginfo=_text(image.info))
+        assert serving.settings_of(tmp_path / "a.png", T=1000) == request
+        assert json.loads(image.info["parameters"])["image"] == i
+    again = last(studio.create(serving.settings_of(tmp_path / "a.png", T=1000))).images
+    assert np.array_equal(pixels(drawn), pixels(again))
+
+
+def _text(info):
+    from PIL.PngImagePlugin import PngInfo
+
+    chunk = PngInfo()
+    for key, value in info.items():
+        chunk.add_text(key, value)
+    return chunk
+
+
+def test_the_sweep_is_one_noise_under_six_weights(studio):
+    request = Request("red heart", steps=3, seed=5)
+    drawn = last(studio.sweep(request)).images
+    alone = [studio.network("red heart", w=w, num_inference_steps=3, seed=5).images[0] for w in serving.SWEEP]
+    assert np.abs(pixels(drawn) - pixels(alone)).max() <= 1  # the rounding of a batch of another size
+    assert [json.loads(image.info["parameters"])["w"] for image in drawn] == list(serving.SWEEP)
+
+
+@pytest.mark.parametrize("w, calls", [(0.0, 1), (-1.0, 1), (1.0, 2)])
+def test_network_calls_are_counted_and_a_doubled_one_is_two(studio, w, calls):
+    assert last(studio.create(Request("red heart", w=w, steps=5, images=2))).calls == 5 * 2 * calls
+
+
+def test_the_sweeps_calls(studio):
+    """Each step: w = -1 and w = 0 take one, the other four two."""
+    assert last(studio.sweep(Request("red heart", steps=3))).calls == 3 * (1 + 1 + 4 * 2)
+
+
+def test_previews_come_before_the_pictures(studio, monkeypatch):
+    monkeypatch.setattr(serving, "PREVIEW", 0.0)
+    frames = list(studio.create(Request("red heart", steps=4)))
+    assert [frame.step for frame in frames] == [1, 2, 3, 4]
+    assert not any(frame.images[0].info for frame in frames[:-1]) and [frame.last for frame in frames] == [False] * 3 + [True]
+
+
+def test_leaving_early_leaves_nothing_behind(studio, monkeypatch):
+    monkeypatch.setattr(serving, "PREVIEW", 0.0)
+    frames = studio.create(Request("red heart", steps=50))
+    next(frames)
+    assert len(studio.network.unet._forward_hooks) == 1
+    frames.close()
+    assert not studio.network.unet._forward_hooks
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("draw", ["create", "sweep", "backward"])
+def test_a_request_ends_at_its_deadline(studio, monkeypatch, draw):
+    monkeypatch.setattr(serving, "DEADLINE", -1.0)
+    with pytest.raises(InputError, match="longer than the -1 s that one request may: ask for fewer steps"):
+        list(getattr(studio, draw)(Request("red heart", steps=4)))
+
+
+# ---- the exact denoiser
+
+
+def test_without_a_network_a_name_draws_its_own_picture(source):
+    studio = Studio(None, "exact", source)
+    image = last(studio.create(Request("green heart", w=0.0, steps=20))).images[0]
+    assert np.abs(pixels([image]) - COLORS["green heart"]).max() <= 1
+
+
+def test_the_exact_denoiser_refuses_what_it_does_not_know(studio):
+    with pytest.raises(InputError, match="knows the 3 names of its pictures .* 'red hart' is none of them: try red heart"):
+        list(studio.create(Request("red hart"), "exact"))
+    with pytest.raises(InputError, match="denoiser is 'best', expected one of network, exact"):
+        list(studio.create(Request("red heart"), "best"))
+
+
+def test_the_exact_denoiser_shares_the_networks_chain(studio):
+    image = last(studio.create(Request("blue circle", w=0.0, steps=20), "exact")).images[0]
+    assert np.abs(pixels([image]) - COLORS["blue circle"]).max() <= 1
+
+
+# ---- the lecture's panels
+
+
+def test_the_panels_of_the_way_forwards(studio):
+    panels = studio.forward(studio.named("red heart"), 1000, 3, "red heart")
+    assert list(panels) == ["x_0", "(5) the jump", "(1) the chain", "(15) x̂_0, network", "(15) x̂_0, exact"]
+    picture = pixels([panels["x_0"]])
+    assert np.abs(picture - COLORS["red heart"]).max() <= 1
+    assert np.abs(pixels([panels["(15) x̂_0, exact"]]) - picture).max() <= 1  # told the caption, it knows
+    assert np.abs(pixels([panels["(5) the jump"]]) - picture).mean() > 40  # by the jump and by the chain nothing is left
+    assert np.abs(pixels([panels["(1) the chain"]]) - picture).mean() > 40
+
+
+def test_one_step_of_the_chain_is_hardly_noise(studio):
+    panels = studio.forward(studio.named("yellow square"), 1, 3)
+    for name in ("(5) the jump", "(1) the chain"):
+        assert 0 < np.abs(pixels([panels[name]]) - COLORS["yellow square"]).mean() < 3  # sqrt(beta_1) = 0.01
+
+
+def test_held_out_pictures_are_not_the_exact_denoisers(studio):
+    guess = pixels([studio.forward(studio.named("yellow square"), 10, 3)["(15) x̂_0, exact"]])
+    nearest = min(np.abs(guess - COLORS[name]).max() for name in list(COLORS)[:3])
+    assert nearest <= 1
+
+
+def test_an_unknown_picture_is_refused(studio):
+    with pytest.raises(InputError, match="picture is 'purple', expected one of the set's 4 names"):
+        studio.named("purple")
+
+
+def test_the_curves_are_the_schedule(studio):
+    beta, abar, snr, posterior = map(np.array, studio.curves().values())
+    assert np.allclose(beta, np.linspace(1e-4, 0.02, 1000), atol=1e-9)
+    assert np.allclose(abar, np.cumprod(1 - beta))
+    assert np.allclose(snr, abar / (1 - abar))
+    assert posterior[0] == 0 and np.allclose(posterior[1:], beta[1:] * (1 - abar[:-1]) / (1 - abar[1:]))
+
+
+def test_the_strip_goes_from_noise_to_the_picture(studio):
+    *_, strip = studio.backward(Request("red heart", w=1.0, steps=20, seed=4))
+    assert len(strip) == serving.COLUMNS and strip[-1][0] == 0
+    assert [t for t, _, _ in strip] == sorted((t for t, _, _ in strip), reverse=True)
+    picture = studio.network("red heart", w=1.0, num_inference_steps=20, seed=4).images
+    assert np.array_equal(pixels([strip[-1][1]]), pixels(picture))
+
+
+def test_tokens_are_counted_as_the_pipeline_cuts_them(studio):
+    assert studio.tokens("red heart") == "2 of 6 tokens"
+    assert studio.tokens("a very long red heart a very green cat") == "9 of 6 tokens; left out: very green cat"
+
+
+# ---- files
+
+
+def saved(tmp_path, content):
+    path = tmp_path / "upload.png"
+    path.write_bytes(content)
+    return path
+
+
+def png(size=(8, 8), kind="PNG", **options):
+    out = io.BytesIO()
+    Image.new("RGB", size, (10, 200, 30)).save(out, kind, **options)
+    return out.getvalue()
+
+
+def bomb(width, height):
+    """A PNG that claims a size, with next to nothing behind it."""
+    chunk = lambda body: struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    header = chunk(b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT" + zlib.compress(b"\0" * 1000))
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"", "cannot be read, expected a picture"),
+    (b"<svg/>", "cannot be read, expected a picture"),
+    (png(kind="GIF"), "cannot be read, expected a picture"),
+    (bomb(2001, 2000), "the picture is 2001 x 2000, expected 4 megapixels at most"),
+    (bomb(60000, 60000), "expected"),
+    (png((300, 300))[:-40], "damaged"),
+    (b"\0" * 2_000_001, "the file has 2.0 MB, expected 2 at most"),
+])  # fmt: skip
+def test_a_file_that_is_no_reasonable_picture_is_refused(tmp_path, content, message):
+    with pytest.raises(InputError, match=message):
+        serving.uploaded(saved(tmp_path, content), 8)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_an_uploaded_picture_is_one_of_the_sets_size(tmp_path, kind):
+    x_0 = serving.uploaded(saved(tmp_path, png((40, 20), kind)), 8)
+    assert x_0.shape == (1, 3, 8, 8)
+    assert torch.allclose((x_0[0].mean((1, 2)) + 1) * 127.5, torch.tensor([10.0, 200.0, 30.0]), atol=3)
+
+
+@pytest.mark.parametrize("parameters, message", [
+    (None, "carries no settings"),
+    ("a cat, steps: 5", "carries no settings"),
+    ("[1, 2]", "carries no settings"),
+    (json.dumps({"prompt": "cat"}), "carries no settings"),
+    (json.dumps(Request.__dict__["__dataclass_fields__"].__len__()), "carries no settings"),
+    (json.dumps({**vars(Request("cat")), "steps": 10**9}), "steps is 1000000000, expected"),
+    (json.dumps({**vars(Request("cat")), "w": math.nan}), "w is nan, expected"),
+])  # fmt: skip
+def test_settings_of_a_foreign_picture_are_checked(tmp_path, parameters, message):
+    content = png(pnginfo=_text({} if parameters is None else {"parameters": parameters}))
+    with pytest.raises(InputError, match=message):
+        serving.settings_of(saved(tmp_path, content), T=1000)
+
+
+# ---- which model
+
+
+def test_a_saved_pipeline_is_served_as_it_is(tmp_path):
+    tiny_pipeline(w=1.5, caption_length=8).save_pretrained(tmp_path / "model")
+    shelf = Shelf(tmp_path / "model")
+    assert not shelf.follows and shelf.steps() == [] and shelf.name == "model"
+    assert shelf.studio() is shelf.studio(7)
+    image = last(shelf.studio().create(Request("red heart", w=1.5, steps=2, seed=3))).images
+    assert np.array_equal(pixels(image), pixels(tiny_pipeline()("red heart", w=1.5, num_inference_steps=2, seed=3).images))
+
+
+def test_a_model_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="does not exist, expected the folder of a run or of a saved pipeline"):
+        Shelf(tmp_path / "nothing").studio()
+
+
+def test_a_model_without_its_text_encoder_gets_the_one_its_settings_name(tmp_path):
+    pipe = tiny_pipeline(caption_length=8)
+    pipe.register_modules(text_encoder=None, tokenizer=None)
+    pipe.save_pretrained(tmp_path / "model")
+    with pytest.raises(InputError, match="has no text encoder to read .* expected states: pass prompt_embeds"):
+        hub.load(tmp_path / "model")("red heart")
+    (tmp_path / "model" / "config.yaml").write_text(Config().to_yaml())
+    assert hub.load(tmp_path / "model").text_encoder.config.hidden_size == 384  # the embedded all-MiniLM-L6-v2
