@@ -350,8 +350,7 @@ def from_real(judge: Judge, bank: Bank, pipe: TextToImagePipeline, rows: Tensor,
     plan = [k for k in scheduler.timesteps.tolist() if k <= t]
     if not plan:
         raise EvaluationError(f"a plan of {steps} steps has no timestep up to {t}: give more --steps, or start later")
-    x_0 = as_float(bank.images[rows])
-    z = x_0 if pipe.vae is None else pipe.vae.encode(x_0).latents * pipe.vae.config.scaling_factor
+    z = pipe.encode(as_float(bank.images[rows]))
     x_t = scheduler.add_noise(z, torch.randn(z.shape, generator=torch.Generator().manual_seed(seed)), plan[0])
     with torch.autocast(pipe.device.type, torch.bfloat16, enabled=models.precision("auto", pipe.device) == "bf16"):
         drawn = pipe([bank.captions[i] for i in rows], w=w, seed=seed, timesteps=plan, latents=x_t, output_type="pt").images

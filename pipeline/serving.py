@@ -166,7 +166,7 @@ class Studio:
             shared |= {name: pipe.config[name] for name in ("caption_length", "w")}
         x_0 = train.images[:].float() / 127.5 - 1
         if pipe is not None:
-            x_0 = encode(pipe, x_0)
+            x_0 = pipe.encode(x_0)
         exact = TextToImagePipeline(ExactDenoiser(x_0, scheduler), scheduler, **shared)
         captions, empty = exact.encode_prompt(train.captions, negative_prompt="")
         exact.unet = ExactDenoiser(x_0, scheduler, captions, empty[:1])
@@ -256,7 +256,7 @@ class Studio:
         The keys name the panels. `caption` is what the denoisers are told of the picture, "" nothing.
         """
         pipe, generator = self.pipe, torch.Generator().manual_seed(seed)
-        scheduler, z = pipe.scheduler, encode(pipe, x_0)
+        scheduler, z = pipe.scheduler, pipe.encode(x_0)
         noise = lambda: torch.randn(z.shape, generator=generator)
         jump, chain = scheduler.add_noise(z, noise(), t - 1), z
         for k in range(t):
@@ -360,15 +360,6 @@ def timed(steps: Iterator[Step]) -> Iterator[tuple[int, Step, float]]:
 def x_0_of(step: Step) -> Tensor:
     """The current x_0 of (15), or x_t where the scheduler does not say."""
     return step.x_t if step.x_0_hat is None else step.x_0_hat
-
-
-def encode(pipe: TextToImagePipeline, x_0: Tensor) -> Tensor:
-    """Pictures (B, 3, H, W) in [-1, 1] as the network sees them (B, c, h, w)."""
-    if pipe.vae is None:
-        return x_0
-    found, config = pipe.vae.encode(x_0), pipe.vae.config
-    z = found.latents if hasattr(found, "latents") else found.latent_dist.mode()
-    return (z - (getattr(config, "shift_factor", None) or 0)) * config.scaling_factor
 
 
 def pictures(pipe: TextToImagePipeline, x: Tensor) -> list[PIL.Image.Image]:

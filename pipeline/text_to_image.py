@@ -232,6 +232,15 @@ class TextToImagePipeline(DiffusionPipeline):
         eps_c = eps_u = out.new_zeros(len(x_t), *out.shape[1:])  # zero where its factor in (17) is
         return guide(eps_c.index_copy(0, c, out[len(u) :]), eps_u.index_copy(0, u, out[: len(u)]), w)
 
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """What the network sees (B, c, h, w) of images (B, 3, H, W) in [-1, 1], `decode`'s inverse; a VAE's most likely."""
+        if self.vae is None:
+            return images
+        found, config = self.vae.encode(images.to(self.vae.dtype)), self.vae.config
+        z = found.latents if hasattr(found, "latents") else found.latent_dist.mode()
+        return (z.to(images.dtype) - (getattr(config, "shift_factor", None) or 0)) * config.scaling_factor
+
     def decode(self, x: Tensor) -> Tensor:
         """Images (B, 3, H, W) in about [-1, 1] of what the network draws (B, c, h, w): x itself in pixels."""
         if self.vae is None:

@@ -358,6 +358,22 @@ def stable_diffusion():
     return pipe
 
 
+@pytest.mark.parametrize("patch_size", [None, 2])
+def test_encoding_is_decodings_inverse(patch_size):
+    pipe, images = tiny_pipeline(patch_size=patch_size), torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(pipe.decode(pipe.encode(images)), images)
+    assert pipe.encode(images).shape == ((2, 3, 16, 16) if patch_size is None else (2, 12, 8, 8))
+
+
+def test_a_vaes_latents_are_scaled_as_stable_diffusion_scales_them():
+    pipe = TextToImagePipeline.from_pipe(stable_diffusion())
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        z, pixels = pipe.vae.encode(images).latent_dist.mean, pipe.vae.decode(pipe.vae.encode(images).latent_dist.mean).sample
+    assert torch.equal(pipe.encode(images), 0.5 * z)
+    assert torch.allclose(pipe.decode(pipe.encode(images)), pixels, atol=1e-5)
+
+
 # ---- guidance
 
 
