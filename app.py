@@ -1,4 +1,4 @@
-"""The web page: `python app.py [--model RUN_PATH_OR_ID] [--host 0.0.0.0] [--port 7860]`.
+"""The web page: `python app.py [--model RUN_OR_PATH] [--host 0.0.0.0] [--port 7860]`.
 
 It draws prompts, shows what w does and walks through the lecture's equations; `pipeline.serving` does the work, and every
 request is checked there, because a browser or a script may send anything.
@@ -18,8 +18,8 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # Gradio reads it wh
 os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "1")
 
 import gradio as gr
-import matplotlib
 from fastapi.exceptions import RequestValidationError
+from matplotlib.figure import Figure  # pyplot would keep every figure it makes
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
@@ -233,26 +233,21 @@ def create_tab(shelf: Shelf, studio: Studio, checkpoint: gr.Slider) -> None:
                 request.seed, False, request.low, request.high)  # fmt: skip
 
     inputs = [prompt, negative, w, steps, eta, images, seed, randomise, low, high, denoiser, checkpoint]
-    drawing = clicked([prompt.submit, go.click], go, stop, create, inputs, [gallery, status, seed], "create")
-    stops(stop, go, drawing)
+    clicked([prompt.submit, go.click], go, stop, create, inputs, [gallery, status, seed], "create")
     prompt.change(answering(studio.tokens), prompt, counter, trigger_mode="always_last", **QUIET)
     dropped.upload(reuse, dropped, [prompt, negative, w, steps, eta, images, seed, randomise, low, high], **QUIET)
 
 
-def clicked(triggers, go: gr.Button, stop: gr.Button, function, inputs, outputs, name: str):
-    """`function` on any of the triggers, one model call at a time on the whole page, with Generate and Stop exchanged."""
+def clicked(triggers, go: gr.Button, stop: gr.Button, function, inputs, outputs, name: str) -> None:
+    """`function` on any of the triggers, one model call at a time on the whole page; `stop` takes the place of `go` meanwhile
+    and ends it between two network calls.
+    """
     begun = gr.on(triggers, lambda: (gr.Button(visible=False), gr.Button(visible=True)), None, [go, stop], **QUIET)
     drawing = begun.then(function, inputs, outputs, preprocess=False, show_progress="minimal", api_name=name,
                          concurrency_id="model", concurrency_limit=1)  # fmt: skip
-    for ended in (drawing.success, drawing.failure):
-        ended(lambda: (gr.Button(visible=True), gr.Button(visible=False)), None, [go, stop], **QUIET)
-    return drawing
-
-
-def stops(stop: gr.Button, go: gr.Button, drawing) -> None:
-    """Stop ends the drawing between two network calls."""
     stopped = stop.click(None, cancels=[drawing], **QUIET)
-    stopped.then(lambda: (gr.Button(visible=True), gr.Button(visible=False)), None, [go, stop], **QUIET)
+    for ended in (drawing.success, drawing.failure, stopped.then):
+        ended(lambda: (gr.Button(visible=True), gr.Button(visible=False)), None, [go, stop], **QUIET)
 
 
 def progress(frame: serving.Frame, seed: int | None = None) -> str:
@@ -295,8 +290,7 @@ def sweep_tab(shelf: Shelf, studio: Studio, checkpoint: gr.Slider) -> None:
             yield labelled, progress(frame), pair if frame.last else gr.skip()
 
     inputs = [prompt, seed, steps, denoiser, checkpoint]
-    drawing = clicked([prompt.submit, go.click], go, stop, sweep, inputs, [gallery, status, slider], "sweep")
-    stops(stop, go, drawing)
+    clicked([prompt.submit, go.click], go, stop, sweep, inputs, [gallery, status, slider], "sweep")
 
 
 def known_caption(studio: Studio) -> str:
@@ -362,16 +356,12 @@ def walk_tab(shelf: Shelf, studio: Studio, checkpoint: gr.Slider, demo: gr.Block
                 concurrency_id="model", concurrency_limit=1)  # fmt: skip
     plotted = answering(lambda t: plot_curves(studio, t))
     gr.on([demo.load, t.release], plotted, t, plot, **QUIET)
-    drawing = clicked([prompt.submit, go.click], go, stop, backward, [prompt, w, steps, eta, seed, denoiser, checkpoint],
-                      [noisy, clean], "backward")  # fmt: skip
-    stops(stop, go, drawing)
+    clicked([prompt.submit, go.click], go, stop, backward, [prompt, w, steps, eta, seed, denoiser, checkpoint],
+            [noisy, clean], "backward")  # fmt: skip
 
 
 def plot_curves(studio: Studio, t: int):
     """The schedule's four curves with one t marked."""
-    matplotlib.use("Agg")
-    from matplotlib.figure import Figure  # not pyplot: it keeps every figure it makes
-
     problems = []
     t = serving.number("t", t, 1, studio.T, True, problems)
     if problems:
@@ -412,8 +402,8 @@ def serve(demo: gr.Blocks, host: str = "127.0.0.1", port: int | None = None, **o
 def main(argv: list[str] | None = None) -> int:
     """The command line: serves until it is stopped; 2 is bad input, told in one sentence."""
     parser = argparse.ArgumentParser(prog="python app.py", description="Serve the web page of a model.", allow_abbrev=False)
-    parser.add_argument("--model", help="a run's folder, a saved pipeline's, or a Hub id (default: the newest run, else "
-                                        "pretrained/emoji, else the exact denoiser)")  # fmt: skip
+    parser.add_argument("--model", help="a run's folder or a saved pipeline's (default: the newest run, else pretrained/emoji, "
+                                        "else the exact denoiser)")  # fmt: skip
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, help="default: 7860, or the next free one")
     args = parser.parse_args(argv)

@@ -307,19 +307,20 @@ def references(judge: Judge, bank: Bank, threshold: float) -> dict:
     return found
 
 
-def draw(pipe: TextToImagePipeline, prompts: list[str], w: float, seed: int, steps: int, path: Path, batch: int) -> Tensor:
-    """Pictures uint8 (N, 3, H, W), prompt i from its own seed; kept in `path`, which is read if it is there.
+def drawn(pipe: TextToImagePipeline, prompts: list[str], **call) -> Tensor:
+    """Pictures uint8 (B, 3, H, W) of one call; the network computes in bf16 where the machine does, as in training."""
+    with torch.autocast(pipe.device.type, torch.bfloat16, enabled=models.precision("auto", pipe.device) == "bf16"):
+        images = pipe(prompts, output_type="pt", **call).images
+    return (images.cpu() * 255).round().to(torch.uint8)
 
-    The network computes in bf16 where the machine does, as in training.
-    """
+
+def draw(pipe: TextToImagePipeline, prompts: list[str], w: float, seed: int, steps: int, path: Path, batch: int) -> Tensor:
+    """Pictures uint8 (N, 3, H, W), prompt i from its own seed; kept in `path`, which is read if it is there."""
     if path.is_file():
         return load_file(path)["images"]
-    parts, bf16 = [], models.precision("auto", pipe.device) == "bf16"
+    parts = []
     for start in tqdm(range(0, len(prompts), batch), desc=f"w={w:g} seed={seed}", unit="batch", dynamic_ncols=True):
-        with torch.autocast(pipe.device.type, torch.bfloat16, enabled=bf16):
-            images = pipe(prompts[start : start + batch], w=w, seed=seed * STRIDE + start, num_inference_steps=steps,
-                          output_type="pt").images  # fmt: skip
-        parts.append((images.cpu() * 255).round().to(torch.uint8))
+        parts.append(drawn(pipe, prompts[start : start + batch], w=w, seed=seed * STRIDE + start, num_inference_steps=steps))
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_suffix(".tmp")
     save_file({"images": torch.cat(parts)}, new)
@@ -352,9 +353,7 @@ def from_real(judge: Judge, bank: Bank, pipe: TextToImagePipeline, rows: Tensor,
         raise EvaluationError(f"a plan of {steps} steps has no timestep up to {t}: give more --steps, or start later")
     z = pipe.encode(as_float(bank.images[rows]))
     x_t = scheduler.add_noise(z, torch.randn(z.shape, generator=torch.Generator().manual_seed(seed)), plan[0])
-    with torch.autocast(pipe.device.type, torch.bfloat16, enabled=models.precision("auto", pipe.device) == "bf16"):
-        drawn = pipe([bank.captions[i] for i in rows], w=w, seed=seed, timesteps=plan, latents=x_t, output_type="pt").images
-    images = (drawn.cpu() * 255).round().to(torch.uint8)
+    images = drawn(pipe, [bank.captions[i] for i in rows], w=w, seed=seed, timesteps=plan, latents=x_t)
     return {"t": plan[0]} | summary(retrieval_ranks(judge.features(images), bank.features, bank.own[rows]))
 
 

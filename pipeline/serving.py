@@ -273,10 +273,10 @@ class Studio:
         """beta_t, abar_t, the SNR and the posterior's variance by the lecture's t = 1 … T, with their equations' numbers."""
         scheduler, one = self.pipe.scheduler, torch.zeros(1, dtype=torch.float64)
         t = torch.arange(self.T)
-        abar, before = scheduler.abar(t, one).flatten(), scheduler.abar(t - 1, one).flatten()
-        beta = 1 - abar / before
-        return {"β_t (1)": beta.tolist(), "ᾱ_t (4)": abar.tolist(), "SNR = ᾱ_t / (1 - ᾱ_t)": (abar / (1 - abar)).tolist(),
-                "β̃_t (9)": (beta * (1 - before) / (1 - abar)).tolist()}  # fmt: skip
+        abar, (_mean, variance) = scheduler.abar(t, one), scheduler.posterior(one, one, t, t - 1)
+        found = {"β_t (1)": 1 - abar / scheduler.abar(t - 1, one), "ᾱ_t (4)": abar,
+                 "SNR = ᾱ_t / (1 - ᾱ_t)": scheduler.snr(t, one), "β̃_t (9)": variance}  # fmt: skip
+        return {name: values.flatten().tolist() for name, values in found.items()}
 
     def tokens(self, prompt: str | None) -> str:
         """How many tokens a prompt has, and what is cut off it."""

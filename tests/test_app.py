@@ -142,6 +142,12 @@ def test_a_bad_request_is_told_what_is_wrong_with_it(url, change, message):
     assert call(url, "create", *GOOD.values())[1] == "complete"
 
 
+def test_a_prompt_comes_back_without_its_markup(url):
+    """The page shows a message as HTML."""
+    _, event, said = call(url, "create", *(GOOD | {"prompt": "<b>red</b>", "denoiser": "exact"}).values())
+    assert event == "error" and "‹b›red‹/b›" in said["error"] and "<" not in said["error"]
+
+
 @pytest.mark.parametrize("data", [[], ["red heart"], [*GOOD.values(), 1, 2, 3], [None] * 12, [{}] * 12])
 def test_missing_and_surplus_arguments_are_no_server_error(url, data):
     status, event, _ = call(url, "create", *data)

@@ -328,6 +328,13 @@ def test_a_saved_pipeline_is_served_as_it_is(tmp_path):
     assert np.array_equal(pixels(image), pixels(tiny_pipeline()("red heart", w=1.5, num_inference_steps=2, seed=3).images))
 
 
+def test_a_model_whose_pictures_are_elsewhere_is_compared_to_the_embedded_ones(tmp_path):
+    tiny_pipeline(caption_length=8).save_pretrained(tmp_path / "model")
+    config = Config(data=DataConfig(source=str(tmp_path / "gone"), resolution=8))
+    (tmp_path / "model" / "config.yaml").write_text(config.to_yaml())
+    assert Shelf(tmp_path / "model").studio().source == DataConfig(resolution=8)
+
+
 def test_a_model_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(ValueError, match="does not exist, expected the folder of a run or of a saved pipeline"):
         Shelf(tmp_path / "nothing").studio()
