@@ -24,7 +24,7 @@ from diffusers.utils import make_image_grid
 from tqdm.auto import tqdm
 
 from pipeline import config as settings
-from pipeline import data, emoji, hub, losses, models
+from pipeline import data, emoji, hub, losses, models, muon
 from pipeline import run as runs
 from pipeline.config import Config, ConfigError
 from pipeline.scheduler import DDPMScheduler
@@ -89,8 +89,13 @@ def prepare(config: Config, checkpoint: Path | None, device: torch.device) -> Pa
                  encoder.to(device))  # fmt: skip
 
 
-def adamw(unet, train: settings.TrainConfig) -> torch.optim.AdamW:
+def optimizer_of(unet, train: settings.TrainConfig) -> torch.optim.AdamW:
     """The optimiser of a run."""
+    if train.optimizer == "muon":
+        orthogonalised = muon.matrices(unet)
+        among = {id(weight) for weight in orthogonalised}
+        others = [weight for weight in unet.parameters() if id(weight) not in among]
+        return muon.Muon(orthogonalised, others, train.lr, train.matrix_lr, train.betas, train.weight_decay)
     return torch.optim.AdamW(unet.parameters(), train.lr, betas=train.betas, weight_decay=train.weight_decay, fused=True)
 
 
@@ -235,7 +240,7 @@ def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Pa
     """The training loop, from a checkpoint or from nothing to the last step; the exit code."""
     main, share, steps = accelerator.is_main_process, config.train.batch_size // config.train.accumulation, config.train.steps
     parts = prepare(config, checkpoint, accelerator.device)
-    optimizer = adamw(parts.unet, config.train)
+    optimizer = optimizer_of(parts.unet, config.train)
     schedule = lr_schedule(optimizer, config.train)
     ema = models.moving_average(parts.unet, config.train.ema)
     state = {"step": 0, "skipped": 0, "seconds": 0.0, "losses": []}  # losses: since the last line of the log
@@ -351,7 +356,7 @@ def usage(run: runs.Run, config: Config) -> str:
 def rehearse(config: Config, accelerator: Accelerator) -> int:
     """`--dry_run`: the plan, from one timed step; nothing is kept but the prepared data."""
     parts = prepare(config, None, accelerator.device)
-    optimizer = adamw(parts.unet, config.train)
+    optimizer = optimizer_of(parts.unet, config.train)
     unet, optimizer = accelerator.prepare(parts.unet, optimizer)
     slots, timed = torch.arange(config.train.batch_size // config.train.accumulation), []
     for step in range(2):  # the first one warms up

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from pipeline import config as settings
 from pipeline import losses, models
 from pipeline.scheduler import DDPMScheduler
-from train_text2img import adamw, keep_freed_memory
+from train_text2img import keep_freed_memory, optimizer_of
 
 CAPTION_WIDTH = 384  # of the embedded encoder
 SIDE = 4096  # of the matrices
@@ -51,7 +51,7 @@ def step_of(config: settings.Config, batch: int, bf16: bool, fused_attention: bo
     unet = models.for_training(models.unet(config, CAPTION_WIDTH), torch.device("cpu"))
     if fused_attention:
         unet.set_attn_processor(AttnProcessor2_0())
-    optimizer = adamw(unet, config.train)
+    optimizer = optimizer_of(unet, config.train)
     ema = models.moving_average(unet, config.train.ema)
     scheduler = DDPMScheduler(**vars(config.diffusion))
     side, channels = unet.config.sample_size, unet.config.in_channels

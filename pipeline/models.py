@@ -68,6 +68,7 @@ def unet(config: Config, caption_width: int) -> UNet2DConditionModel:
         layers_per_block=model.layers,
         down_block_types=down,
         up_block_types=up,
+        norm_num_groups=model.norm_groups,
         attention_head_dim=model.heads,  # diffusers reads this as the number of heads
         cross_attention_dim=caption_width,
         addition_embed_type="text" if model.text_in_time else None,

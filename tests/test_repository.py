@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 MODULES = sorted((ROOT / "pipeline").glob("*.py"))
 ALLOWED = {  # what a module may import of ours
     "scheduler": set(), "guidance": set(), "patches": set(), "captions": set(), "config": set(), "emoji": set(), "run": set(),
+    "muon": set(),
     "losses": {"scheduler"}, "exact": {"scheduler"}, "text_to_image": {"guidance"}, "data": {"config", "emoji"},
     "models": {"config", "patches", "captions"},
 }  # fmt: skip

@@ -189,6 +189,20 @@ def test_a_run_resumed_from_a_checkpoint_ends_in_the_same_bytes(whole, tmp_path,
     assert log(run) == log(whole[0])
 
 
+def test_a_run_by_muon_resumes_in_the_same_bytes(config, tmp_path):
+    more = ["--train.optimizer", "muon", "--model.norm_groups", "8"]
+    train(config, tmp_path / "through", *more)
+    through, run = tmp_path / "through" / "tiny", tmp_path / "again" / "tiny"
+    shutil.copytree(through, run)
+    shutil.rmtree(run / "pipeline")
+    for step in (4, 6):
+        shutil.rmtree(run / "checkpoints" / str(step))
+    assert "going on from step 2" in train(config, tmp_path / "again", *more).stdout
+    assert same(weights(run), weights(through))
+    train(config, tmp_path / "adamw", *more[2:])
+    assert not same(weights(tmp_path / "adamw" / "tiny"), weights(through))
+
+
 def test_how_often_it_logs_checks_and_saves_does_not_change_what_it_learns(whole, tmp_path):
     train(whole[0] / "config.yaml", tmp_path, "--train.log_every", "4", "--train.validate_every", "5",
           "--train.save_every", "5", "--sample.every", "2")  # fmt: skip
