@@ -24,9 +24,10 @@ from diffusers.utils import make_image_grid
 from tqdm.auto import tqdm
 
 from pipeline import config as settings
-from pipeline import data, emoji, hub, losses, models, muon
+from pipeline import data, emoji, hub, latents, losses, models, muon
 from pipeline import run as runs
 from pipeline.config import Config, ConfigError
+from pipeline.patches import PatchAutoencoder
 from pipeline.scheduler import DDPMScheduler
 from pipeline.text_to_image import TextToImagePipeline
 
@@ -46,47 +47,76 @@ class Parts:
     states: torch.Tensor  # (N, L, D), one row an image of the training split
     held_states: torch.Tensor | None
     empty: torch.Tensor  # (1, L, D), the empty caption
-    unet: UNet2DConditionModel
-    scheduler: DDPMScheduler
-    vae: torch.nn.Module | None
-    whitening: torch.nn.Module | None
-    tokenizer: object
-    encoder: torch.nn.Module
+    pipe: TextToImagePipeline
+    latents: latents.Latents | None  # of the training split, where an autoencoder is worth asking only once
 
-    def latents(self, images: data.CaptionedImages, rows) -> torch.Tensor:
+    @property
+    def unet(self) -> UNet2DConditionModel:
+        """The network that trains."""
+        return self.pipe.unet
+
+    @property
+    def scheduler(self) -> DDPMScheduler:
+        """The noise process."""
+        return self.pipe.scheduler
+
+    def encoded(self, images: data.CaptionedImages, rows) -> torch.Tensor:
         """Images by row as the network sees them, (B, c, h, w)."""
-        pixels = images.images[rows].to(self.empty.device).float() / 127.5 - 1
-        return pixels if self.vae is None else self.vae.encode(pixels).latents * self.vae.config.scaling_factor
+        return self.pipe.encode(images.images[rows].to(self.empty.device).float() / 127.5 - 1)
+
+    def x_0(self, config: Config, step: int, slots: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """The training images at some rows as the network sees them in a step, (B, c, h, w)."""
+        if self.latents is None:
+            return self.encoded(self.images, rows)
+        z = data.noise(config.seed, step, slots, self.latents.shape, "posterior")
+        return self.latents.sample(rows, torch.zeros(len(rows), dtype=torch.bool), z).to(self.empty.device)
 
     def loss(self, config: Config, output, x_0, eps, t) -> torch.Tensor:
         """The configured loss of a batch, one value each (B,)."""
         return losses.training_loss(self.scheduler, output, x_0, eps, t, config.train.weighting, config.train.gamma)
 
-    def pipeline(self, config: Config) -> TextToImagePipeline:
-        """The pipeline of these parts."""
-        return TextToImagePipeline(
-            unet=self.unet, scheduler=self.scheduler, vae=self.vae, text_encoder=self.encoder, tokenizer=self.tokenizer,
-            whitening=self.whitening, caption_length=config.data.caption_length, caption_dropout=config.data.caption_dropout,
-            w=config.sample.default_w)  # fmt: skip
-
 
 def prepare(config: Config, checkpoint: Path | None, device: torch.device) -> Parts:
     """Read the data, encode its captions, build or load the models."""
     images, held_out = data.load_splits(config.data)
-    tokenizer, encoder = models.text_encoder(config.model.text_encoder)
-    encode = lambda captions: data.encode_captions(captions, tokenizer, encoder, config.data.caption_length,
-                                                   cache_dir=config.data.cache)  # fmt: skip
+    base = None if config.model.pretrained is None else pretrained(config)
+    tokenizer, encoder = (base.tokenizer, base.text_encoder) if base else models.text_encoder(config.model.text_encoder)
+    length = (base.config.caption_length or tokenizer.model_max_length) if base else config.data.caption_length
+    encode = lambda captions: data.encode_captions(captions, tokenizer, encoder, length, cache_dir=config.data.cache)
     states = encode(images.captions)
-    whitening = models.whitening(config.model, states)
+    whitening = base.whitening if base else models.whitening(config.model, states)
     white = whitening or (lambda raw: raw)
     states, empty = white(states), white(encode([""]))
     torch.manual_seed(config.seed)  # the network's first weights
-    unet = (models.unet(config, empty.shape[-1]) if checkpoint is None
-            else UNet2DConditionModel.from_pretrained(checkpoint / "unet", use_safetensors=True))  # fmt: skip
+    unet = base.unet if base else models.unet(config, empty.shape[-1]) if checkpoint is None else None
+    if config.train.method == "lora":
+        models.adapt(unet, config.lora)
+        if checkpoint:
+            models.load_adapter(unet, checkpoint / "lora")
+    elif checkpoint:
+        unet = UNet2DConditionModel.from_pretrained(checkpoint / "unet", use_safetensors=True)
+    if config.train.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    pipe = models.pipeline(config, models.for_training(unet, device), tokenizer, encoder, whitening, base).to(device)
+    kept = None if base is None or base.vae is None or isinstance(base.vae, PatchAutoencoder) else latents.encode(
+        images, pipe.vae, config.data.cache)  # fmt: skip
     return Parts(images, held_out, states.to(device), white(encode(held_out.captions)).to(device) if held_out else None,
-                 empty.to(device), models.for_training(unet, device), DDPMScheduler(**vars(config.diffusion)),
-                 models.autoencoder(config.model), whitening and whitening.to(device), tokenizer,
-                 encoder.to(device))  # fmt: skip
+                 empty.to(device), pipe, kept)  # fmt: skip
+
+
+def pretrained(config: Config) -> TextToImagePipeline:
+    """The pipeline that a fine-tune goes on from, set to the data's resolution; ConfigError where it cannot be used."""
+    try:
+        pipe = hub.load(config.model.pretrained)
+    except ValueError as error:
+        raise ConfigError(f"model.pretrained: {error}") from error
+    side, rest = divmod(config.data.resolution, pipe.vae_scale_factor)
+    halvings = 2 ** (len(pipe.unet.config.block_out_channels) - 1)
+    if rest or side % halvings:
+        raise ConfigError(f"data.resolution must be a multiple of {pipe.vae_scale_factor * halvings} for "
+                          f"{config.model.pretrained}, got {config.data.resolution}")  # fmt: skip
+    pipe.unet.register_to_config(sample_size=side)
+    return pipe
 
 
 def optimizer_of(unet, train: settings.TrainConfig) -> torch.optim.AdamW:
@@ -94,9 +124,9 @@ def optimizer_of(unet, train: settings.TrainConfig) -> torch.optim.AdamW:
     if train.optimizer == "muon":
         orthogonalised = muon.matrices(unet)
         among = {id(weight) for weight in orthogonalised}
-        others = [weight for weight in unet.parameters() if id(weight) not in among]
+        others = [weight for weight in models.trainable(unet) if id(weight) not in among]
         return muon.Muon(orthogonalised, others, train.lr, train.matrix_lr, train.betas, train.weight_decay)
-    return torch.optim.AdamW(unet.parameters(), train.lr, betas=train.betas, weight_decay=train.weight_decay, fused=True)
+    return torch.optim.AdamW(models.trainable(unet), train.lr, betas=train.betas, weight_decay=train.weight_decay, fused=True)
 
 
 def lr_schedule(optimizer, train: settings.TrainConfig):
@@ -126,8 +156,8 @@ def batch_loss(unet, parts: Parts, config: Config, step: int, slots: torch.Tenso
     """The training loss of the examples at `slots` of the global batch of one step, one value each (B,)."""
     seed, train, device = config.seed, config.train, parts.empty.device
     rows = data.batch_indices(seed, step, train.batch_size, len(parts.images), slots=slots)
-    x_0 = parts.latents(parts.images, rows)
-    t = data.timesteps(seed, step, slots, train.batch_size, config.diffusion.num_train_timesteps).to(device)
+    x_0 = parts.x_0(config, step, slots, rows)
+    t = data.timesteps(seed, step, slots, train.batch_size, parts.scheduler.config.num_train_timesteps).to(device)
     eps = data.noise(seed, step, slots, x_0.shape[1:]).to(device)
     x_t = parts.scheduler.add_noise(x_0, eps, t)  # (5)
     keep = data.keep_caption(seed, step, slots, config.data.caption_dropout).to(device)
@@ -139,12 +169,12 @@ def batch_loss(unet, parts: Parts, config: Config, step: int, slots: torch.Tenso
 @torch.no_grad()
 def validate(unet, parts: Parts, config: Config, stop) -> dict:
     """Loss and x_0 error by timestep on a fixed grid of (image, t, eps), for the training and the held-out split."""
-    T, record = config.diffusion.num_train_timesteps, {}
+    T, record = parts.scheduler.config.num_train_timesteps, {}
     for split, images, states in [("train", parts.images, parts.states), ("held_out", parts.held_out, parts.held_states)]:
         if images is None:
             continue
         rows = torch.linspace(0, len(images) - 1, min(HELD, len(images))).long()
-        x_0 = parts.latents(images, rows)
+        x_0 = parts.encoded(images, rows)
         eps = data.noise(0, 0, rows, x_0.shape[1:]).to(x_0.device)
         loss, error = [], {}
         for t in ((torch.arange(GRID) + 0.5) * T / GRID).long().tolist():
@@ -172,12 +202,13 @@ def draw(pipe: TextToImagePipeline, config: Config, path: Path, stop) -> None:
 @contextlib.contextmanager
 def averaged(ema, unet):
     """The network with its moving average for weights."""
-    ema.store(unet.parameters())
-    ema.copy_to(unet.parameters())
+    weights = models.trainable(unet)
+    ema.store(weights)
+    ema.copy_to(weights)
     try:
         yield unet.eval()
     finally:
-        ema.restore(unet.parameters())
+        ema.restore(weights)
         unet.train()
 
 
@@ -230,7 +261,7 @@ def train(config: Config, dry_run: bool = False) -> int:
     with runs.StopRequest() as stop, run.lock() if main else contextlib.nullcontext():
         checkpoint = resume_point(run, config)
         start = int(checkpoint.name) if checkpoint else 0
-        if start >= config.train.steps and (run.pipeline / "model_index.json").exists():
+        if start >= config.train.steps and run.finished:
             accelerator.print(f"{run.folder} is finished at step {start} of {config.train.steps}.\n{usage(run, config)}")
             return 0
         return loop(config, accelerator, run, checkpoint, stop)
@@ -253,13 +284,13 @@ def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Pa
     if main:
         run.rewind(state["step"])
         runs.replace(run.config, config.to_yaml())
-        print(f"{parts.images.report}\n{models.parameters(parts.unet) / 1e6:.1f} M weights;",
+        print(f"{parts.images.report}\n{models.count(models.trainable(parts.unet)) / 1e6:.1f} M weights to train;",
               f"going on from step {state['step']}" if checkpoint else "a new run")  # fmt: skip
     unet, optimizer = accelerator.prepare(parts.unet, optimizer)
     ema.to(accelerator.device)
     if config.report_to:
         accelerator.init_trackers(config.name, config=settings.flatten(vars(config)))
-    pipe, clock, busy = parts.pipeline(config), runs.Clock(state["seconds"]), 0.0
+    pipe, clock, busy = parts.pipe, runs.Clock(state["seconds"]), 0.0
     bar = tqdm(total=steps, initial=state["step"], disable=not main, desc=config.name, unit="step", dynamic_ncols=True)
 
     def save():
@@ -268,9 +299,12 @@ def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Pa
                    "state": state}  # fmt: skip
 
         def write(folder):
-            parts.unet.save_pretrained(folder / "unet", safe_serialization=True)
-            if parts.whitening is not None:
-                parts.whitening.save_pretrained(folder / "whitening", safe_serialization=True)
+            if config.train.method == "lora":
+                models.save_adapter(parts.unet, folder / "lora")
+            else:
+                parts.unet.save_pretrained(folder / "unet", safe_serialization=True)
+                if pipe.whitening is not None:
+                    pipe.whitening.save_pretrained(folder / "whitening", safe_serialization=True)
             runs.save_state(folder, "trainer", trainer)
 
         if main:
@@ -285,10 +319,10 @@ def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Pa
                 loss = batch_loss(unet, parts, config, step, mine).mean()
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(unet.parameters(), config.train.clip)
+                    norm = accelerator.clip_grad_norm_(models.trainable(unet), config.train.clip)
                     if torch.isfinite(norm):
                         optimizer.step()
-                        ema.step(parts.unet.parameters())
+                        ema.step(models.trainable(parts.unet))
                     else:
                         state["skipped"] += 1
                 optimizer.zero_grad()
@@ -337,9 +371,12 @@ def stopped(stop, accelerator: Accelerator) -> bool:
 
 def finish(config: Config, run: runs.Run, parts: Parts, ema, pipe: TextToImagePipeline, seconds: float) -> None:
     """Leave the averaged weights as a loadable pipeline, with its card and figures."""
-    ema.copy_to(parts.unet.parameters())
-    pipe.save_pretrained(run.pipeline, safe_serialization=True)
-    hub.plot_run(run, parts.images, parts.scheduler, parts.vae)
+    ema.copy_to(models.trainable(parts.unet))
+    if config.train.method == "lora":
+        models.save_adapter(parts.unet, run.adapter)
+    else:
+        pipe.save_pretrained(run.pipeline, safe_serialization=True)
+    hub.plot_run(run, parts.images, pipe)
     sample = config.sample
     hub.plot_strips(pipe, list(sample.prompts), set(parts.images.captions), run.figures / "strips.png", w=sample.default_w,
                     seed=sample.seed, steps=sample.steps, eta=sample.eta, columns=min(8, sample.steps))  # fmt: skip
@@ -368,7 +405,8 @@ def rehearse(config: Config, accelerator: Accelerator) -> int:
     hub.card(config, runs.Run(config.folder), parts.images, 0.0).data.to_yaml()
     minutes = timed[-1] * config.train.steps / 60
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    accelerator.print(config.to_yaml() + f"\n{parts.images.report}\n{models.parameters(parts.unet):,} weights to train\n"
+    weights = models.count(models.trainable(parts.unet))
+    accelerator.print(config.to_yaml() + f"\n{parts.images.report}\n{weights:,} weights to train\n"
                       f"{config.train.steps} steps of {config.train.batch_size} images, {timed[-1]:.3f} s each: about "
                       f"{minutes:.1f} minutes\n{memory:.1f} GiB of memory at most so far")  # fmt: skip
     return 0

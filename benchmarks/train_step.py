@@ -21,7 +21,6 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from pipeline import config as settings
 from pipeline import losses, models
-from pipeline.scheduler import DDPMScheduler
 from train_text2img import keep_freed_memory, optimizer_of
 
 CAPTION_WIDTH = 384  # of the embedded encoder
@@ -53,11 +52,11 @@ def step_of(config: settings.Config, batch: int, bf16: bool, fused_attention: bo
         unet.set_attn_processor(AttnProcessor2_0())
     optimizer = optimizer_of(unet, config.train)
     ema = models.moving_average(unet, config.train.ema)
-    scheduler = DDPMScheduler(**vars(config.diffusion))
+    scheduler = models.noise_process(config.diffusion)
     side, channels = unet.config.sample_size, unet.config.in_channels
     x_0, eps = torch.randn(2, batch, channels, side, side)
     captions = torch.randn(batch, config.data.caption_length, CAPTION_WIDTH)
-    t = torch.randint(0, config.diffusion.num_train_timesteps, (batch,))
+    t = torch.randint(0, scheduler.config.num_train_timesteps, (batch,))
 
     def step():
         x_t = scheduler.add_noise(x_0, eps, t).to(memory_format=torch.channels_last)
@@ -69,7 +68,7 @@ def step_of(config: settings.Config, batch: int, bf16: bool, fused_attention: bo
         optimizer.zero_grad()
         ema.step(unet.parameters())
 
-    return step, models.parameters(unet)
+    return step, models.count(models.trainable(unet))
 
 
 def measure(config: settings.Config, batches: list[int], fused_attention: bool) -> None:

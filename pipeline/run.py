@@ -23,14 +23,19 @@ class RunError(RuntimeError):
 
 
 class Run:
-    """One run's folder: `config.yaml metrics.jsonl samples/ checkpoints/ pipeline/ figures/ README.md`."""
+    """One run's folder: `config.yaml metrics.jsonl samples/ checkpoints/ pipeline/ figures/ README.md`, lora/ for pipeline/."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.checkpoints, self.samples = self.folder / "checkpoints", self.folder / "samples"
         self.pipeline, self.figures = self.folder / "pipeline", self.folder / "figures"
         self.metrics, self.config = self.folder / "metrics.jsonl", self.folder / "config.yaml"
-        self.card = self.folder / "README.md"
+        self.card, self.adapter = self.folder / "README.md", self.folder / "lora"
+
+    @property
+    def finished(self) -> bool:
+        """Has the training come to its end and left its pipeline, or its adapter?"""
+        return (self.pipeline / "model_index.json").is_file() or any(self.adapter.glob("*.safetensors"))
 
     def create(self) -> None:
         """Make the folders; RunError where the place is taken by a file or cannot be written."""

@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, ModelMixin, SchedulerMixin, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
@@ -38,8 +39,10 @@ class Step:
     w: Weight
 
 
-class TextToImagePipeline(DiffusionPipeline):
+class TextToImagePipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
     """Images for captions, by a diffusion model in pixels (`vae=None`), in patches or in an autoencoder's latents.
+
+    LoRA files go in and out as in Stable Diffusion: `load_lora_weights`, `fuse_lora`, `unload_lora_weights`.
 
     whitening: CaptionWhitening, or None where the network takes the text encoder's states as they are.
     caption_length: tokens every caption is padded or cut to; None is the tokenizer's own. caption_dropout: the rate that

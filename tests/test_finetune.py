@@ -1,0 +1,284 @@
+"""Fine-tuning from Stable Diffusion's format and from our own: what trains, what is saved, and who can load it."""
+
+import shutil
+
+import numpy as np
+import peft
+import pytest
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, PNDMScheduler, StableDiffusionPipeline
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+from test_train import log, same, train, weights
+from tiny import seeded, tiny_pipeline, tiny_text, tiny_unet
+
+from pipeline import config as settings
+from pipeline import data, hub, latents, models
+from pipeline.config import Config, ConfigError, DiffusionConfig, LoraConfig
+from pipeline.run import Run
+
+FINETUNE = """
+name: tuned
+data: {source: SOURCE, held_out: null, resolution: 16, cache: CACHE}
+model: {pretrained: BASE}
+train: {steps: 4, batch_size: 4, lr: 1e-2, log_every: 1, validate_every: 2, save_every: 2, keep: 9, threads: 1, ema: 0.5}
+sample: {prompts: [red, blue], w: [0, 1], steps: 2, every: 4}
+"""
+LORA = ("--train.method", "lora", "--lora.rank", "2", "--lora.alpha", "6")  # alpha is not the rank: the scale is 3
+
+
+def tiny_vae(kind: str = "kl"):
+    """An autoencoder of 16x16 pictures into 4 channels of 8x8."""
+    if kind == "tiny":
+        return seeded(lambda: AutoencoderTiny(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
+                                              num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)))  # fmt: skip
+    return seeded(lambda: AutoencoderKL(block_out_channels=(8, 16), norm_num_groups=4, sample_size=16, scaling_factor=0.7,
+                                        down_block_types=("DownEncoderBlock2D",) * 2,
+                                        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4))  # fmt: skip
+
+
+def stable_diffusion(scheduler=None) -> StableDiffusionPipeline:
+    """A pipeline of diffusers' own, all of its parts tiny."""
+    tokenizer, encoder = tiny_text("clip")
+    scheduler = scheduler or PNDMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1,
+                                           skip_prk_steps=True)  # fmt: skip
+    pipe = StableDiffusionPipeline(tiny_vae(), encoder, tokenizer, tiny_unet(4, 8, text=False), scheduler, None, None,
+                                   requires_safety_checker=False)  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """Its folder, as a download from the Hub leaves one."""
+    folder = tmp_path_factory.mktemp("sd") / "base"
+    stable_diffusion().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Eight plain squares, captions as file names."""
+    folder = tmp_path_factory.mktemp("colours") / "train"
+    folder.mkdir()
+    for i, colour in enumerate(["red", "green", "blue", "white", "black", "grey", "pink", "brown"]):
+        Image.fromarray(np.full((16, 16, 3), (30 * i, 255 - 30 * i, 128), np.uint8)).save(folder / f"{colour}.png")
+    return folder.parent
+
+
+@pytest.fixture(scope="module")
+def config(images, base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("config")
+    path = folder / "tuned.yaml"
+    path.write_text(FINETUNE.replace("SOURCE", str(images)).replace("CACHE", str(folder / "cache")).replace("BASE", str(base)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def adapted(config, tmp_path_factory):
+    """The folder of a LoRA run."""
+    out = tmp_path_factory.mktemp("lora")
+    train(config, out, *LORA)
+    return out / "tuned"
+
+
+def stock(base, adapter=None):
+    pipe = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
+    pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    pipe.set_progress_bar_config(disable=True)
+    if adapter:
+        pipe.load_lora_weights(adapter)
+    return pipe
+
+
+def ours(model):
+    pipe = hub.load(model)
+    pipe.scheduler = models.noise_process(DiffusionConfig(timestep_spacing="leading"), pipe.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe, **call):
+    call = {"guidance_scale": 3.0, "num_inference_steps": 3, "generator": torch.Generator().manual_seed(0)} | call
+    return pipe("red", output_type="np", **call).images
+
+
+# ---- Stable Diffusion's format
+
+
+def test_stable_diffusions_weights_draw_stable_diffusions_pixels(base):
+    assert np.abs(draw(ours(base)) - draw(stock(base))).max() < 1e-4
+
+
+def test_a_full_fine_tune_leaves_what_stock_diffusers_loads(config, base, tmp_path):
+    train(config, tmp_path)
+    tuned = tmp_path / "tuned" / "pipeline"
+    before, after = load_file(base / "unet" / "diffusion_pytorch_model.safetensors"), weights(tmp_path / "tuned")
+    assert before.keys() == after.keys() and not any(torch.equal(before[k], after[k]) for k in before if "conv1.weight" in k)
+    theirs = stock(tuned)
+    assert np.abs(draw(theirs) - draw(ours(tmp_path / "tuned"))).max() < 1e-4
+    assert np.abs(draw(theirs) - draw(stock(base))).max() > 1e-3
+
+
+def test_the_scheduler_that_trained_is_the_one_that_is_saved(config, tmp_path):
+    """A pretrained model's noise process is kept but for what the configuration names."""
+    train(config, tmp_path, "--diffusion.prediction_type", "v_prediction", "--diffusion.rescale_betas_zero_snr", "true",
+          "--diffusion.timestep_spacing", "trailing", "--train.steps", "1")  # fmt: skip
+    saved = DDPMScheduler.from_pretrained(tmp_path / "tuned" / "pipeline", subfolder="scheduler").config
+    assert (saved.prediction_type, saved.rescale_betas_zero_snr, saved.timestep_spacing) == ("v_prediction", True, "trailing")
+    assert (saved.beta_schedule, saved.beta_end, saved.clip_sample) == ("scaled_linear", 0.012, False)
+
+
+def test_checkpointed_gradients_are_the_same_gradients(config, tmp_path):
+    for name, more in (("kept", ()), ("twice", ("--train.gradient_checkpointing", "true"))):
+        train(config, tmp_path / name, "--train.steps", "2", "--train.precision", "no", *more)
+    a, b = weights(tmp_path / "kept" / "tuned"), weights(tmp_path / "twice" / "tuned")
+    assert all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
+
+
+def test_an_emoji_pipeline_is_fine_tuned_with_its_own_captions_and_patches(config, tmp_path):
+    folder, cache = tmp_path / "own", str(tmp_path / "cache")
+    tiny_pipeline(patch_size=2, caption_length=6, caption_dropout=0.1).save_pretrained(folder)
+    train(config, tmp_path, "--model.pretrained", str(folder), "--data.cache", cache, "--train.steps", "2")
+    tuned = hub.load(tmp_path / "tuned")
+    assert tuned.config.caption_length == 6 and type(tuned.vae).__name__ == "PatchAutoencoder"
+    assert not same(tuned.unet.state_dict(), hub.load(folder).unet.state_dict())
+
+
+# ---- LoRA
+
+
+def test_only_the_adapter_is_trained_and_saved(adapted, base):
+    (file,) = adapted.joinpath("lora").iterdir()
+    assert not (adapted / "pipeline").exists() and Run(adapted).finished
+    assert sorted(p.name for p in (adapted / "checkpoints" / "4" / "lora").iterdir()) == [file.name]
+    assert file.stat().st_size < 0.2 * (base / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
+    tensors = load_file(file)
+    assert all(name.startswith("unet.") and ".lora_" in name for name in tensors)
+    assert any(value.any() for name, value in tensors.items() if "lora_B" in name), "B starts at zero and has moved"
+    with safe_open(file, "pt") as opened:
+        assert '"unet.lora_alpha": 6' in opened.metadata()["lora_adapter_metadata"].replace("\n", " ")
+
+
+def test_the_adapter_draws_alike_in_stock_diffusers_and_here(adapted, base):
+    theirs, mine, plain = draw(stock(base, adapted / "lora")), draw(ours(adapted)), draw(ours(base))
+    assert np.abs(theirs - mine).max() < 1e-4
+    assert np.abs(mine - plain).max() > 1e-3
+    assert np.abs(draw(ours(adapted), guidance_scale=8.0) - mine).max() > 1e-3, "w still steers"
+
+
+def test_a_file_made_by_stock_diffusers_draws_alike_here(base, tmp_path):
+    maker = stock(base)
+    maker.unet.add_adapter(peft.LoraConfig(r=2, lora_alpha=5, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path, unet_lora_layers=peft.get_peft_model_state_dict(maker.unet),
+        unet_lora_adapter_metadata=maker.unet.peft_config["default"].to_dict())  # fmt: skip
+    mine = ours(base)
+    mine.load_lora_weights(tmp_path)
+    assert np.abs(draw(mine) - draw(maker)).max() < 1e-4
+
+
+def test_a_fused_adapter_draws_the_same_and_an_unloaded_one_leaves_nothing(adapted, base):
+    pipe, plain = ours(adapted), draw(ours(base))
+    loose = draw(pipe)
+    pipe.fuse_lora()
+    assert np.abs(draw(pipe) - loose).max() < 1e-4
+    pipe.unfuse_lora()
+    pipe.unload_lora_weights()
+    assert np.abs(draw(pipe) - plain).max() < 1e-5 < np.abs(loose - plain).max()
+
+
+def test_a_lora_run_resumes_in_the_same_bytes(config, adapted, tmp_path):
+    run = tmp_path / "tuned"
+    shutil.copytree(adapted, run)
+    shutil.rmtree(run / "lora")
+    shutil.rmtree(run / "checkpoints" / "4")
+    assert "going on from step 2" in train(config, tmp_path, *LORA).stdout
+    assert same(*(load_file(folder / "lora" / models.ADAPTER) for folder in (run, adapted)))
+    assert log(run) == log(adapted)
+    assert "is finished at step 4" in train(config, tmp_path, *LORA).stdout
+
+
+def test_a_checkpoint_of_a_lora_run_draws_as_the_finished_one(adapted):
+    checkpoint, finished = hub.load_checkpoint(Run(adapted), 4), hub.load(adapted)
+    finished.scheduler = checkpoint.scheduler
+    for pipe in (checkpoint, finished):
+        pipe.set_progress_bar_config(disable=True)
+    assert np.abs(draw(checkpoint) - draw(finished)).max() < 1e-5
+
+
+# ---- latents
+
+
+@pytest.mark.parametrize("kind", ["kl", "tiny"])
+def test_latents_are_what_the_autoencoder_says(images, tmp_path, kind):
+    pictures, vae = data.load_images(images, resolution=16, cache_dir=tmp_path), tiny_vae(kind)
+    kept = latents.encode(pictures, vae, tmp_path)
+    rows, pixels = torch.tensor([5, 0]), pictures.images[[5, 0]].float() / 127.5 - 1
+    assert len(kept) == len(pictures) and kept.shape == (4, 8, 8)
+    with torch.no_grad():
+        for mirrored, x in ((False, pixels), (True, pixels.flip(3))):
+            found = vae.encode(x)
+            which = torch.tensor([mirrored, mirrored])
+            if kind == "tiny":
+                wanted, spread = found.latents, torch.zeros(())
+            else:
+                wanted, spread = found.latent_dist.mean, found.latent_dist.std
+            scale = vae.config.scaling_factor
+            z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+            torch.testing.assert_close(kept.sample(rows, which, z * 0), wanted * scale, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(kept.sample(rows, which, z), (wanted + spread * z) * scale, rtol=2e-3, atol=2e-3)
+
+
+def test_latents_are_encoded_once(images, tmp_path):
+    pictures, vae = data.load_images(images, resolution=16, cache_dir=tmp_path), tiny_vae()
+    calls = []
+    vae.encoder.register_forward_hook(lambda *_: calls.append(1))
+    z, rows = torch.zeros(8, 4, 8, 8), torch.arange(8)
+    first = latents.encode(pictures, vae, tmp_path).sample(rows, rows < 0, z)
+    once = len(calls)
+    assert torch.equal(latents.encode(pictures, vae, tmp_path).sample(rows, rows < 0, z), first)
+    assert once == 3 and len(calls) == once + 1  # both flips of the batch of 8, and one picture for the shape
+
+
+def test_every_step_draws_another_latent_of_the_same_picture(config):
+    import train_text2img
+
+    chosen = settings.load_file(config)
+    parts = train_text2img.prepare(chosen, None, torch.device("cpu"))
+    slots, rows = torch.arange(2), torch.tensor([3, 3])
+    a, b = (parts.x_0(chosen, step, slots, rows) for step in (0, 1))
+    assert not torch.equal(a, b) and not torch.equal(a[0], a[1])
+    assert torch.equal(a, parts.x_0(chosen, 0, slots, rows))
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(("more", "says"), [
+    (["--train.method", "lora", "--lora.targets", "[nothing]"], "lora.targets nothing cannot be adapted"),
+    (["--data.resolution", "18"], "data.resolution must be a multiple of 4 for"),
+    (["--model.pretrained", "nowhere/at-all/x"], "model.pretrained: nowhere/at-all/x"),
+    (["--model.channels", "[64, 64]"], "model.channels is the pretrained model's own: leave it out"),
+    (["--lora.rank", "0", "--lora.alpha", "-1"], "lora.rank must be at least 1, got 0")])  # fmt: skip
+def test_what_cannot_be_fine_tuned_is_one_sentence(config, tmp_path, more, says):
+    done = train(config, tmp_path / "bad", *more, check=False)
+    assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_adapter_needs_a_pretrained_model():
+    problems = Config(train=settings.TrainConfig(method="lora")).problems()
+    assert any("train.method lora adapts a pretrained model" in problem for problem in problems)
+
+
+def test_adapters_start_at_the_pretrained_network():
+    x, t, states = torch.randn(1, 3, 8, 8), torch.tensor([5]), torch.randn(1, 8, 16)
+    network = tiny_unet()
+    with torch.no_grad():
+        before = network(x, t, states).sample
+        models.adapt(network, LoraConfig())
+        assert torch.equal(network(x, t, states).sample, before)
+    assert all("lora_" in name for name, weight in network.named_parameters() if weight.requires_grad)
+    with pytest.raises(ConfigError, match=r"lora\.targets"):
+        models.adapt(tiny_unet(), LoraConfig(targets=("nothing",)))
