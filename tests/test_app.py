@@ -4,7 +4,9 @@ import contextlib
 import gc
 import io
 import json
+import os
 import re
+import resource
 import shutil
 import socket
 import subprocess
@@ -302,23 +304,50 @@ sys.exit(app.main(sys.argv[1:]))
 """
 
 
-def test_the_page_starts_with_the_runtime_requirements_alone(shelf):
+@pytest.fixture(scope="module")
+def alone(shelf, tmp_path_factory):
+    """(address, process, its folder of files) of a page that has the runtime requirements alone and no network but itself."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    files, nowhere = tmp_path_factory.mktemp("files"), "http://127.0.0.1:9"
+    env = {**os.environ, "GRADIO_TEMP_DIR": str(files), "http_proxy": nowhere, "https_proxy": nowhere, "no_proxy": "127.0.0.1"}
+    for name in ("HF_HUB_OFFLINE", "GRADIO_ANALYTICS_ENABLED"):  # conftest's
+        env.pop(name)
     command = [sys.executable, "-c", RUNTIME_ONLY, "--model", str(shelf.model), "--port", str(port)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as process:
         try:
             deadline = time.monotonic() + 60
             while time.monotonic() < deadline and process.poll() is None:
                 with contextlib.suppress(httpx.ConnectError):
-                    assert "Direct Jump" in httpx.get(f"http://127.0.0.1:{port}").text
-                    return
+                    httpx.get(f"http://127.0.0.1:{port}")
+                    break
                 time.sleep(0.2)
-            process.terminate()
-            pytest.fail(process.communicate()[0])
+            else:
+                process.terminate()
+                pytest.fail(process.communicate()[0])
+            yield f"http://127.0.0.1:{port}", process, files
         finally:
             process.terminate()
+            process.stdout.close()
+
+
+def test_the_page_starts_with_the_runtime_requirements_alone_and_without_a_network(alone):
+    url, _, _ = alone
+    assert "Direct Jump" in httpx.get(url).text
+    assert call(url, "create", *GOOD.values())[1] == "complete"
+
+
+def test_a_full_disk_is_an_error_and_not_the_end(alone):
+    url, process, files = alone
+    before = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (64, before[1]))  # no file may have more than 64 bytes
+    try:
+        status, event, said = call(url, "create", *(GOOD | {"seed": 99}).values())
+    finally:
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, before)
+    assert (status, event) == (200, "error") and str(files) not in json.dumps(said)
+    assert call(url, "create", *(GOOD | {"seed": 99}).values())[1] == "complete"
 
 
 # ---- in a browser
@@ -357,6 +386,34 @@ def test_enter_draws_a_picture(page):
     page.locator("#status", has_text="network calls").wait_for()
     page.locator("#generate").wait_for(state="visible")
     assert "2 of 6 tokens" in page.locator("#tokens").inner_text()
+
+
+@needs_browser
+def test_the_keyboard_alone_is_enough(page):
+    """From the prompt onwards by Tab, sliders by arrows, buttons by Space, tabs by Enter."""
+    def tab_to(selector, key="Tab"):
+        for _ in range(60):
+            page.keyboard.press(key)
+            if page.evaluate("s => document.activeElement.matches(s)", selector):
+                return
+        pytest.fail(f"{selector} is not reached by {key}")
+
+    page.keyboard.type("red heart")
+    tab_to("#generate")
+    tab_to("input[type=range]")
+    before = page.evaluate("document.activeElement.value")
+    page.keyboard.press("ArrowRight")
+    assert float(page.evaluate("document.activeElement.value")) == float(before) + 0.25
+    tab_to("#generate", "Shift+Tab")
+    page.keyboard.press("Space")
+    page.locator("#gallery img").first.wait_for()
+    page.locator("#generate").wait_for(state="visible")
+    page.locator("#prompt textarea").focus()
+    tab_to("[role=tab]", "Shift+Tab")
+    while "What w does" not in page.evaluate("document.activeElement.innerText"):
+        page.keyboard.press("Shift+Tab")
+    page.keyboard.press("Enter")
+    page.locator("#sweep").wait_for()
 
 
 @needs_browser
