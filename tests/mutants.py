@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 SCHEDULER, LOSSES, GUIDANCE, DATA, CAPTIONS = (
     f"pipeline/{name}.py" for name in ("scheduler", "losses", "guidance", "data", "captions"))
 PIPELINE, SERVING, TRAIN = "pipeline/text_to_image.py", "pipeline/serving.py", "train_text2img.py"
+MUON, LATENTS, MODELS = (f"pipeline/{name}.py" for name in ("muon", "latents", "models"))
 
 # (file, what a line says, what it says broken, the test that notices)
 MUTANTS = [
@@ -84,7 +85,7 @@ MUTANTS = [
     (DATA, 'uniform(seed, step, slots, "dropout")', 'uniform(seed, 0, slots, "dropout")', "test_data.py::test_dropout_is_exactly_p"),
     (DATA, 'f"{what} {seed} {step} {slot}"', 'f"{what} {step} {slot}"',
      "test_data.py::test_seed_step_slot_and_purpose_each_give_another_stream"),
-    (DATA, 'generator=randomness(seed, step, int(slot), "noise"))', ")",
+    (DATA, "torch.randn(*shape, generator=randomness(seed, step, int(slot), what))", "torch.randn(*shape)",
      "test_data.py::test_randomness_does_not_depend_on_how_a_batch_is_split"),
     (DATA, 'torch.randperm(global_batch, generator=randomness(seed, step, 0, "strata"))', "torch.arange(global_batch)",
      "test_data.py::test_each_slots_timestep_is_uniform"),
@@ -110,6 +111,19 @@ MUTANTS = [
     (SERVING, "        hook.remove()\n", "        pass\n", "test_serving.py::test_leaving_early_leaves_nothing_behind"),
     (SERVING, "torch.Generator().manual_seed(request.seed) for _ in", "torch.Generator().manual_seed(_) for _ in",
      "test_serving.py::test_the_sweep_is_one_noise_under_six_weights"),
+    (MUON, "out=torch.empty_like(weight))", "out=torch.empty_like(weight.grad))",
+     "test_muon.py::test_steps_are_those_of_torchs_muon_on_the_flattened_weights"),
+    (MUON, "0.2 * max(shape) ** 0.5", "0.2 * min(shape) ** 0.5",
+     "test_muon.py::test_steps_are_those_of_torchs_muon_on_the_flattened_weights"),
+    (MUON, "for _ in range(ITERATIONS):", "for _ in range(1):", "test_muon.py::test_singular_values_come_near_one_and_directions_stay"),
+    (LATENTS, "(mean + std * z.to(mean) - self.shift)", "(mean - self.shift)", "test_finetune.py::test_latents_are_what_the_autoencoder_says"),
+    (LATENTS, "for x in (pixels, pixels.flip(3))]", "for x in (pixels, pixels)]",
+     "test_finetune.py::test_latents_are_what_the_autoencoder_says"),
+    (MODELS, '{"clip_sample": False} | {', "{",
+     "test_finetune.py::test_the_scheduler_that_trained_is_the_one_that_is_saved"),
+    (MODELS, "lora_alpha=lora.alpha or lora.rank", "lora_alpha=lora.rank", "test_finetune.py::test_only_the_adapter_is_trained_and_saved"),
+    (MODELS, 'unet_lora_adapter_metadata=network.peft_config["default"].to_dict())', "unet_lora_adapter_metadata=None)",
+     "test_finetune.py::test_a_checkpoint_of_a_lora_run_draws_as_the_finished_one"),
 ]  # fmt: skip
 
 

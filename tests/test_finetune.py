@@ -59,11 +59,13 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """Eight plain squares, captions as file names."""
+    """Eight squares with a black edge on the left, captions as file names."""
     folder = tmp_path_factory.mktemp("colours") / "train"
     folder.mkdir()
     for i, colour in enumerate(["red", "green", "blue", "white", "black", "grey", "pink", "brown"]):
-        Image.fromarray(np.full((16, 16, 3), (30 * i, 255 - 30 * i, 128), np.uint8)).save(folder / f"{colour}.png")
+        pixels = np.full((16, 16, 3), (30 * i, 255 - 30 * i, 128), np.uint8)
+        pixels[:, :4] = 0
+        Image.fromarray(pixels).save(folder / f"{colour}.png")
     return folder.parent
 
 
