@@ -7,6 +7,7 @@ global batch), so running the same command again after an interruption repeats w
 
 import contextlib
 import ctypes
+import math
 import os
 import platform
 import resource
@@ -264,24 +265,30 @@ def train(config: Config, dry_run: bool = False) -> int:
         if start >= config.train.steps and run.finished:
             accelerator.print(f"{run.folder} is finished at step {start} of {config.train.steps}.\n{usage(run, config)}")
             return 0
-        return loop(config, accelerator, run, checkpoint, stop)
+        try:
+            return loop(config, accelerator, run, checkpoint, stop)
+        except runs.Stopped:
+            accelerator.print(f"Stopped ({stop.reason}) before the first step; run the same command to go on.")
+            return stop.exit_code
 
 
 def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Path | None, stop) -> int:
     """The training loop, from a checkpoint or from nothing to the last step; the exit code."""
     main, share, steps = accelerator.is_main_process, config.train.batch_size // config.train.accumulation, config.train.steps
-    parts = prepare(config, checkpoint, accelerator.device)
+    with stop.at_once():
+        parts = prepare(config, checkpoint, accelerator.device)
     optimizer = optimizer_of(parts.unet, config.train)
     schedule = lr_schedule(optimizer, config.train)
     ema = models.moving_average(parts.unet, config.train.ema)
-    state = {"step": 0, "skipped": 0, "seconds": 0.0, "losses": []}  # losses: since the last line of the log
+    state = {"step": 0, "skipped": 0, "in_a_row": 0, "seconds": 0.0, "losses": []}  # losses: since the last line of the log
     if checkpoint:
         saved = runs.load_state(checkpoint, "trainer")
         restore(optimizer, saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
         ema.load_state_dict(saved["ema"])
-        state = saved["state"]
+        state |= saved["state"]
     if main:
+        run.card.unlink(missing_ok=True)  # until it is finished again
         run.rewind(state["step"])
         runs.replace(run.config, config.to_yaml())
         print(f"{parts.images.report}\n{models.count(models.trainable(parts.unet)) / 1e6:.1f} M weights to train;",
@@ -290,7 +297,7 @@ def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Pa
     ema.to(accelerator.device)
     if config.report_to:
         accelerator.init_trackers(config.name, config=settings.flatten(vars(config)))
-    pipe, clock, busy = parts.pipe, runs.Clock(state["seconds"]), 0.0
+    pipe, clock, busy, counted = parts.pipe, runs.Clock(state["seconds"]), 0.0, 0  # steps, and their seconds, since the last line
     bar = tqdm(total=steps, initial=state["step"], disable=not main, desc=config.name, unit="step", dynamic_ncols=True)
 
     def save():
@@ -312,32 +319,40 @@ def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Pa
         accelerator.wait_for_everyone()
 
     while state["step"] < steps:
-        step, began = state["step"], time.perf_counter()
+        step, began, seen = state["step"], time.perf_counter(), []
         for micro in range(config.train.accumulation):
             mine = torch.arange(accelerator.process_index, share, accelerator.num_processes) + micro * share
             with accelerator.accumulate(unet):
-                loss = batch_loss(unet, parts, config, step, mine).mean()
-                accelerator.backward(loss)
+                each = batch_loss(unet, parts, config, step, mine)
+                accelerator.backward(each.mean())
+                seen.append((mine, each.detach()))
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(models.trainable(unet), config.train.clip)
-                    if torch.isfinite(norm):
+                    sound = bool(torch.isfinite(norm))  # of the gradients of all processes
+                    if sound or accelerator.scaler is not None:  # a scaler skips by itself, and lowers its scale
                         optimizer.step()
+                    if sound:
                         ema.step(models.trainable(parts.unet))
-                    else:
-                        state["skipped"] += 1
                 optimizer.zero_grad()
-            state["losses"].append(loss.item())
         schedule.step()
+        state["in_a_row"] = 0 if sound else state["in_a_row"] + 1
+        state["skipped"] += not sound
+        state["losses"] += [each.mean().item() for _, each in seen if each.isfinite().all()]
         state["step"] = step = step + 1
-        busy += time.perf_counter() - began
+        if not sound:
+            tell(parts, config, step - 1, seen, main)
+            if state["in_a_row"] >= config.train.max_skipped:
+                raise runs.Diverged(f"{state['in_a_row']} steps in a row, up to step {step}, had no finite gradient; the last "
+                                    f"checkpoint is kept: lower train.lr (now {config.train.lr:g})")  # fmt: skip
+        busy, counted = busy + time.perf_counter() - began, counted + 1
         bar.update()
         if step % config.train.log_every == 0 or step == steps:
             mean = accelerator.reduce(torch.tensor(state["losses"], device=accelerator.device).mean(), "mean").item()
-            images = config.train.batch_size * len(state["losses"]) / config.train.accumulation
-            record = {"step": step, "loss": mean, "grad_norm": norm.item(), "lr": schedule.get_last_lr()[0],
-                      "skipped": state["skipped"], "images_per_s": images / busy, "seconds": clock()}  # fmt: skip
-            state["losses"], busy = [], 0.0
-            bar.set_postfix(loss=f"{record['loss']:.4f}")
+            record = {"step": step, "loss": mean if math.isfinite(mean) else None,
+                      "grad_norm": norm.item() if sound else None, "lr": schedule.get_last_lr()[0], "skipped": state["skipped"],
+                      "images_per_s": config.train.batch_size * counted / busy, "seconds": clock()}  # fmt: skip
+            state["losses"], busy, counted = [], 0.0, 0
+            bar.set_postfix(loss=f"{mean:.4f}")
             if main:
                 run.log(**record)
             accelerator.log(record, step=step)
@@ -362,6 +377,19 @@ def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Pa
     return 0
 
 
+def tell(parts: Parts, config: Config, step: int, seen: list[tuple[torch.Tensor, torch.Tensor]], main: bool) -> None:
+    """Say which examples of a skipped step, of (slots, losses) each, had no finite loss, or that only the gradient had none."""
+    bad = [int(slot) for slots, each in seen for slot in slots[~each.isfinite().cpu()]]
+    if bad:
+        size, T = config.train.batch_size, parts.scheduler.config.num_train_timesteps
+        rows = data.batch_indices(config.seed, step, size, len(parts.images), slots=bad).tolist()
+        t = data.timesteps(config.seed, step, bad, size, T).tolist()
+        names = [f"{parts.images.metadata[row].get('file_name', row)} at t = {k}" for row, k in zip(rows, t, strict=True)]
+        tqdm.write(f"step {step + 1} is skipped: no finite loss for {'; '.join(names)}")
+    elif main:
+        tqdm.write(f"step {step + 1} is skipped: its gradient is not finite, here or on another process")
+
+
 def stopped(stop, accelerator: Accelerator) -> bool:
     """Has any process been asked to stop? All of them get the same answer."""
     if accelerator.num_processes == 1:
@@ -373,9 +401,9 @@ def finish(config: Config, run: runs.Run, parts: Parts, ema, pipe: TextToImagePi
     """Leave the averaged weights as a loadable pipeline, with its card and figures."""
     ema.copy_to(models.trainable(parts.unet))
     if config.train.method == "lora":
-        models.save_adapter(parts.unet, run.adapter)
+        run.publish(run.adapter, lambda folder: models.save_adapter(parts.unet, folder))
     else:
-        pipe.save_pretrained(run.pipeline, safe_serialization=True)
+        run.publish(run.pipeline, lambda folder: pipe.save_pretrained(folder, safe_serialization=True))
     hub.plot_run(run, parts.images, pipe)
     sample = config.sample
     hub.plot_strips(pipe, list(sample.prompts), set(parts.images.captions), run.figures / "strips.png", w=sample.default_w,
@@ -413,12 +441,12 @@ def rehearse(config: Config, accelerator: Accelerator) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line: 0 done, 2 bad input, 130 or 143 stopped and resumable."""
+    """The command line: 0 done, 1 failed and resumable, 2 bad input, 130 or 143 stopped and resumable."""
     try:
         return train(*settings.load(sys.argv[1:] if argv is None else argv))
     except (ConfigError, data.DataError, emoji.EmojiError, runs.RunError) as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        return 2
+        return getattr(error, "exit_code", 2)
 
 
 if __name__ == "__main__":

@@ -147,6 +147,7 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.01
     clip: float = 1.0
+    max_skipped: int = 10  # steps in a row without a finite gradient end the run; each is skipped
     weighting: str = "simple"  # losses.WEIGHTS; (13) by default
     gamma: float | None = None  # where min_snr and min_velocity clip
     ema: float = 0.999
@@ -167,6 +168,7 @@ class TrainConfig:
             *above_zero("train.lr", self.lr),
             *(above_zero("train.matrix_lr", self.matrix_lr) if self.matrix_lr is not None else []),
             *above_zero("train.clip", self.clip),
+            *at_least("train.max_skipped", self.max_skipped, 1),
             *one_of("train.method", self.method, METHODS),
             *one_of("train.optimizer", self.optimizer, OPTIMIZERS),
             *one_of("train.lr_schedule", self.lr_schedule, LR_SCHEDULES),

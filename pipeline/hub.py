@@ -88,7 +88,7 @@ def card(config: Config, run: Run, images, seconds: float) -> ModelCard:
         tags=["text-to-image", "diffusion", "ddpm", "classifier-free-guidance"],
         widget=[{"text": prompt} for prompt in config.sample.prompts],
     )
-    logged = [r for r in run.history() if "loss" in r]
+    logged = [r for r in run.history() if r.get("loss") is not None]
     last = f"\nLast logged loss: {logged[-1]['loss']:.4f} at step {logged[-1]['step']}.\n" if logged else ""
     pictures = sorted(run.samples.glob("*.png"))
     picture = f"\n![samples](samples/{pictures[-1].name})\n" if pictures else ""
@@ -135,7 +135,7 @@ def plot_run(run: Run, images, pipe: TextToImagePipeline) -> Path:
     from matplotlib import pyplot as plt
 
     history = run.history()
-    steps = [r for r in history if "loss" in r]
+    steps = [r for r in history if r.get("loss") is not None]
     checks = [r for r in history if "train_x_0_error" in r]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     left.plot([r["step"] for r in steps], [r["loss"] for r in steps], color="0.7", label="training")

@@ -7,19 +7,40 @@ import json
 import os
 import shutil
 import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 MANIFEST = "manifest.json"
+ROOM = 1.2  # of the last checkpoint's size, that must be free before the next is written
 
 
 class RunError(RuntimeError):
     """Something about a run's folder that the user has to decide."""
+
+    exit_code = 2
+
+
+class SaveError(RunError):
+    """A checkpoint that could not be saved; those before it are whole."""
+
+    exit_code = 1
+
+
+class Diverged(RunError):
+    """A training whose numbers are no longer finite; its last checkpoint is whole."""
+
+    exit_code = 1
+
+
+class Stopped(KeyboardInterrupt):
+    """A request to stop that came where there is nothing to save yet."""
 
 
 class Run:
@@ -34,8 +55,19 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Has the training come to its end and left its pipeline, or its adapter?"""
-        return (self.pipeline / "model_index.json").is_file() or any(self.adapter.glob("*.safetensors"))
+        """Has the training come to its end? The card is the last thing that it leaves."""
+        return self.card.is_file() and (self.pipeline.is_dir() or self.adapter.is_dir())
+
+    def publish(self, target: Path, write: Callable[[Path], None]) -> None:
+        """A result's folder, by `write(folder)` beside it: the one before stays until the new one is whole."""
+        new, old = (target.with_name(f".{kind}-{target.name}") for kind in ("new", "old"))
+        for rest in (new, old):
+            shutil.rmtree(rest, ignore_errors=True)
+        write(new)
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
 
     def create(self) -> None:
         """Make the folders; RunError where the place is taken by a file or cannot be written."""
@@ -63,9 +95,38 @@ class Run:
             yield
 
     def save(self, step: int, write: Callable[[Path], None], keep: int, **facts) -> Path:
-        """A checkpoint: `write(folder)` beside the target, hashes last, then a rename; older ones go only afterwards."""
+        """A checkpoint: `write(folder)` beside the target, hashes last, then a rename; older ones go only afterwards.
+
+        SaveError where there is no room for it or it cannot be written: then nothing has changed.
+        """
         target, new = self.checkpoints / str(step), self.checkpoints / f".tmp-{step}"
         shutil.rmtree(new, ignore_errors=True)
+        self._check_room()
+        try:
+            self._fill(new, step, write, facts)
+            if target.exists():  # a torn one of the same step: a whole one would have been resumed from
+                shutil.rmtree(target)
+            new.rename(target)
+            sync(self.checkpoints)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(new, ignore_errors=True)
+            raise SaveError(f"the checkpoint of step {step} could not be saved in {self.checkpoints} ({error}); those of steps "
+                            f"{self.steps() or 'none'} are whole: make room, then run the same command") from error  # fmt: skip
+        for old in self.steps()[:-keep]:
+            shutil.rmtree(self.checkpoints / str(old))
+        return target
+
+    def _check_room(self) -> None:
+        """SaveError where the disk has no room for another checkpoint of the last one's size."""
+        steps = self.steps()
+        last = sum(p.stat().st_size for p in (self.checkpoints / str(steps[-1])).rglob("*") if p.is_file()) if steps else 0
+        free = shutil.disk_usage(self.checkpoints).free
+        if free < ROOM * last:
+            raise SaveError(f"{self.checkpoints} has {free:,} bytes free, expected {ROOM * last:,.0f} for a checkpoint: make "
+                            f"room, then run the same command, which goes on from step {steps[-1]}")  # fmt: skip
+
+    def _fill(self, new: Path, step: int, write: Callable[[Path], None], facts: dict) -> None:
+        """Write a checkpoint's files, their manifest last, and have all of it on the disk."""
         new.mkdir()
         write(new)
         files = {str(p.relative_to(new)): p for p in sorted(new.rglob("*")) if p.is_file()}
@@ -73,13 +134,6 @@ class Run:
         (new / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for path in (*files.values(), new / MANIFEST, *(p for p in new.rglob("*") if p.is_dir()), new):
             sync(path)
-        if target.exists():  # a torn one of the same step: a whole one would have been resumed from
-            shutil.rmtree(target)
-        new.rename(target)
-        sync(self.checkpoints)
-        for old in self.steps()[:-keep]:
-            shutil.rmtree(self.checkpoints / str(old))
-        return target
 
     def steps(self) -> list[int]:
         """The steps of all checkpoints, oldest first; other names in the folder are nobody's business."""
@@ -189,32 +243,60 @@ def load_state(folder: Path, name: str) -> dict:
 
 
 class StopRequest:
-    """Has anybody asked this process to stop? SIGTERM, SIGINT, SIGUSR1, or the launcher's death; a second SIGINT kills.
+    """Has anybody asked this process to stop? SIGTERM, SIGINT, SIGUSR1, or a launcher's death; a second SIGINT kills.
 
     `bool(stop)` is the poll, `stop.exit_code` 143, 130 or 0; use it as a context manager, which puts the handlers back.
+    While `at_once()` is open a request raises Stopped instead of waiting for the poll.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    ORPHAN = "the launcher is gone"
+    LAUNCHERS = ("ACCELERATE_", "TORCHELASTIC_")  # what accelerate launch and torchrun set; a shell may go, and the run goes on
 
     def __init__(self):
-        self.reason, self.exit_code, self.parent = "", 0, os.getppid()
+        self.reason, self.exit_code, self.parent, self.raises, self.over = "", 0, os.getppid(), False, threading.Event()
 
     def __enter__(self):
         self.before = {number: signal.signal(number, self.handle) for number in self.SIGNALS}
+        if any(name.startswith(self.LAUNCHERS) for name in os.environ):
+            threading.Thread(target=self._watch, daemon=True).start()
         return self
 
     def __exit__(self, *_):
+        self.over.set()
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Raise Stopped at a request, also at one that has come already: for work that leaves nothing to save."""
+        self.raises = True
+        try:
+            self._raise()
+            yield
+        finally:
+            self.raises = False
 
     def handle(self, number, _frame):
         if self.reason and number == signal.SIGINT:
             os._exit(130)
-        self.reason, self.exit_code = signal.Signals(number).name, 130 if number == signal.SIGINT else 143
+        orphan = os.getppid() != self.parent
+        self.reason = self.reason or (self.ORPHAN if orphan else signal.Signals(number).name)
+        self.exit_code = self.exit_code or (130 if number == signal.SIGINT else 143)
+        self._raise()
+
+    def _raise(self) -> None:
+        if self.raises and self.reason:
+            raise Stopped(self.reason)
+
+    def _watch(self) -> None:
+        """Ask for a stop when the launcher is gone: the system tells its children nothing."""
+        while not self.over.wait(0.5):
+            if os.getppid() != self.parent:
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
 
     def __bool__(self):
-        if not self.reason and os.getppid() != self.parent:
-            self.reason, self.exit_code = "the launcher is gone", 143
         return bool(self.reason)
 
 

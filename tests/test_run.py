@@ -2,14 +2,17 @@
 
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
-from pipeline.run import MANIFEST, Run, RunError, StopRequest, load_state, save_state, verify
+from pipeline.run import MANIFEST, Run, RunError, SaveError, Stopped, StopRequest, load_state, save_state, verify
 
 
 @pytest.fixture
@@ -58,12 +61,47 @@ def test_a_failed_save_leaves_the_old_checkpoint_and_the_next_start_clears_the_r
         (folder / "half").write_text("x")
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(SaveError, match=r"checkpoint of step 2 could not be saved .*disk full.* steps \[1\] are whole"):
         run.save(2, fail, keep=1)
     assert run.newest().name == "1"
-    assert (run.checkpoints / ".tmp-2").exists()
-    run.create()
     assert not (run.checkpoints / ".tmp-2").exists()
+    (run.checkpoints / ".tmp-3").mkdir()  # of a process that was killed
+    run.create()
+    assert not (run.checkpoints / ".tmp-3").exists()
+
+
+def test_a_disk_without_room_is_told_before_anything_is_written(run, monkeypatch):
+    folder = run.save(1, write("x" * 1000), keep=1)
+    size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    usage = type(shutil.disk_usage(run.folder))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, int(1.2 * size) - 1))
+    with pytest.raises(SaveError, match=rf"bytes free, expected {1.2 * size:,.0f} for a checkpoint"):
+        run.save(2, lambda _: pytest.fail("it wrote"), keep=1)
+    assert run.newest().name == "1"
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, int(1.2 * size) + 1))
+    assert run.save(2, write(), keep=1).name == "2"
+
+
+def test_a_file_that_the_system_refuses_is_a_save_error(run):
+    """Past RLIMIT_FSIZE a write fails as on a full disk, safetensors' own with its own error."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    run.save(1, write(), keep=1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(SaveError, match="step 2 could not be saved"):
+            run.save(2, lambda folder: save_state(folder, "trainer", {"w": torch.zeros(10_000)}), keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert run.newest().name == "1" and not list(run.checkpoints.glob(".tmp-*"))
+
+
+def test_a_published_folder_is_replaced_whole(run):
+    run.publish(run.pipeline, lambda folder: (folder.mkdir(), (folder / "a").write_text("1")))
+    with pytest.raises(ZeroDivisionError):
+        run.publish(run.pipeline, lambda folder: (folder.mkdir(), 1 / 0))
+    assert (run.pipeline / "a").read_text() == "1"
+    run.publish(run.pipeline, lambda folder: (folder.mkdir(), (folder / "b").write_text("2")))
+    assert [p.name for p in run.pipeline.iterdir()] == ["b"] and not list(run.folder.glob(".*-pipeline"))
 
 
 def test_only_the_last_few_are_kept_and_foreign_names_are_left_alone(run):
@@ -119,17 +157,32 @@ def test_a_signal_is_a_request_and_the_handlers_are_put_back(number, code):
     assert signal.getsignal(number) == before
 
 
-def test_a_vanished_launcher_is_a_request_to_stop():
+def test_before_there_is_anything_to_save_a_signal_ends_the_work_at_once():
+    with StopRequest() as stop:
+        with pytest.raises(Stopped, match="SIGTERM"), stop.at_once():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+            pytest.fail("it went on")
+        with pytest.raises(Stopped), stop.at_once():
+            pytest.fail("it had been asked before")
+        assert stop.exit_code == 143
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_a_vanished_launcher_is_a_request_to_stop_and_a_vanished_shell_is_none(launched):
     child = "\n".join([
-        "import time", "from pipeline.run import StopRequest", "stop, end = StopRequest(), time.time() + 20",
-        "assert not stop", "print('up', flush=True)", "while not stop and time.time() < end: time.sleep(0.05)",
-        "print(stop.reason, stop.exit_code, flush=True)"])  # fmt: skip
+        "import time", "from pipeline.run import StopRequest", "end = time.time() + 2.5",
+        "with StopRequest() as stop:", " print('up', flush=True)", " while not stop and time.time() < end: time.sleep(0.05)",
+        " print(stop.reason, stop.exit_code, flush=True)"])  # fmt: skip
     launcher = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}]); sys.stdin.readline()"
-    process = subprocess.Popen([sys.executable, "-c", launcher], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    env = {name: value for name, value in os.environ.items() if not name.startswith(StopRequest.LAUNCHERS)}
+    env |= {"ACCELERATE_MIXED_PRECISION": "no"} if launched else {}
+    process = subprocess.Popen([sys.executable, "-c", launcher], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                               env=env)  # fmt: skip
     assert process.stdout.readline() == "up\n"
     process.stdin.write("\n")
     process.stdin.flush()
-    assert process.stdout.readline() == "the launcher is gone 143\n"
+    assert process.stdout.readline() == ("the launcher is gone 143\n" if launched else " 0\n")
 
 
 def test_verify_says_which_file(run):

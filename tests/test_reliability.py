@@ -1,0 +1,233 @@
+"""Nothing is lost: kills at any moment, torn files, numbers that are not finite, dead ranks (docs/reliability.md)."""
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from test_train import ROOT, command, config, images, log, same, train, weights, whole  # noqa: F401
+
+import train_text2img
+from pipeline.run import Run
+
+KILLS = int(os.environ.get("KILLS", "4"))  # 25 for the whole loop
+QUICK = ("--train.save_every", "1", "--train.validate_every", "20", "--sample.every", "40", "--train.keep", "2",
+         "--train.steps", "40")  # fmt: skip  # nearly always in a save
+
+
+def wait_for(done, seconds=60, every=0.01):
+    """Poll until `done()` is true."""
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < deadline, "it took too long"
+        time.sleep(every)
+
+
+@pytest.mark.slow
+def test_a_run_killed_again_and_again_ends_in_the_bytes_of_one_left_alone(config, tmp_path):
+    """Case 1: SIGKILL at random moments, saves among them; the same command goes on each time."""
+    train(config, tmp_path / "alone", *QUICK)
+    moments, kills, out = random.Random(0), 0, tmp_path / "killed"
+    metrics, again = out / "tiny" / "metrics.jsonl", command(config, out, *QUICK)
+    while kills < KILLS:
+        lines = metrics.read_text().count("\n") if metrics.exists() else 0
+        process = subprocess.Popen(again, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        wait_for(lambda: process.poll() is not None or (metrics.exists() and metrics.read_text().count("\n") > lines))
+        time.sleep(moments.random() * 0.1)
+        process.kill()
+        errors = process.communicate()[1]
+        if process.returncode != -signal.SIGKILL:  # it had come to its end: start anew, so that every kill hits a run at work
+            assert process.returncode == 0, errors
+            assert same(weights(out / "tiny"), weights(tmp_path / "alone" / "tiny"))
+            shutil.rmtree(out)
+            continue
+        kills += 1
+    train(config, out, *QUICK)
+    assert same(weights(out / "tiny"), weights(tmp_path / "alone" / "tiny"))
+    assert log(out / "tiny") == log(tmp_path / "alone" / "tiny")
+    assert not list((out / "tiny" / "checkpoints").glob(".tmp-*"))
+
+
+def test_a_checkpoint_torn_in_any_file_is_passed_over_for_the_one_before(whole, tmp_path):
+    """Cases 10 and 11: each file cut, emptied and gone in turn."""
+    run = tmp_path / "tiny"
+    shutil.copytree(whole[0], run)
+    newest = run / "checkpoints" / "6"
+    files = [p for p in sorted(newest.rglob("*")) if p.is_file()]
+    assert {"manifest.json", "trainer.safetensors", "trainer.json", "config.json"} <= {p.name for p in files}
+    for file in files:
+        kept = file.read_bytes()
+        for damage in (lambda: file.write_bytes(kept[: len(kept) // 2]), lambda: file.write_bytes(b""), file.unlink):
+            damage()
+            with pytest.warns(UserWarning, match="6 is skipped"):
+                assert Run(run).newest().name == "4", file
+            file.write_bytes(kept)
+    assert Run(run).newest().name == "6"
+
+
+def test_a_run_whose_newest_checkpoint_is_torn_ends_in_the_same_bytes(whole, tmp_path):
+    run = tmp_path / "tiny"
+    shutil.copytree(whole[0], run)
+    shutil.rmtree(run / "pipeline")
+    (run / "checkpoints" / "6" / "trainer.safetensors").write_bytes(b"torn")
+    with pytest.warns(UserWarning, match="6 is skipped"):
+        assert "going on from step 4" in train(run / "config.yaml", tmp_path).stdout
+    assert same(weights(run), weights(whole[0]))
+
+
+def test_a_run_killed_while_it_leaves_its_results_leaves_them_the_next_time(whole, tmp_path):
+    """The card is written last: without it the run is not finished, whatever else lies there."""
+    run = tmp_path / "tiny"
+    shutil.copytree(whole[0], run)
+    (run / "README.md").unlink()
+    (run / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"torn")
+    assert "is its card" in train(run / "config.yaml", tmp_path).stdout
+    assert (run / "README.md").exists() and same(weights(run), weights(whole[0]))
+
+
+# ---- numbers that are not finite
+
+
+class Broken:
+    """The loss of chosen examples of chosen steps is nan: what a bad picture or an overflow does."""
+
+    def __init__(self, monkeypatch, spoilt):
+        self.real, self.spoilt = train_text2img.batch_loss, spoilt
+        monkeypatch.setattr(train_text2img, "batch_loss", self)
+
+    def __call__(self, unet, parts, config, step, slots):
+        each = self.real(unet, parts, config, step, slots)
+        bad = torch.tensor([self.spoilt(step, int(slot)) for slot in slots])
+        return each * torch.where(bad, torch.nan, 1.0)
+
+
+def test_a_step_that_is_not_finite_is_skipped_counted_and_named(config, tmp_path, monkeypatch, capsys):
+    """Case 16: neither weights, moments nor the average move; the log says how often."""
+    more = ("--train.lr_schedule", "constant")
+    Broken(monkeypatch, lambda step, slot: step == 2 and slot == 1)
+    done = train(config, tmp_path, *more)
+    said = re.findall(r"step 3 is skipped: no finite loss for (.*\.png) at t = \d+", done.stdout)
+    assert len(said) == 1
+    records = log(tmp_path / "tiny")
+    assert [r["loss"] for r in records if "loss" in r][2] is None and len([r for r in records if r.get("loss")]) == 5
+    assert all(value.isfinite().all() for value in weights(tmp_path / "tiny").values())
+    two, four = (Run(tmp_path / "tiny").checkpoints / str(n) / "unet" / "diffusion_pytorch_model.safetensors" for n in (2, 4))
+    assert two.read_bytes() != four.read_bytes()
+    last = [line for line in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines() if '"skipped"' in line][-1]
+    assert '"skipped": 1' in last and "NaN" not in last
+
+
+def test_a_skipped_step_leaves_weights_and_average_as_they_were(config, tmp_path, monkeypatch):
+    Broken(monkeypatch, lambda step, slot: step >= 2)
+    done = train(config, tmp_path, "--train.max_skipped", "99")
+    assert done.stdout.count("is skipped") == 4
+    run = Run(tmp_path / "tiny")
+    checkpoints = [run.checkpoints / n / "unet" / "diffusion_pytorch_model.safetensors" for n in ("2", "4", "6")]
+    assert len({path.read_bytes() for path in checkpoints}) == 1
+
+
+def test_too_many_in_a_row_end_the_run_and_keep_its_last_checkpoint(config, tmp_path, monkeypatch):
+    Broken(monkeypatch, lambda step, slot: step >= 3)
+    done = train(config, tmp_path, "--train.max_skipped", "2", check=False)
+    assert done.returncode == 1 and "2 steps in a row, up to step 5, had no finite gradient" in done.stderr
+    assert "lower train.lr (now 0.001)" in done.stderr and "Traceback" not in done.stderr
+    assert Run(tmp_path / "tiny").newest().name == "4"
+
+
+def test_a_full_disk_ends_the_run_in_one_sentence_and_the_run_goes_on_later(config, tmp_path, monkeypatch):
+    """Case 14, by a save that the system refuses."""
+    from pipeline import run as runs
+
+    real, full = runs.sync, {"now": False}
+
+    def sync(path):
+        if full["now"] and path.name == "trainer.safetensors" and ".tmp-4" in str(path):
+            raise OSError(28, "No space left on device")
+        real(path)
+
+    monkeypatch.setattr(runs, "sync", sync)
+    full["now"] = True
+    done = train(config, tmp_path, check=False)
+    assert done.returncode == 1 and "No space left on device" in done.stderr and "Traceback" not in done.stderr
+    assert "those of steps [2] are whole: make room, then run the same command" in done.stderr
+    full["now"] = False
+    assert "going on from step 2" in train(config, tmp_path).stdout
+
+
+# ---- launchers and ranks
+
+
+def test_a_killed_launcher_leaves_no_orphan(config, tmp_path):
+    """Case 4: the training process hears nothing of it, notices, saves and ends within 10 s."""
+    launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "--cpu", *command(
+        config, tmp_path, "--train.steps", "100000", "--train.save_every", "100000", "--train.validate_every", "100000",
+        "--sample.every", "100000")[1:]]  # fmt: skip
+    launcher = subprocess.Popen(launch, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics = tmp_path / "tiny" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.read_text())
+    children = psutil.Process(launcher.pid).children(recursive=True)
+    assert children
+    launcher.kill()
+    launcher.wait()
+    gone, alive = psutil.wait_procs(children, timeout=10)
+    assert gone and not alive
+    assert Run(tmp_path / "tiny").newest() is not None
+
+
+def ranks(config, out, *more, **env):
+    """The command and environment of two processes on one machine."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return ([*launch, *command(config, out, *more)[1:]],
+            {**os.environ, "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", **env})  # fmt: skip
+
+
+@pytest.mark.slow
+def test_when_one_of_two_ranks_dies_the_other_ends(config, tmp_path):
+    """Case 21."""
+    argv, env = ranks(config, tmp_path, "--train.steps", "100000", "--train.save_every", "20", "--train.validate_every", "100000",
+                      "--sample.every", "100000")  # fmt: skip
+    launcher = subprocess.Popen(argv, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics = tmp_path / "tiny" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 25)
+    both = [p for p in psutil.Process(launcher.pid).children(recursive=True) if "train_text2img.py" in " ".join(p.cmdline())]
+    assert len(both) == 2
+    both[1].kill()
+    assert launcher.wait(timeout=60) != 0
+    assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in both)
+    assert Run(tmp_path / "tiny").newest() is not None
+
+
+SPOILT = """
+import sys, torch, train_text2img
+real = train_text2img.batch_loss
+def batch_loss(unet, parts, config, step, slots):
+    each = real(unet, parts, config, step, slots)
+    return each * torch.where((slots == 1) & (step == 2), torch.nan, 1.0)
+train_text2img.batch_loss = batch_loss
+sys.exit(train_text2img.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_skip_the_same_step(config, tmp_path, monkeypatch):
+    """Case 16 on two ranks: slot 1 is the second's alone, its nan stops both."""
+    script = tmp_path / "spoilt.py"
+    script.write_text(SPOILT)
+    argv, env = ranks(config, tmp_path, "--train.precision", "no", PYTHONPATH=str(ROOT))
+    argv[argv.index(str(ROOT / "train_text2img.py"))] = str(script)
+    done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("step 3 is skipped: no finite loss for ") == 1
+    Broken(monkeypatch, lambda step, slot: step == 2 and slot == 1)
+    train(config, tmp_path / "one", "--train.precision", "no")
+    for a, b in zip(log(tmp_path / "tiny"), log(tmp_path / "one" / "tiny"), strict=True):
+        if a.get("loss") is not None and b.get("loss") is not None and a["step"] != 3:
+            assert a["loss"] == pytest.approx(b["loss"], rel=2e-3)
