@@ -22,7 +22,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm.auto import tqdm
 
 from pipeline import config as settings
-from pipeline import data, models
+from pipeline import data, hub, models
 from pipeline import run as runs
 from pipeline.text_to_image import TextToImagePipeline
 
@@ -328,16 +328,16 @@ def draw(pipe: TextToImagePipeline, prompts: list[str], w: float, seed: int, ste
     return torch.cat(parts)
 
 
-def finished(folder: Path) -> tuple[runs.Run, settings.Config, Judge, Bank, TextToImagePipeline]:
-    """A finished run with all that judges it."""
-    run = runs.Run(folder)
-    if not (run.pipeline / "model_index.json").is_file():
-        raise EvaluationError(f"{folder} holds no finished pipeline, expected {run.pipeline / 'model_index.json'}: train first")
-    config, judge = settings.load_file(run.config), Judge()
+def finished(folder: Path) -> tuple[settings.Config, Judge, Bank, TextToImagePipeline]:
+    """A finished run, or a saved pipeline with its config.yaml, and all that judges it."""
+    if not any((place / "model_index.json").is_file() for place in (folder, runs.Run(folder).pipeline)):
+        raise EvaluationError(f"{folder} holds no finished pipeline, expected {folder / 'pipeline' / 'model_index.json'}: "
+                              "train first")  # fmt: skip
+    config, judge = settings.load_file(folder / "config.yaml"), Judge()
     bank = Bank.of(judge, [split for split in data.load_splits(config.data) if split is not None])
-    pipe = TextToImagePipeline.from_pretrained(run.pipeline, use_safetensors=True, local_files_only=True)
+    pipe = hub.load(folder)
     pipe.set_progress_bar_config(disable=True)
-    return run, config, judge, bank, pipe
+    return config, judge, bank, pipe
 
 
 @torch.no_grad()
@@ -361,10 +361,9 @@ def evaluate(folder: Path, ws: list[float], seeds: list[int], choose_seed: int, 
     """Choose w on `choose_on` training captions with one seed, draw every caption with the others, write metrics.json."""
     if choose_seed in seeds:
         raise EvaluationError(f"seed {choose_seed} chooses w and may not report it: give other --seeds or --choose-seed")
-    run, config, judge, bank, pipe = finished(folder)
+    config, judge, bank, pipe = finished(folder)
     patch = config.model.patch_size or 1
-    weights = sorted((run.pipeline / "unet").glob("*.safetensors"))
-    model = hashlib.sha256(b"".join(path.read_bytes() for path in weights)).hexdigest()[:8]
+    model = data.encoder_digest(pipe.unet)[:8]
     model += f"-{hashlib.sha256(json.dumps(bank.captions).encode()).hexdigest()[:8]}-{steps}"
     patch = patch if patch > 1 else 4  # without patches nothing should show at any grid
     kept = lambda what, w, seed: folder / "evaluation" / model / f"{what}-w{w:g}-seed{seed}.safetensors"
@@ -419,7 +418,7 @@ def report(result: dict) -> str:
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0 done, 2 refused."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.evaluation", description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="a run's folder")
+    parser.add_argument("run", type=Path, help="a run's folder, or a saved pipeline's with its config.yaml")
     parser.add_argument("--w", type=float, nargs="+", default=[0.0, 1.0, 2.0], help="guidance to choose from, or one to use")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="each draws every caption once, and reports")
     parser.add_argument("--choose-seed", type=int, default=1000, help="the seed that w is chosen on")
@@ -432,7 +431,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         if args.from_real:
-            _run, _config, judge, bank, pipe = finished(args.run)
+            _config, judge, bank, pipe = finished(args.run)
             rows = torch.linspace(0, bank.n_train - 1, min(args.choose_on, bank.n_train)).long()
             for t in args.from_real:
                 found = from_real(judge, bank, pipe, rows, t, args.w[0], args.choose_seed, args.steps)
