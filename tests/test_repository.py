@@ -15,8 +15,9 @@ ROOT = Path(__file__).parent.parent
 MODULES = sorted((ROOT / "pipeline").glob("*.py"))
 ALLOWED = {  # what a module may import of ours
     "scheduler": set(), "guidance": set(), "patches": set(), "captions": set(), "config": set(), "emoji": set(), "run": set(),
-    "muon": set(),
-    "losses": {"scheduler"}, "exact": {"scheduler"}, "text_to_image": {"guidance"}, "data": {"config", "emoji"},
+    "muon": set(), "layout": set(),
+    "losses": {"scheduler"}, "exact": {"scheduler"}, "text_to_image": {"guidance", "layout"}, "safe": {"layout"},
+    "data": {"config", "emoji"},
     "models": {"config", "patches", "captions"},
 }  # fmt: skip
 SOURCES = [*MODULES, ROOT / "train_text2img.py", ROOT / "app.py"]
