@@ -23,8 +23,8 @@ from diffusers.optimization import get_scheduler
 from diffusers.utils import make_image_grid
 from tqdm.auto import tqdm
 
+from pipeline import card, data, emoji, losses, models, muon
 from pipeline import config as settings
-from pipeline import data, emoji, hub, losses, models, muon
 from pipeline import run as runs
 from pipeline.config import Config, ConfigError
 from pipeline.scheduler import DDPMScheduler
@@ -339,11 +339,11 @@ def finish(config: Config, run: runs.Run, parts: Parts, ema, pipe: TextToImagePi
     """Leave the averaged weights as a loadable pipeline, with its card and figures."""
     ema.copy_to(parts.unet.parameters())
     pipe.save_pretrained(run.pipeline, safe_serialization=True)
-    hub.plot_run(run, parts.images, parts.scheduler, parts.vae)
+    card.plot_run(run, parts.images, parts.scheduler, parts.vae)
     sample = config.sample
-    hub.plot_strips(pipe, list(sample.prompts), set(parts.images.captions), run.figures / "strips.png", w=sample.default_w,
-                    seed=sample.seed, steps=sample.steps, eta=sample.eta, columns=min(8, sample.steps))  # fmt: skip
-    runs.replace(run.card, str(hub.card(config, run, parts.images, seconds)))
+    card.plot_strips(pipe, list(sample.prompts), set(parts.images.captions), run.figures / "strips.png", w=sample.default_w,
+                     seed=sample.seed, steps=sample.steps, eta=sample.eta, columns=min(8, sample.steps))  # fmt: skip
+    card.describe(config, run, pipe, parts.images, seconds)
     print(f"\n{run.samples / f'{config.train.steps:06d}.png'} shows its samples, {run.card} is its card.\n{usage(run, config)}")
 
 
@@ -365,7 +365,7 @@ def rehearse(config: Config, accelerator: Accelerator) -> int:
         optimizer.step()
         optimizer.zero_grad()
         timed.append((time.perf_counter() - began) * config.train.accumulation)
-    hub.card(config, runs.Run(config.folder), parts.images, 0.0).data.to_yaml()
+    card.build(config, card.facts(str(parts.images.report), 0.0))
     minutes = timed[-1] * config.train.steps / 60
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     accelerator.print(config.to_yaml() + f"\n{parts.images.report}\n{models.parameters(parts.unet):,} weights to train\n"
