@@ -23,14 +23,14 @@ from diffusers.optimization import get_scheduler
 from diffusers.utils import make_image_grid
 from tqdm.auto import tqdm
 
-from pipeline import card, data, emoji, losses, models, muon
+from pipeline import card, data, emoji, hub, losses, models, muon
 from pipeline import config as settings
 from pipeline import run as runs
 from pipeline.config import Config, ConfigError
 from pipeline.scheduler import DDPMScheduler
 from pipeline.text_to_image import TextToImagePipeline
 
-FREE = ("name", "output", "report_to", "sample", "data.cache", "train.steps", "train.threads", "train.log_every",
+FREE = ("name", "output", "report_to", "hub", "sample", "data.cache", "train.steps", "train.threads", "train.log_every",
         "train.validate_every", "train.save_every", "train.keep")  # fmt: skip  # what a resumed run may change
 GRID = 8  # timesteps of the validation grid
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -225,6 +225,8 @@ def train(config: Config, dry_run: bool = False) -> int:
     if dry_run:
         return rehearse(config, accelerator)
     run, main = runs.Run(config.folder), accelerator.is_main_process
+    if main:
+        hub.check(config)
     with accelerator.main_process_first():
         run.create()
     with runs.StopRequest() as stop, run.lock() if main else contextlib.nullcontext():
@@ -378,7 +380,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command line: 0 done, 2 bad input, 130 or 143 stopped and resumable."""
     try:
         return train(*settings.load(sys.argv[1:] if argv is None else argv))
-    except (ConfigError, data.DataError, emoji.EmojiError, runs.RunError) as error:
+    except (ConfigError, data.DataError, emoji.EmojiError, runs.RunError, hub.HubError) as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return 2
 
