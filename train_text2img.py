@@ -234,7 +234,7 @@ def train(config: Config, dry_run: bool = False) -> int:
         start = int(checkpoint.name) if checkpoint else 0
         if start >= config.train.steps and (run.pipeline / "model_index.json").exists():
             accelerator.print(f"{run.folder} is finished at step {start} of {config.train.steps}.\n{usage(run, config)}")
-            return 0
+            return hub.publish(config, run) if main else 0
         return loop(config, accelerator, run, checkpoint, stop)
 
 
@@ -327,7 +327,7 @@ def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Pa
     if main:
         finish(config, run, parts, ema, pipe, clock())
     accelerator.end_training()
-    return 0
+    return hub.publish(config, run) if main else 0
 
 
 def stopped(stop, accelerator: Accelerator) -> bool:
