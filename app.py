@@ -1,4 +1,4 @@
-"""The web page: `python app.py [--model RUN_OR_PATH] [--host 0.0.0.0] [--port 7860]`.
+"""The web page: `python app.py [--model RUN_OR_ID] [--host 0.0.0.0] [--port 7860]`.
 
 It draws prompts, shows what w does and walks through the lecture's equations; `pipeline.serving` does the work, and every
 request is checked there, because a browser or a script may send anything.
@@ -24,6 +24,7 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
 from pipeline import hub, serving
+from pipeline.card import ATTRIBUTION, fenced
 from pipeline.guidance import InputError
 from pipeline.serving import BUDGET, DENOISERS, IMAGES, SEEDS, SWEEP, UPLOAD, Request, Shelf, Studio
 
@@ -154,7 +155,7 @@ def about_model(shelf: Shelf, studio: Studio) -> str:
     if studio.network is None:
         return ("**No trained model is here yet**, so the exact denoiser of the embedded emoji draws: it knows its pictures by "
                 "name and nothing else. `make train` makes a model in minutes.")  # fmt: skip
-    return f"Model: `{hub.fenced(shelf.name)}`."
+    return f"Model: `{fenced(shelf.name)}`."
 
 
 def model_options(denoiser: str = DENOISERS[0]) -> gr.Radio:
@@ -379,8 +380,8 @@ def plot_curves(studio: Studio, t: int):
 def card(shelf: Shelf) -> str:
     """The model's card, without its front matter and its pictures, and whose the embedded data is."""
     text = re.sub(r"\A---\n.*?\n---\n", "", shelf.card(), flags=re.S)
-    text = re.sub(r"!\[[^\]]*\]\([^)]*\)", "", text)
-    return f"{text}\n\n---\nDirect Jump is Apache-2.0. {hub.ATTRIBUTION}"
+    text = re.sub(r"!\[[^\]]*\]\([^)]*\)|<Gallery />", "", text)
+    return f"{text}\n\n---\nDirect Jump is Apache-2.0. {ATTRIBUTION}"
 
 
 # ---- the server
@@ -402,9 +403,10 @@ def serve(demo: gr.Blocks, host: str = "127.0.0.1", port: int | None = None, **o
 def main(argv: list[str] | None = None) -> int:
     """The command line: serves until it is stopped; 2 is bad input, told in one sentence."""
     parser = argparse.ArgumentParser(prog="python app.py", description="Serve the web page of a model.", allow_abbrev=False)
-    parser.add_argument("--model", help="a run's folder or a saved pipeline's (default: the newest run, else pretrained/emoji, "
-                                        "else the exact denoiser)")  # fmt: skip
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default: 127.0.0.1)")
+    parser.add_argument("--model", help="a run's folder, a saved pipeline's, or a model of the Hub, user/name[@revision] "
+                                        "(default: the newest run, else pretrained/emoji, else the exact denoiser)")  # fmt: skip
+    parser.add_argument("--host", default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"),  # a Space sets it
+                        help="0.0.0.0 lets other machines in (default: 127.0.0.1)")  # fmt: skip
     parser.add_argument("--port", type=int, help="default: 7860, or the next free one")
     args = parser.parse_args(argv)
     try:

@@ -24,15 +24,15 @@ from diffusers.optimization import get_scheduler
 from diffusers.utils import make_image_grid
 from tqdm.auto import tqdm
 
+from pipeline import card, data, emoji, hub, latents, losses, models, muon
 from pipeline import config as settings
-from pipeline import data, emoji, hub, latents, losses, models, muon
 from pipeline import run as runs
 from pipeline.config import Config, ConfigError
 from pipeline.patches import PatchAutoencoder
 from pipeline.scheduler import DDPMScheduler
 from pipeline.text_to_image import TextToImagePipeline
 
-FREE = ("name", "output", "report_to", "sample", "data.cache", "train.steps", "train.threads", "train.log_every",
+FREE = ("name", "output", "report_to", "hub", "sample", "data.cache", "train.steps", "train.threads", "train.log_every",
         "train.validate_every", "train.save_every", "train.keep")  # fmt: skip  # what a resumed run may change
 GRID = 8  # timesteps of the validation grid
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -257,6 +257,8 @@ def train(config: Config, dry_run: bool = False) -> int:
     if dry_run:
         return rehearse(config, accelerator)
     run, main = runs.Run(config.folder), accelerator.is_main_process
+    if main:
+        hub.check(config)
     with accelerator.main_process_first():
         run.create()
     with runs.StopRequest() as stop, run.lock() if main else contextlib.nullcontext():
@@ -264,7 +266,7 @@ def train(config: Config, dry_run: bool = False) -> int:
         start = int(checkpoint.name) if checkpoint else 0
         if start >= config.train.steps and run.finished:
             accelerator.print(f"{run.folder} is finished at step {start} of {config.train.steps}.\n{usage(run, config)}")
-            return 0
+            return hub.publish(config, run) if main else 0
         try:
             return loop(config, accelerator, run, checkpoint, stop)
         except runs.Stopped:
@@ -374,7 +376,7 @@ def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Pa
     if main:
         finish(config, run, parts, ema, pipe, clock())
     accelerator.end_training()
-    return 0
+    return hub.publish(config, run) if main else 0
 
 
 def tell(parts: Parts, config: Config, step: int, seen: list[tuple[torch.Tensor, torch.Tensor]], main: bool) -> None:
@@ -400,16 +402,25 @@ def stopped(stop, accelerator: Accelerator) -> bool:
 def finish(config: Config, run: runs.Run, parts: Parts, ema, pipe: TextToImagePipeline, seconds: float) -> None:
     """Leave the averaged weights as a loadable pipeline, with its card and figures."""
     ema.copy_to(models.trainable(parts.unet))
+    parts.unet.eval()
     if config.train.method == "lora":
         run.publish(run.adapter, lambda folder: models.save_adapter(parts.unet, folder))
     else:
         run.publish(run.pipeline, lambda folder: pipe.save_pretrained(folder, safe_serialization=True))
-    hub.plot_run(run, parts.images, pipe)
+    card.plot_run(run, parts.images, pipe)
     sample = config.sample
-    hub.plot_strips(pipe, list(sample.prompts), set(parts.images.captions), run.figures / "strips.png", w=sample.default_w,
-                    seed=sample.seed, steps=sample.steps, eta=sample.eta, columns=min(8, sample.steps))  # fmt: skip
-    runs.replace(run.card, str(hub.card(config, run, parts.images, seconds)))
+    card.plot_strips(pipe, list(sample.prompts), set(parts.images.captions), run.figures / "strips.png", w=sample.default_w,
+                     seed=sample.seed, steps=sample.steps, eta=sample.eta, columns=min(8, sample.steps))  # fmt: skip
+    card.describe(config, run, pipe, parts.images, seconds, **base_of(config))
     print(f"\n{run.samples / f'{config.train.steps:06d}.png'} shows its samples, {run.card} is its card.\n{usage(run, config)}")
+
+
+def base_of(config: Config) -> dict:
+    """What the card says of the model that was tuned, if one was."""
+    if config.model.pretrained is None:
+        return {}
+    return {"base_model": config.model.pretrained, "base_license": card.license_of(config.model.pretrained),
+            "base_model_relation": "adapter" if config.train.method == "lora" else "finetune"}  # fmt: skip
 
 
 def usage(run: runs.Run, config: Config) -> str:
@@ -430,7 +441,7 @@ def rehearse(config: Config, accelerator: Accelerator) -> int:
         optimizer.step()
         optimizer.zero_grad()
         timed.append((time.perf_counter() - began) * config.train.accumulation)
-    hub.card(config, runs.Run(config.folder), parts.images, 0.0).data.to_yaml()
+    card.build(config, card.facts(str(parts.images.report), 0.0, **base_of(config)))
     minutes = timed[-1] * config.train.steps / 60
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     weights = models.count(models.trainable(parts.unet))
@@ -444,7 +455,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command line: 0 done, 1 failed and resumable, 2 bad input, 130 or 143 stopped and resumable."""
     try:
         return train(*settings.load(sys.argv[1:] if argv is None else argv))
-    except (ConfigError, data.DataError, emoji.EmojiError, runs.RunError) as error:
+    except (ConfigError, data.DataError, emoji.EmojiError, runs.RunError, hub.HubError) as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return getattr(error, "exit_code", 2)
 

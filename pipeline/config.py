@@ -242,6 +242,19 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
+class HubConfig:
+    """Where a finished run is pushed to: nowhere without `repo_id`."""
+
+    repo_id: str | None = None  # NAME, or USER/NAME
+    private: bool = False  # where the repository has to be made
+    token: str | None = field(default=None, repr=False)  # None: HF_TOKEN or `hf auth login`; it is written nowhere
+
+    def problems(self):
+        """What is out of range, a sentence each."""
+        return [] if self.repo_id is None else repository_problems("hub.repo_id", self.repo_id)
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything that a run depends on."""
 
@@ -255,6 +268,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
 
     @property
     def folder(self) -> Path:
@@ -283,9 +297,13 @@ class Config:
             found.append("train.method lora adapts a pretrained model: set model.pretrained, or train.method full")
         return found
 
+    def to_dict(self) -> dict:
+        """Every setting in nested dicts, but the token."""
+        return dataclasses.asdict(dataclasses.replace(self, hub=dataclasses.replace(self.hub, token=None)))
+
     def to_yaml(self) -> str:
-        """The whole configuration, as `load` reads it."""
-        return yaml.safe_dump(plain(dataclasses.asdict(self)), sort_keys=False, allow_unicode=True)
+        """The whole configuration, as `load` reads it, without the token."""
+        return yaml.safe_dump(plain(self.to_dict()), sort_keys=False, allow_unicode=True)
 
 
 def at_least(name, value, low):
@@ -306,6 +324,20 @@ def above_zero(name, value):
 def one_of(name, value, known):
     """A problem where a name is not one of those known."""
     return [] if value in known else [f"{name} must be one of {', '.join(known)}, got {value!r}"]
+
+
+def repository_problems(name: str, repo_id: str) -> list[str]:
+    """A problem where the Hub, or diffusers loading from it, will not take the name of a repository."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        return [f"{name} must be NAME or USER/NAME of letters, digits, - and _, got {repo_id!r}: {' '.join(str(error).split())}"]
+    if "." in repo_id:  # diffusers 0.42.1 makes it the name of a Python module
+        return [f"{name} must have no dot, or diffusers cannot import the pipeline's code from it, got {repo_id!r}: "
+                f"{repo_id.replace('.', '-')!r} will do"]  # fmt: skip
+    return []
 
 
 def groups() -> list[str]:
@@ -394,7 +426,7 @@ def load_file(path: str | Path) -> Config:
 
 def differences(old: Config, new: Config, free: tuple[str, ...] = ()) -> list[str]:
     """A sentence for each setting that two configurations give different values, but for the groups or names in `free`."""
-    a, b = flatten(dataclasses.asdict(old)), flatten(dataclasses.asdict(new))
+    a, b = flatten(old.to_dict()), flatten(new.to_dict())
     same = lambda key: key in free or key.split(".")[0] in free or a[key] == b[key]
     return [f"{key} was {a[key]!r} and is now {b[key]!r}" for key in b if not same(key)]
 

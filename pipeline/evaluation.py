@@ -22,7 +22,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm.auto import tqdm
 
 from pipeline import config as settings
-from pipeline import data, hub, models
+from pipeline import data, models, sample
 from pipeline import run as runs
 from pipeline.text_to_image import TextToImagePipeline
 
@@ -330,12 +330,13 @@ def draw(pipe: TextToImagePipeline, prompts: list[str], w: float, seed: int, ste
 
 def finished(folder: Path) -> tuple[settings.Config, Judge, Bank, TextToImagePipeline]:
     """A finished run, or a saved pipeline with its config.yaml, and all that judges it."""
-    if not any((place / "model_index.json").is_file() for place in (folder, runs.Run(folder).pipeline)):
+    run = runs.Run(folder)
+    if not (run.adapted or any((place / "model_index.json").is_file() for place in (folder, run.pipeline))):
         raise EvaluationError(f"{folder} holds no finished pipeline, expected {folder / 'pipeline' / 'model_index.json'}: "
                               "train first")  # fmt: skip
-    config, judge = settings.load_file(folder / "config.yaml"), Judge()
+    config, judge = settings.load_file(run.config), Judge()
     bank = Bank.of(judge, [split for split in data.load_splits(config.data) if split is not None])
-    pipe = hub.load(folder)
+    pipe = sample.opened(str(folder))
     pipe.set_progress_bar_config(disable=True)
     return config, judge, bank, pipe
 

@@ -1,48 +1,62 @@
-"""What a model is shown with, its card and its curves, and how a saved one is found and loaded."""
+"""How a model is found, loaded and shared: `python -m pipeline.hub push RUN USER/NAME`, `pull`, `space`.
 
-import subprocess
+What is pushed is the layout of `pipeline.layout`, always with its text encoder, in one commit; what is loaded goes through
+`pipeline.safe`. Tokens come from HF_TOKEN or `hf auth login`, and are never printed.
+"""
+
+import argparse
+import contextlib
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import matplotlib
-import torch
 from diffusers import UNet2DConditionModel
-from huggingface_hub import ModelCard, ModelCardData
+from diffusers.utils.dynamic_modules_utils import get_relative_imports
+from huggingface_hub import CommitOperationAdd, HfApi, RepoCard, SpaceCardData
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError  # HTTPError: of its own HTTP client
 
-from pipeline import emoji, models, sample
+from pipeline import card, models, safe, sample
 from pipeline import run as runs
 from pipeline.captions import CaptionWhitening
-from pipeline.config import Config, load_file
-from pipeline.exact import irreducible_loss
+from pipeline.config import Config, load_file, repository_problems
+from pipeline.layout import FILE, additions, plain_card
 from pipeline.run import Run
 from pipeline.text_to_image import TextToImagePipeline
 
-ATTRIBUTION = "Emoji pictures: Twemoji, (c) Twitter, Inc and other contributors, CC-BY 4.0."
+ROOT = Path(__file__).parent.parent
+PINNED = "model.txt"  # a Space's model, USER/NAME@COMMIT
+WAITS = (1, 4, 16)  # seconds before a push is tried again
+SPACE = ("app.py", "requirements.txt", "LICENSE", "NOTICE", "pipeline/*.py")
 
 
-def newest(root: str | Path = "runs", shipped: str | Path = "pretrained/emoji") -> Path | None:
-    """The run that was last written to and can be drawn with, else the shipped model, else None."""
-    found = [run for run in map(Run, Path(root).glob("*")) if (run.pipeline / "model_index.json").is_file() or run.steps()]
+class HubError(ValueError):
+    """A push or a check before it that failed: what happened, and how to go on."""
+
+
+def newest(root: str | Path = "runs", shipped: str | Path = "pretrained/emoji", pinned: str | Path = PINNED) -> Path | str | None:
+    """What draws where nobody names a model: the one that a Space is pinned to, the run that was last written to and can be
+    drawn with, the shipped model, else None.
+    """
+    if Path(pinned).is_file():
+        return Path(pinned).read_text(encoding="utf-8").strip()
+    drawable = lambda run: (run.pipeline / safe.INDEX).is_file() or run.adapted or run.steps()
+    found = [run for run in map(Run, Path(root).glob("*")) if drawable(run)]
     if found:
         return max(found, key=lambda run: run.metrics.stat().st_mtime if run.metrics.exists() else 0).folder
-    return Path(shipped) if (Path(shipped) / "model_index.json").is_file() else None
+    return Path(shipped) if (Path(shipped) / safe.INDEX).is_file() else None
 
 
 def load(model: str | Path) -> TextToImagePipeline:
-    """The pipeline of a finished run's folder or of a saved pipeline's, from safetensors alone and with no code of its own.
+    """The pipeline of a finished run's folder, of a saved pipeline's or of the Hub's `user/name[@revision]`.
 
-    One that was saved without its text encoder gets the one that the config beside it names. ValueError says what is wrong.
+    It comes from safetensors alone and with no code of its own. One that was saved without its text encoder gets the one that
+    the config.yaml beside it names. ValueError says what is wrong.
     """
-    run = Run(model)
-    if run.config.is_file() and any(run.adapter.glob("*.safetensors")):
-        pipe = load(load_file(run.config).model.pretrained)
-        pipe.load_lora_weights(run.adapter, use_safetensors=True, local_files_only=True)
-        return pipe
-    folder = sample.folder(str(model))
-    pipe = sample.load(folder)
-    if pipe.text_encoder is None and (folder / "config.yaml").is_file():
-        tokenizer, encoder = models.text_encoder(load_file(folder / "config.yaml").model.text_encoder)
-        pipe.register_modules(tokenizer=tokenizer, text_encoder=encoder)
-    return pipe
+    return sample.opened(str(model))
 
 
 def load_checkpoint(run: Run, step: int) -> TextToImagePipeline:
@@ -64,132 +78,221 @@ def load_checkpoint(run: Run, step: int) -> TextToImagePipeline:
     return models.pipeline(config, unet.eval(), tokenizer, encoder, whitening, base)
 
 
-def commit() -> str:
-    """The project's commit, or "unknown" outside a git checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
+# ---- push
 
 
-def hardware() -> str:
-    """What this process computes on, in words."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"a CPU ({torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()})"
+def check(config: Config) -> None:
+    """Try all that the push at a run's end will need, before any time is spent: the account, the repository, the card.
 
-
-def card(config: Config, run: Run, images, seconds: float) -> ModelCard:
-    """The model card of a run: how it was made, what it draws, how to load it. All metadata goes through YAML."""
-    embedded = config.data.source in emoji.SETS
-    data = ModelCardData(
-        license="cc-by-4.0" if embedded else "other",
-        library_name="diffusers",
-        pipeline_tag="text-to-image",
-        tags=["text-to-image", "diffusion", "ddpm", "classifier-free-guidance"],
-        widget=[{"text": prompt} for prompt in config.sample.prompts],
-    )
-    logged = [r for r in run.history() if r.get("loss") is not None]
-    last = f"\nLast logged loss: {logged[-1]['loss']:.4f} at step {logged[-1]['step']}.\n" if logged else ""
-    pictures = sorted(run.samples.glob("*.png"))
-    picture = f"\n![samples](samples/{pictures[-1].name})\n" if pictures else ""
-    rows = " · ".join(f"w = {w:g}" for w in config.sample.w)
-    shown = ", ".join(f"`{fenced(p)}`" for p in config.sample.prompts)
-    loading = f'pipe = TextToImagePipeline.from_pretrained("{run.pipeline}", use_safetensors=True)'
-    body = f"""# {fenced(config.name)}
-
-A text-conditional diffusion model trained with Direct Jump.
-{picture}
-Columns: {shown}. Rows: {rows}.
-
-```python
-from pipeline import TextToImagePipeline
-
-{loading}
-pipe(["green cat"], w={config.sample.default_w:g}, seed=0).images[0].save("green-cat.png")
-```
-
-## Training
-
-- data: {fenced(str(images.report))}
-- {config.train.steps} steps of {config.train.batch_size} images, {seconds / 3600:.2f} hours on {hardware()}
-- commit {commit()}, seed {config.seed}, caption dropout {config.data.caption_dropout:g}
-{last}
-```yaml
-{config.to_yaml()}```
-
-## Limits
-
-It draws what its small training set shows and composes it only so far. {ATTRIBUTION if embedded else ""}
-"""
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
-
-
-def fenced(text: str) -> str:
-    """User text that stays text inside Markdown: one line, no HTML, no code fence."""
-    return " ".join(text.split()).replace("`", "'").replace("<", "‹").replace(">", "›")
-
-
-def plot_run(run: Run, images, pipe: TextToImagePipeline) -> Path:
-    """`figures/training.png`: the loss, and the x_0 error by timestep above what no denoiser without captions can beat."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    history = run.history()
-    steps = [r for r in history if r.get("loss") is not None]
-    checks = [r for r in history if "train_x_0_error" in r]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    left.plot([r["step"] for r in steps], [r["loss"] for r in steps], color="0.7", label="training")
-    for split in ("train", "held_out"):
-        line = [(r["step"], r[f"{split}_loss"]) for r in checks if f"{split}_loss" in r]
-        if line:
-            left.plot(*zip(*line, strict=True), marker=".", label=f"{split.replace('_', '-')} grid, averaged weights")
-    left.set(xlabel="step", ylabel="loss", yscale="log", title="Loss")
-    left.legend()
-    if checks:
-        grid = [int(t) for t in checks[-1]["train_x_0_error"]]
-        for split in ("train", "held_out"):
-            if f"{split}_x_0_error" in checks[-1]:
-                right.plot(grid, list(checks[-1][f"{split}_x_0_error"].values()), marker=".", label=split.replace("_", "-"))
-        rows = torch.linspace(0, len(images) - 1, min(512, len(images))).long()
-        x_0 = pipe.encode(images.images[rows].to(pipe.device).float() / 127.5 - 1)
-        floor = [irreducible_loss(x_0, pipe.scheduler, t).mean().item() for t in grid]
-        right.plot(grid, floor, "k--", label="irreducible without captions (exact denoiser)")
-        right.set(xlabel="timestep", ylabel="mean squared error of x_0", yscale="log", title="Error by timestep")
-        right.legend()
-    path = run.figures / "training.png"
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
-
-
-@torch.no_grad()
-def plot_strips(pipe, prompts: list[str], seen: set[str], path: Path, *, w: float, seed: int, steps: int = 50, eta: float = 1.0,
-                columns: int = 8) -> Path:  # fmt: skip
-    """The way from noise to picture, a row a prompt: x_t on the left, the current x_0 of (15) on the right.
-
-    Prompts that are not in `seen`, the captions of the data, are labelled so.
+    It makes the repository where there is none. HubError says what is missing; without `hub.repo_id` there is nothing to try.
     """
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    if config.hub.repo_id is None:
+        return
+    api, dry = HfApi(token=config.hub.token), card.build(config, card.facts("", 0.0))
+    with told("hub.repo_id", config.hub.repo_id):
+        if api.whoami().get("auth", {}).get("accessToken", {}).get("role") == "read":
+            raise HubError("the token of this machine may only read, expected one that may write: make one at "
+                           "https://huggingface.co/settings/tokens and `hf auth login`")  # fmt: skip
+        repo = api.create_repo(config.hub.repo_id, private=config.hub.private, exist_ok=True).repo_id
+        api.preupload_lfs_files(repo, [CommitOperationAdd("README.md", str(dry).encode())])  # asks, and sends nothing
+        dry.validate()
 
-    shown = set(torch.linspace(0, steps - 1, columns).round().long().tolist())
-    kept = [(step.t, pipe.decode(step.x_t), pipe.decode(step.x_0_hat))
-            for i, step in enumerate(pipe.denoise(list(prompts), w=w, seed=seed, num_inference_steps=steps, eta=eta))
-            if i in shown]  # fmt: skip
-    figure, axes = plt.subplots(len(prompts), 2 * columns + 1, figsize=(2 * columns + 1, 1.25 * len(prompts)),
-                                width_ratios=[1] * columns + [0.3] + [1] * columns, squeeze=False)  # fmt: skip
-    for row, prompt in enumerate(prompts):
-        for column, (t, x_t, x_0_hat) in enumerate(kept):
-            for place, x in ((column, x_t), (columns + 1 + column, x_0_hat)):
-                axes[row, place].imshow(((x[row] + 1) / 2).clamp(0, 1).permute(1, 2, 0).float().cpu().numpy())
-                if row == 0:
-                    axes[row, place].set_title(f"t = {int(t)}", fontsize=8)
-        note = "" if prompt in seen else "\n(in no training picture)"
-        axes[row, 0].text(-0.15, 0.5, prompt + note, ha="right", va="center", transform=axes[row, 0].transAxes, fontsize=10)
-    for ax in axes.flat:
-        ax.set_axis_off()
-    figure.text(0.33, 0.0, "x_t", ha="center")
-    figure.text(0.73, 0.0, "x̂_0, the current prediction (15)", ha="center")
-    figure.savefig(path, dpi=90, bbox_inches="tight")
-    plt.close(figure)
-    return path
+
+def publish(config: Config, run: Run) -> int:
+    """Push a finished run where its settings say, and tell its address; the exit code, 1 where the push failed."""
+    if config.hub.repo_id is None:
+        return 0
+    try:
+        print(f"Pushed to {push(run.folder, config.hub.repo_id, private=config.hub.private, token=config.hub.token)}")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def push(source: str | Path, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+    """Upload the model of a run or of a saved pipeline in one commit, and return its address; none where nothing has changed.
+
+    HubError says what went wrong and which command tries again: the source is as complete as it was.
+    """
+    if problems := repository_problems("the repository", repo_id):
+        raise HubError("; ".join(problems))
+    again = f"`python -m pipeline.hub push {shlex.quote(str(source))} {repo_id}{' --private' if private else ''}`"
+    api = HfApi(token=token)
+    with told("the push", repo_id, f"; {source} is complete, push it again with {again}"):
+        repo = patiently(lambda: api.create_repo(repo_id, private=private, exist_ok=True).repo_id)
+        with tempfile.TemporaryDirectory() as folder:
+            assemble(source, Path(folder), repo)
+            return commit(api, Path(folder), repo, "model", f"Upload {Path(source).resolve().name}")
+
+
+def commit(api: HfApi, folder: Path, repo: str, kind: str, message: str) -> str:
+    """Upload a folder's files in one commit and return the repository's address; files as they are there make none.
+
+    huggingface_hub's own `upload_folder` may make several commits of a folder.
+    """
+    patiently(lambda: api.create_commit(repo, additions(folder), commit_message=message, repo_type=kind))
+    return f"{api.endpoint}/{'spaces/' if kind == 'space' else ''}{repo}"
+
+
+def patiently(request: Callable):
+    """What a request to the Hub returns, made again where no answer came, the Hub is busy or somebody has just committed.
+
+    A commit whose answer was lost is not made twice: every try asks anew what is there already.
+    """
+    for wait in (*WAITS, None):
+        try:
+            return request()
+        except HTTPError as error:
+            answer = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+            if wait is None or not (answer is None or answer in (408, 412, 429) or answer >= 500):
+                raise
+            time.sleep(wait)
+
+
+def assemble(source: str | Path, target: Path, repo: str) -> None:
+    """What a repository holds, made in an empty folder: a pipeline with its code and text encoder, or an adapter; then its card.
+
+    Files that are complete as they lie are linked, so that no weights are copied.
+    """
+    run = Run(source)
+    if run.adapted:
+        folder, stock = run.adapter, False
+        for path in folder.glob("*.safetensors"):
+            (target / path.name).symlink_to(path.resolve())
+    else:
+        folder = sample.folder(str(source))
+        stock = assemble_pipeline(folder, target)
+    notes = next((place for place in (folder, folder.parent) if (place / "config.yaml").is_file()), folder)
+    for path in (folder / "training_config.yaml", notes / "config.yaml", notes / "metrics.json"):
+        if path.is_file():
+            shutil.copyfile(path, target / {"config.yaml": "training_config.yaml"}.get(path.name, path.name))
+    for path in (notes / card.IMAGES).glob("*.png"):
+        (target / card.IMAGES).mkdir(exist_ok=True)
+        shutil.copyfile(path, target / card.IMAGES / path.name)
+    if (notes / card.FACTS).is_file() and (notes / "config.yaml").is_file():
+        text = str(card.read(notes, repo))
+    elif (folder / "README.md").is_file():
+        text = (folder / "README.md").read_text(encoding="utf-8")
+    else:
+        text = str(plain_card(repo, stock))
+    (target / "README.md").write_text(text, encoding="utf-8")
+
+
+def assemble_pipeline(folder: Path, target: Path) -> bool:
+    """A saved pipeline as a stranger can load it, in an empty folder; whether its index is Stable Diffusion's."""
+    raw, code = safe.read(folder / safe.INDEX), folder / f"{FILE}.py"
+    parts = [part for part, value in safe.own(raw).items() if part in safe.PARTS and value[0] is not None]
+    if {"text_encoder", "tokenizer"} <= set(parts) and code.is_file():
+        files = [folder / safe.INDEX, code, *(folder / f"{name}.py" for name in get_relative_imports(code))]
+        files += [path for part in parts for kind in (*safe.FILES, f"{raw[part][0]}.py") for path in (folder / part).glob(kind)]
+        for path in files:
+            place = target / path.relative_to(folder)
+            place.parent.mkdir(exist_ok=True)
+            place.symlink_to(path.resolve())
+    else:
+        pipe = sample.load(folder)
+        if pipe.text_encoder is None:
+            raise HubError(f"{folder} has no text encoder, expected one in what is shared: put the config.yaml beside it that "
+                           "names it")  # fmt: skip
+        pipe.save_pretrained(target)
+    return safe.read(target / safe.INDEX)["_class_name"] == "StableDiffusionPipeline"
+
+
+# ---- pull, space
+
+
+def pull(model: str, folder: Path) -> Path:
+    """A copy of a model of the Hub in a new folder, to draw with: no code, no pickles."""
+    if folder.exists():
+        raise HubError(f"{folder} exists, expected the name of a new folder: choose another")
+    shutil.copytree(safe.download(model), folder)
+    return folder
+
+
+def space(repo_id: str, model: str, *, private: bool = False, token: str | None = None) -> str:
+    """Upload this project's page as a Space that draws with one commit of a model of the Hub; the address of the Space."""
+    if problems := repository_problems("the Space", repo_id):
+        raise HubError("; ".join(problems))
+    name, revision = safe.revision_of(model, token)
+    api = HfApi(token=token)
+    with told("the Space", repo_id), tempfile.TemporaryDirectory() as scratch:
+        repo = patiently(lambda: api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private,
+                                                 exist_ok=True).repo_id)  # fmt: skip
+        folder = Path(scratch)
+        for path in (path for pattern in SPACE for path in ROOT.glob(pattern)):
+            (folder / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, folder / path.relative_to(ROOT))
+        (folder / PINNED).write_text(f"{name}@{revision}\n", encoding="utf-8")
+        (folder / "README.md").write_text(front_page(name, revision), encoding="utf-8")
+        return commit(api, folder, repo, "space", f"Serve {name} at {revision[:7]}")
+
+
+def front_page(model: str, revision: str) -> str:
+    """The README of a Space: this project's front matter, with the model that it draws with."""
+    ours = RepoCard.load(ROOT / "README.md").data.to_dict()
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    data = SpaceCardData(**ours | {"title": model.rpartition("/")[2], "models": [model], "tags": ["text-to-image", "diffusion"],
+                                   "python_version": python, "suggested_hardware": "cpu-basic"})  # fmt: skip
+    return f"---\n{data.to_yaml()}\n---\n\n# {model}\n\nThe page of Direct Jump for `{model}` at commit `{revision}`.\n"
+
+
+# ---- what the Hub says, and the command line
+
+
+@contextlib.contextmanager
+def told(what: str, repo_id: str, cure: str = "") -> Iterator[None]:
+    """Whatever the Hub's client says about writing to a repository, in one sentence without a token in it."""
+    try:
+        yield
+    except LocalTokenNotFoundError as error:
+        raise HubError(f"{what} {repo_id} needs a token and there is none, expected one that may write: `hf auth login`, or set "
+                       f"HF_TOKEN{cure}") from error  # fmt: skip
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        reasons = {401: "there is no valid token: `hf auth login`, or set HF_TOKEN",
+                   403: f"this account may not write to {repo_id}: name a repository of your own, with a token that may write",
+                   404: f"there is no {repo_id}: check its name"}  # fmt: skip
+        reason = reasons.get(status, "the Hub is busy or will not have it: try again later")
+        raise HubError(f"{what} {repo_id} got the answer {status}, expected 200: {reason}{cure}") from error
+    except HTTPError as error:
+        raise HubError(f"{what} {repo_id} got no answer ({type(error).__name__}), expected the Hub's: connect and try "
+                       f"again{cure}") from error  # fmt: skip
+    except ValueError as error:
+        if isinstance(error, HubError | safe.ModelError):
+            raise
+        said = " ".join(str(error).split()).rstrip(".")  # of a README that the Hub will not take, say
+        raise HubError(f"{what} {repo_id} was refused ({said}), expected no objection: change what it names{cure}") from error
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line: 0 done, 1 the Hub did not take it, 2 bad input."""
+    parser = argparse.ArgumentParser(prog="python -m pipeline.hub", description="Share models through the Hugging Face Hub.",
+                                     allow_abbrev=False)  # fmt: skip
+    commands = parser.add_subparsers(dest="command", required=True)
+    pushing = commands.add_parser("push", help="upload a run or a saved pipeline")
+    pushing.add_argument("source", metavar="RUN_OR_PATH", help="a run's folder (runs/NAME) or a saved pipeline's")
+    pulling = commands.add_parser("pull", help="download a model, without code")
+    pulling.add_argument("model", metavar="USER/NAME[@REVISION]")
+    pulling.add_argument("folder", type=Path, help="a new folder")
+    showing = commands.add_parser("space", help="upload this project's page as a Space of a model")
+    showing.add_argument("--model", required=True, metavar="USER/NAME[@REVISION]", help="what it draws with, at that commit")
+    for command in (pushing, showing):
+        command.add_argument("repo_id", metavar="USER/NAME", help="where to; it is made where there is none")
+        command.add_argument("--private", action="store_true", help="make it private, where it has to be made")
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "push":
+            print(push(args.source, args.repo_id, private=args.private))
+        elif args.command == "pull":
+            print(pull(args.model, args.folder))
+        else:
+            print(space(args.repo_id, args.model, private=args.private))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, HubError) else 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

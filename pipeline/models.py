@@ -119,8 +119,9 @@ def adapt(network: UNet2DConditionModel, lora: LoraConfig) -> UNet2DConditionMod
 
 def save_adapter(network: UNet2DConditionModel, folder: Path) -> None:
     """A network's adapters as `folder/pytorch_lora_weights.safetensors`, rank and alpha with them, as any diffusers loads it."""
+    layers = {name: weight.contiguous() for name, weight in peft.get_peft_model_state_dict(network).items()}  # not channels last
     TextToImagePipeline.save_lora_weights(
-        folder, unet_lora_layers=peft.get_peft_model_state_dict(network),
+        folder, unet_lora_layers=layers,
         unet_lora_adapter_metadata=network.peft_config["default"].to_dict())  # fmt: skip
 
 
@@ -131,10 +132,13 @@ def load_adapter(network: UNet2DConditionModel, folder: Path) -> None:
 
 
 def for_training(network: UNet2DConditionModel, device: torch.device) -> UNet2DConditionModel:
-    """The network as it trains fastest: channels last, and on a CPU attention as two products, since its grids are small."""
+    """The network as it trains fastest: channels last, and on a CPU attention as two products, since its grids are small.
+
+    A loaded network comes in evaluation mode, in which adapters round otherwise.
+    """
     if device.type == "cpu":
         network.set_attn_processor(AttnProcessor())
-    return network.to(memory_format=torch.channels_last)
+    return network.train().to(memory_format=torch.channels_last)
 
 
 def trainable(network: torch.nn.Module) -> list[torch.nn.Parameter]:

@@ -56,7 +56,12 @@ class Run:
     @property
     def finished(self) -> bool:
         """Has the training come to its end? The card is the last thing that it leaves."""
-        return self.card.is_file() and (self.pipeline.is_dir() or self.adapter.is_dir())
+        return self.card.is_file() and (self.pipeline.is_dir() or self.adapted)
+
+    @property
+    def adapted(self) -> bool:
+        """Did it end in an adapter of another model, instead of a pipeline?"""
+        return any(self.adapter.glob("*.safetensors"))
 
     def publish(self, target: Path, write: Callable[[Path], None]) -> None:
         """A result's folder, by `write(folder)` beside it: the one before stays until the new one is whole."""

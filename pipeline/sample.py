@@ -1,8 +1,7 @@
-"""Draw pictures from the command line: `python -m pipeline.sample RUN "a green cat" --w 2 --seed 7 -o cat.png`."""
+"""Draw pictures from the command line: `python -m pipeline.sample RUN_OR_ID "a green cat" --w 2 --seed 7 -o cat.png`."""
 
 import argparse
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -13,7 +12,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line's arguments."""
     arguments = argparse.ArgumentParser(prog="python -m pipeline.sample", description="Draw pictures of a prompt.",
                                         allow_abbrev=False)  # fmt: skip
-    arguments.add_argument("model", metavar="RUN_OR_PATH", help="a run's folder (runs/NAME) or a saved pipeline's")
+    arguments.add_argument("model", metavar="RUN_OR_ID", help="a run's folder (runs/NAME), a saved pipeline's, or a model of the "
+                                                              "Hub (user/name or user/name@revision)")  # fmt: skip
     arguments.add_argument("prompt", help='what to draw, such as "a green cat"; "" is no prompt at all')
     arguments.add_argument("--w", type=float, help="guidance: 0 none, 2 strong (default: the model's own)")
     arguments.add_argument("--seed", type=int, default=0, help="picture i draws its noise from seed + i (default: 0)")
@@ -27,18 +27,33 @@ def parser() -> argparse.ArgumentParser:
 
 
 def folder(model: str) -> Path:
-    """The folder of a saved pipeline, from its own path or from that of its run."""
+    """The folder of a saved pipeline, from its own path, from that of its run, or from the Hub."""
+    from pipeline import safe
+
     for path in (Path(model), Path(model) / "pipeline"):
-        if (path / "model_index.json").is_file():
+        if (path / safe.INDEX).is_file():
             return path
     if Path(model).is_dir():
         held = "its training has not finished: run the training command again" if (Path(model) / "config.yaml").is_file() else (
             "pass a run's folder or a saved pipeline's")  # fmt: skip
-        raise ValueError(f"{model} holds no pipeline, expected {Path(model) / 'pipeline' / 'model_index.json'}: {held}")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", model):
-        raise ValueError(f"{model} is not a folder here, expected one: to use a model of the Hub, download it first with "
-                         f"`hf download {model} --local-dir NAME` and pass NAME")  # fmt: skip
-    raise ValueError(f"{model} does not exist, expected the folder of a run or of a saved pipeline: see `ls runs`")
+        raise ValueError(f"{model} holds no pipeline, expected {Path(model) / 'pipeline' / safe.INDEX}: {held}")
+    if safe.named(model):
+        return safe.download(model)
+    raise ValueError(f"{model} does not exist, expected the folder of a run or of a saved pipeline, or a model of the Hub "
+                     "(user/name): see `ls runs`")  # fmt: skip
+
+
+def opened(model: str):
+    """The pipeline of a run's folder, of a saved pipeline's or of the Hub, a run's adapter on the model that it adapts."""
+    from pipeline.config import load_file
+    from pipeline.run import Run
+
+    run = Run(model)
+    if not (run.config.is_file() and run.adapted):
+        return load(folder(model))
+    pipe = opened(load_file(run.config).model.pretrained)
+    pipe.load_lora_weights(run.adapter, use_safetensors=True, local_files_only=True)
+    return pipe
 
 
 def files(output: Path, n: int) -> list[Path]:
@@ -67,28 +82,39 @@ def chosen(device: str | None) -> str:
 
 
 def load(path: Path):
-    """The pipeline saved in a folder, from safetensors only."""
+    """The pipeline saved in a folder, from safetensors alone and with no code of its own; ValueError says what is wrong.
+
+    One that was saved without its text encoder gets the one that the config.yaml beside it names.
+    """
     from diffusers.utils import logging
     from transformers.utils import logging as transformers_logging
 
+    from pipeline import models, safe
+    from pipeline.config import load_file
     from pipeline.text_to_image import TextToImagePipeline
 
     logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     try:
-        return TextToImagePipeline.from_pretrained(path, use_safetensors=True, local_files_only=True)
+        safe.refuse_pickles(path, TextToImagePipeline.load_config(path))
+        pipe = TextToImagePipeline.from_pretrained(path, use_safetensors=True, local_files_only=True)
+    except safe.ModelError:
+        raise
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise ValueError(f"{path} cannot be loaded ({reason}), expected a complete saved pipeline: save it again") from error
+    if pipe.text_encoder is None and (path / "config.yaml").is_file():
+        tokenizer, encoder = models.text_encoder(load_file(path / "config.yaml").model.text_encoder)
+        pipe.register_modules(tokenizer=tokenizer, text_encoder=encoder)
+    return pipe
 
 
 def main(argv: list[str] | None = None) -> int:
     """Draw, save and name the pictures; 0 is done, 2 is bad input, told in one sentence."""
     arguments = parser().parse_args(argv)
     try:
-        path, outputs = folder(arguments.model), files(arguments.output, arguments.n)
-
-        pipe = load(path).to(chosen(arguments.device))
+        outputs = files(arguments.output, arguments.n)
+        pipe = opened(arguments.model).to(chosen(arguments.device))
         images = pipe(arguments.prompt, w=arguments.w, seed=arguments.seed, num_inference_steps=arguments.steps,
                       eta=arguments.eta, num_images_per_prompt=arguments.n).images  # fmt: skip
     except ValueError as error:

@@ -19,8 +19,8 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from pipeline import data, emoji, hub, models
-from pipeline.config import DataConfig, load_file
+from pipeline import data, emoji, hub, models, safe
+from pipeline.config import DataConfig, load_file, read_yaml
 from pipeline.exact import ExactDenoiser
 from pipeline.guidance import InputError, Weight, interval
 from pipeline.run import Run
@@ -288,18 +288,23 @@ class Studio:
 
 
 class Shelf:
-    """The models that a page offers: one, the checkpoints of a run in progress, or (None) the exact denoiser alone."""
+    """The models that a page offers: one, the checkpoints of a run in progress, or (None) the exact denoiser alone.
+
+    model: the folder of a run or of a saved pipeline, or the Hub's `user/name[@revision]`.
+    """
 
     def __init__(self, model: str | Path | None):
+        self.name = "the exact denoiser" if model is None else Path(str(model).partition("@")[0]).name
+        if model is not None and not Path(model).exists() and safe.named(str(model)):
+            model = safe.download(str(model))
         self.model, self.run = model, None
         if model is not None and (Path(model) / "config.yaml").is_file() and not (Path(model) / "model_index.json").is_file():
             self.run = Run(model)
-            self.follows = not (self.run.pipeline / "model_index.json").is_file()
+            self.follows = not (self.run.adapted or (self.run.pipeline / "model_index.json").is_file())
         else:
             self.follows = False
         if self.follows and not self.steps():
             raise ValueError(f"{model} has no checkpoint yet, expected one at the least: wait until it has saved its first")
-        self.name = "the exact denoiser" if model is None else Path(model).name
 
     def steps(self) -> list[int]:
         """The checkpoints of the run that is followed, oldest first."""
@@ -326,14 +331,25 @@ class Shelf:
         places = [self.run.config] if self.run else [Path(self.model) / "config.yaml", Path(self.model).parent / "config.yaml"]
         known = [load_file(path).data for path in places if path.is_file()]
         known = [config for config in known if config.source in emoji.SETS or Path(config.source).is_dir()]
-        elsewhere = DataConfig(resolution=pipe.unet.config.sample_size * pipe.vae_scale_factor)  # trained on what is not here
-        return Studio(pipe, self.name, known[0] if known else elsewhere)
+        resolution = pipe.unet.config.sample_size * pipe.vae_scale_factor
+        return Studio(pipe, self.name, known[0] if known else DataConfig(shared_set(Path(self.model)), resolution=resolution))
 
     def card(self) -> str:
         """The model card, Markdown; a word on the exact denoiser where there is none."""
         places = [] if self.model is None else [Path(self.model) / "README.md", Path(self.model).parent / "README.md"]
         found = next((path for path in places if path.is_file()), None)
         return found.read_text(encoding="utf-8") if found else f"# {self.name}\n\nThere is no model card."
+
+
+def shared_set(folder: Path) -> str:
+    """The embedded set that a shared model was trained on, by the settings that came with it; the default one if on none.
+
+    A stranger's settings choose nothing else here, least of all a folder of this machine.
+    """
+    settings = folder / "training_config.yaml"
+    data = read_yaml(str(settings)).get("data") if settings.is_file() else None
+    source = data.get("source") if isinstance(data, dict) else None
+    return source if isinstance(source, str) and source in emoji.SETS else DataConfig().source
 
 
 @contextlib.contextmanager

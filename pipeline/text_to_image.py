@@ -1,7 +1,6 @@
 """From a prompt to an image: captions, the sampling loop of (16) under guidance (17), the picture."""
 
 import copy
-import importlib
 import inspect
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from torch import Generator, Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .guidance import InputError, Weight, guide, plus, weights
+from .layout import Layout
 
 logger = logging.get_logger(__name__)
 
@@ -39,7 +39,7 @@ class Step:
     w: Weight
 
 
-class TextToImagePipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
+class TextToImagePipeline(Layout, DiffusionPipeline, StableDiffusionLoraLoaderMixin):
     """Images for captions, by a diffusion model in pixels (`vae=None`), in patches or in an autoencoder's latents.
 
     LoRA files go in and out as in Stable Diffusion: `load_lora_weights`, `fuse_lora`, `unload_lora_weights`.
@@ -72,14 +72,6 @@ class TextToImagePipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         self.vae_scale_factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._guidance_scale, self._num_timesteps, self._interrupt = plus(w, 1), 0, False
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """A saved pipeline, as diffusers loads it. It takes a class of ours only from a module that is imported already."""
-        if __package__ == "pipeline":  # elsewhere this file has come from the Hub alone
-            for module in ("scheduler", "patches", "captions"):
-                importlib.import_module(f"{__package__}.{module}")
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @property
     def guidance_scale(self) -> Weight:
@@ -298,7 +290,8 @@ class TextToImagePipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         A CLIP encoder sees its padding, as in Stable Diffusion; others do not, and their padded positions are zero.
         """
         if self.tokenizer is None or self.text_encoder is None:
-            raise InputError(f"this pipeline has no text encoder to read {captions} with, expected states: pass {instead}")
+            raise InputError(f"this pipeline has no text encoder to read {captions} with, expected one: load it with "
+                             f"pipeline.hub.load, which supplies the one that config.yaml names, or pass {instead}")  # fmt: skip
         captions = [normalize(caption) for caption in captions]
         length = self._caption_length(captions)
         tokens = self.tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt",

@@ -15,9 +15,10 @@ ROOT = Path(__file__).parent.parent
 MODULES = sorted((ROOT / "pipeline").glob("*.py"))
 ALLOWED = {  # what a module may import of ours
     "scheduler": set(), "guidance": set(), "patches": set(), "captions": set(), "config": set(), "emoji": set(), "run": set(),
-    "muon": set(),
-    "losses": {"scheduler"}, "exact": {"scheduler"}, "text_to_image": {"guidance"}, "data": {"config", "emoji"},
-    "latents": {"data"}, "models": {"config", "patches", "captions", "scheduler", "text_to_image"},
+    "muon": set(), "layout": set(),
+    "losses": {"scheduler"}, "exact": {"scheduler"}, "text_to_image": {"guidance", "layout"}, "safe": {"layout"},
+    "data": {"config", "emoji"}, "latents": {"data"},
+    "models": {"config", "patches", "captions", "scheduler", "text_to_image"},
 }  # fmt: skip
 SOURCES = [*MODULES, ROOT / "train_text2img.py", ROOT / "app.py"]
 

@@ -81,7 +81,7 @@ def test_bad_settings(run, output, capsys, arguments, message):
 
 def test_models_that_are_not_there(tmp_path, capsys, output):
     assert "does not exist, expected the folder of a run" in refused(capsys, tmp_path / "none", "cat", "-o", output)
-    assert "hf download someone/emoji --local-dir" in refused(capsys, "someone/emoji", "cat", "-o", output)
+    assert "neither a folder here nor in the cache" in refused(capsys, "someone/emoji", "cat", "-o", output)
     assert "holds no pipeline" in refused(capsys, tmp_path, "cat", "-o", output)
     (tmp_path / "config.yaml").write_text("name: unfinished\n")
     assert "its training has not finished" in refused(capsys, tmp_path, "cat", "-o", output)

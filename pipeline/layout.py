@@ -1,0 +1,193 @@
+"""How a pipeline is saved so that a stranger can load it: an index that diffusers follows, and the code it leads to.
+
+This file travels with the pipeline, as guidance.py does, so that a stranger's own save and push keep the layout:
+
+    model_index.json           "_class_name": ["pipeline", "TextToImagePipeline"], "scheduler": ["scheduler", "DDPMScheduler"]
+    pipeline.py guidance.py layout.py               the pipeline, and the files beside it that it imports
+    scheduler/scheduler.py vae/patches.py ...       each component that diffusers and transformers do not have
+    scheduler/scheduler_config.json unet/ ...       as stock classes read them, without any of this code
+
+Where Stable Diffusion's own pipeline draws the same from the same parts, the index is Stable Diffusion's, which stock
+diffusers loads with no remote code at all. Ours then lies in it under `PRIVATE`, which diffusers does not read.
+"""
+
+import importlib
+import inspect
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.utils.dynamic_modules_utils import get_relative_imports
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, ModelCardData
+from transformers import CLIPTextModel
+
+LIBRARIES = ("diffusers", "transformers")  # whose classes every stranger has
+FILE = "pipeline"  # the name that diffusers looks for
+PRIVATE = "_text_to_image"  # diffusers leaves out what begins with an underscore
+STABLE_DIFFUSION = {"_class_name": "StableDiffusionPipeline", "safety_checker": [None, None], "feature_extractor": [None, None],
+                    "image_encoder": [None, None], "requires_safety_checker": False}  # fmt: skip
+TAGS = ["text-to-image", "diffusion", "ddpm", "classifier-free-guidance"]
+LOADING = """\
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained({model!r}, trust_remote_code=True, use_safetensors=True)
+picture = pipe({prompt!r}, w={w:g}, seed=0).images[0]
+```
+
+w = 0 follows the prompt unguided, -1 ignores it. `trust_remote_code` runs `pipeline.py` and the files that it names: read
+them first. The parts load without it, and any stock scheduler fits once the pipeline is there:
+
+```python
+from diffusers import DDIMScheduler, UNet2DConditionModel
+
+pipe.scheduler = DDIMScheduler.from_pretrained({model!r}, subfolder="scheduler")
+unet = UNet2DConditionModel.from_pretrained({model!r}, subfolder="unet", use_safetensors=True)
+```
+"""
+LOADING_STOCK = """\
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained({model!r}, use_safetensors=True)  # diffusers' StableDiffusionPipeline
+picture = pipe({prompt!r}, guidance_scale={s:g}).images[0]
+```
+
+`pipeline.py` of this repository, once you have read it, adds w = guidance_scale - 1 and a seed for each picture:
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained({model!r}, custom_pipeline={model!r}, trust_remote_code=True, use_safetensors=True)
+picture = pipe({prompt!r}, w={w:g}, seed=0).images[0]
+```
+"""
+DOWNLOADING = ("revision", "token", "cache_dir", "force_download", "local_files_only")  # options of loading that are a download's
+
+
+class Layout:
+    """The saving and loading of a DiffusionPipeline, to be named before it among the bases of a class."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """The pipeline saved in a folder, or in the Hub's `user/name` or `user/name@revision`, by the classes of this package.
+
+        Nothing that was saved beside it is run, and what would need that is refused. In a process without this package it
+        is diffusers' own loading, which runs the code of the repository once it is trusted to.
+        """
+        if at_home() and not os.path.isdir(pretrained_model_name_or_path):
+            options = {name: kwargs.pop(name) for name in DOWNLOADING if name in kwargs}
+            pretrained_model_name_or_path = safe().download(str(pretrained_model_name_or_path), **options)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def load_config(cls, *args, **kwargs):
+        """The index of a saved pipeline; in this package with its own classes in the place of those that came along."""
+        index = super().load_config(*args, **kwargs)
+        return safe().own(index) if at_home() and isinstance(index, dict) else index
+
+    def to_json_string(self) -> str:
+        """`model_index.json`: our classes by the files that `save_config` writes, or Stable Diffusion's index, ours in it."""
+        index = json.loads(super().to_json_string())
+        index.pop("_name_or_path", None)
+        for name, module in self._own_modules().items():
+            index[name] = [module.rpartition(".")[2], index[name][1]]
+        index["_class_name"] = [FILE, type(self).__name__]
+        if self.is_stable_diffusion():
+            kept = ("_diffusers_version", "unet", "vae", "text_encoder", "tokenizer")
+            ours = {key: value for key, value in index.items() if key not in kept}
+            scheduler = ["diffusers", index["scheduler"][1]]
+            index = {key: index[key] for key in kept} | STABLE_DIFFUSION | {"scheduler": scheduler, PRIVATE: ours}
+        return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
+        """The index, and beside it the code that it names; no file tells where on this machine a component came from."""
+        folder = Path(save_directory)
+        for path, source in self._code().items():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, folder / path)
+        for path in (folder / name / "config.json" for name in self.components):
+            if path.is_file() and (config := json.loads(path.read_text(encoding="utf-8"))).pop("_name_or_path", None) is not None:
+                path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def push_to_hub(self, repo_id: str, commit_message: str | None = None, private: bool | None = None, token: str | None = None,
+                    create_pr: bool = False) -> CommitInfo:  # fmt: skip
+        """Upload the whole pipeline in one commit, with a short card where the repository has none; files as they are make none.
+
+        repo_id: `user/name`, or `name` for one's own. ValueError where a stranger could not draw with what it would hold.
+        """
+        if self.text_encoder is None or self.tokenizer is None:
+            raise ValueError("this pipeline has no text encoder, expected one in what is shared: load it with pipeline.hub.load, "
+                             "which supplies the one that its config.yaml names")  # fmt: skip
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            if not api.file_exists(repo_id, "README.md"):
+                plain_card(repo_id, self.is_stable_diffusion()).save(Path(folder) / "README.md")
+            return api.create_commit(repo_id, additions(Path(folder)), create_pr=create_pr,
+                                     commit_message=commit_message or f"Upload {type(self).__name__}")  # fmt: skip
+
+    def is_stable_diffusion(self) -> bool:
+        """Whether diffusers' own StableDiffusionPipeline, given these parts, draws the same pictures."""
+        unet, vae, tokenizer, length = self.unet, self.vae, self.tokenizer, self.config.caption_length
+        parts = (isinstance(unet, UNet2DConditionModel) and isinstance(vae, AutoencoderKL) and tokenizer is not None
+                 and isinstance(self.text_encoder, CLIPTextModel) and self.whitening is None)  # fmt: skip
+        return (parts and unet.config.addition_embed_type is None and unet.config.class_embed_type is None
+                and not vae.config.shift_factor and length in (None, tokenizer.model_max_length)
+                and ("scheduler" not in self._own_modules() or type(self.scheduler).__name__ == "DDPMScheduler"))  # fmt: skip
+
+    def _own_modules(self) -> dict[str, str]:
+        """The module of each component that the libraries do not have; ValueError for one that is in no file to copy."""
+        found = {}
+        for name, part in self.components.items():
+            module = type(getattr(part, "_orig_mod", part)).__module__  # _orig_mod: what torch.compile has wrapped
+            if part is not None and module.split(".")[0] not in LIBRARIES:
+                if module == "__main__":
+                    raise ValueError(f"{name} is a {type(part).__name__} of the running script, expected a class of a module: "
+                                     "move it to a file of its own, which can travel")  # fmt: skip
+                found[name] = module
+        return found
+
+    def _code(self) -> dict[str, Path]:
+        """Path in the saved folder -> source file, of all code that a stranger needs."""
+        source = Path(inspect.getsourcefile(type(self)))
+        code = {f"{FILE}.py": source} | {f"{name}.py": source.with_name(f"{name}.py") for name in get_relative_imports(source)}
+        if not self.is_stable_diffusion():
+            for name, module in self._own_modules().items():
+                code[f"{name}/{module.rpartition('.')[2]}.py"] = Path(inspect.getsourcefile(sys.modules[module]))
+        return code
+
+
+def at_home() -> bool:
+    """Whether this file is the package's own, and not a copy that came with a model."""
+    return __package__ == "pipeline"
+
+
+def safe():
+    """The module that decides what may be loaded; it does not travel."""
+    return importlib.import_module(f"{__package__}.safe")
+
+
+def additions(folder: Path) -> list[CommitOperationAdd]:
+    """Every file of a folder, to be committed under its own path."""
+    return [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+def plain_card(repo_id: str, stock: bool) -> ModelCard:
+    """A model card that says no more than how to load the repository."""
+    data = ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=TAGS)
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {repo_id.rpartition('/')[2]}\n\n{loading(repo_id, stock)}")
+
+
+def loading(model: str, stock: bool, prompt: str = "red heart", w: float = 2.0) -> str:
+    """How a process without this package draws with a saved model, a folder or a repository, as Markdown.
+
+    stock: whether its index is Stable Diffusion's.
+    """
+    return (LOADING_STOCK if stock else LOADING).format(model=model, prompt=prompt, w=w, s=1 + w)

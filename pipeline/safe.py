@@ -1,0 +1,145 @@
+"""What of a saved model may be loaded, from this disk or the Hub: classes that are known, safetensors, one revision, no code."""
+
+import contextlib
+import importlib
+import json
+import re
+from collections.abc import Iterator
+from numbers import Real
+from pathlib import Path
+
+OURS = {"DDPMScheduler": "scheduler", "PatchAutoencoder": "patches", "CaptionWhitening": "captions"}  # class -> module
+PIPELINES = ("TextToImagePipeline", "StableDiffusionPipeline")
+PARTS = ("unet", "scheduler", "text_encoder", "tokenizer", "vae", "whitening")
+NEEDED = ("unet", "scheduler")
+SETTINGS = ("caption_length", "caption_dropout", "w")
+BASES = {"diffusers": ("ModelMixin", "SchedulerMixin"), "transformers": ("PreTrainedModel", "PreTrainedTokenizerBase")}
+INDEX = "model_index.json"
+BESIDE = ("README.md", "training_config.yaml", "metrics.json", "images/*.png")
+FILES = ("*.json", "*.safetensors", "*.txt", "*.model")  # of a component: settings, weights, vocabularies
+VARIANTS = "*.*.safetensors"  # half precision, weights without an average, ...: the same again
+
+
+class ModelError(ValueError):
+    """A model that is not loaded: what was found, what is expected, how to mend it."""
+
+
+def named(model: str) -> tuple[str, str | None] | None:
+    """(repository, revision or None) where a model's name is the Hub's `user/name` or `user/name@revision`, else None.
+
+    Without a revision, a name whose first part is a folder here is a path.
+    """
+    found = re.fullmatch(r"(\w[\w-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?", model)
+    if found is None or (found[2] is None and Path(model).parent.is_dir()):
+        return None
+    return found[1], found[2]
+
+
+def download(model: str, **options) -> Path:
+    """The folder of a model of the Hub at one revision: what loads it, and what is shown of it.
+
+    model: `user/name` or `user/name@revision`. options: huggingface_hub.snapshot_download's. The index is read first, so a
+    model that is refused is not downloaded.
+    """
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    if (found := named(model)) is None:
+        raise ModelError(f"{model} is not a folder here, expected one or a model of the Hub: pass user/name[@revision]")
+    repo, revision = found
+    options |= {} if revision is None else {"revision": revision}
+    with told(model):
+        index = Path(hf_hub_download(repo, INDEX, **options))
+        parts = [name for name, value in own(read(index)).items() if name in PARTS and value[0] is not None]
+        patterns = [INDEX, *BESIDE, *(f"{part}/{kind}" for part in parts for kind in FILES)]
+        pinned = options | {"revision": index.parent.name}  # of all files, whatever is pushed meanwhile
+        return Path(snapshot_download(repo, allow_patterns=patterns, ignore_patterns=["*.py", VARIANTS], **pinned))
+
+
+def revision_of(model: str, token: str | None = None) -> tuple[str, str]:
+    """(repository, 40-hex commit) of a model of the Hub as it is now."""
+    from huggingface_hub import HfApi
+
+    if (found := named(model)) is None:
+        raise ModelError(f"{model} is not a model of the Hub, expected user/name or user/name@revision: push it first")
+    with told(model):
+        return found[0], HfApi(token=token).model_info(found[0], revision=found[1]).sha
+
+
+def read(index: Path) -> dict:
+    """What a model_index.json holds."""
+    try:
+        found = json.loads(index.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ModelError(f"{index} is damaged ({error}), expected JSON: save the pipeline again") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{index} holds a {type(found).__name__}, expected a pipeline's components: save the pipeline again")
+    return found
+
+
+def own(index: dict) -> dict:
+    """An index by classes of this package, diffusers and transformers alone, whatever code came along; ModelError otherwise.
+
+    What a Stable Diffusion pipeline has beside our components, such as its safety checker, is left out.
+    """
+    kind = index.get("_class_name")
+    name = kind[-1] if isinstance(kind, list) and kind else kind
+    if name not in PIPELINES:
+        raise ModelError(f"this model is a {name}, expected a {' or a '.join(PIPELINES)}: load it with its own library")
+    from pipeline.layout import PRIVATE  # imports diffusers, which a mistyped path need not wait for
+
+    private = index.get(PRIVATE, {})
+    index = index | (private if isinstance(private, dict) else {})
+    if missing := [part for part in NEEDED if not index.get(part)]:
+        raise ModelError(f"{INDEX} names no {' and no '.join(missing)}, expected both {' and '.join(NEEDED)}: save it again")
+    settings = {key: index[key] for key in SETTINGS if index.get(key) is not None}
+    if wrong := [f"{key} {value!r}" for key, value in settings.items() if not isinstance(value, Real)]:
+        raise ModelError(f"{INDEX} has {' and '.join(wrong)}, expected numbers: save it again")
+    return settings | {part: component(part, index[part]) for part in PARTS if part in index} | {"_class_name": PIPELINES[0]}
+
+
+def component(part: str, value: object) -> list[str | None]:
+    """[module, class] of one component, of this package, diffusers or transformers; [None, None] where there is none."""
+    library, name = value if isinstance(value, list | tuple) and len(value) == 2 else (value, value)
+    if library is None:
+        return [None, None]
+    if isinstance(library, str) and isinstance(name, str):
+        if OURS.get(name) == library.rpartition(".")[2]:
+            return [importlib.import_module(f"{__package__}.{OURS[name]}").__name__, name]
+        if library in BASES:
+            module = importlib.import_module(library)
+            found = getattr(module, name, None)
+            if isinstance(found, type) and issubclass(found, tuple(getattr(module, base) for base in BASES[library])):
+                return [library, name]
+    raise ModelError(f"its {part} is {name!r} of {library!r}, expected a class of diffusers, transformers or this package: code "
+                     "of a model is not run here, so read it and load it by diffusers' trust_remote_code")  # fmt: skip
+
+
+def refuse_pickles(folder: Path, index: dict) -> None:
+    """ModelError where a network of a saved pipeline has no safetensors: whatever else its weights are in may run code."""
+    networks = [part for part in PARTS if index.get(part, [None])[0] and (folder / part / "config.json").is_file()]
+    if unsafe := [part for part in networks if not any((folder / part).glob("*.safetensors"))]:
+        raise ModelError(f"{folder} cannot be loaded: its {' and '.join(unsafe)} has no safetensors, expected them, since a "
+                         "pickle may run code: have it saved again with safe_serialization=True")  # fmt: skip
+
+
+@contextlib.contextmanager
+def told(model: str) -> Iterator[None]:
+    """Whatever the Hub's client says about getting a model, in one sentence."""
+    from huggingface_hub import errors
+
+    reasons = {  # the first that fits
+        errors.GatedRepoError: "is gated and this account may not read it, expected its conditions to be accepted: do so on its "
+                               "page, then `hf auth login`",
+        errors.RepositoryNotFoundError: "is not on the Hub, or private and not yours, and no folder here: check the name, or "
+                                        "`hf auth login`",
+        errors.RevisionNotFoundError: "has no such revision, expected a branch, a tag or a commit: leave it out for the newest",
+        errors.LocalEntryNotFoundError: "is neither a folder here nor in the cache, and the Hub cannot be reached: connect once, "
+                                        "or pass a folder",
+        errors.EntryNotFoundError: f"holds no {INDEX}, expected a saved diffusers pipeline: check the name",
+        errors.HTTPError: "cannot be had from the Hub, which is busy or out of reach: try again later",
+    }  # fmt: skip
+    try:
+        yield
+    except (errors.HTTPError, errors.EntryNotFoundError) as error:
+        reason = next(words for kind, words in reasons.items() if isinstance(error, kind))
+        raise ModelError(f"{model} {reason}") from error
