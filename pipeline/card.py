@@ -59,7 +59,18 @@ def describe(config: Config, run: Run, pipe: TextToImagePipeline, images, second
     known = facts(str(images.report), seconds, stock=pipe.is_stable_diffusion(), **base)
     runs.replace(run.folder / FACTS, json.dumps(known | last, indent=1))
     illustrate(config, run)
-    runs.replace(run.card, str(read(run.folder, str(run.adapter if run.adapted else run.pipeline))))
+    refresh(run.folder, str(run.adapter if run.adapted else run.pipeline))
+
+
+def refresh(folder: Path, model: str | None = None) -> None:
+    """Write the card of a described run's folder, or of one that keeps its files, anew: with what has been measured since.
+
+    model: where the card says to load it from; None is what it said before.
+    """
+    path = folder / FACTS
+    known = json.loads(path.read_text(encoding="utf-8"))
+    runs.replace(path, json.dumps(known | {"model": model or known["model"]}, indent=1))
+    runs.replace(folder / "README.md", str(read(folder, model or known["model"])))
 
 
 def illustrate(config: Config, run: Run) -> None:
@@ -81,20 +92,23 @@ def illustrate(config: Config, run: Run) -> None:
 def read(folder: Path, model: str) -> ModelCard:
     """The card of a described run's folder, or of one that keeps its files: config.yaml, training.json, images/, metrics.json.
 
+    A notes.md there, what somebody has seen by looking, becomes a part of it.
+
     model: where the card says to load it from, a folder or a repository.
     """
-    metrics = folder / "metrics.json"
+    metrics, notes = folder / "metrics.json", folder / "notes.md"
     return build(load_file(folder / "config.yaml"), json.loads((folder / FACTS).read_text(encoding="utf-8")),
                  sorted(path.name for path in (folder / IMAGES).glob("*.png")), model,
-                 json.loads(metrics.read_text(encoding="utf-8")) if metrics.is_file() else {})  # fmt: skip
+                 json.loads(metrics.read_text(encoding="utf-8")) if metrics.is_file() else {},
+                 notes.read_text(encoding="utf-8").strip() if notes.is_file() else "")  # fmt: skip
 
 
 def build(config: Config, known: dict, pictures: list[str] = (), model: str = "USER/NAME",
-          metrics: dict | None = None) -> ModelCard:  # fmt: skip
+          metrics: dict | None = None, notes: str = "") -> ModelCard:  # fmt: skip
     """The model card: what it draws, how to load it, how it was made, what was measured, its limits and its licences.
 
-    known: of `facts`. pictures: the names of those in images/. metrics: of `pipeline.evaluation`. All metadata goes through
-    YAML, and what users wrote is quoted in the body, so that it stays text.
+    known: of `facts`. pictures: the names of those in images/. metrics: of `pipeline.evaluation`. notes: Markdown. All
+    metadata goes through YAML, and what users wrote is quoted in the body, so that it stays text.
     """
     embedded, sample, base = config.data.source in emoji.SETS, config.sample, known.get("base_model")
     shown = [i for i in range(len(sample.prompts)) if f"prompt-{i}.png" in pictures]
@@ -123,6 +137,7 @@ def build(config: Config, known: dict, pictures: list[str] = (), model: str = "U
         picture("training.png", pictures, "The loss, and the error by timestep."),
         picture("strips.png", pictures, "From noise to picture: x_t on the left, the current x_0 on the right."),
         "## Measured\n\n" + (block(measured(metrics)) if metrics else "Nothing yet, beyond the losses."),
+        notes,
         "## Limits\n\nIt draws what its training pictures show, composes that only so far, and has their bias. There is no "
         "safety checker: look at what it draws before others do.",
         "## Licence\n\n" + licences(embedded, base, known.get("base_license")),

@@ -1,7 +1,8 @@
 """How well a run draws what its captions say: retrieval by an ImageNet network, copies, seams, with 95 % intervals.
 
 A drawing is judged by the rank of its caption's own picture among all pictures of the set, by centred cosine of pooled
-features. `python -m pipeline.evaluation RUN` writes `RUN/metrics.json`; what it has drawn is kept, so it can be stopped.
+features. `python -m pipeline.evaluation RUN` writes `RUN/metrics.json` and the card anew; what it has drawn is kept, so it can
+be stopped.
 """
 
 import argparse
@@ -430,6 +431,8 @@ def main(argv: list[str] | None = None) -> int:
                         help="instead: start from the real pictures of the --choose-on captions, noised to each of these "
                              "timesteps, and see where on the way quality is lost")  # fmt: skip
     args = parser.parse_args(argv)
+    from pipeline import card  # which imports this module
+
     try:
         if args.from_real:
             _config, judge, bank, pipe = finished(args.run)
@@ -439,6 +442,8 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"from t = {found['t']}: first {percent(found['first'])}, first five {percent(found['first_five'])}")
             return 0
         print(report(evaluate(args.run, args.w, args.seeds, args.choose_seed, args.choose_on, args.steps, args.batch)))
+        if (args.run / card.FACTS).is_file():
+            card.refresh(args.run)
     except (EvaluationError, settings.ConfigError, data.DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

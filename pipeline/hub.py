@@ -1,4 +1,4 @@
-"""How a model is found, loaded and shared: `python -m pipeline.hub push RUN USER/NAME`, `pull`, `space`.
+"""How a model is found, loaded and shared: `python -m pipeline.hub push RUN USER/NAME`, `pull`, `ship`, `space`.
 
 What is pushed is the layout of `pipeline.layout`, always with its text encoder, in one commit; what is loaded goes through
 `pipeline.safe`. Tokens come from HF_TOKEN or `hf auth login`, and are never printed.
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
 from diffusers import UNet2DConditionModel
 from diffusers.utils.dynamic_modules_utils import get_relative_imports
 from huggingface_hub import CommitOperationAdd, HfApi, RepoCard, SpaceCardData
@@ -29,6 +30,7 @@ from pipeline.text_to_image import TextToImagePipeline
 
 ROOT = Path(__file__).parent.parent
 PINNED = "model.txt"  # a Space's model, USER/NAME@COMMIT
+SHARD = "9MB"  # of weights in one file, where `ship` makes it
 WAITS = (1, 4, 16)  # seconds before a push is tried again
 SPACE = ("app.py", "requirements.txt", "LICENSE", "NOTICE", "pipeline/*.py")
 
@@ -199,7 +201,33 @@ def assemble_pipeline(folder: Path, target: Path) -> bool:
     return safe.read(target / safe.INDEX)["_class_name"] == "StableDiffusionPipeline"
 
 
-# ---- pull, space
+# ---- ship, pull, space
+
+
+def ship(source: str | Path, folder: Path) -> Path:
+    """A run's model for a git repository: bf16 weights in shards, no code, the text encoder left to the config.yaml beside it.
+
+    `load` supplies that encoder, from its pip package by its hash or from the Hub; `push` adds it, and the code.
+    """
+    if folder.exists():
+        raise HubError(f"{folder} exists, expected the name of a new folder: choose another")
+    run = Run(source)
+    if not (run.config.is_file() and (run.pipeline / safe.INDEX).is_file()):
+        raise HubError(f"{source} is no finished run, expected {run.pipeline / safe.INDEX} and {run.config}: train first")
+    pipe = load(source)
+    pipe.unet.to(torch.bfloat16)
+    pipe.register_modules(text_encoder=None, tokenizer=None)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        new = Path(scratch) / folder.name
+        pipe.save_pretrained(new, safe_serialization=True, max_shard_size=SHARD)
+        for code in new.rglob("*.py"):
+            code.unlink()
+        for path in (run.config, run.folder / card.FACTS):
+            shutil.copyfile(path, new / path.name)
+        shutil.copytree(run.folder / card.IMAGES, new / card.IMAGES)
+        card.refresh(new, str(folder))
+        new.rename(folder)
+    return folder
 
 
 def pull(model: str, folder: Path) -> Path:
@@ -275,6 +303,9 @@ def main(argv: list[str] | None = None) -> int:
     pulling = commands.add_parser("pull", help="download a model, without code")
     pulling.add_argument("model", metavar="USER/NAME[@REVISION]")
     pulling.add_argument("folder", type=Path, help="a new folder")
+    shipping = commands.add_parser("ship", help="make a run's model small enough for a git repository")
+    shipping.add_argument("source", metavar="RUN", help="a finished run's folder (runs/NAME)")
+    shipping.add_argument("folder", type=Path, help="a new folder")
     showing = commands.add_parser("space", help="upload this project's page as a Space of a model")
     showing.add_argument("--model", required=True, metavar="USER/NAME[@REVISION]", help="what it draws with, at that commit")
     for command in (pushing, showing):
@@ -284,6 +315,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.command == "push":
             print(push(args.source, args.repo_id, private=args.private))
+        elif args.command == "ship":
+            print(ship(args.source, args.folder))
         elif args.command == "pull":
             print(pull(args.model, args.folder))
         else:

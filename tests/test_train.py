@@ -143,6 +143,31 @@ def test_a_checkpoint_draws_with_its_averaged_weights(whole):
     assert np.array_equal(*drawn)
 
 
+def test_a_shipped_model_is_small_and_draws_with_the_encoder_that_its_settings_name(whole, tmp_path):
+    shipped = hub.ship(whole[0], tmp_path / "shipped")
+    index = json.loads((shipped / "model_index.json").read_text())
+    assert index["text_encoder"] == index["tokenizer"] == [None, None]
+    assert not list(shipped.rglob("*.py")) and not list(shipped.rglob("*.bin"))
+    stored = load_file(shipped / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {value.dtype for value in stored.values()} == {torch.bfloat16}
+    assert all(torch.equal(value, stored[name].float()) or torch.allclose(value, stored[name].float(), rtol=2**-8, atol=0)
+               for name, value in weights(whole[0]).items())  # fmt: skip
+    card = (shipped / "README.md").read_text()
+    assert "license: other" in card and str(tmp_path) in card and "images/samples.png" in card
+    (shipped / "notes.md").write_text("## Looked at\n\nreds are red")
+    hub.card.refresh(shipped)
+    assert "## Looked at\n\nreds are red\n\n## Limits" in (shipped / "README.md").read_text()
+    pipe, finished = hub.load(shipped), hub.load(whole[0])
+    for model in (pipe, finished):
+        model.set_progress_bar_config(disable=True)
+    drawn = [np.asarray(p("red", w=1.0, seed=0, num_inference_steps=3).images[0]).astype(int) for p in (pipe, finished)]
+    assert abs(drawn[0] - drawn[1]).max() < 30, "bf16 weights draw about the same"
+    with pytest.raises(hub.HubError, match="exists, expected the name of a new folder"):
+        hub.ship(whole[0], shipped)
+    with pytest.raises(hub.HubError, match="is no finished run"):
+        hub.ship(tmp_path, tmp_path / "more")
+
+
 def test_a_page_follows_a_run_in_progress(whole, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(whole[0], run, ignore=shutil.ignore_patterns("pipeline"))
