@@ -251,7 +251,9 @@ def plot_run(run: Run, images, pipe: TextToImagePipeline) -> Path:
         x_0 = pipe.encode(images.images[rows].to(pipe.device).float() / 127.5 - 1)
         floor = [irreducible_loss(x_0, pipe.scheduler, t).mean().item() for t in grid]
         right.plot(grid, floor, "k--", label="irreducible without captions (exact denoiser)")
+        lowest = min(min(line.get_ydata()) for line in right.get_lines()[:-1])  # the exact denoiser's falls to nothing
         right.set(xlabel="timestep", ylabel="mean squared error of x_0", yscale="log", title="Error by timestep")
+        right.set_ylim(bottom=lowest / 5)
         right.legend()
     path = run.figures / "training.png"
     figure.savefig(path, dpi=110)

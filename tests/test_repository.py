@@ -1,6 +1,7 @@
 """What the repository says about itself is so."""
 
 import ast
+import importlib.metadata
 import os
 import re
 import subprocess
@@ -137,3 +138,24 @@ def test_the_front_matter_is_a_spaces():
 def test_the_space_pins_the_gradio_that_is_required():
     required = re.search(r"^gradio==(\S+)", (ROOT / "requirements.txt").read_text(), re.M)[1]
     assert f"sdk_version: {required}\n" in (ROOT / "README.md").read_text()
+
+
+def test_the_reliability_table_has_every_case_once_and_names_tests_that_exist():
+    text = (ROOT / "docs" / "reliability.md").read_text()
+    cases = [int(number) for number in re.findall(r"^\| (\d+) \|", text, re.M)]
+    assert sorted(cases) == list(range(1, 61))
+    existing = {name for path in (ROOT / "tests").glob("test_*.py")
+                for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)}  # fmt: skip
+    rows = [line for line in text.splitlines() if re.match(r"\| (\d+|[a-e]) \|", line)]
+    for row in rows:
+        proof = row.split("|")[-2].strip()
+        assert proof == "-" or proof.strip("`") in existing, row
+
+
+def test_requirements_are_above_the_floors_that_security_asks_for():
+    floors = {"diffusers": (0, 42), "transformers": (5, 3), "torch": (2, 10), "gradio": (6, 31), "pillow": (12, 2)}
+    pins = dict(re.findall(r"^([\w-]+)==([\d.]+)", (ROOT / "requirements.txt").read_text(), re.M))
+    for name, floor in floors.items():
+        assert tuple(map(int, pins[name].split(".")))[:2] >= floor, name
+        installed = tuple(map(int, re.findall(r"\d+", importlib.metadata.version(name))))[:2]
+        assert installed >= floor, name
