@@ -17,7 +17,7 @@ ALLOWED = {  # what a module may import of ours
     "scheduler": set(), "guidance": set(), "patches": set(), "captions": set(), "config": set(), "emoji": set(), "run": set(),
     "muon": set(),
     "losses": {"scheduler"}, "exact": {"scheduler"}, "text_to_image": {"guidance"}, "sources": {"config"},
-    "data": {"config", "emoji", "sources"},
+    "data": {"config", "emoji", "sources"}, "stream": {"config", "data", "sources"},
     "models": {"config", "patches", "captions"},
 }  # fmt: skip
 SOURCES = [*MODULES, ROOT / "train_text2img.py", ROOT / "app.py"]
