@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
+from accelerate.utils import gather_object
 from diffusers import UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.utils import make_image_grid
@@ -28,6 +29,7 @@ from pipeline import data, emoji, hub, losses, models, muon
 from pipeline import run as runs
 from pipeline.config import Config, ConfigError
 from pipeline.scheduler import DDPMScheduler
+from pipeline.stream import Stream
 from pipeline.text_to_image import TextToImagePipeline
 
 FREE = ("name", "output", "report_to", "sample", "data.cache", "train.steps", "train.threads", "train.log_every",
@@ -41,9 +43,9 @@ HELD = 16  # images of each split on it
 class Parts:
     """What a step needs: the images with their caption states, and the models."""
 
-    images: data.CaptionedImages
+    images: data.CaptionedImages  # of a stream its first rows
     held_out: data.CaptionedImages | None
-    states: torch.Tensor  # (N, L, D), one row an image of the training split
+    states: torch.Tensor  # (M, L, D), one row a caption of the training split
     held_states: torch.Tensor | None
     empty: torch.Tensor  # (1, L, D), the empty caption
     unet: UNet2DConditionModel
@@ -52,10 +54,14 @@ class Parts:
     whitening: torch.nn.Module | None
     tokenizer: object
     encoder: torch.nn.Module
+    encode: data.CaptionStates  # of a stream's captions
+    stream: Stream | None = None
 
-    def latents(self, images: data.CaptionedImages, rows) -> torch.Tensor:
-        """Images by row as the network sees them, (B, c, h, w)."""
+    def latents(self, images: data.CaptionedImages, rows, flip: torch.Tensor | None = None) -> torch.Tensor:
+        """Images by row as the network sees them, (B, c, h, w), mirrored where `flip` (B,) says so."""
         pixels = images.images[rows].to(self.empty.device).float() / 127.5 - 1
+        if flip is not None:
+            pixels = torch.where(flip.to(pixels.device)[:, None, None, None], pixels.flip(-1), pixels)
         return pixels if self.vae is None else self.vae.encode(pixels).latents * self.vae.config.scaling_factor
 
     def loss(self, config: Config, output, x_0, eps, t) -> torch.Tensor:
@@ -74,19 +80,20 @@ def prepare(config: Config, checkpoint: Path | None, device: torch.device) -> Pa
     """Read the data, encode its captions, build or load the models."""
     images, held_out = data.load_splits(config.data)
     tokenizer, encoder = models.text_encoder(config.model.text_encoder)
+    images = images.measured(tokenizer, config.data.caption_length)
     encode = lambda captions: data.encode_captions(captions, tokenizer, encoder, config.data.caption_length,
                                                    cache_dir=config.data.cache)  # fmt: skip
-    states = encode(images.captions)
+    states = encode(images.all_captions)
     whitening = models.whitening(config.model, states)
     white = whitening or (lambda raw: raw)
     states, empty = white(states), white(encode([""]))
     torch.manual_seed(config.seed)  # the network's first weights
     unet = (models.unet(config, empty.shape[-1]) if checkpoint is None
             else UNet2DConditionModel.from_pretrained(checkpoint / "unet", use_safetensors=True))  # fmt: skip
-    return Parts(images, held_out, states.to(device), white(encode(held_out.captions)).to(device) if held_out else None,
+    return Parts(images, held_out, states.to(device), white(encode(held_out.all_captions)).to(device) if held_out else None,
                  empty.to(device), models.for_training(unet, device), DDPMScheduler(**vars(config.diffusion)),
-                 models.autoencoder(config.model), whitening and whitening.to(device), tokenizer,
-                 encoder.to(device))  # fmt: skip
+                 models.autoencoder(config.model), whitening and whitening.to(device), tokenizer, encoder.to(device),
+                 data.CaptionStates(tokenizer, encoder, config.data.caption_length))  # fmt: skip
 
 
 def optimizer_of(unet, train: settings.TrainConfig) -> torch.optim.AdamW:
@@ -122,16 +129,35 @@ def restore(optimizer: torch.optim.Optimizer, state: dict) -> None:
                 moments[name] = torch.empty_like(weight).copy_(value)
 
 
+def open_stream(config: Config, accelerator: Accelerator) -> contextlib.AbstractContextManager[Stream | None]:
+    """This process's part of a streamed training split; None within where the data is prepared before."""
+    if not config.data.streaming:
+        return contextlib.nullcontext()
+    return contextlib.closing(Stream(config.data, config.seed, accelerator.process_index, accelerator.num_processes))
+
+
+def examples(parts: Parts, config: Config, step: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x_0 (B, c, h, w) and caption states (B, L, D) of the examples at `slots` of the global batch of one step."""
+    seed, device = config.seed, parts.empty.device
+    flip = data.flips(seed, step, slots) if config.data.flip else None
+    if parts.stream is None:
+        rows = data.batch_indices(seed, step, config.train.batch_size, len(parts.images), slots=slots)
+        return parts.latents(parts.images, rows, flip), parts.states[parts.images.chosen(seed, step, slots, rows)]
+    batch = parts.stream.take(len(slots))
+    choice = data.caption_choice(seed, step, slots, [len(captions) for captions in batch.alternatives]).tolist()
+    states = parts.encode([captions[i] for captions, i in zip(batch.alternatives, choice, strict=True)]).to(device)
+    return parts.latents(batch, slice(None), flip), states if parts.whitening is None else parts.whitening(states)
+
+
 def batch_loss(unet, parts: Parts, config: Config, step: int, slots: torch.Tensor) -> torch.Tensor:
     """The training loss of the examples at `slots` of the global batch of one step, one value each (B,)."""
     seed, train, device = config.seed, config.train, parts.empty.device
-    rows = data.batch_indices(seed, step, train.batch_size, len(parts.images), slots=slots)
-    x_0 = parts.latents(parts.images, rows)
+    x_0, states = examples(parts, config, step, slots)
     t = data.timesteps(seed, step, slots, train.batch_size, config.diffusion.num_train_timesteps).to(device)
     eps = data.noise(seed, step, slots, x_0.shape[1:]).to(device)
     x_t = parts.scheduler.add_noise(x_0, eps, t)  # (5)
     keep = data.keep_caption(seed, step, slots, config.data.caption_dropout).to(device)
-    captions = torch.where(keep[:, None, None], parts.states[rows], parts.empty)  # (14)
+    captions = torch.where(keep[:, None, None], states, parts.empty)  # (14)
     output = unet(x_t.to(memory_format=torch.channels_last), t, encoder_hidden_states=captions, return_dict=False)[0]
     return parts.loss(config, output.float(), x_0, eps, t)
 
@@ -151,7 +177,7 @@ def validate(unet, parts: Parts, config: Config, stop) -> dict:
             if stop:
                 return {}
             x_t = parts.scheduler.add_noise(x_0, eps, torch.full((len(rows),), t, device=x_0.device))
-            output = unet(x_t, t, encoder_hidden_states=states[rows], return_dict=False)[0].float()
+            output = unet(x_t, t, encoder_hidden_states=states[images.first[rows]], return_dict=False)[0].float()
             loss.append(parts.loss(config, output, x_0, eps, torch.full((len(rows),), t)).mean().item())
             error[t] = (parts.scheduler.predict_x_0(output, t, x_t) - x_0).square().mean().item()
         record[f"{split}_loss"], record[f"{split}_x_0_error"] = sum(loss) / GRID, error
@@ -233,13 +259,15 @@ def train(config: Config, dry_run: bool = False) -> int:
         if start >= config.train.steps and (run.pipeline / "model_index.json").exists():
             accelerator.print(f"{run.folder} is finished at step {start} of {config.train.steps}.\n{usage(run, config)}")
             return 0
-        return loop(config, accelerator, run, checkpoint, stop)
+        with open_stream(config, accelerator) as stream:
+            return loop(config, accelerator, run, checkpoint, stop, stream)
 
 
-def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Path | None, stop) -> int:
+def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Path | None, stop, stream: Stream | None) -> int:
     """The training loop, from a checkpoint or from nothing to the last step; the exit code."""
     main, share, steps = accelerator.is_main_process, config.train.batch_size // config.train.accumulation, config.train.steps
     parts = prepare(config, checkpoint, accelerator.device)
+    parts.stream = stream
     optimizer = optimizer_of(parts.unet, config.train)
     schedule = lr_schedule(optimizer, config.train)
     ema = models.moving_average(parts.unet, config.train.ema)
@@ -250,6 +278,8 @@ def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Pa
         schedule.load_state_dict(saved["schedule"])
         ema.load_state_dict(saved["ema"])
         state = saved["state"]
+        if stream is not None:
+            stream.load_state_dict(saved["streams"][accelerator.process_index % len(saved["streams"])])
     if main:
         run.rewind(state["step"])
         runs.replace(run.config, config.to_yaml())
@@ -265,7 +295,7 @@ def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Pa
     def save():
         state["seconds"] = clock()
         trainer = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "ema": ema.state_dict(),
-                   "state": state}  # fmt: skip
+                   "state": state, "streams": gather_object([stream.state_dict()]) if stream is not None else []}  # fmt: skip
 
         def write(folder):
             parts.unet.save_pretrained(folder / "unet", safe_serialization=True)
@@ -359,12 +389,13 @@ def rehearse(config: Config, accelerator: Accelerator) -> int:
     optimizer = optimizer_of(parts.unet, config.train)
     unet, optimizer = accelerator.prepare(parts.unet, optimizer)
     slots, timed = torch.arange(config.train.batch_size // config.train.accumulation), []
-    for step in range(2):  # the first one warms up
-        began = time.perf_counter()
-        accelerator.backward(batch_loss(unet, parts, config, step, slots).mean())
-        optimizer.step()
-        optimizer.zero_grad()
-        timed.append((time.perf_counter() - began) * config.train.accumulation)
+    with open_stream(config, accelerator) as parts.stream:
+        for step in range(2):  # the first one warms up
+            began = time.perf_counter()
+            accelerator.backward(batch_loss(unet, parts, config, step, slots).mean())
+            optimizer.step()
+            optimizer.zero_grad()
+            timed.append((time.perf_counter() - began) * config.train.accumulation)
     hub.card(config, runs.Run(config.folder), parts.images, 0.0).data.to_yaml()
     minutes = timed[-1] * config.train.steps / 60
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

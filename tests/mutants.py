@@ -97,7 +97,7 @@ MUTANTS = [
     (CAPTIONS, "return torch.where(real, white, 0)", "return white", "test_captions.py::test_padding_stays_zero_and_takes_no_part"),
     (PIPELINE, '("scheduler", "patches", "captions")', '("scheduler", "patches")',
      "test_text_to_image.py::test_p1_a_fresh_process_loads_it"),
-    (TRAIN, "white(encode(held_out.captions))", "encode(held_out.captions)",
+    (TRAIN, "white(encode(held_out.all_captions))", "encode(held_out.all_captions)",
      "test_train.py::test_the_saved_pipeline_draws_and_a_checkpoint_holds_a_loadable_unet"),
     (TRAIN, 'white(encode([""]))', 'encode([""])',
      "test_train.py::test_the_saved_pipeline_draws_and_a_checkpoint_holds_a_loadable_unet"),

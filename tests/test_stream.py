@@ -1,11 +1,15 @@
 """A stream gives every row once an epoch, to one process or shared by several, and goes on exactly where it was."""
 
+import io
 import json
+import shutil
 
 import datasets
 import pytest
 import torch
+from PIL import Image
 from test_sources import png, squares, write
+from test_train import ROOT, TINY, same, train, weights
 
 from pipeline import sources
 from pipeline.config import DataConfig
@@ -170,3 +174,84 @@ def test_closing_ends_a_wait_for_the_network(stream, monkeypatch):
     one.close()
     with pytest.raises(DataError, match="is closed"):
         one.coming.result(timeout=10)
+
+
+# ---- training on one
+
+
+@pytest.fixture(scope="module")
+def config(table, tmp_path_factory):
+    """test_train's run on the table, with every setting that draws something at each step; 'both' has two captions a row."""
+    folder = tmp_path_factory.mktemp("run")
+    rows = [{"image": big(i), "text": f"square {i}", "other": "red" if i % 2 else None} for i in range(12)]
+    path = write(folder / "both.parquet", rows)
+    more = "streaming: true, flip: true, shuffle_buffer: 5, caption_column: [text, other], "
+    text = TINY.replace("{source: SOURCE, held_out: HELD, ", f"{{source: {path}, held_out: train, {more}")
+    (folder / "tiny.yaml").write_text(text.replace("CACHE", str(folder / "cache")))
+    return folder / "tiny.yaml"
+
+
+def big(i):
+    """A picture that differs from its mirror image."""
+    buffer = io.BytesIO()
+    ramp = Image.linear_gradient("L").transpose(Image.Transpose.ROTATE_90).resize((16, 16)).convert("RGB")
+    ramp.point(lambda value: (value + 20 * i) % 256).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+    """One uninterrupted run."""
+    out = tmp_path_factory.mktemp("whole")
+    return out / "tiny", train(config, out)
+
+
+def test_a_run_trains_on_a_stream_and_says_what_is_known_of_it(whole):
+    run, done = whole
+    assert (run / "pipeline" / "model_index.json").exists()
+    assert "both.parquet (train), the first 12 rows of a stream: 12 of 12 images usable" in done.stdout
+    assert "1 to 2 (median 2) captions an image" in done.stdout and "captions of" in done.stdout
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_run_on_a_stream_resumes_in_the_same_bytes(whole, tmp_path, step):
+    run = tmp_path / "tiny"
+    shutil.copytree(whole[0], run)
+    shutil.rmtree(run / "pipeline")
+    for later in (run / "checkpoints").iterdir():
+        if int(later.name) > step:
+            shutil.rmtree(later)
+    assert f"going on from step {step}" in train(run / "config.yaml", tmp_path).stdout
+    assert same(weights(run), weights(whole[0]))
+
+
+@pytest.mark.parametrize("setting", [("--data.flip", "false"), ("--data.caption_column", "text"), ("--seed", "1")])
+def test_what_a_step_draws_changes_what_is_learnt(whole, tmp_path, setting):
+    train(whole[0] / "config.yaml", tmp_path, *setting)
+    assert not same(weights(tmp_path / "tiny"), weights(whole[0]))
+
+
+def test_micro_steps_take_the_same_examples(whole, tmp_path):
+    train(whole[0] / "config.yaml", tmp_path, "--train.accumulation", "2", "--train.precision", "no")
+    train(whole[0] / "config.yaml", tmp_path / "one", "--train.precision", "no")
+    logs = [(out / "tiny" / "metrics.jsonl").read_text().splitlines() for out in (tmp_path, tmp_path / "one")]
+    two, one = (json.loads(lines[0])["loss"] for lines in logs)
+    assert two == pytest.approx(one, rel=2e-3)
+
+
+@pytest.mark.parametrize("name", ["folder", "stream"])
+def test_the_templates_run_dry_on_data_of_ones_own(name, table, tmp_path):
+    if name == "folder":
+        for split in ("train", "test"):
+            (tmp_path / "set" / split).mkdir(parents=True)
+            for i in range(3):
+                (tmp_path / "set" / split / f"square {i}.png").write_bytes(png(i))
+        source = ["--data.source", str(tmp_path / "set"), "--data.held_out", "test"]
+    else:
+        source = ["--data.source", str(table), "--data.held_out", "null", "--data.image_column", "image",
+                  "--data.caption_column", "text"]  # fmt: skip
+    small = ["--data.resolution", "16", "--data.cache", str(tmp_path / "cache"), "--train.batch_size", "4",
+             "--train.threads", "1", "--model.patch_size", "2", "--model.channels", "[32, 32]",
+             "--model.attention", "[false, true]", "--model.heads", "4"]  # fmt: skip
+    done = train(ROOT / "configs" / f"{name}.yaml", tmp_path / "out", *source, *small, "--dry_run")
+    assert "images usable" in done.stdout and "weights to train" in done.stdout
