@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
+from accelerate.utils import gather_object
 from diffusers import UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.utils import make_image_grid
@@ -30,6 +31,7 @@ from pipeline import run as runs
 from pipeline.config import Config, ConfigError
 from pipeline.patches import PatchAutoencoder
 from pipeline.scheduler import DDPMScheduler
+from pipeline.stream import Stream
 from pipeline.text_to_image import TextToImagePipeline
 
 FREE = ("name", "output", "report_to", "hub", "sample", "data.cache", "train.steps", "train.threads", "train.log_every",
@@ -43,13 +45,15 @@ HELD = 16  # images of each split on it
 class Parts:
     """What a step needs: the images with their caption states, and the models."""
 
-    images: data.CaptionedImages
+    images: data.CaptionedImages  # of a stream its first rows
     held_out: data.CaptionedImages | None
-    states: torch.Tensor  # (N, L, D), one row an image of the training split
+    states: torch.Tensor  # (M, L, D), one row a caption of the training split
     held_states: torch.Tensor | None
     empty: torch.Tensor  # (1, L, D), the empty caption
     pipe: TextToImagePipeline
     latents: latents.Latents | None  # of the training split, where an autoencoder is worth asking only once
+    encode: data.CaptionStates  # of a stream's captions
+    stream: Stream | None = None
 
     @property
     def unet(self) -> UNet2DConditionModel:
@@ -61,16 +65,12 @@ class Parts:
         """The noise process."""
         return self.pipe.scheduler
 
-    def encoded(self, images: data.CaptionedImages, rows) -> torch.Tensor:
-        """Images by row as the network sees them, (B, c, h, w)."""
-        return self.pipe.encode(images.images[rows].to(self.empty.device).float() / 127.5 - 1)
-
-    def x_0(self, config: Config, step: int, slots: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """The training images at some rows as the network sees them in a step, (B, c, h, w)."""
-        if self.latents is None:
-            return self.encoded(self.images, rows)
-        z = data.noise(config.seed, step, slots, self.latents.shape, "posterior")
-        return self.latents.sample(rows, torch.zeros(len(rows), dtype=torch.bool), z).to(self.empty.device)
+    def encoded(self, images: data.CaptionedImages, rows, flip: torch.Tensor | None = None) -> torch.Tensor:
+        """Images by row as the network sees them, (B, c, h, w), mirrored where `flip` (B,) says so."""
+        pixels = images.images[rows].to(self.empty.device).float() / 127.5 - 1
+        if flip is not None:
+            pixels = torch.where(flip.to(pixels.device)[:, None, None, None], pixels.flip(-1), pixels)
+        return self.pipe.encode(pixels)
 
     def loss(self, config: Config, output, x_0, eps, t) -> torch.Tensor:
         """The configured loss of a batch, one value each (B,)."""
@@ -83,8 +83,9 @@ def prepare(config: Config, checkpoint: Path | None, device: torch.device) -> Pa
     base = None if config.model.pretrained is None else pretrained(config)
     tokenizer, encoder = (base.tokenizer, base.text_encoder) if base else models.text_encoder(config.model.text_encoder)
     length = (base.config.caption_length or tokenizer.model_max_length) if base else config.data.caption_length
+    images = images.measured(tokenizer, length)
     encode = lambda captions: data.encode_captions(captions, tokenizer, encoder, length, cache_dir=config.data.cache)
-    states = encode(images.captions)
+    states = encode(images.all_captions)
     whitening = base.whitening if base else models.whitening(config.model, states)
     white = whitening or (lambda raw: raw)
     states, empty = white(states), white(encode([""]))
@@ -99,10 +100,10 @@ def prepare(config: Config, checkpoint: Path | None, device: torch.device) -> Pa
     if config.train.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     pipe = models.pipeline(config, models.for_training(unet, device), tokenizer, encoder, whitening, base).to(device)
-    kept = None if base is None or base.vae is None or isinstance(base.vae, PatchAutoencoder) else latents.encode(
-        images, pipe.vae, config.data.cache)  # fmt: skip
-    return Parts(images, held_out, states.to(device), white(encode(held_out.captions)).to(device) if held_out else None,
-                 empty.to(device), pipe, kept)  # fmt: skip
+    costly = pipe.vae is not None and not isinstance(pipe.vae, PatchAutoencoder)
+    kept = latents.encode(images, pipe.vae, config.data.cache) if costly and not config.data.streaming else None
+    return Parts(images, held_out, states.to(device), white(encode(held_out.all_captions)).to(device) if held_out else None,
+                 empty.to(device), pipe, kept, data.CaptionStates(tokenizer, encoder, length))  # fmt: skip
 
 
 def pretrained(config: Config) -> TextToImagePipeline:
@@ -153,16 +154,39 @@ def restore(optimizer: torch.optim.Optimizer, state: dict) -> None:
                 moments[name] = torch.empty_like(weight).copy_(value)
 
 
+def open_stream(config: Config, accelerator: Accelerator) -> contextlib.AbstractContextManager[Stream | None]:
+    """This process's part of a streamed training split; None within where the data is prepared before."""
+    if not config.data.streaming:
+        return contextlib.nullcontext()
+    return contextlib.closing(Stream(config.data, config.seed, accelerator.process_index, accelerator.num_processes))
+
+
+def examples(parts: Parts, config: Config, step: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x_0 (B, c, h, w) and caption states (B, L, D) of the examples at `slots` of the global batch of one step."""
+    seed, device = config.seed, parts.empty.device
+    flip = data.flips(seed, step, slots) if config.data.flip else None
+    if parts.stream is None:
+        rows = data.batch_indices(seed, step, config.train.batch_size, len(parts.images), slots=slots)
+        states = parts.states[parts.images.chosen(seed, step, slots, rows)]
+        if parts.latents is None:
+            return parts.encoded(parts.images, rows, flip), states
+        z = data.noise(seed, step, slots, parts.latents.shape, "posterior")
+        return parts.latents.sample(rows, rows < 0 if flip is None else flip, z).to(device), states
+    batch = parts.stream.take(len(slots))
+    choice = data.caption_choice(seed, step, slots, [len(captions) for captions in batch.alternatives]).tolist()
+    states = parts.encode([captions[i] for captions, i in zip(batch.alternatives, choice, strict=True)]).to(device)
+    return parts.encoded(batch, slice(None), flip), states if parts.pipe.whitening is None else parts.pipe.whitening(states)
+
+
 def batch_loss(unet, parts: Parts, config: Config, step: int, slots: torch.Tensor) -> torch.Tensor:
     """The training loss of the examples at `slots` of the global batch of one step, one value each (B,)."""
     seed, train, device = config.seed, config.train, parts.empty.device
-    rows = data.batch_indices(seed, step, train.batch_size, len(parts.images), slots=slots)
-    x_0 = parts.x_0(config, step, slots, rows)
+    x_0, states = examples(parts, config, step, slots)
     t = data.timesteps(seed, step, slots, train.batch_size, parts.scheduler.config.num_train_timesteps).to(device)
     eps = data.noise(seed, step, slots, x_0.shape[1:]).to(device)
     x_t = parts.scheduler.add_noise(x_0, eps, t)  # (5)
     keep = data.keep_caption(seed, step, slots, config.data.caption_dropout).to(device)
-    captions = torch.where(keep[:, None, None], parts.states[rows], parts.empty)  # (14)
+    captions = torch.where(keep[:, None, None], states, parts.empty)  # (14)
     output = unet(x_t.to(memory_format=torch.channels_last), t, encoder_hidden_states=captions, return_dict=False)[0]
     return parts.loss(config, output.float(), x_0, eps, t)
 
@@ -182,7 +206,7 @@ def validate(unet, parts: Parts, config: Config, stop) -> dict:
             if stop:
                 return {}
             x_t = parts.scheduler.add_noise(x_0, eps, torch.full((len(rows),), t, device=x_0.device))
-            output = unet(x_t, t, encoder_hidden_states=states[rows], return_dict=False)[0].float()
+            output = unet(x_t, t, encoder_hidden_states=states[images.first[rows]], return_dict=False)[0].float()
             loss.append(parts.loss(config, output, x_0, eps, torch.full((len(rows),), t)).mean().item())
             error[t] = (parts.scheduler.predict_x_0(output, t, x_t) - x_0).square().mean().item()
         record[f"{split}_loss"], record[f"{split}_x_0_error"] = sum(loss) / GRID, error
@@ -268,17 +292,19 @@ def train(config: Config, dry_run: bool = False) -> int:
             accelerator.print(f"{run.folder} is finished at step {start} of {config.train.steps}.\n{usage(run, config)}")
             return hub.publish(config, run) if main else 0
         try:
-            return loop(config, accelerator, run, checkpoint, stop)
+            with open_stream(config, accelerator) as stream:
+                return loop(config, accelerator, run, checkpoint, stop, stream)
         except runs.Stopped:
             accelerator.print(f"Stopped ({stop.reason}) before the first step; run the same command to go on.")
             return stop.exit_code
 
 
-def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Path | None, stop) -> int:
+def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Path | None, stop, stream: Stream | None) -> int:
     """The training loop, from a checkpoint or from nothing to the last step; the exit code."""
     main, share, steps = accelerator.is_main_process, config.train.batch_size // config.train.accumulation, config.train.steps
     with stop.at_once():
         parts = prepare(config, checkpoint, accelerator.device)
+    parts.stream = stream
     optimizer = optimizer_of(parts.unet, config.train)
     schedule = lr_schedule(optimizer, config.train)
     ema = models.moving_average(parts.unet, config.train.ema)
@@ -289,6 +315,8 @@ def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Pa
         schedule.load_state_dict(saved["schedule"])
         ema.load_state_dict(saved["ema"])
         state |= saved["state"]
+        if stream is not None:
+            stream.load_state_dict(saved["streams"][accelerator.process_index % len(saved["streams"])])
     if main:
         run.card.unlink(missing_ok=True)  # until it is finished again
         run.rewind(state["step"])
@@ -305,7 +333,7 @@ def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Pa
     def save():
         state["seconds"] = clock()
         trainer = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "ema": ema.state_dict(),
-                   "state": state}  # fmt: skip
+                   "state": state, "streams": gather_object([stream.state_dict()]) if stream is not None else []}  # fmt: skip
 
         def write(folder):
             if config.train.method == "lora":
@@ -384,10 +412,13 @@ def tell(parts: Parts, config: Config, step: int, seen: list[tuple[torch.Tensor,
     bad = [int(slot) for slots, each in seen for slot in slots[~each.isfinite().cpu()]]
     if bad:
         size, T = config.train.batch_size, parts.scheduler.config.num_train_timesteps
-        rows = data.batch_indices(config.seed, step, size, len(parts.images), slots=bad).tolist()
         t = data.timesteps(config.seed, step, bad, size, T).tolist()
-        names = [f"{parts.images.metadata[row].get('file_name', row)} at t = {k}" for row, k in zip(rows, t, strict=True)]
-        tqdm.write(f"step {step + 1} is skipped: no finite loss for {'; '.join(names)}")
+        names = [f"the batch's image {slot}" for slot in bad]  # of a stream
+        if parts.stream is None:
+            rows = data.batch_indices(config.seed, step, size, len(parts.images), slots=bad).tolist()
+            names = [parts.images.metadata[row].get("file_name", f"row {row}") for row in rows]
+        named = "; ".join(f"{name} at t = {k}" for name, k in zip(names, t, strict=True))
+        tqdm.write(f"step {step + 1} is skipped: no finite loss for {named}")
     elif main:
         tqdm.write(f"step {step + 1} is skipped: its gradient is not finite, here or on another process")
 
@@ -435,12 +466,13 @@ def rehearse(config: Config, accelerator: Accelerator) -> int:
     optimizer = optimizer_of(parts.unet, config.train)
     unet, optimizer = accelerator.prepare(parts.unet, optimizer)
     slots, timed = torch.arange(config.train.batch_size // config.train.accumulation), []
-    for step in range(2):  # the first one warms up
-        began = time.perf_counter()
-        accelerator.backward(batch_loss(unet, parts, config, step, slots).mean())
-        optimizer.step()
-        optimizer.zero_grad()
-        timed.append((time.perf_counter() - began) * config.train.accumulation)
+    with open_stream(config, accelerator) as parts.stream:
+        for step in range(2):  # the first one warms up
+            began = time.perf_counter()
+            accelerator.backward(batch_loss(unet, parts, config, step, slots).mean())
+            optimizer.step()
+            optimizer.zero_grad()
+            timed.append((time.perf_counter() - began) * config.train.accumulation)
     card.build(config, card.facts(str(parts.images.report), 0.0, **base_of(config)))
     minutes = timed[-1] * config.train.steps / 60
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -20,6 +20,7 @@ METHODS = ("full", "lora")
 OPTIMIZERS = ("adamw", "muon")
 LR_SCHEDULES = ("constant", "linear", "cosine", "flat_then_linear")
 PRECISIONS = ("auto", "no", "bf16", "fp16")
+MISSING_CAPTIONS = ("empty", "skip")
 
 
 class ConfigError(ValueError):
@@ -28,11 +29,23 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The captioned images: `source` is a named emoji set (emoji, emoji-small, shapes) or an image folder."""
+    """The captioned images.
+
+    `source` is a named emoji set (emoji, emoji-small, shapes), a folder of images, a table on disk (a parquet or WebDataset
+    file, or a folder of them), or the id of a data set on the Hub.
+    """
 
     source: str = "emoji-small"
-    split: str = "train"
+    subset: str | None = None  # of a Hub data set that has several
+    revision: str | None = None  # of a Hub data set: a branch, a tag or a commit
+    split: str = "train"  # a table's may be a slice: train[:95%]
     held_out: str | None = "test"  # the split of the validation loss and of the judge's combinations
+    image_column: str | None = None  # None: the only one that holds images
+    caption_column: str | tuple[str, ...] | None = None  # None: caption or text; several: every step draws one of a row's
+    missing_caption: str = "empty"  # what an image without a caption is: unconditional, or left out (skip)
+    streaming: bool = False  # read a table while training, instead of before
+    shuffle_buffer: int = 1000  # rows of a stream that are mixed at a time
+    flip: bool = False  # show every second example mirrored, drawn anew every step
     resolution: int = 64
     caption_length: int = 16  # tokens; longer captions are cut, and counted
     caption_dropout: float = 0.1  # (14): the share of captions replaced by the empty one, drawn anew every step
@@ -41,12 +54,20 @@ class DataConfig:
 
     def problems(self):
         """What is out of range, a sentence each."""
-        return [
+        found = [
             *at_least("data.resolution", self.resolution, 1),
             *at_least("data.caption_length", self.caption_length, 2),
+            *at_least("data.shuffle_buffer", self.shuffle_buffer, 1),
             *in_range("data.caption_dropout", self.caption_dropout, 0, 1),
             *in_range("data.max_broken", self.max_broken, 0, 1),
+            *one_of("data.missing_caption", self.missing_caption, MISSING_CAPTIONS),
         ]
+        columns = (self.caption_column,) if isinstance(self.caption_column, str) else self.caption_column
+        if columns is not None and (not columns or not all(columns) or len(set(columns)) < len(columns)):
+            found.append(f"data.caption_column must be a column's name or several different ones, got {self.caption_column!r}")
+        sliced = [name for name in ("split", "held_out") if self.streaming and "[" in (getattr(self, name) or "")]
+        found += [f"data.{name} must be a whole split while data.streaming is on, got {getattr(self, name)}" for name in sliced]
+        return found
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,19 @@
 """Captioned images by row, and everything random about a training step as a function of (seed, step, slot).
 
-An image folder becomes one HF dataset of files and captions, prepared once by `Dataset.map` into raw pixels in a
-memory-mapped Arrow file. Anything else that `datasets` can read joins at `prepare`, which wants only columns `image`
-(`Image(decode=False)`), `name`, `caption`, `problem` and `metadata`.
+The rows of any source (`sources.py`) become one HF dataset, prepared once by `Dataset.map` into raw pixels in a
+memory-mapped Arrow file. A stream is too long for that: its first rows stand for it here, and `stream.py` reads it.
 """
 
+import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
-import unicodedata
+import re
 import warnings
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,23 +26,17 @@ import torch
 from datasets.fingerprint import Hasher
 from torch import Tensor
 
-from pipeline import emoji
+from pipeline import emoji, sources
 from pipeline.config import DataConfig
+from pipeline.sources import BrokenRow, DataError, digest, normalize, printable
 
-VERSION = 1  # of the prepared pixels: raise it when `decode` changes, so that caches are not reused
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
-CAPTION_COLUMNS = ("caption", "text")
+VERSION = 2  # of the prepared pixels: raise it when `decode` changes, so that caches are not reused
 MAX_PIXELS = 64_000_000  # a 48 KB file can claim 400 megapixels
 SHOWN = 5  # broken rows named in a report
+PREVIEW = 512  # rows that stand for a stream
+ENCODED = 16  # captions that the encoder reads at once while a stream runs
+KEPT_BYTES = 2**28  # of caption states that are kept while a stream runs
 CLIP = ("clip", "clip_text_model")  # text encoders that read padding, as Stable Diffusion uses them
-
-
-class DataError(ValueError):
-    """Data that cannot be trained on, with what was found and what to do."""
-
-
-class BrokenRow(ValueError):
-    """Why one row cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +50,9 @@ class Report:
 
     def __str__(self):
         lines = [f"{self.source}: {self.rows - len(self.broken)} of {self.rows} images usable", *self.notes]
+        if self.broken:
+            kinds = Counter(re.split("[:,]", reason)[0] for _, reason in self.broken).most_common()
+            lines.append(f"{len(self.broken)} broken rows: {', '.join(f'{count} x {kind}' for kind, count in kinds)}")
         lines += [f"  skipped {name}: {reason}" for name, reason in self.broken[:SHOWN]]
         more = len(self.broken) - SHOWN
         return "\n".join(lines + ([f"  skipped {more} more"] if more > 0 else []))
@@ -80,229 +79,196 @@ class Images(Sequence):
 
 @dataclass(frozen=True)
 class CaptionedImages:
-    """N images with a caption and metadata each; `fingerprint` is of the pixels and captions, whatever the files are called."""
+    """N images with their captions and metadata; `fingerprint` is of pixels and captions, whatever the files are called.
+
+    `alternatives` are the captions of each row, one at least.
+    """
 
     images: Images
-    captions: list[str]
+    alternatives: list[list[str]]
     metadata: list[dict]
     fingerprint: str
     report: Report
 
     def __len__(self):
-        return len(self.captions)
+        return len(self.alternatives)
+
+    @property
+    def captions(self) -> list[str]:
+        """The first caption of each row."""
+        return [captions[0] for captions in self.alternatives]
+
+    @property
+    def all_captions(self) -> list[str]:
+        """The captions of all rows in turn, (M,) in the order of `first` and `counts`."""
+        return list(itertools.chain.from_iterable(self.alternatives))
+
+    @functools.cached_property
+    def counts(self) -> Tensor:
+        """How many captions each row has, (N,)."""
+        return torch.tensor([len(captions) for captions in self.alternatives])
+
+    @functools.cached_property
+    def first(self) -> Tensor:
+        """Where each row's captions begin in `all_captions`, (N,)."""
+        return self.counts.cumsum(0) - self.counts
+
+    def chosen(self, seed: int, step: int, slots: Sequence[int] | Tensor, rows: Tensor) -> Tensor:
+        """Which of `all_captions` the examples at `slots` have, (B,) for the rows (B,)."""
+        return self.first[rows] + caption_choice(seed, step, slots, self.counts[rows])
+
+    def measured(self, tokenizer, length: int) -> "CaptionedImages":
+        """The same images, with the lengths of their captions in the report: tokens, and how many are cut at `length`."""
+        distinct = sorted(set(self.all_captions))
+        tokens = [len(ids) for ids in tokenizer(distinct, truncation=False, verbose=False).input_ids]
+        cut = [caption for caption, count in zip(distinct, tokens, strict=True) if count > length]
+        note = f"captions of {spread(tokens)} tokens"
+        note += f"; {len(cut)} of {len(distinct)} are cut at {length}, e.g. {cut[0]!r:.200}" if cut else ""
+        report = dataclasses.replace(self.report, notes=(*self.report.notes, note))
+        return dataclasses.replace(self, report=report)
 
 
-# ---- captions
-
-
-def normalize(caption: str) -> str:
-    """A caption as it is encoded, in training and in inference: NFC, no control characters or lone surrogates, single spaces."""
-    kept = "".join(c if unicodedata.category(c) not in ("Cc", "Cs") else " " if c.isspace() else "" for c in caption)
-    return " ".join(unicodedata.normalize("NFC", kept).split())
-
-
-def read_caption(value: object, name: str) -> str:
-    """One caption from a metadata value: None is the empty caption, of several the row's name picks one.
-
-    Raises BrokenRow for anything but text.
-    """
-    if isinstance(value, list) and value and all(isinstance(v, str) for v in value):
-        value = value[int(digest(name), 16) % len(value)]
-    if value is not None and not isinstance(value, str):
-        raise BrokenRow(f"its caption must be text or a list of texts, got {value!r:.60}")
-    return normalize(value or "")
-
-
-def digest(*parts: object) -> str:
-    """16 hexadecimal digits that depend on all parts and on nothing else."""
-    return hashlib.blake2b(repr(parts).encode("utf-8", "backslashreplace"), digest_size=8).hexdigest()
-
-
-# ---- image folders
+# ---- reading
 
 
 def load_splits(config: DataConfig) -> tuple[CaptionedImages, CaptionedImages | None]:
-    """The training split and the held-out one, if any, of a folder, or of a named emoji set, which is written first."""
-    source, size = config.source, config.resolution
-    if source in emoji.SETS:
-        source = emoji.write(Path(config.cache) / f"{source}-{size}", name=source, size=size)
-    read = lambda split: load_images(source, split=split, resolution=size, cache_dir=config.cache, max_broken=config.max_broken)
-    return read(config.split), read(config.held_out) if config.held_out else None
+    """The training split and the held-out one, if any, of a source; a named emoji set is written first.
 
-
-def load_images(source: str | Path, split: str = "train", resolution: int = 64, caption_column: str | None = None,
-                cache_dir: str | Path | None = None, max_broken: float = 0.05) -> CaptionedImages:  # fmt: skip
-    """The images of one split of a folder, at resolution x resolution, with their captions.
-
-    Captions come from `metadata.jsonl` (`caption` or `text`, or `caption_column`), else from `name.txt` beside `name.png`,
-    else from file names. Unreadable rows are skipped and reported; more than a share `max_broken` of them is a DataError.
+    Of a stream they are the first rows, PREVIEW at most.
     """
-    folder = split_folder(Path(source), split)
-    rows, notes = folder_rows(folder, caption_column)
-    if not rows:
-        raise DataError(f"{folder} holds no images: expected files ending in {', '.join(sorted(SUFFIXES))}")
-    table = datasets.Dataset.from_list(rows, features=datasets.Features({
-        "image": datasets.Image(decode=False), "name": datasets.Value("string"), "caption": datasets.Value("string"),
-        "problem": datasets.Value("string"), "metadata": datasets.Value("string")}))  # fmt: skip
-    stamp = digest([(row, stat(row["image"]["path"]) if row["image"] else None) for row in rows])
-    return prepare(table, stamp, str(folder), resolution, notes, cache_dir, max_broken)
+    if config.source in emoji.SETS:
+        folder = Path(config.cache) / f"{config.source}-{config.resolution}"
+        written = emoji.write(folder, name=config.source, size=config.resolution)
+        config = dataclasses.replace(config, source=str(written))
+    return read(config, config.split), read(config, config.held_out) if config.held_out else None
 
 
-def split_folder(source: Path, split: str) -> Path:
-    """Where a split's images are: `source/split`, or `source` itself for train where it has no train folder."""
-    if not source.is_dir():
-        raise DataError(f"no image folder at {source}: expected a folder of images with captions")
-    if (source / split).is_dir():
-        return source / split
-    known = sorted(p.name for p in source.iterdir() if p.is_dir() and not p.name.startswith("."))
-    pictures = any(p.suffix.lower() in SUFFIXES or p.name == "metadata.jsonl" for p in source.iterdir())
-    if split == "train" and pictures and not {"test", "validation"} & set(known):
-        return source
-    raise DataError(f"{source} has no split {split!r}: it has {', '.join(known) or 'no folders'}")
+def load_images(source: str | Path, split: str = "train", resolution: int = 64, cache_dir: str | Path | None = None,
+                **settings) -> CaptionedImages:  # fmt: skip
+    """The images of one split of a source at resolution x resolution, with their captions.
+
+    `settings` are DataConfig's others. Unreadable rows are skipped and reported; more than a share `max_broken` of them is a
+    DataError.
+    """
+    cache = str(cache_dir or datasets.config.HF_DATASETS_CACHE)
+    return read(DataConfig(str(source), resolution=resolution, cache=cache, **settings), split)
 
 
-def stat(path: str) -> tuple[int, int]:
-    """Size and time of a file."""
-    found = Path(path).stat()
-    return found.st_size, found.st_mtime_ns
+def read(config: DataConfig, split: str) -> CaptionedImages:
+    """One split, prepared."""
+    rows = sources.open_rows(config, split)
+    return prepare(preview(rows) if config.streaming else rows, config)
 
 
-def folder_rows(folder: Path, caption_column: str | None) -> tuple[list[dict], list[str]]:
-    """(rows, notes) of one folder: a row an image, sorted by name, or as metadata.jsonl lists them."""
-    paths = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in SUFFIXES]
-    files = {p.relative_to(folder).as_posix(): p for p in paths}
-    files = {name: p for name, p in files.items() if not any(part.startswith(".") for part in name.split("/"))}
-    listing = folder / "metadata.jsonl"
-    if listing.is_file():
-        entries = read_jsonl(listing)
-        if not entries:
-            return [], []
-        column = find_column(listing, [e for e in entries if isinstance(e, dict)], caption_column)
-        rows = [listed_row(folder, i, entry, column) for i, entry in enumerate(entries, 1)]
-        unlisted = sorted(files.keys() - {row["name"] for row in rows})
-        return rows, [f"{len(unlisted)} images have no row in {listing}, e.g. {printable(unlisted[0])}"] if unlisted else []
-    if caption_column is not None:
-        raise DataError(f"caption_column {caption_column!r} needs {listing}, which does not exist")
-    texts = {name: path.with_suffix(".txt") for name, path in files.items() if path.with_suffix(".txt").is_file()}
-    rows = [beside_row(name, path, texts) for name, path in files.items()]
-    lacking = sorted(files.keys() - texts.keys()) if texts else []
-    return rows, [f"{len(lacking)} images have no .txt beside them: no caption, e.g. {printable(lacking[0])}"] if lacking else []
-
-
-def read_jsonl(path: Path) -> list[dict | BrokenRow]:
-    """The objects of a JSON-lines file; a line that is none comes as the reason."""
-    entries = []
-    for line in path.read_bytes().splitlines():
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            entries.append(entry if isinstance(entry, dict) else BrokenRow(f"expected an object, got {entry!r:.60}"))
-        except ValueError as error:  # not JSON, or not UTF-8
-            entries.append(BrokenRow(str(error)))
-    return entries
-
-
-def find_column(listing: Path, entries: list[dict], wanted: str | None) -> str:
-    """The name of the caption column; DataError lists the columns if it is not among them."""
-    columns = sorted({key for entry in entries for key in entry})
-    for name in [wanted] if wanted else CAPTION_COLUMNS:
-        if name in columns:
-            return name
-    expected = repr(wanted) if wanted else " or ".join(map(repr, CAPTION_COLUMNS))
-    raise DataError(f"{listing} has no caption column {expected}: it has {', '.join(columns) or 'none'}")
-
-
-def listed_row(folder: Path, line: int, entry: dict | BrokenRow, column: str) -> dict:
-    """One row from a line of metadata.jsonl."""
-    where = f"metadata.jsonl:{line}"
-    if isinstance(entry, BrokenRow):
-        return as_row(where, None, None, str(entry))
-    name = entry.get("file_name")
-    if not isinstance(name, str) or not name:
-        return as_row(where, None, None, f"its file_name must be text, got {name!r:.60}")
-    path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
-        return as_row(name, None, None, "its file is outside the folder")
-    if not path.is_file():
-        return as_row(name, None, None, "its file does not exist")
-    return as_row(name, path, entry.get(column), metadata={k: v for k, v in entry.items() if k != column})
-
-
-def beside_row(name: str, path: Path, texts: dict[str, Path]) -> dict:
-    """One row from an image, its caption from the .txt beside it or, where no image has any, from its own name."""
-    if not texts:
-        return as_row(name, path, path.stem.replace("_", " "))
-    try:
-        return as_row(name, path, texts[name].read_text(encoding="utf-8") if name in texts else "")
-    except UnicodeDecodeError:
-        return as_row(name, None, None, f"{texts[name].name} is not UTF-8")
-
-
-def printable(name: str) -> str:
-    """A file name that can be printed and stored, whatever bytes it has."""
-    return name.encode("utf-8", "backslashreplace").decode()
-
-
-def as_row(name: str, path: Path | None, caption: object, problem: str = "", metadata: dict | None = None) -> dict:
-    """A row of the table that `prepare` takes; a caption that is not text becomes its problem."""
-    try:
-        text = read_caption(caption, name)
-        str(path).encode()
-    except UnicodeEncodeError:
-        text, path, problem = "", None, "its file name is not valid UTF-8"
-    except BrokenRow as error:
-        text, problem = "", str(error)
-    return {"image": {"path": str(path), "bytes": None} if path else None, "name": printable(name), "caption": text,
-            "problem": printable(problem), "metadata": json.dumps({"file_name": name} | (metadata or {}))}  # fmt: skip
+def preview(rows: sources.Rows) -> sources.Rows:
+    """The first PREVIEW rows of a stream, in memory: what is known of it before it is read."""
+    found = sources.retried(lambda: [sources.fetched(rows.read(example, number))
+                                     for number, example in enumerate(rows.table.take(PREVIEW))], rows.name)  # fmt: skip
+    if not found:
+        raise DataError(f"{rows.name} has no rows: expected images with captions")
+    files = [hashlib.blake2b(row["image"]["bytes"]).hexdigest() if row["image"] else "" for row in found]
+    stamp = digest([row | {"image": file} for row, file in zip(found, files, strict=True)])
+    table = datasets.Dataset.from_list(found, features=sources.FEATURES)
+    return sources.Rows(table, sources.same, stamp, f"{rows.name}, the first {len(found)} rows of a stream", rows.notes)
 
 
 # ---- pixels
 
 
-def prepare(table: datasets.Dataset, stamp: str, source: str, resolution: int, notes: list[str],
-            cache_dir: str | Path | None, max_broken: float) -> CaptionedImages:  # fmt: skip
-    """Decode a table's images once, keep them in the cache under (stamp, resolution), and leave the broken rows out."""
-    key = digest("pixels", VERSION, stamp, resolution)
-    features = datasets.Features({name: feature for name, feature in table.features.items() if name != "image"})
-    features["pixels"] = datasets.Value("binary")
-    prepared = table.map(
-        prepare_row, fn_kwargs={"resolution": resolution}, remove_columns=["image"], features=features, new_fingerprint=key,
-        cache_file_name=cache_file(cache_dir, "images", key), writer_batch_size=64, desc="Preparing images")  # fmt: skip
-    problems = prepared["problem"][:]
-    good = [i for i, problem in enumerate(problems) if not problem]
+def prepare(rows: sources.Rows, config: DataConfig) -> CaptionedImages:
+    """Decode a table's images once, keep them in the cache by stamp and resolution, and leave the broken rows out.
+
+    Rows without a caption get the empty one, or are left out too (`missing_caption`).
+    """
+    key = digest("pixels", VERSION, rows.stamp, config.resolution)
+    features = datasets.Features({
+        "name": datasets.Value("string"), "captions": datasets.List(datasets.Value("string")),
+        "problem": datasets.Value("string"), "metadata": datasets.Value("string"), "pixels": datasets.Value("binary"),
+        "side": datasets.Value("int32"), "hash": datasets.Value("string")})  # fmt: skip
+    prepared = rows.table.map(
+        prepare_row, with_indices=True, fn_kwargs={"read": rows.read, "resolution": config.resolution},
+        remove_columns=rows.table.column_names, features=features, new_fingerprint=key,
+        cache_file_name=cache_file(config.cache, "images", key), writer_batch_size=64, desc="Preparing images")  # fmt: skip
+    problems, captions = prepared["problem"][:], prepared["captions"][:]
     broken = tuple((name, problem) for name, problem in zip(prepared["name"], problems, strict=True) if problem)
+    lacking = {i for i, texts in enumerate(captions) if not texts and not problems[i]}
+    left_out = lacking if config.missing_caption == "skip" else set()
+    good = [i for i, problem in enumerate(problems) if not problem and i not in left_out]
     chosen = prepared.select(good)
-    captions = chosen["caption"][:]
-    empty = sum(not caption for caption in captions)
-    notes = [*notes, f"{empty} images have an empty caption"] if empty else list(notes)
-    report = Report(source, len(problems), broken, tuple(notes))
-    if not good or len(broken) > max_broken * len(problems):
-        raise DataError(f"{report}\n{len(broken)} of {len(problems)} rows are broken, at most {max_broken:.0%} may be: "
-                        "repair or remove them")  # fmt: skip
-    images = Images(chosen.select_columns("pixels"), resolution)
-    return CaptionedImages(images, captions, [json.loads(m) for m in chosen["metadata"]], fingerprint(images, captions), report)
+    notes = [*rows.notes, *noticed(chosen, config.resolution)] if good else list(rows.notes)
+    if lacking:
+        notes.append(f"{len(lacking)} images have " + ("no caption and are left out" if left_out else "an empty caption"))
+    report = Report(rows.name, len(problems), broken, tuple(notes))
+    if len(broken) > config.max_broken * len(problems) or not good:
+        raise DataError(f"{report}\n{len(broken)} of {len(problems)} rows are broken, at most {config.max_broken:.0%} may be: "
+                        "repair or remove them" if broken else f"{report}\nno row is left: data.missing_caption: empty keeps "
+                        "images without a caption")  # fmt: skip
+    images = Images(chosen.select_columns("pixels"), config.resolution)
+    alternatives = [captions[i] or [""] for i in good]
+    fingerprint = digest(images.shape, alternatives, chosen["hash"][:])
+    return CaptionedImages(images, alternatives, [json.loads(m) for m in chosen["metadata"]], fingerprint, report)
 
 
-def prepare_row(row: dict, resolution: int) -> dict:
-    """One row with its image as raw RGB bytes, (3, resolution, resolution), or with the problem that keeps it out."""
-    pixels, problem, image = b"", row["problem"], row["image"]
+def prepare_row(example: dict, number: int, read, resolution: int) -> dict:
+    """One row with its image as raw RGB bytes, (3, resolution, resolution), or with the problem that keeps it out.
+
+    `side` is the shorter side of the picture as it was.
+    """
+    row, pixels, side = read(example, number), b"", 0
+    image, problem = row.pop("image"), row.pop("problem")
     if not problem:
         try:
-            content = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
-            pixels = decode(content, resolution).tobytes()
+            picture = upright(sources.content(image))
+            side, pixels = min(picture.size), central_square(picture, resolution).tobytes()
+        except BrokenRow as error:
+            problem = str(error)
         except Exception as error:  # broken files make Pillow's decoders raise every kind; all are reported
             problem = f"{type(error).__name__}: {error}".replace("\n", " ")
-    return {"pixels": pixels, "problem": printable(problem)}
+    seen = hashlib.blake2b(pixels, digest_size=8).hexdigest()
+    return row | {"pixels": pixels, "problem": printable(problem), "side": side, "hash": seen}
+
+
+def noticed(table: datasets.Dataset, resolution: int) -> list[str]:
+    """What stands out in usable rows: their sizes, several captions, pictures that come again."""
+    sides, names, counts = table["side"][:], table["name"][:], [len(captions) for captions in table["captions"]]
+    small = sum(side < resolution for side in sides)
+    notes = [f"shorter sides of {spread(sides)} pixels" + (f"; {small} are below {resolution} and are enlarged" if small else "")]
+    if max(counts) > 1:
+        notes.append(f"{spread(counts)} captions an image, of which every step draws one")
+    first = {}
+    again = [(i, first[seen]) for i, seen in enumerate(table["hash"]) if first.setdefault(seen, i) != i]
+    if again:
+        i, j = again[0]
+        notes.append(f"{len(again)} pictures are the same as an earlier one, e.g. {names[i]} as {names[j]}")
+    return notes
+
+
+def spread(values: list[int]) -> str:
+    """The least, the middle and the largest of some numbers, in words."""
+    low, middle, high = min(values), sorted(values)[len(values) // 2], max(values)
+    return str(low) if low == high else f"{low} to {high} (median {middle})"
 
 
 def decode(content: bytes, resolution: int) -> np.ndarray:
     """An image file as uint8 (3, resolution, resolution): upright, on white, its central square resized."""
-    with PIL.Image.open(io.BytesIO(content)) as picture:
+    return central_square(upright(content), resolution)
+
+
+def upright(content: bytes) -> PIL.Image.Image:
+    """An image file as RGB, turned as its EXIF data says, on white."""
+    try:
+        opened = PIL.Image.open(io.BytesIO(content))
+    except PIL.UnidentifiedImageError as error:  # which names an address in memory
+        raise BrokenRow(f"cannot identify it as a picture: {len(content)} bytes in no format that Pillow reads") from error
+    with opened as picture:
         if math.prod(picture.size) > MAX_PIXELS:
-            raise BrokenRow(f"{picture.width} x {picture.height} pixels are more than the limit of {MAX_PIXELS:,}")
+            raise BrokenRow(f"too large: {picture.width} x {picture.height} pixels are more than the limit of {MAX_PIXELS:,}")
         picture.load()
-        picture = on_white(PIL.ImageOps.exif_transpose(picture))
+        return on_white(PIL.ImageOps.exif_transpose(picture))
+
+
+def central_square(picture: PIL.Image.Image, resolution: int) -> np.ndarray:
+    """The middle of a picture as uint8 (3, resolution, resolution)."""
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
     square = picture.crop((left, top, left + side, top + side))  # resize(box=...) would read beyond the box
@@ -320,14 +286,6 @@ def on_white(picture: PIL.Image.Image) -> PIL.Image.Image:
         picture = picture.convert("RGBA")
         return PIL.Image.alpha_composite(PIL.Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     return picture.convert("RGB")
-
-
-def fingerprint(images: Images, captions: list[str]) -> str:
-    """16 hexadecimal digits of the pixels and captions, in their order."""
-    seen = hashlib.blake2b(digest(images.shape, captions).encode(), digest_size=8)
-    for start in range(0, len(images), 256):
-        seen.update(images[start : start + 256].numpy())
-    return seen.hexdigest()
 
 
 def cache_file(cache_dir: str | Path | None, what: str, key: str) -> str:
@@ -380,6 +338,33 @@ def encode_batch(captions: list[str], tokenizer, text_encoder, length: int) -> d
     return {"states": [s.numpy().tobytes() for s in states], "tokens": tokens}
 
 
+class CaptionStates:
+    """The states (B, length, D) of captions as they are asked for; the latest KEPT_BYTES of them are kept.
+
+    The encoder always reads ENCODED captions at once, so that a caption's states do not depend on what else is asked for.
+    """
+
+    def __init__(self, tokenizer, text_encoder, length: int):
+        self.tokenizer, self.text_encoder, self.length = tokenizer, text_encoder, length
+        self.kept: OrderedDict[str, Tensor] = OrderedDict()
+
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        """(B, length, D) float32 on the CPU."""
+        found = {caption: self.kept[caption] for caption in captions if caption in self.kept}
+        new = [caption for caption in dict.fromkeys(captions) if caption not in found]
+        for start in range(0, len(new), ENCODED):
+            some = new[start : start + ENCODED]
+            states = caption_states(some + [""] * (ENCODED - len(some)), self.tokenizer, self.text_encoder, self.length)
+            found |= {caption: state.clone() for caption, state in zip(some, states, strict=False)}
+        for caption in captions:
+            self.kept[caption] = found[caption]
+            self.kept.move_to_end(caption)
+        room = KEPT_BYTES // found[captions[0]].nbytes
+        while len(self.kept) > room:
+            self.kept.popitem(last=False)
+        return torch.stack([found[caption] for caption in captions])
+
+
 def encoder_digest(text_encoder: torch.nn.Module) -> str:
     """16 hexadecimal digits of an encoder's class and weights."""
     seen = hashlib.blake2b(type(text_encoder).__name__.encode(), digest_size=8)
@@ -422,6 +407,17 @@ def timesteps(seed: int, step: int, slots: Sequence[int] | Tensor, global_batch:
 def keep_caption(seed: int, step: int, slots: Sequence[int] | Tensor, p: float) -> Tensor:
     """Which examples keep their caption, (B,) bool: each loses it with probability p (14)."""
     return uniform(seed, step, slots, "dropout") >= p
+
+
+def caption_choice(seed: int, step: int, slots: Sequence[int] | Tensor, counts: Sequence[int] | Tensor) -> Tensor:
+    """Which of its `counts` captions each example has, (B,) in 0..counts-1: uniform, drawn anew every step."""
+    counts = torch.as_tensor(counts)
+    return (uniform(seed, step, slots, "caption") * counts).long().minimum(counts - 1)  # the product may round up
+
+
+def flips(seed: int, step: int, slots: Sequence[int] | Tensor) -> Tensor:
+    """Which examples are shown mirrored, left for right, (B,) bool: half of them."""
+    return uniform(seed, step, slots, "flip") < 0.5
 
 
 @functools.lru_cache(maxsize=4)

@@ -1,11 +1,11 @@
 """Captioned image folders with everything that goes wrong in them, and the stateless randomness of a step."""
 
 import io
+import itertools
 import json
 import math
 import unicodedata
 import warnings
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -130,12 +130,6 @@ def test_what_is_no_caption_is_named(value, load, tmp_path):
     assert reasons(images)["a.png"] == f"its caption must be text or a list of texts, got {value!r}"
 
 
-def test_one_of_several_captions_is_chosen_by_the_rows_name():
-    chosen = Counter(data.read_caption(["a", "b", "c"], f"{i}.png") for i in range(600))
-    assert data.read_caption(["a", "b", "c"], "0.png") == data.read_caption(["a", "b", "c"], "0.png")
-    assert chosen.keys() == {"a", "b", "c"} and min(chosen.values()) > 200 - 4 * math.sqrt(600 * 2 / 9)
-
-
 @settings(max_examples=200, deadline=None)
 @given(st.text(st.characters()))
 def test_normalizing_is_nfc_and_happens_once(text):
@@ -174,9 +168,33 @@ def test_too_many_broken_rows_end_it_by_name(load, tmp_path):
         load(max_broken=0.05)
 
 
-def test_a_report_names_five_rows():
-    report = data.Report("x", 9, tuple((f"{i}.png", "cut") for i in range(7)))
+def test_a_report_names_five_rows_and_counts_all_by_their_reason():
+    reasons = ["cut: at 7", "cut: at 9", "no text, got 3", "cut: at 1", "gone", "gone", "cut: at 2"]
+    report = data.Report("x", 9, tuple((f"{i}.png", reason) for i, reason in enumerate(reasons)))
     assert str(report).count("skipped") == 6 and str(report).endswith("skipped 2 more")
+    assert "7 broken rows: 4 x cut, 2 x gone, 1 x no text\n" in str(report)
+
+
+def test_a_report_says_what_sizes_there_are_and_which_pictures_come_again(load, tmp_path):
+    for name, color, size in [("a", "red", (8, 20)), ("b", "red", (50, 40)), ("c", "blue", (6, 9)), ("d", "blue", (8, 8)),
+                              ("e", "green", (100, 30))]:  # fmt: skip
+        save(tmp_path / "set" / f"{name}.png", color, size)
+    report = str(load().report)
+    assert "shorter sides of 6 to 40 (median 8) pixels; 1 are below 8 and are enlarged\n" in report
+    assert report.endswith("2 pictures are the same as an earlier one, e.g. b.png as a.png")
+    save(tmp_path / "one" / "a.png")
+    assert str(load(tmp_path / "one").report).endswith("1 of 1 images usable\nshorter sides of 8 pixels")
+
+
+def test_a_report_says_how_long_captions_are_by_the_tokenizer(load, tmp_path, tokenizer):
+    """[CLS] and [SEP] count, as they do in what the encoder reads."""
+    for name in ("cat", "red_heart", "green_cat_face", "red"):
+        save(tmp_path / "set" / f"{name}.png")
+    images = load()
+    assert "captions of 3 to 5 (median 4) tokens" in str(images.measured(tokenizer, 5).report)
+    cut = str(images.measured(tokenizer, 4).report)
+    assert "captions of 3 to 5 (median 4) tokens; 1 of 4 are cut at 4, e.g. 'green cat face'" in cut
+    assert "tokens" not in str(images.report)
 
 
 def test_listed_files_that_are_missing_and_files_that_are_not_listed_are_reported(load, tmp_path):
@@ -290,8 +308,8 @@ def test_rows_are_read_in_any_order_and_by_any_index(load, tmp_path):
 
 
 def test_preparing_happens_once_and_again_when_a_file_changes(load, tmp_path, monkeypatch):
-    calls, decode = [], data.decode
-    monkeypatch.setattr(data, "decode", lambda *a: calls.append(1) or decode(*a))
+    calls, upright = [], data.upright
+    monkeypatch.setattr(data, "upright", lambda *a: calls.append(1) or upright(*a))
     save(tmp_path / "set" / "a.png", "red")
     save(tmp_path / "set" / "b.png", "red")
     first, again = load(), load()
@@ -392,6 +410,27 @@ def test_cut_captions_are_counted_once(tokenizer, tmp_path):
         data.encode_captions(["red heart"], tokenizer, bert(), 4, tmp_path)
 
 
+def test_states_asked_for_one_by_one_are_those_of_all_at_once(tokenizer, tmp_path, monkeypatch):
+    """Bit for bit whatever is asked for beside them, so that a resumed stream repeats; and what is kept has a bound."""
+    encoder, captions = bert(), [" ".join(words) for words in itertools.permutations(WORDS[5:], 2)]  # 20
+    whole = data.encode_captions(captions, tokenizer, encoder, 6, tmp_path)
+    states = data.CaptionStates(tokenizer, encoder, 6)
+    assert torch.allclose(states(captions), whole, atol=1e-6)
+    first = states(captions)
+    for some in (captions[3:4], captions[9:2:-1], captions[5:6] * 3):
+        fresh = data.CaptionStates(tokenizer, encoder, 6)(some)
+        assert torch.equal(fresh, first[[captions.index(caption) for caption in some]]) and torch.equal(states(some), fresh)
+    calls, encode = [], data.caption_states
+    monkeypatch.setattr(data, "caption_states", lambda captions, *a: calls.append(captions) or encode(captions, *a))
+    monkeypatch.setattr(data, "KEPT_BYTES", 3 * 6 * 16 * 4)
+    few = data.CaptionStates(tokenizer, encoder, 6)
+    for caption, misses in zip("abcbad", [1, 2, 3, 3, 3, 4], strict=True):
+        few([caption])
+        assert len(calls) == misses and len(few.kept) <= 3
+    few(["c"])
+    assert len(calls) == 5, "the one that was not asked for the longest is forgotten"
+
+
 # ---- randomness
 
 
@@ -409,6 +448,8 @@ def test_randomness_does_not_depend_on_how_a_batch_is_split(batch, draw):
         lambda s: data.noise(seed, step, s, (2, 3)),
         lambda s: data.timesteps(seed, step, s, size, 1000),
         lambda s: data.keep_caption(seed, step, s, 0.5),
+        lambda s: data.caption_choice(seed, step, s, [5] * len(s)),
+        lambda s: data.flips(seed, step, s),
         lambda s: data.batch_indices(seed, step, size, 7, slots=s),
     ):
         whole = f(torch.arange(size))
@@ -421,7 +462,7 @@ def test_the_global_generator_is_not_touched():
     torch.manual_seed(3)
     before = torch.get_rng_state()
     data.noise(0, 0, range(4), (2,)), data.timesteps(0, 0, range(4), 4, 10), data.keep_caption(0, 0, range(4), 0.5)
-    data.batch_indices(0, 0, 4, 9)
+    data.batch_indices(0, 0, 4, 9), data.caption_choice(0, 0, range(4), [2] * 4), data.flips(0, 0, range(4))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -463,6 +504,35 @@ def test_dropout_is_exactly_p():
     n = 64 * 150
     assert abs(dropped - 0.1 * n) < 4 * math.sqrt(n * 0.1 * 0.9)
     assert not torch.equal(data.keep_caption(0, 0, slots, 0.5), data.keep_caption(0, 1, slots, 0.5))
+
+
+def test_each_of_a_rows_captions_is_drawn_as_often_as_the_others_and_anew_every_step():
+    counts = torch.tensor([1, 2, 3, 3])
+    drawn = torch.stack([data.caption_choice(0, step, range(4), counts) for step in range(1200)])  # (1200, 4)
+    assert (drawn >= 0).all() and (drawn < counts).all() and (drawn[:, 0] == 0).all()
+    for slot, n in ((1, 2), (2, 3), (3, 3)):
+        expected = 1200 / n
+        assert (drawn[:, slot].bincount(minlength=n) - expected).abs().max() < 4 * math.sqrt(expected * (1 - 1 / n))
+    assert not torch.equal(drawn[:, 2], drawn[:, 3]) and len(drawn[:9, 2].unique()) > 1
+
+
+def test_the_caption_of_an_example_is_one_of_its_rows(load, tmp_path):
+    several = {"a.png": ["one"], "b.png": ["two", "three"], "c.png": ["four", "five", "six"]}
+    for name in several:
+        save(tmp_path / "set" / name)
+    listing(tmp_path / "set", *({"file_name": name, "caption": captions} for name, captions in several.items()))
+    images = load()
+    rows, seen = torch.tensor([2, 0, 1, 2, 1]), [set() for _ in range(5)]
+    for step in range(40):
+        chosen = images.chosen(0, step, range(5), rows)
+        for slot, caption in enumerate(chosen.tolist()):
+            seen[slot].add(images.all_captions[caption])
+    assert seen == [set(several["abc"[row] + ".png"]) for row in rows.tolist()]
+
+
+def test_half_of_the_examples_are_mirrored():
+    shown = torch.stack([data.flips(0, step, range(8)) for step in range(300)])
+    assert abs(shown.double().mean() - 0.5) < 4 * math.sqrt(0.25 / 2400) and not torch.equal(shown[0], shown[1])
 
 
 @settings(max_examples=50, deadline=None)

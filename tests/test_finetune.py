@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from test_train import log, same, train, weights
 from tiny import seeded, tiny_pipeline, tiny_text, tiny_unet
 
+import train_text2img
 from pipeline import config as settings
 from pipeline import data, hub, latents, models
 from pipeline.config import Config, ConfigError, DiffusionConfig, LoraConfig
@@ -260,14 +261,25 @@ def test_latents_are_encoded_once(images, tmp_path):
 
 
 def test_every_step_draws_another_latent_of_the_same_picture(config):
-    import train_text2img
-
     chosen = settings.load_file(config)
     parts = train_text2img.prepare(chosen, None, torch.device("cpu"))
-    slots, rows = torch.arange(2), torch.tensor([3, 3])
-    a, b = (parts.x_0(chosen, step, slots, rows) for step in (0, 1))
-    assert not torch.equal(a, b) and not torch.equal(a[0], a[1])
-    assert torch.equal(a, parts.x_0(chosen, 0, slots, rows))
+    rows = [data.batch_indices(0, step, 4, len(parts.images)) for step in range(4)]  # two epochs of eight
+    later, slot = next((step, slot) for step in (2, 3) for slot in range(4) if rows[step][slot] == rows[0][1])
+    drawn = lambda step: train_text2img.examples(parts, chosen, step, torch.arange(4))[0]
+    first, again = drawn(0)[1], drawn(later)[slot]
+    assert not torch.equal(first, again)
+    assert torch.equal(first, drawn(0)[1])
+
+
+def test_mirrored_examples_come_from_the_mirrored_latents(config):
+    chosen, _ = settings.load(["--config", str(config), "--data.flip", "true"])
+    parts = train_text2img.prepare(chosen, None, torch.device("cpu"))
+    slots, rows = torch.arange(4), data.batch_indices(0, 0, 4, len(parts.images))
+    flip = data.flips(0, 0, slots)
+    assert flip.any() and not flip.all()
+    z = data.noise(0, 0, slots, parts.latents.shape, "posterior")
+    assert torch.equal(train_text2img.examples(parts, chosen, 0, slots)[0], parts.latents.sample(rows, flip, z))
+    assert not torch.equal(parts.latents.sample(rows, flip, z), parts.latents.sample(rows, ~flip, z))
 
 
 # ---- what is refused

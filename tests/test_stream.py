@@ -1,0 +1,257 @@
+"""A stream gives every row once an epoch, to one process or shared by several, and goes on exactly where it was."""
+
+import io
+import json
+import shutil
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+from test_sources import png, squares, write
+from test_train import ROOT, TINY, same, train, weights
+
+from pipeline import sources
+from pipeline.config import DataConfig
+from pipeline.sources import DataError
+from pipeline.stream import Stream
+
+SHARDS, ROWS = 5, 7
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """35 pictures whose red is their number, in five shards."""
+    folder = tmp_path_factory.mktemp("table")
+    for i in range(SHARDS):
+        write(folder / f"train-{i:05d}-of-{SHARDS:05d}.parquet", squares(ROWS * i, ROWS * i + ROWS))
+    return folder
+
+
+@pytest.fixture
+def stream(table, tmp_path):
+    """Streams of the table, closed after the test."""
+    opened = []
+
+    def call(source=table, seed=0, process=0, processes=1, **settings):
+        settings = {"resolution": 4, "shuffle_buffer": 4, "streaming": True, "cache": str(tmp_path / "cache")} | settings
+        opened.append(Stream(DataConfig(str(source), **settings), seed, process, processes))
+        return opened[-1]
+
+    yield call
+    for one in opened:
+        one.close()
+
+
+def take(stream, n):
+    """The numbers of the next n pictures, which must be those of their captions."""
+    batch = stream.take(n)
+    assert batch.images.shape == (n, 3, 4, 4) and batch.images.dtype == torch.uint8
+    reds = batch.images[:, 0, 0, 0].tolist()
+    assert list(batch.alternatives) == [[f"square {i}"] for i in reds]
+    return reds
+
+
+def test_every_epoch_has_every_row_once_in_an_order_of_its_own(stream):
+    epochs = [take(one, SHARDS * ROWS) for one in (stream(), stream(seed=1)) for _ in range(2)]
+    assert all(sorted(epoch) == [*range(SHARDS * ROWS)] for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4 and epochs[0] != sorted(epochs[0])
+    assert take(stream(), SHARDS * ROWS) == epochs[0], "a function of the seed"
+
+
+@pytest.mark.parametrize("processes", [2, 3, 5])
+def test_processes_share_an_epoch(stream, processes):
+    """By shards where their number allows (5), else by rows (2, 3)."""
+    shares = [[*range(i, SHARDS * ROWS, processes)] for i in range(processes)]  # only their lengths matter
+    taken = [take(stream(process=i, processes=processes), len(share)) for i, share in enumerate(shares)]
+    assert sorted(i for share in taken for i in share) == [*range(SHARDS * ROWS)]
+
+
+@pytest.mark.parametrize(("process", "processes"), [(0, 1), (1, 2), (4, 5)])
+@pytest.mark.parametrize("taken", [0, 3, 4, 9, 35, 50])
+def test_a_stream_goes_on_where_its_state_was_taken(stream, taken, process, processes):
+    """In the middle of a block, at its end, and in the second epoch; the state is JSON."""
+    whole = stream(process=process, processes=processes)
+    for _ in range(taken):
+        take(whole, 1)
+    state = json.loads(json.dumps(whole.state_dict()))
+    rest = take(whole, 40)
+    fresh = stream(process=process, processes=processes)
+    take(fresh, 2)
+    fresh.load_state_dict(state)
+    assert take(fresh, 40) == rest
+    whole.load_state_dict(state)
+    assert take(whole, 17) + take(whole, 23) == rest, "how many are taken at once does not matter"
+
+
+def test_another_process_s_state_is_refused(stream):
+    with pytest.raises(DataError, match="saved by process 0 of 1 and is read by process 0 of 2: go on with as many"):
+        stream(processes=2).load_state_dict(stream().state_dict())
+
+
+# ---- rows and networks that fail
+
+
+def test_broken_rows_are_passed_over_logged_and_counted(stream, tmp_path, caplog):
+    rows = squares(0, 6)
+    rows[2]["image"], rows[4]["image"] = b"not a picture", None
+    one = stream(write(tmp_path / "some.parquet", rows), max_broken=0.5)
+    assert sorted(take(one, 4)) == [0, 1, 3, 5] and sorted(take(one, 4)) == [0, 1, 3, 5]
+    said = " ".join(record.getMessage() for record in caplog.records)
+    assert "skipped row 4: it has no image" in said and "skipped row 2: cannot identify it as a picture" in said
+    state = one.state_dict()
+    assert state["epoch"] == 1 and 8 < state["seen"] <= 12 and state["broken"] == state["seen"] - 8
+
+
+def test_too_many_broken_rows_end_it_by_name(stream, tmp_path):
+    rows = squares(0, 8)
+    rows[3]["image"] = rows[5]["image"] = b"x"
+    path = write(tmp_path / "some.parquet", rows)
+    with pytest.raises(DataError, match=r"2 of the first \d rows of .* are broken, at most 1% may be, the last one row [35] \("):
+        take(stream(path, max_broken=0.01), 32)
+    one = stream(write(tmp_path / "none.parquet", [{"image": b"x", "text": "a"}]), max_broken=1)
+    with pytest.raises(DataError, match="no usable row for process 0 of 1 in a whole epoch: 1 of 1 rows were broken"):
+        take(one, 1)
+    with pytest.raises(DataError, match="no usable row"):
+        take(one, 1)
+
+
+def test_rows_without_a_caption_are_unconditional_or_left_out(stream, tmp_path):
+    rows = squares(0, 3)
+    rows[1]["text"] = None
+    path = write(tmp_path / "some.parquet", rows)
+    assert sorted(stream(path).take(3).alternatives) == [[""], ["square 0"], ["square 2"]]
+    assert sorted(take(stream(path, missing_caption="skip", max_broken=0), 2)) == [0, 2]
+
+
+def flaky(errors):
+    """30 rows of a generator that raises one of the errors each time it comes to row 13."""
+    def rows():
+        for i in range(30):
+            if i == 13 and errors:
+                raise errors.pop(0)
+            yield {"image": {"bytes": png(i), "path": None}, "text": f"square {i}"}
+
+    features = datasets.Features({"image": datasets.Image(decode=False), "text": datasets.Value("string")})
+    found = datasets.IterableDataset.from_generator(rows, features=features)
+    read = lambda example, number: sources.table_row(example, number, "image", ("text",))
+    return lambda config, split: sources.Rows(found, read, "flaky", "a flaky table")
+
+
+def test_a_network_that_fails_now_and_then_changes_nothing(stream, monkeypatch):
+    monkeypatch.setattr(sources, "WAITS", (0.01, 0.01))
+    monkeypatch.setattr(sources, "open_rows", flaky([]))
+    whole = take(stream(), 60)
+    assert sorted(whole) == sorted([*range(30)] * 2)
+    errors = [ConnectionError("reset"), TimeoutError("slow")]
+    monkeypatch.setattr(sources, "open_rows", flaky(errors))
+    assert take(stream(), 60) == whole and errors == []
+
+
+@pytest.mark.parametrize(("error", "says"), [
+    (ConnectionError("reset by peer"), r"cannot read a flaky table in 3 attempts \(reset by peer\): run the same command again"),
+    (FileNotFoundError("shard 7 is gone"), "cannot read a flaky table: shard 7 is gone")])  # fmt: skip
+def test_a_network_that_fails_for_good_is_one_sentence_and_the_place_before_it_is_kept(stream, monkeypatch, error, says):
+    monkeypatch.setattr(sources, "WAITS", (0.01, 0.01))
+    monkeypatch.setattr(sources, "open_rows", flaky([]))
+    whole = take(stream(), 40)
+    monkeypatch.setattr(sources, "open_rows", flaky([error] * 9))
+    one = stream()
+    with pytest.raises(DataError, match=says) as caught:
+        take(one, 32)
+    assert "\n" not in str(caught.value)
+    monkeypatch.setattr(sources, "open_rows", flaky([]))
+    mended = stream()
+    mended.load_state_dict(one.state_dict())
+    assert take(mended, 40) == whole
+
+
+def test_closing_ends_a_wait_for_the_network(stream, monkeypatch):
+    monkeypatch.setattr(sources, "WAITS", (600,))
+    monkeypatch.setattr(sources, "open_rows", flaky([ConnectionError("reset")] * 9))
+    one = stream(shuffle_buffer=30)
+    one.coming = one.reader.submit(one.some)
+    one.close()
+    with pytest.raises(DataError, match="is closed"):
+        one.coming.result(timeout=10)
+
+
+# ---- training on one
+
+
+@pytest.fixture(scope="module")
+def config(table, tmp_path_factory):
+    """test_train's run on the table, with every setting that draws something at each step; 'both' has two captions a row."""
+    folder = tmp_path_factory.mktemp("run")
+    rows = [{"image": big(i), "text": f"square {i}", "other": "red" if i % 2 else None} for i in range(12)]
+    path = write(folder / "both.parquet", rows)
+    more = "streaming: true, flip: true, shuffle_buffer: 5, caption_column: [text, other], "
+    text = TINY.replace("{source: SOURCE, held_out: HELD, ", f"{{source: {path}, held_out: train, {more}")
+    (folder / "tiny.yaml").write_text(text.replace("CACHE", str(folder / "cache")))
+    return folder / "tiny.yaml"
+
+
+def big(i):
+    """A picture that differs from its mirror image."""
+    buffer = io.BytesIO()
+    ramp = Image.linear_gradient("L").transpose(Image.Transpose.ROTATE_90).resize((16, 16)).convert("RGB")
+    ramp.point(lambda value: (value + 20 * i) % 256).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+    """One uninterrupted run."""
+    out = tmp_path_factory.mktemp("whole")
+    return out / "tiny", train(config, out)
+
+
+def test_a_run_trains_on_a_stream_and_says_what_is_known_of_it(whole):
+    run, done = whole
+    assert (run / "pipeline" / "model_index.json").exists()
+    assert "both.parquet (train), the first 12 rows of a stream: 12 of 12 images usable" in done.stdout
+    assert "1 to 2 (median 2) captions an image" in done.stdout and "captions of" in done.stdout
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_run_on_a_stream_resumes_in_the_same_bytes(whole, tmp_path, step):
+    run = tmp_path / "tiny"
+    shutil.copytree(whole[0], run)
+    shutil.rmtree(run / "pipeline")
+    for later in (run / "checkpoints").iterdir():
+        if int(later.name) > step:
+            shutil.rmtree(later)
+    assert f"going on from step {step}" in train(run / "config.yaml", tmp_path).stdout
+    assert same(weights(run), weights(whole[0]))
+
+
+@pytest.mark.parametrize("setting", [("--data.flip", "false"), ("--data.caption_column", "text"), ("--seed", "1")])
+def test_what_a_step_draws_changes_what_is_learnt(whole, tmp_path, setting):
+    train(whole[0] / "config.yaml", tmp_path, *setting)
+    assert not same(weights(tmp_path / "tiny"), weights(whole[0]))
+
+
+def test_micro_steps_take_the_same_examples(whole, tmp_path):
+    train(whole[0] / "config.yaml", tmp_path, "--train.accumulation", "2", "--train.precision", "no")
+    train(whole[0] / "config.yaml", tmp_path / "one", "--train.precision", "no")
+    logs = [(out / "tiny" / "metrics.jsonl").read_text().splitlines() for out in (tmp_path, tmp_path / "one")]
+    two, one = (json.loads(lines[0])["loss"] for lines in logs)
+    assert two == pytest.approx(one, rel=2e-3)
+
+
+@pytest.mark.parametrize("name", ["folder", "stream"])
+def test_the_templates_run_dry_on_data_of_ones_own(name, table, tmp_path):
+    if name == "folder":
+        for split in ("train", "test"):
+            (tmp_path / "set" / split).mkdir(parents=True)
+            for i in range(3):
+                (tmp_path / "set" / split / f"square {i}.png").write_bytes(png(i))
+        source = ["--data.source", str(tmp_path / "set"), "--data.held_out", "test"]
+    else:
+        source = ["--data.source", str(table), "--data.held_out", "null", "--data.image_column", "image",
+                  "--data.caption_column", "text"]  # fmt: skip
+    small = ["--data.resolution", "16", "--data.cache", str(tmp_path / "cache"), "--train.batch_size", "4",
+             "--train.threads", "1", "--model.patch_size", "2", "--model.channels", "[32, 32]",
+             "--model.attention", "[false, true]", "--model.heads", "4"]  # fmt: skip
+    done = train(ROOT / "configs" / f"{name}.yaml", tmp_path / "out", *source, *small, "--dry_run")
+    assert "images usable" in done.stdout and "weights to train" in done.stdout
