@@ -1,7 +1,7 @@
 """Muon (Jordan et al. 2024): momentum whose matrices are made orthogonal, with AdamW for what is no matrix.
 
-A convolution's weight (out, in, h, w) is the matrix (out, in h w). Weights of one shape are orthogonalised together, in
-bf16: on a CPU that takes a third of the time that `torch.optim.Muon` takes, which has 2-D weights alone.
+A convolution's weight (out, in, h, w) is the matrix (out, in h w); `torch.optim.Muon` takes 2-D weights alone. Those of one
+shape are orthogonalised together, in bf16.
 """
 
 from collections import defaultdict
