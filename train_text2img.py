@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from diffusers import UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.utils import make_image_grid
@@ -286,7 +286,7 @@ def train(config: Config, dry_run: bool = False) -> int:
     with accelerator.main_process_first():
         run.create()
     with runs.StopRequest() as stop, run.lock() if main else contextlib.nullcontext():
-        checkpoint = resume_point(run, config)
+        (checkpoint,) = broadcast_object_list([resume_point(run, config) if main else None])  # one decides for all
         start = int(checkpoint.name) if checkpoint else 0
         if start >= config.train.steps and run.finished:
             accelerator.print(f"{run.folder} is finished at step {start} of {config.train.steps}.\n{usage(run, config)}")
@@ -323,6 +323,9 @@ def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Pa
         runs.replace(run.config, config.to_yaml())
         print(f"{parts.images.report}\n{models.count(models.trainable(parts.unet)) / 1e6:.1f} M weights to train;",
               f"going on from step {state['step']}" if checkpoint else "a new run")  # fmt: skip
+        if checkpoint and (before := runs.manifest(checkpoint)["processes"]) != accelerator.num_processes:
+            print(f"The checkpoint is of {before} process(es), now there are {accelerator.num_processes}: the batches are the "
+                  "same, their sums are rounded otherwise")  # fmt: skip
     unet, optimizer = accelerator.prepare(parts.unet, optimizer)
     ema.to(accelerator.device)
     if config.report_to:

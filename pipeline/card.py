@@ -14,6 +14,7 @@ from PIL import Image
 from pipeline import emoji, evaluation
 from pipeline import run as runs
 from pipeline.config import Config, load_file
+from pipeline.evaluation import IMAGES
 from pipeline.exact import irreducible_loss
 from pipeline.layout import TAGS, loading
 from pipeline.run import Run
@@ -21,7 +22,6 @@ from pipeline.text_to_image import TextToImagePipeline
 
 ATTRIBUTION = "Emoji pictures: Twemoji, (c) Twitter, Inc and other contributors, CC-BY 4.0."
 FACTS = "training.json"  # what a run knew at its end that nothing else keeps
-IMAGES = "images"
 HUB_ID = r"\w[\w-]*/\w[\w.-]*"  # what the Hub takes for the name of a model or a data set
 
 
@@ -136,6 +136,7 @@ def build(config: Config, known: dict, pictures: list[str] = (), model: str = "U
         "## Training\n\n" + training(config, known),
         picture("training.png", pictures, "The loss, and the error by timestep."),
         picture("strips.png", pictures, "From noise to picture: x_t on the left, the current x_0 on the right."),
+        picture("free.png", pictures, "Prompts that name no picture of any embedded set, the first seed."),
         "## Measured\n\n" + (block(measured(metrics)) if metrics else "Nothing yet, beyond the losses."),
         notes,
         "## Limits\n\nIt draws what its training pictures show, composes that only so far, and has their bias. There is no "

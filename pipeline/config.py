@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import math
 import sys
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -414,6 +415,16 @@ def read_yaml(path: str) -> dict:
     return tree or {}
 
 
+def nulls(config: Config) -> list[str]:
+    """A problem for each setting that is null and may not be: jsonargparse lets null through."""
+    found = []
+    for name, group in [("", config), *((f"{name}.", getattr(config, name)) for name in groups())]:
+        hints = typing.get_type_hints(type(group))
+        lacking = [key for key, value in vars(group).items() if value is None and type(None) not in typing.get_args(hints[key])]
+        found += [f"{name}{key} must be {getattr(hints[key], '__name__', hints[key])}, got null: leave it out" for key in lacking]
+    return found
+
+
 def load(argv: list[str]) -> tuple[Config, bool]:
     """The configuration of a command line, and whether it is a dry run; ConfigError names every problem at once."""
     argv = ["--dry_run=true" if a == "--dry_run" else a for a in argv]
@@ -432,10 +443,12 @@ def load(argv: list[str]) -> tuple[Config, bool]:
     dry_run = parsed.pop("dry_run")
     parsed.pop("config", None)
     sections = {f.name: f.default_factory for f in dataclasses.fields(Config) if f.name in groups()}
+    if empty := [name for name in sections if getattr(parsed, name, None) is None]:
+        raise ConfigError("\n".join(f"{name} must hold settings, got null: leave it out" for name in empty))
     values = {k: sections[k](**vars(v)) if k in sections and not isinstance(v, sections[k]) else v
               for k, v in vars(parsed).items()}  # fmt: skip
     config = Config(**values)
-    if found := config.problems():
+    if found := nulls(config) or config.problems():
         raise ConfigError("\n".join(found))
     return config, dry_run
 

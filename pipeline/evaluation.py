@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -33,6 +34,7 @@ SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 STAGES = ((1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 40, 2, 2, 5), (6, 80, 3, 2, 3), (6, 112, 3, 1, 5), (6, 192, 4, 2, 5),
           (6, 320, 1, 1, 3))  # expansion, channels, repeats, stride, kernel: table 1 of EfficientNet  # fmt: skip
 SIDE = 224  # pixels that the judge sees
+IMAGES = "images"  # of a card
 STRIDE = 1_000_000  # image i of seed s is drawn from s * STRIDE + i: no two seeds share a draw
 FREE = ("green cat", "blue dog", "purple banana", "red tree", "yellow frog", "pink lion", "blue strawberry", "green rocket",
         "orange whale", "red snowman", "purple bus", "blue house", "golden fish", "cat astronaut", "white pizza",
@@ -359,6 +361,19 @@ def from_real(judge: Judge, bank: Bank, pipe: TextToImagePipeline, rows: Tensor,
     return {"t": plan[0]} | summary(retrieval_ranks(judge.features(images), bank.features, bank.own[rows]))
 
 
+def sheet(images: Tensor, prompts: list[str], path: Path, columns: int = 5) -> None:
+    """Pictures uint8 (N, 3, H, W) with the prompt of each below it, as one picture."""
+    rows = math.ceil(len(prompts) / columns)
+    figure = Figure(figsize=(1.5 * columns, 1.5 * rows), layout="constrained")
+    for ax, image, prompt in zip(figure.subplots(rows, columns, squeeze=False).flat, images, prompts, strict=False):
+        ax.imshow(image.permute(1, 2, 0).numpy())
+        ax.set_xlabel(prompt, fontsize=8)
+    for ax in figure.axes:
+        ax.set(xticks=[], yticks=[], frame_on=False)
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
 def evaluate(folder: Path, ws: list[float], seeds: list[int], choose_seed: int, choose_on: int, steps: int, batch: int) -> dict:
     """Choose w on `choose_on` training captions with one seed, draw every caption with the others, write metrics.json."""
     if choose_seed in seeds:
@@ -385,6 +400,8 @@ def evaluate(folder: Path, ws: list[float], seeds: list[int], choose_seed: int, 
         by_seed[seed] = judged(draw(pipe, bank.captions, w, seed, steps, kept("all", w, seed), batch), rows)
         drawn = draw(pipe, free, w, seed, steps, kept("free", w, seed), batch)
         copies[seed] = copy_rate(drawn, bank.train, threshold)
+        if seed == seeds[0]:
+            sheet(drawn, free, folder / IMAGES / "free.png")
     result = {"w": w, "num_inference_steps": steps, "seeds": seeds, "by_seed": by_seed, "free_prompt_copies": copies,
               "choice": {"seed": choose_seed, "captions": len(some), "by_w": choice},
               "references": references(judge, bank, threshold), "model": model}  # fmt: skip

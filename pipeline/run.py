@@ -183,10 +183,15 @@ def describe(path: Path) -> dict:
         return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
+def manifest(folder: Path) -> dict:
+    """What a checkpoint's manifest says: its step, the facts given to `save`, and its files."""
+    return json.loads((folder / MANIFEST).read_text())
+
+
 def verify(folder: Path) -> str:
     """What is wrong with a checkpoint, "" where every file is as its manifest says."""
     try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
+        files = manifest(folder)["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"its {MANIFEST} cannot be read ({error})"
     for name, wanted in files.items():

@@ -5,7 +5,9 @@ import math
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+import yaml
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from pipeline import config as settings
@@ -125,3 +127,36 @@ def test_differences_name_key_old_and_new_and_leave_out_what_is_free():
     assert settings.differences(old, new, ("train.log_every",)) == [
         "seed was 0 and is now 3", "train.lr was 0.0001 and is now 0.001"]  # fmt: skip
     assert settings.differences(old, new, ("train", "seed")) == []
+
+
+KEYS = sorted(settings.flatten(settings.plain(dataclasses.asdict(Config()))))
+ANYTHING = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+                        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=2),
+                        max_leaves=4)  # fmt: skip
+
+
+@hypothesis_settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(KEYS), ANYTHING)
+def test_any_value_of_any_setting_is_a_configuration_or_one_clear_error(tmp_path, key, value):
+    """Whatever YAML can say: it is taken or refused as a ConfigError, and never a traceback."""
+    *sections, name = key.split(".")
+    tree = {name: value}
+    for section in reversed(sections):
+        tree = {section: tree}
+    path = tmp_path / "any.yaml"
+    path.write_bytes(yaml.safe_dump(tree, allow_unicode=True).encode("utf-8", "surrogatepass"))
+    try:
+        config, _ = load(["--config", str(path)])
+    except ConfigError as refused:
+        assert str(refused)  # noqa: PT017  # that it is refused is one of two good ends
+    else:
+        assert config.problems() == [] and load(["--config", yaml_file(tmp_path, config.to_yaml())])[0] == config
+
+
+@hypothesis_settings(max_examples=40, deadline=None)
+@given(st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=12))
+def test_any_flag_is_known_or_refused(name):
+    try:
+        load([f"--train.{name}", "1"])
+    except ConfigError as refused:
+        assert str(refused)  # noqa: PT017

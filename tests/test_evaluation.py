@@ -215,6 +215,7 @@ def test_an_evaluation_goes_on_where_it_stopped(run, monkeypatch, capsys):
     assert first["by_seed"]["0"] != first["by_seed"]["3"]
     assert first["references"]["chance"] == {"first": 1 / 28, "first_five": 5 / 28}
     assert "held-out combinations: first" in capsys.readouterr().out
+    assert Image.open(run / "images" / "free.png").size == (825, 660)  # five columns of the 20 prompts
 
 
 @pytest.mark.parametrize("chosen", ["bf16", "no"])
