@@ -30,6 +30,7 @@ FILE = "pipeline"  # the name that diffusers looks for
 PRIVATE = "_text_to_image"  # diffusers leaves out what begins with an underscore
 STABLE_DIFFUSION = {"_class_name": "StableDiffusionPipeline", "safety_checker": [None, None], "feature_extractor": [None, None],
                     "image_encoder": [None, None], "requires_safety_checker": False}  # fmt: skip
+OF_THIS_MACHINE = ("_name_or_path", "is_local", "local_files_only")  # where the libraries note that a part was loaded from
 TAGS = ["text-to-image", "diffusion", "ddpm", "classifier-free-guidance"]
 LOADING = """\
 ```python
@@ -93,7 +94,7 @@ class Layout:
     def to_json_string(self) -> str:
         """`model_index.json`: our classes by the files that `save_config` writes, or Stable Diffusion's index, ours in it."""
         index = json.loads(super().to_json_string())
-        index.pop("_name_or_path", None)
+        index = {key: value for key, value in index.items() if key not in OF_THIS_MACHINE}
         for name, module in self._own_modules().items():
             index[name] = [module.rpartition(".")[2], index[name][1]]
         index["_class_name"] = [FILE, type(self).__name__]
@@ -110,9 +111,11 @@ class Layout:
         for path, source in self._code().items():
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, folder / path)
-        for path in (folder / name / "config.json" for name in self.components):
-            if path.is_file() and (config := json.loads(path.read_text(encoding="utf-8"))).pop("_name_or_path", None) is not None:
-                path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        for path in (folder / name / file for name in self.components for file in ("config.json", "tokenizer_config.json")):
+            found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            if found.keys() & set(OF_THIS_MACHINE):
+                kept = {key: value for key, value in found.items() if key not in OF_THIS_MACHINE}
+                path.write_text(json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def push_to_hub(self, repo_id: str, commit_message: str | None = None, private: bool | None = None, token: str | None = None,
@@ -135,12 +138,16 @@ class Layout:
 
     def is_stable_diffusion(self) -> bool:
         """Whether diffusers' own StableDiffusionPipeline, given these parts, draws the same pictures."""
-        unet, vae, tokenizer, length = self.unet, self.vae, self.tokenizer, self.config.caption_length
-        parts = (isinstance(unet, UNet2DConditionModel) and isinstance(vae, AutoencoderKL) and tokenizer is not None
-                 and isinstance(self.text_encoder, CLIPTextModel) and self.whitening is None)  # fmt: skip
-        return (parts and unet.config.addition_embed_type is None and unet.config.class_embed_type is None
-                and not vae.config.shift_factor and length in (None, tokenizer.model_max_length)
-                and ("scheduler" not in self._own_modules() or type(self.scheduler).__name__ == "DDPMScheduler"))  # fmt: skip
+        unet, vae, tokenizer, scheduler = self.unet, self.vae, self.tokenizer, self.scheduler
+        if not (isinstance(unet, UNet2DConditionModel) and isinstance(vae, AutoencoderKL) and tokenizer is not None
+                and isinstance(self.text_encoder, CLIPTextModel) and self.whitening is None):  # fmt: skip
+            return False
+        known = "scheduler" not in self._own_modules() or type(scheduler).__name__ == "DDPMScheduler"
+        settings = scheduler.config  # StableDiffusionPipeline puts clip_sample to False and steps_offset to 1, whatever they are
+        offset = settings.get("steps_offset", 1) if settings.get("timestep_spacing") == "leading" else 1
+        kept = not settings.get("clip_sample") and offset == 1
+        return (known and kept and unet.config.addition_embed_type is None and unet.config.class_embed_type is None
+                and not vae.config.shift_factor and self.config.caption_length in (None, tokenizer.model_max_length))  # fmt: skip
 
     def _own_modules(self) -> dict[str, str]:
         """The module of each component that the libraries do not have; ValueError for one that is in no file to copy."""

@@ -52,7 +52,9 @@ def download(model: str, **options) -> Path:
         parts = [name for name, value in own(read(index)).items() if name in PARTS and value[0] is not None]
         patterns = [INDEX, *BESIDE, *(f"{part}/{kind}" for part in parts for kind in FILES)]
         pinned = options | {"revision": index.parent.name}  # of all files, whatever is pushed meanwhile
-        return Path(snapshot_download(repo, allow_patterns=patterns, ignore_patterns=["*.py", VARIANTS], **pinned))
+        folder = Path(snapshot_download(repo, allow_patterns=patterns, ignore_patterns=VARIANTS, **pinned))
+    refuse_pickles(folder, own(read(folder / INDEX)), model)
+    return folder
 
 
 def revision_of(model: str, token: str | None = None) -> tuple[str, str]:
@@ -114,12 +116,15 @@ def component(part: str, value: object) -> list[str | None]:
                      "of a model is not run here, so read it and load it by diffusers' trust_remote_code")  # fmt: skip
 
 
-def refuse_pickles(folder: Path, index: dict) -> None:
-    """ModelError where a network of a saved pipeline has no safetensors: whatever else its weights are in may run code."""
+def refuse_pickles(folder: Path, index: dict, name: str | None = None) -> None:
+    """ModelError where a network of a saved pipeline has no safetensors: whatever else its weights are in may run code.
+
+    name: what to call the model, if not by its folder.
+    """
     networks = [part for part in PARTS if index.get(part, [None])[0] and (folder / part / "config.json").is_file()]
     if unsafe := [part for part in networks if not any((folder / part).glob("*.safetensors"))]:
-        raise ModelError(f"{folder} cannot be loaded: its {' and '.join(unsafe)} has no safetensors, expected them, since a "
-                         "pickle may run code: have it saved again with safe_serialization=True")  # fmt: skip
+        raise ModelError(f"{name or folder} cannot be loaded: its {' and '.join(unsafe)} has no safetensors, expected them, "
+                         "since a pickle may run code: have it saved again with safe_serialization=True")  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -1,0 +1,619 @@
+"""Sharing by the real client and a Hub stand-in: each stranger is a process without this package, with caches of its own."""
+
+import contextlib
+import json
+import pickle
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import httpx
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import AutoencoderKL
+from hub_stub import LOST, HubStub
+from huggingface_hub import ModelCard
+from PIL import Image
+from tiny import WIDTH, tiny_pipeline, tiny_text, tiny_unet
+
+from pipeline import card, hub, safe, sample
+from pipeline.captions import CaptionWhitening
+from pipeline.config import Config, DataConfig, HubConfig, ModelConfig, SampleConfig, load_file
+from pipeline.run import Run
+from pipeline.scheduler import DDPMScheduler
+from pipeline.text_to_image import TextToImagePipeline
+
+ROOT = Path(__file__).parent.parent
+CANARY = "hf_canary_Jq3xT"
+REQUEST = "'red heart', w=1.0, seed=7, num_inference_steps=2, output_type='np'"
+HOSTILE = ("a: |\n---\n", "<script>alert(1)</script>", "```\n# not a heading", "it's \"quoted\" {braces}", "red heart")
+LISTENER = """
+import contextlib, io, json, sys, traceback
+for line in sys.stdin:
+    said, done = io.StringIO(), True
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        try:
+            exec(json.loads(line), globals())
+        except BaseException:
+            traceback.print_exc()
+            done = False
+    print(json.dumps([done, said.getvalue()]), flush=True)
+"""
+PICKLE = pickle.dumps(SimpleNamespace(w=1.0))
+FIRST = {"share": 0.25, "interval": [0.2, 0.3], "n": 400}
+BOTH = {"first": FIRST, "first_five": FIRST}
+METRICS = {"w": 1.0, "num_inference_steps": 50, "by_seed": {"0": {"train": BOTH, "seam_ratio": 1}},
+           "free_prompt_copies": {"0": FIRST},
+           "references": {"chance": {"first": 0.01, "first_five": 0.05}, "ceiling": BOTH}}  # fmt: skip
+
+
+class Process:
+    """A Python of its own that runs one piece of code after another; what it printed is returned, what it broke on is raised."""
+
+    def __init__(self, env, cwd, *flags):
+        cwd.mkdir()
+        self.cwd, self.heard = cwd, []
+        with open(cwd / "stderr.txt", "w") as errors:
+            self.process = subprocess.Popen([sys.executable, *flags, "-c", LISTENER], cwd=cwd, env=env, stdin=subprocess.PIPE,
+                                            stdout=subprocess.PIPE, stderr=errors, text=True)  # fmt: skip
+
+    def __call__(self, code):
+        self.process.stdin.write(json.dumps(code) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        assert line, (self.cwd / "stderr.txt").read_text()[-3000:]
+        done, said = json.loads(line)
+        self.heard.append(said)
+        assert done, said[-3000:]
+        return said
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait(30)
+        self.process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def world():
+    """The Hub of these tests, with one account."""
+    with HubStub(token=CANARY) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("hub")
+
+
+@pytest.fixture(scope="module")
+def owner(world, place):
+    """A process with this package, logged in."""
+    process = Process(world.env(place / "owner-home", PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}"), place / "owner")
+    process("import os, sys, numpy as np\nfrom pathlib import Path\nfrom huggingface_hub import constants\n"
+            "import train_text2img\nfrom pipeline import hub, safe, sample\nfrom pipeline.config import Config, HubConfig\n"
+            "from pipeline.text_to_image import TextToImagePipeline\nhub.WAITS = (0.1, 0.1, 0.1)")  # fmt: skip
+    yield process
+    process.close()
+
+
+@pytest.fixture(scope="module")
+def run(place):
+    """The folder of a finished run: patches, whitened captions, pictures, measurements, and what must not be shared."""
+    run = Run(place / "runs" / "tiny")
+    run.create()
+    pipe = tiny_pipeline(patch_size=2, w=1.0, caption_length=8, caption_dropout=0.1)
+    pipe.register_modules(whitening=CaptionWhitening(WIDTH))
+    pipe.save_pretrained(run.pipeline)
+    config = Config(name="tiny", output=str(place / "runs"), data=DataConfig("emoji-small", resolution=16),
+                    sample=SampleConfig(prompts=("red heart", HOSTILE[0]), w=(0.0, 1.0), default_w=1.0))  # fmt: skip
+    run.config.write_text(config.to_yaml())
+    run.log(step=6, loss=0.5)
+    Image.fromarray(np.arange(32 * 32 * 3, dtype=np.uint8).reshape(32, 32, 3)).save(run.samples / "000006.png")
+    Image.new("RGB", (8, 8)).save(run.figures / "training.png")
+    (run.folder / "metrics.json").write_text(json.dumps(METRICS))
+    (run.checkpoints / "optimizer.safetensors").write_bytes(b"secret")
+    (run.pipeline / "notes.py").write_text("private = 1")
+    (run.pipeline / "unet" / "optimizer.bin").write_bytes(b"secret")
+    card.describe(config, run, pipe, SimpleNamespace(report="emoji-small: 425 of 425 images usable"), 60.0)
+    return run
+
+
+@pytest.fixture(scope="module")
+def expected(run):
+    """What the run's pipeline draws here (1, H, W, 3)."""
+    pipe = sample.load(run.pipeline)
+    pipe.set_progress_bar_config(disable=True)
+    return eval(f"pipe({REQUEST}).images", {"pipe": pipe})
+
+
+@pytest.fixture(scope="module")
+def pushed(world, owner, run):
+    """That run on the Hub; the push's exit code is printed last."""
+    assert owner(f"print(hub.main(['push', {str(run.folder)!r}, 'tester/tiny']))").endswith("tester/tiny\n0\n")
+    return "tester/tiny"
+
+
+@pytest.fixture(scope="module")
+def stranger(world, place, pushed):
+    """A process that has never heard of this package, with the pushed pipeline as `pipe`, trusted at the second try."""
+    process = Process(world.env(place / "stranger-home"), place / "stranger", "-P")
+    process(f"""
+import importlib.util, sys, diffusers, numpy as np, torch
+from diffusers import DiffusionPipeline
+assert importlib.util.find_spec("pipeline") is None
+try:
+    DiffusionPipeline.from_pretrained({pushed!r})
+except ValueError as error:
+    refusal = str(error)
+untrusted = [name for name in sys.modules if name.startswith("diffusers_modules")]
+pipe = DiffusionPipeline.from_pretrained({pushed!r}, trust_remote_code=True, use_safetensors=True)""")
+    yield process
+    process.close()
+
+
+def drawn(process, pipe="pipe"):
+    """What a process draws for the request of these tests."""
+    process(f"{pipe}.set_progress_bar_config(disable=True)\nnp.save('drawn.npy', {pipe}({REQUEST}).images)")
+    return np.load(process.cwd / "drawn.npy")
+
+
+def close(a, b):
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)  # another process may use another number of threads
+
+
+def refused(process, code):
+    """The one sentence of the ValueError that a piece of code ends in."""
+    said = process(f"try:\n    {code}\nexcept ValueError as error:\n    print('refused:', error)\nelse:\n    print('accepted')")
+    assert "refused: " in said, said
+    return said.split("refused: ")[1]
+
+
+def commits(world, name, kind="models"):
+    return len(world.repos[kind, name].commits) - 1  # but the one that made it
+
+
+# ---- the five steps: push, a stranger's load, the stranger's own push, another stranger's load, and what each holds
+
+
+def test_a_push_is_one_commit_of_what_a_stranger_needs_and_nothing_else(world, pushed, run):
+    assert commits(world, pushed) == 1
+    assert sorted(world.files("models", pushed)) == sorted([
+        "README.md", "guidance.py", "images/prompt-0.png", "images/prompt-1.png", "images/samples.png", "images/training.png",
+        "layout.py", "metrics.json", "model_index.json", "pipeline.py", "scheduler/scheduler.py",
+        "scheduler/scheduler_config.json", "text_encoder/config.json", "text_encoder/model.safetensors",
+        "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json", "training_config.yaml",
+        "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors", "vae/patches.py", "whitening/captions.py", "whitening/config.json",
+        "whitening/diffusion_pytorch_model.safetensors"])  # fmt: skip
+    index = json.loads(world.files("models", pushed)["model_index.json"])
+    assert index["_class_name"] == ["pipeline", "TextToImagePipeline"] and index["scheduler"] == ["scheduler", "DDPMScheduler"]
+
+
+def test_a_stranger_loads_it_once_it_is_trusted_and_draws_the_same(stranger, expected):
+    stranger("assert 'trust_remote_code' in refusal and untrusted == []")
+    stranger("assert type(pipe.scheduler).__module__.startswith('diffusers_modules'), type(pipe.scheduler)")
+    close(drawn(stranger), expected)
+
+
+def test_the_parts_load_as_stock_classes_without_any_code(stranger, pushed):
+    stranger(f"""
+for name in ("DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler"):
+    scheduler = getattr(diffusers, name).from_pretrained({pushed!r}, subfolder="scheduler")
+    assert scheduler.config.timestep_spacing == "trailing" and scheduler.config.num_train_timesteps == 1000
+diffusers.UNet2DConditionModel.from_pretrained({pushed!r}, subfolder="unet", use_safetensors=True)
+own = pipe.scheduler
+pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+pipe("red heart", num_inference_steps=2)
+pipe.scheduler = own""")
+
+
+def test_the_lines_of_the_card_run(world, stranger, pushed):
+    lines = re.findall(r"```python\n(.*?)```", world.files("models", pushed)["README.md"].decode(), re.S)
+    assert len(lines) == 2
+    stranger("kept = pipe\n" + "\n".join(lines) + "\nassert picture.size == (16, 16)\npipe = kept")
+
+
+def test_a_strangers_own_push_is_the_same_and_loads_again(world, place, stranger, pushed, expected):
+    stranger("pipe.push_to_hub('tester/fork')")
+    original, fork = (world.files("models", name) for name in (pushed, "tester/fork"))
+    assert {"pipeline.py", "guidance.py", "layout.py", "vae/patches.py"} < fork.keys()
+    changed = {path for path, content in fork.items() if original[path] != content}
+    assert changed <= {"README.md", "tokenizer/tokenizer.json"}, "a tokenizer's files remember how it last padded"
+    assert ModelCard(fork["README.md"].decode()).data.library_name == "diffusers"
+    other = Process(world.env(place / "other-home"), place / "other", "-P")
+    other("import numpy as np\nfrom diffusers import DiffusionPipeline\n"
+          "pipe = DiffusionPipeline.from_pretrained('tester/fork', trust_remote_code=True)")  # fmt: skip
+    close(drawn(other), expected)
+    other("for _ in range(2):\n    pipe.push_to_hub('tester/fork')\npipe.save_pretrained('saved')")
+    other.close()
+    assert commits(world, "tester/fork") == 2, "the second time nothing had changed"
+    sample.load(place / "other" / "saved")
+
+
+def test_what_diffusers_cannot_load_is_as_the_readme_says(stranger, pushed):
+    stranger(f"""
+from huggingface_hub import constants, snapshot_download
+def outcome(model, **options):
+    try:
+        return type(DiffusionPipeline.from_pretrained(model, trust_remote_code=True, **options)).__name__
+    except Exception as error:
+        return type(error).__name__
+assert outcome({pushed!r}, scheduler=diffusers.DDIMScheduler()) == "ValueError"
+folder, constants.HF_HUB_OFFLINE = snapshot_download({pushed!r}), True
+try:
+    offline = outcome({pushed!r}), outcome(folder)
+finally:
+    constants.HF_HUB_OFFLINE = False
+assert offline == ("OfflineModeIsEnabled", "TextToImagePipeline"), offline""")
+
+
+def test_diffusers_cannot_import_code_from_a_repository_with_a_dot_in_its_name(world, stranger, pushed):
+    world.add("tester/tiny.two", world.files("models", pushed))
+    said = stranger("try:\n    DiffusionPipeline.from_pretrained('tester/tiny.two', trust_remote_code=True)\n"
+                    "except Exception as error:\n    print(type(error).__name__, error)")  # fmt: skip
+    assert "ModuleNotFoundError" in said and "diffusers_modules.local.tester--tiny" in said
+    assert Config(hub=HubConfig("tester/tiny.two")).problems()[0].startswith("hub.repo_id must have no dot")
+
+
+# ---- Stable Diffusion's parts
+
+
+def test_a_stable_diffusion_loads_in_stock_diffusers_and_ours_lies_beside_it(world, owner, stranger, place):
+    tokenizer, encoder = tiny_text("clip")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = AutoencoderKL(block_out_channels=(4, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+                            up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, scaling_factor=0.5).eval()  # fmt: skip
+    scheduler = DDPMScheduler(clip_sample=False, steps_offset=1)
+    pipe = TextToImagePipeline(tiny_unet(4, text=False), scheduler, encoder, tokenizer, vae, w=3.0)
+    assert pipe.is_stable_diffusion()
+    for other in ({"clip_sample": True}, {"steps_offset": 0}):  # which that pipeline would change
+        pipe.scheduler = DDPMScheduler.from_config(scheduler.config, **other)
+        assert not pipe.is_stable_diffusion()
+    pipe.scheduler = scheduler
+    pipe.save_pretrained(place / "stable")
+    owner(f"hub.push({str(place / 'stable')!r}, 'tester/stable')")
+    assert not [path for path in world.files("models", "tester/stable") if re.fullmatch(r".+/.+\.py", path)]
+    joint = "'a cat', num_inference_steps=2, guidance_scale=2.0, output_type='np', generator=torch.Generator().manual_seed(0)"
+    stranger(f"""
+before = {{name for name in sys.modules if name.startswith("diffusers_modules")}}
+stock = DiffusionPipeline.from_pretrained("tester/stable", use_safetensors=True)
+assert before == {{name for name in sys.modules if name.startswith("diffusers_modules")}}, "no remote code"
+assert type(stock) is diffusers.StableDiffusionPipeline and type(stock.scheduler) is diffusers.DDPMScheduler
+ours = DiffusionPipeline.from_pretrained("tester/stable", custom_pipeline="tester/stable", trust_remote_code=True)
+assert type(ours).__name__ == "TextToImagePipeline"
+for name, pipeline in (("stock", stock), ("ours", ours)):
+    pipeline.set_progress_bar_config(disable=True)
+    np.save(name + ".npy", pipeline({joint}).images)""")
+    stock, ours = (np.load(stranger.cwd / f"{name}.npy") for name in ("stock", "ours"))
+    close(stock, ours)
+    again = sample.load(place / "stable")
+    assert type(again.scheduler) is DDPMScheduler and again.config.w == 3.0
+    again.set_progress_bar_config(disable=True)
+    with pytest.warns(UserWarning, match="that is no pure noise"):
+        close(eval(f"pipe({joint}).images", {"pipe": again, "torch": torch}), stock)
+
+
+def test_what_stable_diffusion_would_draw_otherwise_keeps_our_index():
+    pipe = tiny_pipeline("clip", text=False)
+    assert not pipe.is_stable_diffusion(), "pixels"
+    assert json.loads(pipe.to_json_string())["_class_name"] == ["pipeline", "TextToImagePipeline"]
+
+
+# ---- our own loader
+
+
+def test_a_model_of_the_hub_is_drawn_with_by_its_name_alone(owner, pushed, expected):
+    owner(f"np.save('drawn.npy', (pipe := hub.load({pushed!r}))({REQUEST}).images)")
+    close(np.load(owner.cwd / "drawn.npy"), expected)
+    said = owner(f"print(sample.main([{pushed!r}, 'red heart', '--steps', '2', '--device', 'cpu', '-o', 'cat.png']))")
+    assert said.endswith("cat.png\n0\n") and (owner.cwd / "cat.png").is_file()
+    owner(f"assert type(TextToImagePipeline.from_pretrained({pushed!r}).vae).__module__ == 'pipeline.patches'")
+
+
+def test_no_code_of_a_model_is_downloaded_or_run(world, owner, pushed, place):
+    evil = f"open({str(place / 'ran')!r}, 'w')\n".encode()
+    files = world.files("models", pushed)
+    world.add("mallory/same", {path: evil if path.endswith(".py") else content for path, content in files.items()}
+              | {"unet/extra.bin": PICKLE})  # fmt: skip
+    world.requests.clear()
+    owner("pipe = hub.load('mallory/same')\nassert type(pipe.scheduler).__module__ == 'pipeline.scheduler'")
+    assert not [path for _, path in world.requests if path.endswith((".py", ".bin"))]
+    owner("print(hub.main(['pull', 'mallory/same', 'pulled']))")
+    assert not [path for path in (owner.cwd / "pulled").rglob("*") if path.suffix in (".py", ".bin")]
+    owner("hub.load('pulled')")
+    assert not (place / "ran").exists()
+    assert "choose another" in owner("assert hub.main(['pull', 'mallory/same', 'pulled']) == 1")
+
+
+def test_a_revision_stays_what_it_was(world, owner, pushed):
+    files = world.files("models", pushed)
+    old = world.add("mallory/moving", files)
+    index = json.loads(files["model_index.json"]) | {"w": 9.0}
+    world.repos["models", "mallory/moving"].add_commit(
+        {path: (json.dumps(index).encode() if path == "model_index.json" else content, path.endswith(".safetensors"))
+         for path, content in files.items()}, "stronger", "main")  # fmt: skip
+    assert owner(f"print(*(hub.load('mallory/moving' + at).config.w for at in ('', '@{old}', '@main')))") == "9.0 1.0 9.0\n"
+
+
+def test_a_model_in_the_cache_needs_no_network(world, owner, pushed):
+    world.requests.clear()
+    owner(f"constants.HF_HUB_OFFLINE = True\ntry:\n    hub.load({pushed!r})\nfinally:\n    constants.HF_HUB_OFFLINE = False")
+    assert world.requests == []
+
+
+INDEX = {"_class_name": ["pipeline", "TextToImagePipeline"], "unet": ["diffusers", "UNet2DConditionModel"],
+         "scheduler": ["scheduler", "DDPMScheduler"]}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"scheduler": ["my_scheduler", "MyScheduler"]}, "its scheduler is 'MyScheduler' of 'my_scheduler', expected a class of"),
+    ({"scheduler": ["scheduler", "PatchAutoencoder"]}, "its scheduler is 'PatchAutoencoder' of 'scheduler'"),
+    ({"unet": ["os", "system"]}, "its unet is 'system' of 'os'"),
+    ({"unet": ["diffusers", "__name__"]}, "its unet is '__name__' of 'diffusers'"),
+    ({"unet": ["diffusers", "DiffusionPipeline"]}, "its unet is 'DiffusionPipeline' of 'diffusers'"),
+    ({"unet": ["diffusers.utils", "load_image"]}, "its unet is"),
+    ({"text_encoder": ["transformers", "pipeline"]}, "its text_encoder is 'pipeline' of 'transformers'"),
+    ({"text_encoder": "transformers"}, "its text_encoder is"),
+    ({"unet": None}, "names no unet, expected both unet and scheduler"),
+    ({"_class_name": "FluxPipeline"}, "is a FluxPipeline, expected a TextToImagePipeline or a StableDiffusionPipeline"),
+    ({"_class_name": []}, "expected a TextToImagePipeline"), ({"_class_name": None}, "this model is a None"),
+    ({"w": "strong"}, "has w 'strong', expected numbers"),
+    ({"_text_to_image": {"scheduler": ["os", "system"]}}, "its scheduler is 'system' of 'os'"),
+])  # fmt: skip
+def test_an_index_may_name_known_classes_only(change, message):
+    assert safe.own(INDEX)["scheduler"] == ["pipeline.scheduler", "DDPMScheduler"]
+    with pytest.raises(safe.ModelError, match=re.escape(message)):
+        safe.own(INDEX | change)
+
+
+def test_what_is_asked_of_the_hub_and_cannot_be_had_is_one_sentence(world, owner, pushed):
+    files = world.files("models", pushed)
+    index = json.loads(files["model_index.json"])
+    world.add("mallory/private", files, private=True)
+    world.add("mallory/gated", files, gated=True)
+    world.add("mallory/pickled", {path.replace(".safetensors", ".bin"): PICKLE if path.endswith(".safetensors") else content
+                                  for path, content in files.items()})  # fmt: skip
+    world.add("mallory/strange", files | {"model_index.json": json.dumps(index | {"scheduler": ["mine", "Mine"]}).encode()})
+    world.add("mallory/damaged", files | {"model_index.json": b"{"})
+    world.add("mallory/empty", {"README.md": b"nothing"})
+    for model, message in {
+        "mallory/private": "is not on the Hub, or private and not yours, and no folder here: check the name, or `hf auth login`",
+        "mallory/gated": "is gated and this account may not read it, expected its conditions to be accepted",
+        "mallory/pickled": "has no safetensors, expected them, since a pickle may run code",
+        "mallory/strange": "its scheduler is 'Mine' of 'mine', expected a class of diffusers, transformers or this package",
+        "mallory/damaged": "is damaged", "mallory/empty": "holds no model_index.json, expected a saved diffusers pipeline",
+        "mallory/nothing": "is not on the Hub", f"{pushed}@no-such-branch": "has no such revision, expected a branch",
+        "mallory/no--name": "Cannot have -- or ..",
+    }.items():
+        said = refused(owner, f"hub.load({model!r})")
+        assert message in said and said.count("\n") == 1, said
+        assert refused(owner, f"TextToImagePipeline.from_pretrained({model!r})") == said
+    world.add("mallory/busy", files)
+    world.faults.append(("HEAD", "/mallory/busy/resolve/", 403))
+    assert "nor in the cache, and the Hub cannot be reached: connect once" in refused(owner, "hub.load('mallory/busy')")
+
+
+def test_a_name_whose_first_part_is_a_folder_is_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert safe.named("runs/emoji") == ("runs/emoji", None)
+    (tmp_path / "runs").mkdir()
+    assert safe.named("runs/emoji") is None and safe.named("runs/emoji@main") == ("runs/emoji", "main")
+    assert safe.named("/abs/path") is None and safe.named("../x/y") is None and safe.named("a/b/c") is None
+
+
+# ---- a pipeline without its text encoder
+
+
+def test_a_shared_pipeline_always_has_its_text_encoder(world, owner, place):
+    tokenizer, encoder = tiny_text()
+    for part in (tokenizer, encoder):
+        part.save_pretrained(place / "bert")
+    pipe = tiny_pipeline(caption_length=8)
+    pipe.register_modules(text_encoder=None, tokenizer=None)
+    pipe.save_pretrained(place / "bare")
+    assert json.loads((place / "bare" / "model_index.json").read_text())["text_encoder"] == [None, None]
+    bare = TextToImagePipeline.from_pretrained(place / "bare")
+    with pytest.raises(ValueError, match="no text encoder to read .* load it with pipeline.hub.load, which supplies"):
+        bare("red heart")
+    with pytest.raises(ValueError, match="no text encoder, expected one in what is shared: load it with pipeline.hub.load"):
+        bare.push_to_hub("tester/bare")
+    assert "put the config.yaml beside it" in refused(owner, f"hub.push({str(place / 'bare')!r}, 'tester/bare')")
+    config = Config(name="bare", model=ModelConfig(text_encoder=str(place / "bert")))
+    (place / "bare" / "config.yaml").write_text(config.to_yaml())
+    assert hub.load(place / "bare")("red heart", num_inference_steps=2).images[0].size == (8, 8)
+    owner(f"hub.push({str(place / 'bare')!r}, 'tester/bare')\nassert hub.load('tester/bare').text_encoder is not None")
+    assert "text_encoder/model.safetensors" in world.files("models", "tester/bare")
+
+
+# ---- the Hub says no, is busy, or is left in the middle
+
+
+def test_what_a_push_needs_is_tried_before_training(world, owner):
+    def check(repo_id, token=None):
+        return refused(owner, f"hub.check(Config(hub=HubConfig({repo_id!r}, token={token!r})))")
+
+    owner("hub.check(Config())\nhub.check(Config(hub=HubConfig('tester/checked', private=True)))\n"
+          "hub.check(Config(hub=HubConfig('checked')))")  # fmt: skip
+    assert world.repos["models", "tester/checked"].private and world.files("models", "tester/checked") == {}
+    assert "got the answer 401, expected 200: there is no valid token: `hf auth login`" in check("tester/checked", "hf_wrong")
+    assert "the token of this machine may only read, expected one that may write" in check("tester/checked", "hf_reader")
+    assert "got the answer 403, expected 200: this account may not write to somebody/new" in check("somebody/new")
+    world.add("somebody/old", {"README.md": b"theirs"})
+    assert "this account may not write to somebody/old" in check("somebody/old")
+    owner("kept = os.environ.pop('HF_TOKEN')")
+    assert "needs a token and there is none, expected one that may write: `hf auth login`" in check("tester/checked")
+    assert "there is no valid token" in refused(owner, "hub.push('nowhere', 'tester/checked')")
+    owner("os.environ['HF_TOKEN'] = kept")
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "tester/no space", "-x", "tester/a--b", "tester/x.git", "tester/v1.0", "", "tester/ü"])
+def test_a_repository_that_cannot_be_is_refused_with_all_other_settings(name):
+    (problem,) = Config(hub=HubConfig(name)).problems()
+    assert problem.startswith("hub.repo_id must") and repr(name) in problem and "\n" not in problem
+
+
+def test_a_busy_hub_and_a_lost_answer_still_make_one_commit_and_an_unchanged_model_none(world, owner, run):
+    world.faults += [("PUT", "/_lfs/", 503), ("POST", "/preupload/", 503), ("POST", "/commit/", 412), ("POST", "/commit/", LOST)]
+    world.lfs.clear()
+    push = f"print(hub.main(['push', {str(run.folder)!r}, 'tester/busy', '--private']))"
+    assert owner(push).endswith("0\n") and world.faults == []
+    assert commits(world, "tester/busy") == 1 and world.repos["models", "tester/busy"].private
+    assert owner(push).endswith("0\n")
+    assert commits(world, "tester/busy") == 1
+
+
+def test_a_push_that_fails_says_how_to_do_it_again(world, owner, run):
+    world.faults += [("POST", "/commit/", 500)] * 4
+    said = owner(f"print(hub.main(['push', {str(run.folder)!r}, 'tester/failed']))")
+    assert said.endswith(f"is complete, push it again with `python -m pipeline.hub push {run.folder} tester/failed`\n1\n"), said
+    assert world.files("models", "tester/failed") == {} and "Traceback" not in said
+    sample.load(run.pipeline)
+
+
+def test_a_push_that_is_killed_is_whole_after_the_next(world, owner, place, run, pushed):
+    world.lfs.clear()
+    command = [sys.executable, "-m", "pipeline.hub", "push", str(run.folder), "tester/killed"]
+    process = subprocess.Popen(command, cwd=ROOT, env=world.env(place / "killed-home"), stderr=subprocess.PIPE, text=True)
+    world.watch = lambda method, path: process.kill() if method == "PUT" else None
+    try:
+        said = process.communicate(timeout=60)[1]
+    finally:
+        world.watch = None
+    assert process.returncode == -9, said
+    assert world.files("models", "tester/killed") == {}
+    owner(f"hub.push({str(run.folder)!r}, 'tester/killed')")
+    here, there = world.files("models", "tester/killed"), world.files("models", pushed)
+    assert here.keys() == there.keys() and commits(world, "tester/killed") == 1
+    assert all(here[path] == there[path] for path in here if path != "README.md")
+    assert ModelCard(here["README.md"].decode()).data.pipeline_tag == "text-to-image"
+
+
+# ---- the training script
+
+
+def test_training_checks_first_and_pushes_last(world, owner, place):
+    (place / "squares" / "train").mkdir(parents=True)
+    for name in ("red", "green", "blue", "white"):
+        Image.new("RGB", (16, 16), name).save(place / "squares" / "train" / f"{name}.png")
+    settings = {"name": "trained", "output": str(place / "trained"), "hub": {"repo_id": "trained"},
+                "data": {"source": str(place / "squares"), "held_out": None, "resolution": 16, "caption_length": 8,
+                         "cache": str(place / "cache")},
+                "model": {"patch_size": 2, "channels": [32], "attention": [True], "heads": 4,
+                          "text_in_time": False, "text_encoder": str(place / "bert")},
+                "diffusion": {"prediction_type": "sample", "num_train_timesteps": 100, "beta_end": 0.2},
+                "train": {"steps": 2, "batch_size": 2, "threads": 1},
+                "sample": {"prompts": ["red"], "w": [1], "steps": 2}}  # fmt: skip
+    (place / "trained.yaml").write_text(yaml.safe_dump(settings))
+    for part in tiny_text():
+        part.save_pretrained(place / "bert")
+    train = lambda *more: owner(
+        "from accelerate.state import AcceleratorState\nAcceleratorState._reset_state(reset_partial_state=True)\n"
+        f"print('code', train_text2img.main(['--config', {str(place / 'trained.yaml')!r}, *{more!r}]))")  # fmt: skip
+    said = train("--hub.repo_id", "somebody/else")
+    assert "may not write to somebody/else" in said and said.endswith("code 2\n")
+    assert not (place / "trained").exists(), "nothing was begun"
+    world.faults += [("POST", "/commit/", 403)]
+    said = train("--hub.token", CANARY)
+    assert f"push it again with `python -m pipeline.hub push {place / 'trained' / 'trained'} trained`" in said
+    assert said.endswith("code 1\n") and (place / "trained" / "trained" / "pipeline" / "model_index.json").is_file()
+    said = train("--hub.private", "true")
+    assert said.endswith(f"Pushed to {world.endpoint}/tester/trained\ncode 0\n"), "the same command goes on"
+    files = world.files("models", "tester/trained")
+    assert {"README.md", "images/samples.png", "images/prompt-0.png", "training_config.yaml"} < files.keys()
+    assert ModelCard(files["README.md"].decode()).data.widget == [{"text": "red", "output": {"url": "images/prompt-0.png"}}]
+    assert load_file(place / "trained" / "trained" / "config.yaml").hub == HubConfig("trained")
+
+
+# ---- the card
+
+
+def test_hostile_words_stay_words_in_a_card():
+    prompts = tuple(HOSTILE)
+    config = Config(name="x", data=DataConfig("some/set: |\n---\n<script>"), sample=SampleConfig(prompts=prompts))
+    known = card.facts("data:\n```\n<script>\n---\n", 3600.0, base_model="a/b<script>\n---\n", base_license="|: x")
+    pictures = [f"prompt-{i}.png" for i in range(len(prompts))] + ["samples.png"]
+    made = card.build(config, known, pictures, "tester/tiny", METRICS)
+    read = ModelCard(str(made))
+    assert [w["text"] for w in read.data.widget] == list(prompts)
+    assert read.data.license == "|: x" and read.data.base_model is None, "no name of the Hub"
+    assert read.data.eval_results[0].dataset_name == config.data.source and read.data.eval_results[0].metric_value == 0.25
+    plain = re.sub(r"^(`{3,})\w*\n.*?^\1$", "", read.text, flags=re.M | re.S)  # without code blocks
+    assert "<script>" not in plain and "# not a heading" not in re.sub(r"`[^`\n]*`", "", plain)
+    settings = yaml.safe_load(re.search(r"^(`{3,})yaml\n(.*?)^\1$", read.text, re.M | re.S)[2])
+    assert settings["data"]["source"] == config.data.source
+    for code in re.findall(r"```python\n(.*?)```", read.text, re.S):
+        compile(code, "card", "exec")
+
+
+def test_a_card_of_a_tuned_model_says_what_it_comes_from(run):
+    known = card.facts("", 1.0, base_model="someone/stable", base_model_relation="adapter", base_license="creativeml-openrail-m")
+    made = card.build(load_file(run.config), known)
+    assert (made.data.base_model, made.data.base_model_relation) == ("someone/stable", "adapter")
+    assert made.data.license == "creativeml-openrail-m" and "`someone/stable`, and its licence holds for them" in made.text
+    assert "There is no safety checker" in made.text
+    assert card.build(load_file(run.config), card.facts("", 1.0)).data.license == "cc-by-4.0"
+
+
+def test_a_card_needs_neither_pictures_nor_measurements(run):
+    made = card.build(Config(), card.facts("", 0.0))
+    assert not {"widget", "model-index"} & made.data.to_dict().keys() and "Nothing yet" in made.text
+    text = (run.folder / "README.md").read_text()
+    assert "<Gallery />" in text and f"from_pretrained('{run.pipeline}'" in text and "first 25.0%" in text
+    with Image.open(run.folder / "images" / "prompt-1.png") as picture, Image.open(run.samples / "000006.png") as grid:
+        assert np.array_equal(np.asarray(picture), np.asarray(grid)[16:, 16:])
+
+
+# ---- the Space
+
+
+def test_a_space_serves_the_model_that_it_is_pinned_to(world, owner, place, pushed):
+    said = owner(f"print(hub.main(['space', 'tester/page', '--model', {pushed!r}]))")
+    assert said.endswith("/spaces/tester/page\n0\n"), said
+    files, revision = world.files("spaces", "tester/page"), world.repos["models", pushed].refs["main"]
+    assert files["model.txt"].decode() == f"{pushed}@{revision}\n" and re.fullmatch("[0-9a-f]{40}", revision)
+    matter = yaml.safe_load(files["README.md"].decode().split("---\n")[1])
+    assert matter["models"] == [pushed] and matter["sdk"] == "gradio" and matter["app_file"] in files
+    assert matter["sdk_version"] == re.search(r"^gradio==(\S+)", files["requirements.txt"].decode(), re.M)[1]
+    assert len(matter["short_description"]) <= 60 and matter["suggested_hardware"] == "cpu-basic"
+    assert {"pipeline/hub.py", "LICENSE", "NOTICE"} < files.keys() and not [path for path in files if "test" in path]
+    for path, content in files.items():
+        (place / "space" / path).parent.mkdir(parents=True, exist_ok=True)
+        (place / "space" / path).write_bytes(content)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world.requests.clear()
+    env = world.env(place / "space-home", GRADIO_SERVER_PORT=str(port), GRADIO_ANALYTICS_ENABLED="False")
+    with subprocess.Popen([sys.executable, "app.py"], cwd=place / "space", env=env, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True) as process:  # fmt: skip
+        try:
+            deadline, page = time.monotonic() + 60, ""
+            while not page and time.monotonic() < deadline and process.poll() is None:
+                with contextlib.suppress(httpx.ConnectError):
+                    page = httpx.get(f"http://127.0.0.1:{port}/config").text
+                time.sleep(0.2)
+        finally:
+            process.terminate()
+            said = process.communicate()[0]
+    assert "Model: `tiny`" in page, said
+    asked = {path for _, path in world.requests if "/resolve/" in path}
+    assert asked and all(f"/resolve/{revision}/" in path for path in asked) and not [p for p in asked if p.endswith(".py")]
+
+
+def test_no_token_is_told_to_anybody(world, owner, stranger, place):
+    assert "may not write to somebody/else" in refused(owner, "hub.push('nowhere', 'somebody/else')")
+    assert CANARY not in "".join(owner.heard + stranger.heard)
+    for path in (path for path in place.rglob("*") if path.is_file()):
+        assert CANARY.encode() not in path.read_bytes(), path
+    for (kind, name), repo in world.repos.items():
+        for tree in repo.commits.values():
+            assert not [path for path, (content, _) in tree.items() if CANARY.encode() in content], (kind, name)
+    config = Config(hub=HubConfig("a/b", token=CANARY))
+    assert CANARY not in f"{config}{config.to_yaml()}{config.to_dict()}"
