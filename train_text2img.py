@@ -371,7 +371,7 @@ def finish(config: Config, run: runs.Run, parts: Parts, ema, pipe: TextToImagePi
     pipe.save_pretrained(run.pipeline, safe_serialization=True)
     hub.plot_run(run, parts.images, parts.scheduler, parts.vae)
     sample = config.sample
-    hub.plot_strips(pipe, list(sample.prompts), set(parts.images.captions), run.figures / "strips.png", w=sample.default_w,
+    hub.plot_strips(pipe, list(sample.prompts), set(parts.images.all_captions), run.figures / "strips.png", w=sample.default_w,
                     seed=sample.seed, steps=sample.steps, eta=sample.eta, columns=min(8, sample.steps))  # fmt: skip
     runs.replace(run.card, str(hub.card(config, run, parts.images, seconds)))
     print(f"\n{run.samples / f'{config.train.steps:06d}.png'} shows its samples, {run.card} is its card.\n{usage(run, config)}")
