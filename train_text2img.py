@@ -443,7 +443,7 @@ def finish(config: Config, run: runs.Run, parts: Parts, ema, pipe: TextToImagePi
         run.publish(run.pipeline, lambda folder: pipe.save_pretrained(folder, safe_serialization=True))
     card.plot_run(run, parts.images, pipe)
     sample = config.sample
-    card.plot_strips(pipe, list(sample.prompts), set(parts.images.captions), run.figures / "strips.png", w=sample.default_w,
+    card.plot_strips(pipe, list(sample.prompts), set(parts.images.all_captions), run.figures / "strips.png", w=sample.default_w,
                      seed=sample.seed, steps=sample.steps, eta=sample.eta, columns=min(8, sample.steps))  # fmt: skip
     card.describe(config, run, pipe, parts.images, seconds, **base_of(config))
     print(f"\n{run.samples / f'{config.train.steps:06d}.png'} shows its samples, {run.card} is its card.\n{usage(run, config)}")

@@ -9,8 +9,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
-SCHEDULER, LOSSES, GUIDANCE, DATA, CAPTIONS = (
-    f"pipeline/{name}.py" for name in ("scheduler", "losses", "guidance", "data", "captions"))
+SCHEDULER, LOSSES, GUIDANCE, SOURCES, DATA, STREAM, CAPTIONS = (
+    f"pipeline/{name}.py" for name in ("scheduler", "losses", "guidance", "sources", "data", "stream", "captions"))
 PIPELINE, SERVING, TRAIN = "pipeline/text_to_image.py", "pipeline/serving.py", "train_text2img.py"
 MUON, LATENTS, MODELS = (f"pipeline/{name}.py" for name in ("muon", "latents", "models"))
 SAFE = "pipeline/safe.py"
@@ -125,6 +125,30 @@ MUTANTS = [
     (MODELS, "lora_alpha=lora.alpha or lora.rank", "lora_alpha=lora.rank", "test_finetune.py::test_only_the_adapter_is_trained_and_saved"),
     (MODELS, 'unet_lora_adapter_metadata=network.peft_config["default"].to_dict())', "unet_lora_adapter_metadata=None)",
      "test_finetune.py::test_a_checkpoint_of_a_lora_run_draws_as_the_finished_one"),
+    (SOURCES, "return [caption for caption in captions if caption]", "return captions",
+     "test_sources.py::test_a_list_or_several_columns_are_a_rows_captions_and_empty_ones_are_none"),
+    (SOURCES, "isinstance(builder, Cache) and", "False and",
+     "test_sources.py::test_a_warm_cache_is_enough_without_a_network_and_a_cold_one_is_one_sentence"),
+    (SOURCES, "            wait(seconds)\n", "", "test_sources.py::test_a_network_that_fails_is_asked_again_after_ever_longer_waits"),
+    (SOURCES, "digest(str(builder.cache_dir), split,", "digest(config.source, split,",
+     "test_sources.py::test_a_table_that_changed_is_read_anew"),
+    (DATA, "return self.first[rows] + caption_choice(", "return rows + caption_choice(",
+     "test_data.py::test_the_caption_of_an_example_is_one_of_its_rows"),
+    (DATA, '(uniform(seed, step, slots, "caption") * counts)', '(uniform(seed, 0, slots, "caption") * counts)',
+     "test_data.py::test_each_of_a_rows_captions_is_drawn_as_often_as_the_others_and_anew_every_step"),
+    (DATA, 'some + [""] * (ENCODED - len(some))', "some",
+     "test_data.py::test_states_asked_for_one_by_one_are_those_of_all_at_once"),
+    (DATA, "self.kept.move_to_end(caption)", "pass", "test_data.py::test_states_asked_for_one_by_one_are_those_of_all_at_once"),
+    (STREAM, "mixed[place.position :].split", "mixed.split", "test_stream.py::test_a_stream_goes_on_where_its_state_was_taken"),
+    (STREAM, "position=0, source=self.dataset.state_dict())", "position=0, source=None)",
+     "test_stream.py::test_a_stream_goes_on_where_its_state_was_taken"),
+    (STREAM, "self.place = places[-1]", "pass", "test_stream.py::test_a_stream_goes_on_where_its_state_was_taken"),
+    (STREAM, "iterator, self.iterator = self.iterator, None", "iterator = self.iterator",
+     "test_stream.py::test_a_network_that_fails_now_and_then_changes_nothing"),
+    (STREAM, "split_dataset_by_node(shards, process, processes)", "shards", "test_stream.py::test_processes_share_an_epoch"),
+    (TRAIN, "parts.encoded(batch, slice(None), flip)", "parts.encoded(batch, slice(None))",
+     "test_stream.py::test_what_a_step_draws_changes_what_is_learnt"),
+    (TRAIN, "            stream.load_state_dict(saved", "            dict(saved", "test_stream.py::test_a_run_on_a_stream_resumes_in_the_same_bytes"),
 ]  # fmt: skip
 
 

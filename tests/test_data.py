@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import BertConfig, BertModel, BertTokenizerFast, CLIPTextConfig, CLIPTextModel
 
-from pipeline import data, emoji, text_to_image
+from pipeline import data, emoji, sources, text_to_image
 from pipeline.data import DataError
 
 
@@ -383,6 +383,15 @@ def test_states_are_what_the_pipeline_encodes(tokenizer, tmp_path):
 
 
 @settings(max_examples=200, deadline=None)
+@given(st.text(st.characters()))
+def test_any_text_is_a_caption_that_can_be_tokenized(tokenizer, text):
+    """Lone surrogates, which Python's JSON lets through, would be a TypeError in the tokenizer."""
+    row = sources.as_row("a.png", {"path": "a.png", "bytes": None}, [text])
+    assert row["problem"] == "" and row["captions"] == ([data.normalize(text)] if data.normalize(text) else [])
+    tokenizer(row["captions"] or [""])
+
+
+@settings(max_examples=200, deadline=None)
 @given(st.text())
 def test_captions_are_cleaned_alike_in_training_and_in_inference(text):
     assert data.normalize(text) == text_to_image.normalize(text)
@@ -429,6 +438,8 @@ def test_states_asked_for_one_by_one_are_those_of_all_at_once(tokenizer, tmp_pat
         assert len(calls) == misses and len(few.kept) <= 3
     few(["c"])
     assert len(calls) == 5, "the one that was not asked for the longest is forgotten"
+    data.CaptionStates(tokenizer, encoder, 6)(captions)
+    assert {len(asked) for asked in calls} == {data.ENCODED}, "one shape, whose rounding is one"
 
 
 # ---- randomness
