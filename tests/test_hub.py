@@ -22,9 +22,9 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from tiny import WIDTH, tiny_pipeline, tiny_text, tiny_unet
 
-from pipeline import card, hub, safe, sample
+from pipeline import card, hub, models, safe, sample
 from pipeline.captions import CaptionWhitening
-from pipeline.config import Config, DataConfig, HubConfig, ModelConfig, SampleConfig, load_file
+from pipeline.config import Config, DataConfig, HubConfig, LoraConfig, ModelConfig, SampleConfig, TrainConfig, load_file
 from pipeline.run import Run
 from pipeline.scheduler import DDPMScheduler
 from pipeline.text_to_image import TextToImagePipeline
@@ -330,6 +330,39 @@ def test_no_code_of_a_model_is_downloaded_or_run(world, owner, pushed, place):
     owner("hub.load('pulled')")
     assert not (place / "ran").exists()
     assert "choose another" in owner("assert hub.main(['pull', 'mallory/same', 'pulled']) == 1")
+
+
+def test_an_adapter_is_pushed_alone_and_drawn_with_on_its_base(world, owner, pushed, place, expected):
+    run = Run(place / "runs" / "adapter")
+    run.create()
+    config = Config(name="adapter", output=str(place / "runs"), data=DataConfig("emoji-small", resolution=16),
+                    model=ModelConfig(pretrained=pushed), train=TrainConfig(method="lora"))  # fmt: skip
+    run.config.write_text(config.to_yaml())
+    pipe = tiny_pipeline(patch_size=2, w=1.0, caption_length=8, caption_dropout=0.1)
+    network = models.adapt(pipe.unet, LoraConfig(rank=2, alpha=5))
+    with torch.no_grad():
+        for weight in models.trainable(network):
+            weight.normal_(generator=torch.Generator().manual_seed(weight.numel()))
+    models.save_adapter(network, run.adapter)
+    card.describe(config, run, pipe, SimpleNamespace(report="425 images"), 60.0, base_model=pushed, base_model_relation="adapter")
+    assert owner(f"print(hub.main(['push', {str(run.folder)!r}, 'tester/adapter']))").endswith("tester/adapter\n0\n")
+    files = world.files("models", "tester/adapter")
+    assert set(files) >= {"pytorch_lora_weights.safetensors", "README.md", "training_config.yaml"}
+    assert not [name for name in files if name.endswith(".py") or name.startswith("unet/")]
+    data = ModelCard(files["README.md"].decode()).data.to_dict()
+    assert (data["base_model"], data["base_model_relation"]) == (pushed, "adapter")
+    owner("adapted = sample.opened('tester/adapter')")
+    with_it = drawn(owner, "adapted")
+    owner("adapted.unload_lora_weights()")
+    close(drawn(owner, "adapted"), expected)
+    assert np.abs(with_it - expected).max() > 1e-2
+
+
+def test_an_adapter_of_what_is_on_another_machine_is_refused(tmp_path):
+    (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(b"")
+    (tmp_path / "training_config.yaml").write_text("model: {pretrained: /home/somebody/model}")
+    with pytest.raises(safe.ModelError, match="is an adapter of '/home/somebody/model', expected one of a model of the Hub"):
+        sample.opened(str(tmp_path))
 
 
 def test_a_revision_stays_what_it_was(world, owner, pushed):

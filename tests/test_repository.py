@@ -17,9 +17,9 @@ MODULES = sorted((ROOT / "pipeline").glob("*.py"))
 ALLOWED = {  # what a module may import of ours
     "scheduler": set(), "guidance": set(), "patches": set(), "captions": set(), "config": set(), "emoji": set(), "run": set(),
     "muon": set(), "layout": set(),
-    "losses": {"scheduler"}, "exact": {"scheduler"}, "text_to_image": {"guidance", "layout"}, "safe": {"layout"},
+    "losses": {"scheduler"}, "exact": {"scheduler"}, "text_to_image": {"guidance", "layout"}, "safe": {"layout", "run"},
     "sources": {"config"}, "data": {"config", "emoji", "sources"}, "stream": {"config", "data", "sources"}, "latents": {"data"},
-    "models": {"config", "patches", "captions", "scheduler", "text_to_image"},
+    "models": {"config", "patches", "captions", "run", "scheduler", "text_to_image"},
 }  # fmt: skip
 SOURCES = [*MODULES, ROOT / "train_text2img.py", ROOT / "app.py"]
 
