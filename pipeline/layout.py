@@ -118,6 +118,14 @@ class Layout:
                 path.write_text(json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, push_to_hub: bool = False, **kwargs) -> None:
+        """The pipeline in a folder, and with push_to_hub on the Hub too; the rest is diffusers' own."""
+        known = ("repo_id", "commit_message", "private", "token", "create_pr")
+        pushing = {name: kwargs.pop(name) for name in known if name in kwargs}
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if push_to_hub:
+            self.push_to_hub(**{"repo_id": Path(save_directory).name} | pushing)
+
     def push_to_hub(self, repo_id: str, commit_message: str | None = None, private: bool | None = None, token: str | None = None,
                     create_pr: bool = False) -> CommitInfo:  # fmt: skip
         """Upload the whole pipeline in one commit, with a short card where the repository has none; files as they are make none.

@@ -13,7 +13,7 @@ SCHEDULER, LOSSES, GUIDANCE, SOURCES, DATA, STREAM, CAPTIONS = (
     f"pipeline/{name}.py" for name in ("scheduler", "losses", "guidance", "sources", "data", "stream", "captions"))
 PIPELINE, SERVING, TRAIN = "pipeline/text_to_image.py", "pipeline/serving.py", "train_text2img.py"
 MUON, LATENTS, MODELS = (f"pipeline/{name}.py" for name in ("muon", "latents", "models"))
-SAFE = "pipeline/safe.py"
+SAFE, LAYOUT, HUB, CARD, CONFIG = (f"pipeline/{name}.py" for name in ("safe", "layout", "hub", "card", "config"))
 
 # (file, what a line says, what it says broken, the test that notices)
 MUTANTS = [
@@ -149,6 +149,18 @@ MUTANTS = [
     (TRAIN, "parts.encoded(batch, slice(None), flip)", "parts.encoded(batch, slice(None))",
      "test_stream.py::test_what_a_step_draws_changes_what_is_learnt"),
     (TRAIN, "            stream.load_state_dict(saved", "            dict(saved", "test_stream.py::test_a_run_on_a_stream_resumes_in_the_same_bytes"),
+    (SAFE, 'if OURS.get(name) == library.rpartition(".")[2]:', "if name in OURS:", "test_hub.py::test_an_index_may_name_known_classes_only"),
+    (SAFE, "isinstance(found, type) and issubclass(found, tuple(getattr(module, base) for base in BASES[library]))", "found is not None",
+     "test_hub.py::test_an_index_may_name_known_classes_only"),
+    (LAYOUT, "if key not in OF_THIS_MACHINE}\n        for", "}\n        for", "test_hub.py::test_no_file_of_a_saved_pipeline_tells_where_it_was"),
+    (LAYOUT, "kept = not settings.get(\"clip_sample\") and offset == 1", "kept = True",
+     "test_hub.py::test_a_stable_diffusion_loads_in_stock_diffusers_and_ours_lies_beside_it"),
+    (HUB, "answer in (408, 412, 429)", "answer in (408, 429)",
+     "test_hub.py::test_a_busy_hub_and_a_lost_answer_still_make_one_commit_and_an_unchanged_model_none"),
+    (HUB, "        api.preupload_lfs_files(repo, [CommitOperationAdd(\"README.md\", str(dry).encode())])  # asks, and sends nothing\n", "",
+     "test_hub.py::test_what_a_push_needs_is_tried_before_training"),
+    (CARD, "max([3, *(len(run) + 1 for", "max([3, *(0 * len(run) for", "test_hub.py::test_hostile_words_stay_words_in_a_card"),
+    (CONFIG, "hub=dataclasses.replace(self.hub, token=None)", "hub=self.hub", "test_hub.py::test_no_token_is_told_to_anybody"),
 ]  # fmt: skip
 
 

@@ -230,7 +230,7 @@ def test_a_strangers_own_push_is_the_same_and_loads_again(world, place, stranger
     other("import numpy as np\nfrom diffusers import DiffusionPipeline\n"
           "pipe = DiffusionPipeline.from_pretrained('tester/fork', trust_remote_code=True)")  # fmt: skip
     close(drawn(other), expected)
-    other("for _ in range(2):\n    pipe.push_to_hub('tester/fork')\npipe.save_pretrained('saved')")
+    other("pipe.push_to_hub('tester/fork')\npipe.save_pretrained('saved', push_to_hub=True, repo_id='tester/fork')")
     other.close()
     assert commits(world, "tester/fork") == 2, "the second time nothing had changed"
     sample.load(place / "other" / "saved")
@@ -259,6 +259,13 @@ def test_diffusers_cannot_import_code_from_a_repository_with_a_dot_in_its_name(w
                     "except Exception as error:\n    print(type(error).__name__, error)")  # fmt: skip
     assert "ModuleNotFoundError" in said and "diffusers_modules.local.tester--tiny" in said
     assert Config(hub=HubConfig("tester/tiny.two")).problems()[0].startswith("hub.repo_id must have no dot")
+
+
+def test_no_file_of_a_saved_pipeline_tells_where_it_was(run, tmp_path):
+    sample.load(run.pipeline).save_pretrained(tmp_path)
+    for path in (path for path in tmp_path.rglob("*") if path.is_file()):
+        assert str(run.pipeline).encode() not in path.read_bytes(), path
+    assert "local" not in (tmp_path / "tokenizer" / "tokenizer_config.json").read_text()
 
 
 # ---- Stable Diffusion's parts
@@ -623,14 +630,16 @@ def test_a_space_serves_the_model_that_it_is_pinned_to(world, owner, place, push
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     world.requests.clear()
-    env = world.env(place / "space-home", GRADIO_SERVER_PORT=str(port), GRADIO_ANALYTICS_ENABLED="False")
+    host = "127.0.0.2"  # whatever the Space says
+    direct = f"127.0.0.1,{host}"
+    env = world.env(place / "space-home", GRADIO_SERVER_NAME=host, GRADIO_SERVER_PORT=str(port), NO_PROXY=direct, no_proxy=direct)
     with subprocess.Popen([sys.executable, "app.py"], cwd=place / "space", env=env, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, text=True) as process:  # fmt: skip
         try:
             deadline, page = time.monotonic() + 60, ""
             while not page and time.monotonic() < deadline and process.poll() is None:
                 with contextlib.suppress(httpx.ConnectError):
-                    page = httpx.get(f"http://127.0.0.1:{port}/config").text
+                    page = httpx.get(f"http://{host}:{port}/config", trust_env=False).text
                 time.sleep(0.2)
         finally:
             process.terminate()
