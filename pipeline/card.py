@@ -62,15 +62,16 @@ def describe(config: Config, run: Run, pipe: TextToImagePipeline, images, second
     refresh(run.folder, str(run.adapter if run.adapted else run.pipeline))
 
 
-def refresh(folder: Path, model: str | None = None) -> None:
+def refresh(folder: Path, model: str | None = None, **more) -> None:
     """Write the card of a described run's folder, or of one that keeps its files, anew: with what has been measured since.
 
-    model: where the card says to load it from; None is what it said before.
+    model: where the card says to load it from; None is what it said before. `more` is known from now on.
     """
     path = folder / FACTS
-    known = json.loads(path.read_text(encoding="utf-8"))
-    runs.replace(path, json.dumps(known | {"model": model or known["model"]}, indent=1))
-    runs.replace(folder / "README.md", str(read(folder, model or known["model"])))
+    known = json.loads(path.read_text(encoding="utf-8")) | more
+    known["model"] = model or known["model"]
+    runs.replace(path, json.dumps(known, indent=1))
+    runs.replace(folder / "README.md", str(read(folder, known["model"])))
 
 
 def illustrate(config: Config, run: Run) -> None:
@@ -132,6 +133,7 @@ def build(config: Config, known: dict, pictures: list[str] = (), model: str = "U
                                          f"{' · '.join(f'w = {w:g}' for w in sample.w)}, the same noise."),
         "## Use\n\nIt needs diffusers 0.42 and transformers 5.3, or newer.\n\n"
         + (adapting(base, model, sample.prompts[-1]) if known.get("base_model_relation") == "adapter"
+           else shipping(model, sample.prompts[-1], sample.default_w) if known.get("shipped") and model == known["model"]
            else loading(model, known["stock"], sample.prompts[-1], sample.default_w)),
         "## Training\n\n" + training(config, known),
         picture("training.png", pictures, "The loss, and the error by timestep."),
@@ -163,6 +165,16 @@ picture = pipe({prompt!r}).images[0]
 ```
 
 A base model of Direct Jump needs `trust_remote_code=True` there, or Direct Jump's own `pipeline.hub.load`."""
+
+
+def shipping(model: str, prompt: str, w: float) -> str:
+    """How to draw with a model that a repository of this project keeps without its text encoder, as Markdown."""
+    return f"""```python
+from pipeline import hub
+
+pipe = hub.load({model!r})  # brings the text encoder that config.yaml names, from its pip package
+picture = pipe({prompt!r}, w={w:g}, seed=0).images[0]
+```"""
 
 
 def published(name: str) -> bool:

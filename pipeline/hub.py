@@ -217,6 +217,7 @@ def ship(source: str | Path, folder: Path) -> Path:
     pipe = load(source)
     pipe.unet.to(torch.bfloat16)
     pipe.register_modules(text_encoder=None, tokenizer=None)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         new = Path(scratch) / folder.name
         pipe.save_pretrained(new, safe_serialization=True, max_shard_size=SHARD)
@@ -225,7 +226,7 @@ def ship(source: str | Path, folder: Path) -> Path:
         for path in (run.config, run.folder / card.FACTS):
             shutil.copyfile(path, new / path.name)
         shutil.copytree(run.folder / card.IMAGES, new / card.IMAGES)
-        card.refresh(new, str(folder))
+        card.refresh(new, str(folder), shipped=True)
         new.rename(folder)
     return folder
 

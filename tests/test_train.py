@@ -144,7 +144,7 @@ def test_a_checkpoint_draws_with_its_averaged_weights(whole):
 
 
 def test_a_shipped_model_is_small_and_draws_with_the_encoder_that_its_settings_name(whole, tmp_path):
-    shipped = hub.ship(whole[0], tmp_path / "shipped")
+    shipped = hub.ship(whole[0], tmp_path / "new" / "shipped")
     index = json.loads((shipped / "model_index.json").read_text())
     assert index["text_encoder"] == index["tokenizer"] == [None, None]
     assert not list(shipped.rglob("*.py")) and not list(shipped.rglob("*.bin"))
@@ -153,7 +153,8 @@ def test_a_shipped_model_is_small_and_draws_with_the_encoder_that_its_settings_n
     assert all(torch.equal(value, stored[name].float()) or torch.allclose(value, stored[name].float(), rtol=2**-8, atol=0)
                for name, value in weights(whole[0]).items())  # fmt: skip
     card = (shipped / "README.md").read_text()
-    assert "license: other" in card and str(tmp_path) in card and "images/samples.png" in card
+    assert "license: other" in card and f"hub.load('{shipped}')" in card and "images/samples.png" in card
+    assert "trust_remote_code" not in card and "trust_remote_code" in str(hub.card.read(shipped, "user/name"))
     (shipped / "notes.md").write_text("## Looked at\n\nreds are red")
     hub.card.refresh(shipped)
     assert "## Looked at\n\nreds are red\n\n## Limits" in (shipped / "README.md").read_text()
