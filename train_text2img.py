@@ -327,6 +327,7 @@ def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Pa
             print(f"The checkpoint is of {before} process(es), now there are {accelerator.num_processes}: the batches are the "
                   "same, their sums are rounded otherwise")  # fmt: skip
     unet, optimizer = accelerator.prepare(parts.unet, optimizer)
+    weights = models.trainable(parts.unet)
     ema.to(accelerator.device)
     if config.report_to:
         accelerator.init_trackers(config.name, config=settings.flatten(vars(config)))
@@ -360,12 +361,12 @@ def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Pa
                 accelerator.backward(each.mean())
                 seen.append((mine, each.detach()))
                 if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(models.trainable(unet), config.train.clip)
+                    norm = accelerator.clip_grad_norm_(weights, config.train.clip)
                     sound = bool(torch.isfinite(norm))  # of the gradients of all processes
                     if sound or accelerator.scaler is not None:  # a scaler skips by itself, and lowers its scale
                         optimizer.step()
                     if sound:
-                        ema.step(models.trainable(parts.unet))
+                        ema.step(weights)
                 optimizer.zero_grad()
         schedule.step()
         state["in_a_row"] = 0 if sound else state["in_a_row"] + 1

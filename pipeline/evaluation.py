@@ -334,7 +334,7 @@ def draw(pipe: TextToImagePipeline, prompts: list[str], w: float, seed: int, ste
 def finished(folder: Path) -> tuple[settings.Config, Judge, Bank, TextToImagePipeline]:
     """A finished run, or a saved pipeline with its config.yaml, and all that judges it."""
     run = runs.Run(folder)
-    if not (run.adapted or any((place / "model_index.json").is_file() for place in (folder, run.pipeline))):
+    if not (run.drawable or (folder / "model_index.json").is_file()):
         raise EvaluationError(f"{folder} holds no finished pipeline, expected {folder / 'pipeline' / 'model_index.json'}: "
                               "train first")  # fmt: skip
     config, judge = settings.load_file(run.config), Judge()

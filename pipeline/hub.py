@@ -45,8 +45,7 @@ def newest(root: str | Path = "runs", shipped: str | Path = "pretrained/emoji", 
     """
     if Path(pinned).is_file():
         return Path(pinned).read_text(encoding="utf-8").strip()
-    drawable = lambda run: (run.pipeline / safe.INDEX).is_file() or run.adapted or run.steps()
-    found = [run for run in map(Run, Path(root).glob("*")) if drawable(run)]
+    found = [run for run in map(Run, Path(root).glob("*")) if run.drawable or run.steps()]
     if found:
         return max(found, key=lambda run: run.metrics.stat().st_mtime if run.metrics.exists() else 0).folder
     return Path(shipped) if (Path(shipped) / safe.INDEX).is_file() else None

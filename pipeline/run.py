@@ -57,7 +57,12 @@ class Run:
     @property
     def finished(self) -> bool:
         """Has the training come to its end? The card is the last thing that it leaves."""
-        return self.card.is_file() and (self.pipeline.is_dir() or self.adapted)
+        return self.card.is_file() and self.drawable
+
+    @property
+    def drawable(self) -> bool:
+        """Did it leave a pipeline, or an adapter, to draw with?"""
+        return self.adapted or (self.pipeline / "model_index.json").is_file()
 
     @property
     def adapted(self) -> bool:

@@ -300,7 +300,7 @@ class Shelf:
         self.model, self.run = model, None
         if model is not None and (Path(model) / "config.yaml").is_file() and not (Path(model) / "model_index.json").is_file():
             self.run = Run(model)
-            self.follows = not (self.run.adapted or (self.run.pipeline / "model_index.json").is_file())
+            self.follows = not self.run.drawable
         else:
             self.follows = False
         if self.follows and not self.steps():

@@ -1,6 +1,5 @@
 """Fine-tuning from Stable Diffusion's format and from our own: what trains, what is saved, and who can load it."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, PNDMSchedul
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_train import log, same, train, weights
+from test_train import killed_after, log, same, train, weights
 from tiny import seeded, tiny_pipeline, tiny_text, tiny_unet
 
 import train_text2img
@@ -195,10 +194,7 @@ def test_a_fused_adapter_draws_the_same_and_an_unloaded_one_leaves_nothing(adapt
 
 
 def test_a_lora_run_resumes_in_the_same_bytes(config, adapted, tmp_path):
-    run = tmp_path / "tuned"
-    shutil.copytree(adapted, run)
-    shutil.rmtree(run / "lora")
-    shutil.rmtree(run / "checkpoints" / "4")
+    run = killed_after(2, adapted, tmp_path)
     assert "going on from step 2" in train(config, tmp_path, *LORA).stdout
     assert same(*(load_file(folder / "lora" / models.ADAPTER) for folder in (run, adapted)))
     assert log(run) == log(adapted)

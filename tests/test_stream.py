@@ -2,14 +2,13 @@
 
 import io
 import json
-import shutil
 
 import datasets
 import pytest
 import torch
 from PIL import Image
 from test_sources import png, squares, write
-from test_train import ROOT, TINY, same, train, weights
+from test_train import ROOT, TINY, killed_after, same, train, weights
 
 from pipeline import sources
 from pipeline.config import DataConfig
@@ -215,12 +214,7 @@ def test_a_run_trains_on_a_stream_and_says_what_is_known_of_it(whole):
 
 @pytest.mark.parametrize("step", [2, 4])
 def test_a_run_on_a_stream_resumes_in_the_same_bytes(whole, tmp_path, step):
-    run = tmp_path / "tiny"
-    shutil.copytree(whole[0], run)
-    shutil.rmtree(run / "pipeline")
-    for later in (run / "checkpoints").iterdir():
-        if int(later.name) > step:
-            shutil.rmtree(later)
+    run = killed_after(step, whole[0], tmp_path)
     assert f"going on from step {step}" in train(run / "config.yaml", tmp_path).stdout
     assert same(weights(run), weights(whole[0]))
 

@@ -86,6 +86,19 @@ def log(run):
             for record in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())]  # fmt: skip
 
 
+def killed_after(step, finished, out):
+    """A copy of a finished run in another folder, as a kill after the checkpoint of a step would have left it."""
+    run = out / finished.name
+    shutil.copytree(finished, run)
+    (run / "README.md").unlink()
+    for result in ("pipeline", "lora"):
+        shutil.rmtree(run / result, ignore_errors=True)
+    for later in (run / "checkpoints").iterdir():
+        if int(later.name) > step:
+            shutil.rmtree(later)
+    return run
+
+
 def same(a, b):
     return a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
 
@@ -203,12 +216,7 @@ def test_the_same_command_on_a_finished_run_says_so_and_changes_nothing(whole):
 
 @pytest.mark.parametrize("step", [2, 4])
 def test_a_run_resumed_from_a_checkpoint_ends_in_the_same_bytes(whole, tmp_path, step):
-    run = tmp_path / "tiny"
-    shutil.copytree(whole[0], run)
-    shutil.rmtree(run / "pipeline")
-    for later in (run / "checkpoints").iterdir():
-        if int(later.name) > step:
-            shutil.rmtree(later)
+    run = killed_after(step, whole[0], tmp_path)
     done = train(run / "config.yaml", tmp_path)
     assert f"going on from step {step}" in done.stdout
     assert same(weights(run), weights(whole[0]))
@@ -218,15 +226,25 @@ def test_a_run_resumed_from_a_checkpoint_ends_in_the_same_bytes(whole, tmp_path,
 def test_a_run_by_muon_resumes_in_the_same_bytes(config, tmp_path):
     more = ["--train.optimizer", "muon", "--model.norm_groups", "8"]
     train(config, tmp_path / "through", *more)
-    through, run = tmp_path / "through" / "tiny", tmp_path / "again" / "tiny"
-    shutil.copytree(through, run)
-    shutil.rmtree(run / "pipeline")
-    for step in (4, 6):
-        shutil.rmtree(run / "checkpoints" / str(step))
+    through = tmp_path / "through" / "tiny"
+    run = killed_after(2, through, tmp_path / "again")
     assert "going on from step 2" in train(config, tmp_path / "again", *more).stdout
     assert same(weights(run), weights(through))
     train(config, tmp_path / "adamw", *more[2:])
     assert not same(weights(tmp_path / "adamw" / "tiny"), weights(through))
+
+
+def test_a_finished_run_that_goes_on_is_unfinished_until_its_new_end(whole, tmp_path, monkeypatch):
+    """Its first card must not pass for the second one's."""
+    shutil.copytree(whole[0], tmp_path / "tiny")
+    longer = ("--train.steps", "8")
+    monkeypatch.setattr(train_text2img, "finish", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(whole[0] / "config.yaml", tmp_path, *longer)
+    monkeypatch.undo()
+    assert Run(tmp_path / "tiny").newest().name == "8" and not Run(tmp_path / "tiny").finished
+    assert "is its card" in train(whole[0] / "config.yaml", tmp_path, *longer).stdout
+    assert not same(weights(tmp_path / "tiny"), weights(whole[0])) and Run(tmp_path / "tiny").finished
 
 
 def test_how_often_it_logs_checks_and_saves_does_not_change_what_it_learns(whole, tmp_path):
