@@ -112,6 +112,8 @@ MUTANTS = [
     (SERVING, "        hook.remove()\n", "        pass\n", "test_serving.py::test_leaving_early_leaves_nothing_behind"),
     (SERVING, "torch.Generator().manual_seed(request.seed) for _ in", "torch.Generator().manual_seed(_) for _ in",
      "test_serving.py::test_the_sweep_is_one_noise_under_six_weights"),
+    (TRAIN, "        run.card.unlink(missing_ok=True)", "        bool(run.card)",
+     "test_train.py::test_a_finished_run_that_goes_on_is_unfinished_until_its_new_end"),
     (MUON, "out=torch.empty_like(weight))", "out=torch.empty_like(weight.grad))",
      "test_muon.py::test_steps_are_those_of_torchs_muon_on_the_flattened_weights"),
     (MUON, "0.2 * max(shape) ** 0.5", "0.2 * min(shape) ** 0.5",
