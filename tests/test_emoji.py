@@ -131,7 +131,8 @@ def test_a_folder_holds_the_pictures_its_metadata_lists(small):
         assert set(names) == {p.name for p in (small / split).glob("*.png")}
     row = next(row for row in rows(small, "test") if row["caption"] == "green heart")
     assert row == {"file_name": "1f49a.png", "caption": "green heart", "emoji": "💚", "category": "Smileys & Emotion",
-                   "grid": "hearts", "factors": {"shape": "heart", "color": "green"}, "duplicate_of": None}  # fmt: skip
+                   "grid": "hearts", "factors": {"shape": "heart", "color": "green"}, "variation": None,
+                   "duplicate_of": None}  # fmt: skip
 
 
 def test_pictures_are_composited_on_white(small):
@@ -209,7 +210,7 @@ def test_a_folder_of_someone_else_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "emojis"}, "unknown emoji set 'emojis': choose from emoji; emoji-small; shapes"),
+        ({"name": "emojis"}, "unknown emoji set 'emojis': choose from emoji; emoji-varied; emoji-small; shapes"),
         ({"categories": ("Animal",)}, "unknown emoji category 'Animal': choose from .*Animals & Nature"),
         ({"name": "shapes", "categories": ("Flags",)}, "'shapes' has no emoji in Flags"),
         ({"size": 0}, "from 8 to 1024, got 0"),
@@ -227,7 +228,7 @@ def test_the_command_line_says_what_it_wrote(tmp_path, capsys):
     assert emoji.main([target, "--set", "shapes", "--size", "32"]) == 0
     assert capsys.readouterr().out == f"{target}: 22 emoji to train on, 6 held-out combinations\n"
     assert emoji.main([target, "--set", "shape"]) == 2
-    assert "choose from emoji; emoji-small; shapes" in capsys.readouterr().err
+    assert "choose from emoji; emoji-varied; emoji-small; shapes" in capsys.readouterr().err
     assert emoji.main([target, "--categories", "People & Body", "--skin-tones", "--size", "8"]) == 0
     said = capsys.readouterr().out
     assert int(said.split(": ")[1].split()[0]) == len(rows(Path(target), "train")) > 1000

@@ -184,7 +184,7 @@ def test_siblings_share_all_factors_but_one():
     rows = [("man", "cook"), ("woman", "cook"), ("man", "judge"), ("woman", "judge"), ("person", "cook")]
     metadata = [{"grid": "roles", "factors": {"gender": g, "role": r}} for g, r in rows]
     metadata[1:1] = [{"grid": None, "factors": {}}]
-    bank = Bank(torch.empty(0), [""] * 6, metadata, 5, torch.empty(0), torch.arange(6))
+    bank = Bank(torch.empty(0), [""] * 6, metadata, 5, torch.empty(0), torch.empty(0), torch.arange(6))
     assert bank.siblings(5) == [0, 2]  # the cooks; judges differ in two factors
     assert bank.siblings(1) == []
 

@@ -15,8 +15,8 @@ from tiny import tiny_pipeline
 ROOT = Path(__file__).parent.parent
 MODULES = sorted((ROOT / "pipeline").glob("*.py"))
 ALLOWED = {  # what a module may import of ours
-    "scheduler": set(), "guidance": set(), "patches": set(), "captions": set(), "config": set(), "emoji": set(), "run": set(),
-    "muon": set(), "layout": set(),
+    "scheduler": set(), "guidance": set(), "patches": set(), "captions": set(), "config": set(), "run": set(),
+    "muon": set(), "layout": set(), "variations": set(), "emoji": {"variations"},
     "losses": {"scheduler"}, "exact": {"scheduler"}, "text_to_image": {"guidance", "layout"}, "safe": {"layout", "run"},
     "sources": {"config"}, "data": {"config", "emoji", "sources"}, "stream": {"config", "data", "sources"}, "latents": {"data"},
     "models": {"config", "patches", "captions", "run", "scheduler", "text_to_image"},

@@ -1,0 +1,139 @@
+"""More captions and pictures from a few: the same thing in other colours, several of it, other names."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline import data, emoji, variations
+from pipeline.evaluation import Bank
+
+
+@pytest.fixture(scope="module")
+def entries():
+    return {e.caption: e for e in emoji.catalogue()}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return emoji.write(tmp_path_factory.mktemp("varied") / "set", "emoji-varied", 32, categories=("Food & Drink", "Symbols"))
+
+
+def rows(folder, part="train"):
+    return [json.loads(line) for line in (folder / part / "metadata.jsonl").read_text().splitlines()]
+
+
+def flat(*colors):
+    """A picture of stripes of equal height in some colours, RGBA."""
+    return Image.fromarray(np.repeat(np.array(colors, np.uint8), 4, 0)[:, None].repeat(8, 1), "RGBA")
+
+
+def only(picture, color):
+    """A picture in another colour."""
+    ((named, found),) = variations.painted(picture, [color])
+    assert named == color
+    return found
+
+
+def test_the_main_color_becomes_the_paint_and_its_shades_follow():
+    yellow, shade, blue, clear = (250, 200, 40, 255), (200, 160, 32, 255), (40, 40, 200, 255), (250, 200, 40, 0)
+    found = np.asarray(only(flat(yellow, yellow, yellow, shade, blue, clear), "red")).astype(int)
+    assert found[0, 0].tolist() == [*variations.PAINTS["red"], 255]
+    assert found[12, 0, :3] == pytest.approx(np.array(variations.PAINTS["red"]) * 0.8, abs=1)  # four fifths as light
+    assert tuple(found[16, 0]) == blue
+    assert found[-1, 0, 3] == 0
+
+
+def test_outlines_are_no_main_color():
+    black, white = (20, 20, 20, 255), (240, 240, 240, 255)
+    found = np.asarray(only(flat(black, black, white, white), "green"))
+    assert tuple(found[0, 0]) == black
+    assert found[-1, 0, 1] > found[-1, 0, 0] + 40
+
+
+@pytest.mark.parametrize("colors", [
+    [(200, 30, 30, 255)] * 2,  # red already
+    [(250, 200, 40, 255), (40, 40, 200, 255), (30, 180, 30, 255)],  # of no one colour
+    [(0, 0, 0, 255)] * 2,  # nothing but outline
+])  # fmt: skip
+def test_what_is_red_or_of_no_color_is_not_painted_red(colors):
+    assert list(variations.painted(flat(*colors), ["red"])) == []
+
+
+def test_hues_are_those_of_the_standard_library():
+    import colorsys
+
+    some = np.random.default_rng(0).random((50, 3))
+    hue, saturation, lightness = variations.hue_saturation_lightness(some)
+    for color, h, s, light in zip(some, hue, saturation, lightness, strict=True):
+        assert h == pytest.approx(colorsys.rgb_to_hsv(*color)[0])
+        assert s == pytest.approx(colorsys.rgb_to_hsv(*color)[1])
+        assert light == pytest.approx(colorsys.rgb_to_hls(*color)[1])
+
+
+@pytest.mark.parametrize("word", variations.NUMBERS)
+def test_several_are_as_many_smaller_ones(word):
+    one = Image.new("RGBA", (8, 8), (200, 0, 0, 255))
+    many = np.asarray(variations.several(one, variations.NUMBERS[word]))
+    assert many.shape == (8, 8, 4)
+    assert (many[..., 3] > 0).sum() == 16 * variations.NUMBERS[word]
+
+
+@pytest.mark.parametrize(("one", "many"), [("star", "stars"), ("cherry", "cherries"), ("fox", "foxes"), ("key", "keys"),
+                                           ("peach", "peaches")])  # fmt: skip
+def test_plurals(one, many):
+    assert variations.plural(one) == many
+
+
+def test_an_emoji_has_its_other_names_in_words(entries):
+    assert "male pilot" in entries["man pilot"].names
+    assert "truck" in entries["delivery truck"].names
+    assert not any(any(c.isdigit() for c in name) for e in entries.values() for name in e.names)
+    assert not any(name in entries for e in entries.values() for name in e.names)
+
+
+def test_nothing_shows_or_tells_what_is_asked_at_the_end(entries):
+    """No caption of the varied set, whatever its order of words, says what a held-out cell or a free prompt asks for."""
+    split = emoji.select("emoji")
+    varied = [c for e in split["train"] for _, captions, _ in emoji.varied(e, emoji.opened(e.path)) for c in captions]
+    told = varied + [name for e in split["train"] for name in (e.caption, *e.names)]
+    held = {e.caption for e in split["test"] + split["left_out"]}
+    assert len(told) > 3000
+    assert not held & set(told)
+    assert not any(set(prompt.split()) - {"a"} <= set(caption.split()) for prompt in variations.FREE for caption in told)
+    shapes = {"heart", "hearts", "circle", "square"}
+    assert not any(set(caption.split()) & shapes for caption in varied)
+
+
+def test_the_varied_set_trains_on_more_and_is_judged_on_the_same(folder, tmp_path):
+    train, test = rows(folder), rows(folder, "test")
+    plain = emoji.write(tmp_path / "plain", "emoji", 32, categories=("Food & Drink", "Symbols"))
+    own = [row for row in train if row["variation"] is None]
+    assert [row["caption"][0] for row in own] == [row["caption"] for row in rows(plain)]
+    assert [row["caption"] for row in test] == [[row["caption"]] for row in rows(plain, "test")]
+    assert len(train) > 2 * len(own)
+    assert {row["variation"] for row in train} > {None, "green", "two"}
+    green = next(row for row in train if row["variation"] == "green")
+    assert green["caption"][0].startswith("green ")
+    images = data.load_images(folder, resolution=32, cache_dir=tmp_path)
+    assert len(images) == len(train)
+    bank = Bank.of(Means(), [images, data.load_images(folder, "test", 32, tmp_path)])
+    assert (bank.n_train, len(bank.train)) == (len(own), len(train))
+    assert bank.captions == [row["caption"] for row in rows(plain) + rows(plain, "test")]
+
+
+def test_a_written_set_is_replaced_when_its_variations_change(folder, monkeypatch):
+    before = (folder / emoji.MANIFEST).stat().st_mtime_ns
+    emoji.write(folder, "emoji-varied", 32, categories=("Food & Drink", "Symbols"))
+    assert (folder / emoji.MANIFEST).stat().st_mtime_ns == before
+    monkeypatch.setattr(variations, "VERSION", variations.VERSION + 1)
+    emoji.write(folder, "emoji-varied", 32, categories=("Food & Drink", "Symbols"))
+    assert (folder / emoji.MANIFEST).stat().st_mtime_ns > before
+
+
+class Means:
+    """A judge that sees the mean colour."""
+
+    def features(self, images):
+        return images.float().mean((2, 3))
