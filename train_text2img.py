@@ -352,12 +352,25 @@ def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Pa
             run.save(state["step"], write, config.train.keep, processes=accelerator.num_processes)
         accelerator.wait_for_everyone()
 
+    @contextlib.contextmanager
+    def kept(place):
+        """Save the steps before a stream fails for good; several processes cannot agree on it any more."""
+        try:
+            yield
+        except data.DataError as error:
+            if stream is None or accelerator.num_processes > 1 or not state["step"]:
+                raise
+            stream.load_state_dict(place)
+            save()
+            raise data.DataError(f"{error}\nstep {state['step']} is saved: the same command goes on from it") from error
+
     while state["step"] < steps:
-        step, began, seen = state["step"], time.perf_counter(), []
+        step, began, seen, place = state["step"], time.perf_counter(), [], stream and stream.state_dict()
         for micro in range(config.train.accumulation):
             mine = torch.arange(accelerator.process_index, share, accelerator.num_processes) + micro * share
             with accelerator.accumulate(unet):
-                each = batch_loss(unet, parts, config, step, mine)
+                with kept(place):
+                    each = batch_loss(unet, parts, config, step, mine)
                 accelerator.backward(each.mean())
                 seen.append((mine, each.detach()))
                 if accelerator.sync_gradients:

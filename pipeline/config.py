@@ -22,6 +22,7 @@ OPTIMIZERS = ("adamw", "muon")
 LR_SCHEDULES = ("constant", "linear", "cosine", "flat_then_linear")
 PRECISIONS = ("auto", "no", "bf16", "fp16")
 MISSING_CAPTIONS = ("empty", "skip")
+CROPS = ("center", "random")
 
 
 class ConfigError(ValueError):
@@ -47,6 +48,7 @@ class DataConfig:
     streaming: bool = False  # read a table while training, instead of before
     shuffle_buffer: int = 1000  # rows of a stream that are mixed at a time
     flip: bool = False  # show every second example mirrored, drawn anew every step
+    crop: str = "center"  # the square that is kept of a picture: its middle, or one anywhere (random), the same at every start
     resolution: int = 64
     caption_length: int = 16  # tokens; longer captions are cut, and counted
     caption_dropout: float = 0.1  # (14): the share of captions replaced by the empty one, drawn anew every step
@@ -62,6 +64,7 @@ class DataConfig:
             *in_range("data.caption_dropout", self.caption_dropout, 0, 1),
             *in_range("data.max_broken", self.max_broken, 0, 1),
             *one_of("data.missing_caption", self.missing_caption, MISSING_CAPTIONS),
+            *one_of("data.crop", self.crop, CROPS),
         ]
         columns = (self.caption_column,) if isinstance(self.caption_column, str) else self.caption_column
         if columns is not None and (not columns or not all(columns) or len(set(columns)) < len(columns)):

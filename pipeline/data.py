@@ -140,7 +140,8 @@ def load_splits(config: DataConfig) -> tuple[CaptionedImages, CaptionedImages | 
         folder = Path(config.cache) / f"{config.source}-{config.resolution}"
         written = emoji.write(folder, name=config.source, size=config.resolution)
         config = dataclasses.replace(config, source=str(written))
-    return read(config, config.split), read(config, config.held_out) if config.held_out else None
+    held_out = dataclasses.replace(config, crop="center")  # what is measured is the same whatever is trained on
+    return read(config, config.split), read(held_out, config.held_out) if config.held_out else None
 
 
 def load_images(source: str | Path, split: str = "train", resolution: int = 64, cache_dir: str | Path | None = None,
@@ -180,13 +181,13 @@ def prepare(rows: sources.Rows, config: DataConfig) -> CaptionedImages:
 
     Rows without a caption get the empty one, or are left out too (`missing_caption`).
     """
-    key = digest("pixels", VERSION, rows.stamp, config.resolution)
+    key = digest("pixels", VERSION, rows.stamp, config.resolution, *([] if config.crop == "center" else [config.crop]))
     features = datasets.Features({
         "name": datasets.Value("string"), "captions": datasets.List(datasets.Value("string")),
         "problem": datasets.Value("string"), "metadata": datasets.Value("string"), "pixels": datasets.Value("binary"),
         "side": datasets.Value("int32"), "hash": datasets.Value("string")})  # fmt: skip
     prepared = rows.table.map(
-        prepare_row, with_indices=True, fn_kwargs={"read": rows.read, "resolution": config.resolution},
+        prepare_row, with_indices=True, fn_kwargs={"read": rows.read, "resolution": config.resolution, "crop": config.crop},
         remove_columns=rows.table.column_names, features=features, new_fingerprint=key,
         cache_file_name=cache_file(config.cache, "images", key), writer_batch_size=64, desc="Preparing images")  # fmt: skip
     problems, captions = prepared["problem"][:], prepared["captions"][:]
@@ -209,23 +210,30 @@ def prepare(rows: sources.Rows, config: DataConfig) -> CaptionedImages:
     return CaptionedImages(images, alternatives, [json.loads(m) for m in chosen["metadata"]], fingerprint, report)
 
 
-def prepare_row(example: dict, number: int, read, resolution: int) -> dict:
+def prepare_row(example: dict, number: int, read, resolution: int, crop: str = "center") -> dict:
     """One row with its image as raw RGB bytes, (3, resolution, resolution), or with the problem that keeps it out.
 
-    `side` is the shorter side of the picture as it was.
+    `side` is the shorter side of the picture as it was. Where a random crop lies is a function of the file's content, the same
+    at every start, in every order and in a stream.
     """
     row, pixels, side = read(example, number), b"", 0
     image, problem = row.pop("image"), row.pop("problem")
     if not problem:
         try:
-            picture = upright(sources.content(image))
-            side, pixels = min(picture.size), central_square(picture, resolution).tobytes()
+            content = sources.content(image)
+            picture, place = upright(content), 0.5 if crop == "center" else anywhere(content)
+            side, pixels = min(picture.size), square(picture, resolution, place).tobytes()
         except BrokenRow as error:
             problem = str(error)
         except Exception as error:  # broken files make Pillow's decoders raise every kind; all are reported
             problem = f"{type(error).__name__}: {error}".replace("\n", " ")
     seen = hashlib.blake2b(pixels, digest_size=8).hexdigest()
     return row | {"pixels": pixels, "problem": printable(problem), "side": side, "hash": seen}
+
+
+def anywhere(content: bytes) -> float:
+    """A number in [0, 1), uniform over contents."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=4).digest()) / 2**32
 
 
 def noticed(table: datasets.Dataset, resolution: int) -> list[str]:
@@ -251,7 +259,7 @@ def spread(values: list[int]) -> str:
 
 def decode(content: bytes, resolution: int) -> np.ndarray:
     """An image file as uint8 (3, resolution, resolution): upright, on white, its central square resized."""
-    return central_square(upright(content), resolution)
+    return square(upright(content), resolution)
 
 
 def upright(content: bytes) -> PIL.Image.Image:
@@ -267,12 +275,12 @@ def upright(content: bytes) -> PIL.Image.Image:
         return on_white(PIL.ImageOps.exif_transpose(picture))
 
 
-def central_square(picture: PIL.Image.Image, resolution: int) -> np.ndarray:
-    """The middle of a picture as uint8 (3, resolution, resolution)."""
+def square(picture: PIL.Image.Image, resolution: int, place: float = 0.5) -> np.ndarray:
+    """A square of a picture as uint8 (3, resolution, resolution), from the left or upper end (place 0) to the other."""
     side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    square = picture.crop((left, top, left + side, top + side))  # resize(box=...) would read beyond the box
-    return np.asarray(square.resize((resolution, resolution), PIL.Image.Resampling.LANCZOS)).transpose(2, 0, 1)
+    left, top = int((picture.width - side) * place), int((picture.height - side) * place)
+    cut = picture.crop((left, top, left + side, top + side))  # resize(box=...) would read beyond the box
+    return np.asarray(cut.resize((resolution, resolution), PIL.Image.Resampling.LANCZOS)).transpose(2, 0, 1)
 
 
 def on_white(picture: PIL.Image.Image) -> PIL.Image.Image:

@@ -117,7 +117,8 @@ class Stream:
     def read(self, place: Place) -> Iterator[tuple[np.ndarray, list[str], Place]]:
         """The usable rows from a place on, decoded, each with the place after it."""
         size, shape = self.config.shuffle_buffer, (3, self.config.resolution, self.config.resolution)
-        decode = functools.partial(data.prepare_row, number=0, read=sources.same, resolution=self.config.resolution)
+        decode = functools.partial(data.prepare_row, number=0, read=sources.same, resolution=self.config.resolution,
+                                   crop=self.config.crop)  # fmt: skip
         self.iterator = None
         while True:
             rows = sources.retried(functools.partial(self.block, place), self.rows.name, self.closed.wait)

@@ -62,15 +62,15 @@ def test_a_caption_column_is_a_name_or_several(tmp_path, written, read):
 
 def test_all_range_errors_come_at_once_with_their_names(tmp_path):
     path = yaml_file(tmp_path, "train: {lr: -1, batch_size: 0, steps: 0, clip: .nan, weighting: other}\n"
-                               "data: {caption_dropout: 1.5, missing_caption: drop, caption_column: [a, a], shuffle_buffer: 0,\n"
-                               "  streaming: true, split: 'train[:9]', held_out: 'train[9:]'}\n"
+                               "data: {caption_dropout: 1.5, missing_caption: drop, crop: top, caption_column: [a, a],\n"
+                               "  shuffle_buffer: 0, streaming: true, split: 'train[:9]', held_out: 'train[9:]'}\n"
                                "model: {channels: [50], whitening: 0}\n"
                                "diffusion: {beta_schedule: lineer, beta_end: 1.0}\n")  # fmt: skip
     with pytest.raises(ConfigError) as error:
         load(["--config", path])
     lines = str(error.value).splitlines()
     names = ("train.lr", "train.batch_size", "train.steps", "train.clip", "train.weighting", "data.caption_dropout",
-             "data.missing_caption", "data.caption_column", "data.shuffle_buffer", "data.split", "data.held_out",
+             "data.missing_caption", "data.crop", "data.caption_column", "data.shuffle_buffer", "data.split", "data.held_out",
              "model.channels", "model.whitening", "model.attention", "diffusion.beta_schedule", "diffusion.beta_end")  # fmt: skip
     for name in names:
         assert sum(name in line.split(", got")[0] for line in lines) >= 1, name

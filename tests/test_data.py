@@ -1,5 +1,7 @@
 """Captioned image folders with everything that goes wrong in them, and the stateless randomness of a step."""
 
+import contextlib
+import dataclasses
 import io
 import itertools
 import json
@@ -13,10 +15,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from test_sources import write
 from transformers import BertConfig, BertModel, BertTokenizerFast, CLIPTextConfig, CLIPTextModel
 
 from pipeline import data, emoji, sources, text_to_image
+from pipeline.config import DataConfig
 from pipeline.data import DataError
+from pipeline.stream import Stream
 
 
 @pytest.fixture
@@ -289,6 +294,29 @@ def test_any_shape_becomes_its_central_square(size):
     picture.paste("red", (left, top, left + side, top + side))
     shown = data.decode(encoded(picture), 8)
     assert shown.shape == (3, 8, 8) and (shown == np.array([255, 0, 0])[:, None, None]).all()
+
+
+def test_a_random_crop_is_anywhere_and_the_same_at_every_start_and_in_a_stream(tmp_path):
+    """Wide pictures whose red tells the column; those of the held-out split show their middle."""
+    def wide(i):
+        columns = np.zeros((8, 200, 3), np.uint8)
+        columns[..., 0], columns[..., 1] = np.arange(200), i
+        return encoded(Image.fromarray(columns))
+
+    for split, count in [("train", 40), ("test", 2)]:
+        write(tmp_path / "set" / f"{split}.parquet", [{"image": wide(i), "text": str(i)} for i in range(count)])
+    settings = DataConfig(str(tmp_path / "set"), resolution=8, crop="random", cache=str(tmp_path / "cache"))
+    train, held_out = data.load_splits(settings)
+    left = train.images[:][:, 0, 0, 0].tolist()
+    assert min(left) < 40 and max(left) > 150 and len(set(left)) > 20
+    assert held_out.images[:][:, 0, 0, 0].tolist() == [96, 96]
+    again, _ = data.load_splits(dataclasses.replace(settings, cache=str(tmp_path / "other")))
+    assert again.images[:].equal(train.images[:])
+    with contextlib.closing(Stream(dataclasses.replace(settings, streaming=True), seed=0)) as stream:
+        streamed = stream.take(40).images
+    assert sorted(streamed[:, 0, 0, 0].tolist()) == sorted(left)
+    centred, _ = data.load_splits(dataclasses.replace(settings, crop="center"))
+    assert centred.images[:][:, 0, 0, 0].tolist() == [96] * 40, "another crop has its own cache"
 
 
 # ---- reading and caching

@@ -219,6 +219,28 @@ def test_a_run_on_a_stream_resumes_in_the_same_bytes(whole, tmp_path, step):
     assert same(weights(run), weights(whole[0]))
 
 
+@pytest.mark.parametrize("more", [(), ("--train.accumulation", "2")])
+def test_a_stream_that_fails_for_good_saves_the_steps_before(whole, tmp_path, monkeypatch, more):
+    """Between two periodic checkpoints, and between two micro-steps: the last whole step is kept, with its place."""
+    real, taken = Stream.take, []
+
+    def take(self, n):
+        taken.append(n)
+        if sum(taken) > 4 * 4 + 2:  # in the fifth batch of four
+            raise DataError("cannot read both.parquet in 3 attempts (reset by peer): run the same command again")
+        return real(self, n)
+
+    config, seldom = whole[0] / "config.yaml", ("--train.save_every", "100", *more)
+    train(config, tmp_path / "whole", *seldom)
+    monkeypatch.setattr(Stream, "take", take)
+    done = train(config, tmp_path, *seldom, check=False)
+    assert done.returncode == 2
+    assert "(reset by peer)" in done.stderr and "step 4 is saved: the same command goes on from it" in done.stderr
+    monkeypatch.setattr(Stream, "take", real)
+    assert "going on from step 4" in train(config, tmp_path, *seldom).stdout
+    assert same(weights(tmp_path / "tiny"), weights(tmp_path / "whole" / "tiny"))
+
+
 @pytest.mark.parametrize("setting", [("--data.flip", "false"), ("--data.caption_column", "text"), ("--seed", "1")])
 def test_what_a_step_draws_changes_what_is_learnt(whole, tmp_path, setting):
     train(whole[0] / "config.yaml", tmp_path, *setting)
