@@ -13,6 +13,7 @@ SCHEDULER, LOSSES, GUIDANCE, SOURCES, DATA, STREAM, CAPTIONS = (
     f"pipeline/{name}.py" for name in ("scheduler", "losses", "guidance", "sources", "data", "stream", "captions"))
 PIPELINE, SERVING, TRAIN = "pipeline/text_to_image.py", "pipeline/serving.py", "train_text2img.py"
 MUON, LATENTS, MODELS = (f"pipeline/{name}.py" for name in ("muon", "latents", "models"))
+EMOJI, VARIATIONS, EVALUATION = (f"pipeline/{name}.py" for name in ("emoji", "variations", "evaluation"))
 SAFE, LAYOUT, HUB, CARD, CONFIG = (f"pipeline/{name}.py" for name in ("safe", "layout", "hub", "card", "config"))
 
 # (file, what a line says, what it says broken, the test that notices)
@@ -163,6 +164,24 @@ MUTANTS = [
      "test_hub.py::test_what_a_push_needs_is_tried_before_training"),
     (CARD, "max([3, *(len(run) + 1 for", "max([3, *(0 * len(run) for", "test_hub.py::test_hostile_words_stay_words_in_a_card"),
     (CONFIG, "hub=dataclasses.replace(self.hub, token=None)", "hub=self.hub", "test_hub.py::test_no_token_is_told_to_anybody"),
+    (VARIATIONS, "shade = paint * np.minimum(light / middle, 1)", "shade = paint",
+     "test_variations.py::test_the_main_color_becomes_the_paint_and_its_shades_follow"),
+    (VARIATIONS, "return any(set(prompt.split())", "return any({1} & set(prompt.split())",
+     "test_variations.py::test_nothing_shows_or_tells_what_is_asked_at_the_end"),
+    (VARIATIONS, "if where.sum() > MOSTLY * solid.sum() else ()", "if where.any() else ()",
+     "test_variations.py::test_what_is_red_or_of_no_color_is_not_painted_red"),
+    (EMOJI, "entry.category not in THINGS or entry.grid or any(", "entry.category not in THINGS or any([] and ",
+     "test_variations.py::test_nothing_shows_or_tells_what_is_asked_at_the_end"),
+    (EMOJI, "and name != plain and name not in captions", "and name != plain",
+     "test_variations.py::test_an_emoji_has_its_other_names_in_words"),
+    (EVALUATION, 'if not metadata.get("variation")]', "]", "test_variations.py::test_the_varied_set_trains_on_more_and_is_judged_on_the_same"),
+    (DATA, 'if crop == "center" else anywhere(content)', 'if crop == "center" else 0.5',
+     "test_data.py::test_a_random_crop_is_anywhere_and_the_same_at_every_start_and_in_a_stream"),
+    (DATA, "read(held_out, config.held_out)", "read(config, config.held_out)",
+     "test_data.py::test_a_random_crop_is_anywhere_and_the_same_at_every_start_and_in_a_stream"),
+    (STREAM, "crop=self.config.crop)", 'crop="center")',
+     "test_data.py::test_a_random_crop_is_anywhere_and_the_same_at_every_start_and_in_a_stream"),
+    (TRAIN, "            stream.load_state_dict(place)\n", "", "test_stream.py::test_a_stream_that_fails_for_good_saves_the_steps_before"),
 ]  # fmt: skip
 
 
