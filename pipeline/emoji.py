@@ -53,7 +53,7 @@ SMALL_THINGS = frozenset({
     "key", "guitar", "drum", "light bulb", "bell", "books", "pencil", "scissors", "magnet", "telephone"})  # fmt: skip
 THINGS = ("Animals & Nature", "Food & Drink", "Travel & Places", "Activities", "Objects")  # that variations are of
 NO_VARIATION = {word for color in COLORS for word in color.split()} | SHAPES.keys() | {"hearts", "dark"}  # in their names
-PAINTED_EACH = 3  # other colours that a thing is shown in
+PAINTED_EACH = 2  # other colours that a thing is shown in
 MANIFEST = "emoji.json"
 STRIKE = 109  # the one size that colour emoji fonts with bitmaps have, Noto Color Emoji among them
 
@@ -220,22 +220,40 @@ def select(name: str = "emoji", categories: tuple[str, ...] | None = None, skin_
     return split
 
 
-def varied(entry: Emoji, picture: Image.Image) -> list[tuple[str, list[str], Image.Image]]:
-    """A thing in up to PAINTED_EACH other colours, and of some two or three: (what was done, captions, RGBA).
+def said(entry: Emoji) -> list[str]:
+    """The captions of a varied set's emoji: its own, its other names, and of a role the bare gender ("a woman")."""
+    return [entry.caption, *entry.names, *([f"a {entry.factors['gender']}"] if entry.grid == "roles" else [])]
 
-    Nothing of people, smileys, flags and symbols, of what has a colour or a shape of the grids in its name, or of what FREE
-    asks.
+
+def varied(entry: Emoji, draw: Callable[[Emoji], Image.Image]) -> list[tuple[str, list[str], Image.Image]]:
+    """What else an emoji teaches: (what was done, captions, RGBA) each. `draw` gives an emoji's own picture.
+
+    People have their skin tones, save the held-out one. A thing has up to PAINTED_EACH other colours, and some come twice or
+    three times: nothing of smileys, flags and symbols, of what has a colour or a shape of the grids in its name, or of what
+    FREE asks.
     """
+    tones = [(tone.factors["tone"], [tone.caption, *tone.names], draw(tone)) for tone in toned().get(bare(entry.emoji), ())]
     names = [entry.caption, *entry.names]
     if entry.category not in THINGS or entry.grid or any(NO_VARIATION & set(name.lower().split()) for name in names):
-        return []
-    said = lambda word: [f"{word} {name}" for name in names]
-    colors = [color for color in variations.shuffled(entry.caption, COLORS) if not any(map(variations.told, said(color)))]
-    found = [(color, said(color), new) for color, new in itertools.islice(variations.painted(picture, colors), PAINTED_EACH)]
+        return tones
+    picture, prefixed = draw(entry), lambda word: [f"{word} {name}" for name in names]
+    colors = [color for color in variations.shuffled(entry.caption, COLORS) if not any(map(variations.told, prefixed(color)))]
+    painted = itertools.islice(variations.painted(picture, colors), PAINTED_EACH)
+    found = [(color, prefixed(color), new) for color, new in painted]
     count = pick(f"how many {entry.caption}", (None, None, *variations.NUMBERS))
     captions = [f"{count} {variations.plural(name)}" for name in names] if count else []
     if captions and len(entry.caption.split()) < 3 and not any(map(variations.told, captions)):
         found.append((count, captions, variations.several(picture, variations.NUMBERS[count])))
+    return tones + found
+
+
+@functools.cache
+def toned() -> dict[str, list[Emoji]]:
+    """The skin tones to train on, by the emoji without one."""
+    found = {}
+    for entry in catalogue():
+        if entry.grid == "skin" and not entry.held_out:
+            found.setdefault(bare(entry.emoji), []).append(entry)
     return found
 
 
@@ -338,17 +356,16 @@ def fill(folder: Path, split: dict[str, list[Emoji]], size: int, font: Font | No
 
     vary: what is trained on has all its names for captions, and its variations, named in their rows, beside it.
     """
-    first = {}
+    first, drawn = {}, lambda entry: font.draw(entry.emoji) if font else opened(entry.path)
     for part in ("train", "test"):
         (folder / part).mkdir()
         rows = []
         for e in split[part]:
-            drawn = font.draw(e.emoji) if font else opened(e.path)
-            shown = [(None, [e.caption, *e.names], drawn), *varied(e, drawn)] if vary and part == "train" else [
-                (None, [e.caption], drawn)]  # fmt: skip
-            for variation, names, drawn in shown:
+            more = vary and part == "train"
+            shown = [(None, said(e) if more else [e.caption], drawn(e)), *(varied(e, drawn) if more else ())]
+            for variation, names, picture in shown:
                 file_name = f"{key(e.emoji)}-{variation.replace(' ', '-')}.png" if variation else e.file_name
-                picture = on_white(drawn, size)
+                picture = on_white(picture, size)
                 picture.save(folder / part / file_name)
                 twin = first.setdefault(picture.tobytes(), e.emoji)
                 captions = [f"{name} {style}".strip() for name in names]
