@@ -18,7 +18,7 @@ from statistics import median
 import numpy as np
 
 ROOT = Path(__file__).parent.parent
-DOCUMENT = Path("docs/benchmarks.md")
+DOCUMENT, QUICK = Path("docs/benchmarks.md"), Path("data/quick/benchmarks.md")  # quick forms leave the document alone
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate")
 DRAWS = 10_000  # of a bootstrap
 
@@ -27,8 +27,15 @@ def parser(doc: str, **options) -> argparse.ArgumentParser:
     """The command line that every benchmark has."""
     arguments = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
     arguments.add_argument("--quick", action="store_true", help="the smallest form, which shows that it runs and no more")
-    arguments.add_argument("--output", type=Path, default=DOCUMENT, help="the document to write a section of; figures beside it")
+    arguments.add_argument("--output", type=Path, help=f"the document to write a section of, figures beside it ({DOCUMENT})")
     return arguments
+
+
+def parse(arguments: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The values of a command line; `--quick` writes to a document of its own unless told where."""
+    values = arguments.parse_args(argv)
+    values.output = values.output or (QUICK if values.quick else DOCUMENT)
+    return values
 
 
 def prepare() -> None:

@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[2_000, 8_000, 16_000], help="of the data sets; none reads none")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--point", help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+    args = common.parse(parser, argv)
     if args.point:
         kind, values = json.loads(args.point)
         print(json.dumps(POINTS[kind](**values)))

@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--captions", type=int, default=128, help="training captions to judge on")
     parser.add_argument("--w", type=float, nargs="+", default=[1.0, 2.0, 4.0, 8.0])
     parser.add_argument("--steps", type=int, default=20)
-    args = parser.parse_args(argv)
+    args = common.parse(parser, argv)
     if args.quick:
         args.captions, args.steps = 6, 2
     common.prepare()

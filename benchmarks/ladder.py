@@ -218,7 +218,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--peers", type=Path, default=Path("data/peers"), help="where the peer was installed")
     parser.add_argument("--peer-dim", type=int, default=64, help="the peer's width; 64 is its own example's")
     parser.add_argument("--dry-run", action="store_true", help="print the runs and their time, and check their settings")
-    args = parser.parse_args(argv)
+    args = common.parse(parser, argv)
     if args.dry_run or args.quick:
         for rung in (rung for rung in args.rungs if rung != PEER):
             settings.load(command(rung, args.seeds[0], args.folder, 100)[1:])

@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[32, 128])
     parser.add_argument("--seconds", type=float, default=60, help="of training, for each optimiser and batch size")
     parser.add_argument("--every", type=int, default=1280, help="images between two measurements")
-    args = parser.parse_args(argv)
+    args = common.parse(parser, argv)
     if args.quick:
         args.batch, args.seconds, args.every = [2], 0.2, 4
     common.prepare()

@@ -225,7 +225,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--w", type=float, default=1.0)
     parser.add_argument("--captions", type=int, default=192, help="training captions to judge on; 0 judges nothing")
-    args = parser.parse_args(argv)
+    args = common.parse(parser, argv)
     if args.quick:
         args.batch, args.steps, args.repeats, args.captions = [1, 2], 4, 2, min(args.captions, 6)
     common.prepare()

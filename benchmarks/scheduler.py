@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--config", default=settings.DEFAULT, help="the shape of the random weights")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16, 64, 256, 1024], help="of 4,096 elements each")
     parser.add_argument("--repeats", type=int, default=15)
-    args = parser.parse_args(argv)
+    args = common.parse(parser, argv)
     if args.quick:
         args.batch, args.repeats = [1, 4], 3
     common.prepare()

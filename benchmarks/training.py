@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--config", default=settings.DEFAULT)
     parser.add_argument("--batch", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--repeats", type=int, default=5)
-    args = parser.parse_args(argv)
+    args = common.parse(parser, argv)
     if args.quick:
         args.batch, args.repeats = [2], 2
     common.prepare()

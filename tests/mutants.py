@@ -14,6 +14,7 @@ SCHEDULER, LOSSES, GUIDANCE, SOURCES, DATA, STREAM, CAPTIONS = (
 PIPELINE, SERVING, TRAIN = "pipeline/text_to_image.py", "pipeline/serving.py", "train_text2img.py"
 MUON, LATENTS, MODELS = (f"pipeline/{name}.py" for name in ("muon", "latents", "models"))
 SAFE, LAYOUT, HUB, CARD, CONFIG = (f"pipeline/{name}.py" for name in ("safe", "layout", "hub", "card", "config"))
+COMMON, SAMPLING, JUDGED, LADDER = (f"benchmarks/{name}.py" for name in ("common", "sampling", "guidance", "ladder"))
 
 # (file, what a line says, what it says broken, the test that notices)
 MUTANTS = [
@@ -163,6 +164,17 @@ MUTANTS = [
      "test_hub.py::test_what_a_push_needs_is_tried_before_training"),
     (CARD, "max([3, *(len(run) + 1 for", "max([3, *(0 * len(run) for", "test_hub.py::test_hostile_words_stay_words_in_a_card"),
     (CONFIG, "hub=dataclasses.replace(self.hub, token=None)", "hub=self.hub", "test_hub.py::test_no_token_is_told_to_anybody"),
+    (COMMON, "- np.asarray(theirs, float)", "- np.sort(np.asarray(theirs, float))", "test_benchmarks.py::test_paired_interval_is_that_of_a_mean"),
+    (COMMON, "met = value >= goal if at_least else value <= goal", "met = value >= goal",
+     "test_benchmarks.py::test_spreads_and_goals_say_what_they_saw"),
+    (SAMPLING, "guidance_scale=1 + self.w", "guidance_scale=self.w",
+     "test_benchmarks.py::test_ours_and_stock_draw_the_same_pixels_and_the_bound_is_the_networks_calls"),
+    (SAMPLING, "times = 2 if doubled else 1", "times = 1",
+     "test_benchmarks.py::test_ours_and_stock_draw_the_same_pixels_and_the_bound_is_the_networks_calls"),
+    (SAMPLING, "if not bf16 and apart > LEVEL:", "if not bf16 and apart > 1:", "test_benchmarks.py::test_sampling_refuses_other_pixels"),
+    (JUDGED, "* out_c.std(dims", "* out_u.std(dims", "test_benchmarks.py::test_rescale_is_diffusers"),
+    (JUDGED, "- (difference - parallel) -", "- difference -", "test_benchmarks.py::test_apg_is_diffusers"),
+    (LADDER, '"train.gamma": 5}', '"train.gamma": 4}', "test_benchmarks.py::test_the_ladder_ends_in_the_shipped_recipe"),
 ]  # fmt: skip
 
 

@@ -93,6 +93,11 @@ def test_a_section_is_replaced_and_the_rest_stays(tmp_path):
     assert "Command: `python benchmarks/a.py --n '1 2'`" in text
 
 
+def test_quick_numbers_stay_out_of_the_document():
+    assert common.parse(common.parser(""), []).output == common.DOCUMENT
+    assert common.parse(common.parser(""), ["--quick"]).output == common.QUICK
+
+
 def test_rows_become_a_table():
     assert common.table(["a", "b"], [[1, 2]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
 
