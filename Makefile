@@ -1,8 +1,9 @@
-# make train | app | test | lint | mutants: each sets up .venv by itself when it is missing or older than the requirements.
+# make train | app | test | lint | mutants | bench: each sets up .venv by itself where it is missing or older than its
+# requirements.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train app test lint mutants
+.PHONY: train app test lint mutants bench
 
 train: .venv/.runtime
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no train_text2img.py $(ARGS)
@@ -18,6 +19,10 @@ lint: .venv/.dev
 
 mutants: .venv/.dev
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/mutants.py
+
+# On a quiet machine. The ladder takes hours and is not among them: $(BIN)/python benchmarks/ladder.py
+bench: .venv/.dev
+	for name in scheduler sampling guidance training growth muon; do $(BIN)/python benchmarks/$$name.py $(ARGS) || exit 1; done
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -15,6 +15,7 @@ PIPELINE, SERVING, TRAIN = "pipeline/text_to_image.py", "pipeline/serving.py", "
 MUON, LATENTS, MODELS = (f"pipeline/{name}.py" for name in ("muon", "latents", "models"))
 EMOJI, VARIATIONS, EVALUATION = (f"pipeline/{name}.py" for name in ("emoji", "variations", "evaluation"))
 SAFE, LAYOUT, HUB, CARD, CONFIG = (f"pipeline/{name}.py" for name in ("safe", "layout", "hub", "card", "config"))
+BENCH, SAMPLING, JUDGED, LADDER = (f"benchmarks/{name}.py" for name in ("bench", "sampling", "guidance", "ladder"))
 
 # (file, what a line says, what it says broken, the test that notices)
 MUTANTS = [
@@ -182,6 +183,17 @@ MUTANTS = [
     (STREAM, "crop=self.config.crop)", 'crop="center")',
      "test_data.py::test_a_random_crop_is_anywhere_and_the_same_at_every_start_and_in_a_stream"),
     (TRAIN, "            stream.load_state_dict(place)\n", "", "test_stream.py::test_a_stream_that_fails_for_good_saves_the_steps_before"),
+    (BENCH, "- np.asarray(theirs, float)", "- np.sort(np.asarray(theirs, float))", "test_benchmarks.py::test_paired_interval_is_that_of_a_mean"),
+    (BENCH, "met = value >= goal if at_least else value <= goal", "met = value >= goal",
+     "test_benchmarks.py::test_spreads_and_goals_say_what_they_saw"),
+    (SAMPLING, "guidance_scale=1 + self.w", "guidance_scale=self.w",
+     "test_benchmarks.py::test_ours_and_stock_draw_the_same_pixels_and_the_bound_is_the_networks_calls"),
+    (SAMPLING, "times = 2 if doubled else 1", "times = 1",
+     "test_benchmarks.py::test_ours_and_stock_draw_the_same_pixels_and_the_bound_is_the_networks_calls"),
+    (SAMPLING, "if not bf16 and apart > LEVEL:", "if not bf16 and apart > 1:", "test_benchmarks.py::test_sampling_refuses_other_pixels"),
+    (JUDGED, "* out_c.std(dims", "* out_u.std(dims", "test_benchmarks.py::test_rescale_is_diffusers"),
+    (JUDGED, "- (difference - parallel) -", "- difference -", "test_benchmarks.py::test_apg_is_diffusers"),
+    (LADDER, '"train.gamma": 5}', '"train.gamma": 4}', "test_benchmarks.py::test_the_ladder_ends_in_the_shipped_recipe"),
 ]  # fmt: skip
 
 

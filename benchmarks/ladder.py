@@ -1,0 +1,248 @@
+"""`python benchmarks/ladder.py [--minutes 20] [--seeds 0 1 2] [--rungs NAME …]`: from diffusers' recipe to ours, a change a rung.
+
+Every rung is a run of train_text2img.py for so many minutes of steps, judged as it goes: minutes to own picture among the first
+five for 40 % of the training captions, and how many held-out combinations come first. The peer is denoising-diffusion-pytorch's
+classifier-free guidance, captions as classes, on the same pictures, threads, precision and minutes:
+`pip install --no-deps --target data/peers denoising-diffusion-pytorch einops tqdm`.
+
+The same command goes on where it was stopped; a finished rung is read from its `ladder.json`. `--dry-run` prints the runs.
+"""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks.common import table, target
+
+import train_text2img
+from benchmarks import bench
+from pipeline import config as settings
+from pipeline import data, evaluation, hub, models
+from pipeline import run as runs
+
+CONFIG = "configs/emoji-small.yaml"
+DIFFUSERS = {  # the text-to-image example's recipe, on the network's own shape; captions are cached, as the trainer always does
+    "model.patch_size": "null", "model.whitening": "null", "model.time_embedding_dim": "null", "model.norm_groups": 32,
+    "model.text_in_time": False, "model.time_scale_shift": False, "diffusion.prediction_type": "epsilon",
+    "diffusion.beta_schedule": "linear", "train.precision": "no", "train.batch_size": 16, "train.optimizer": "adamw",
+    "train.lr": 1e-4, "train.matrix_lr": "null", "train.lr_schedule": "constant", "train.lr_end": 0.0, "train.warmup": 0,
+    "train.weighting": "simple", "train.gamma": "null", "train.ema": 0.9999,
+}  # fmt: skip
+RUNGS = {  # each changes the one before
+    "diffusers": {},
+    "bf16": {"train.precision": "auto"},
+    "patches": {"model.patch_size": 4},
+    "x_0": {"diffusion.prediction_type": "sample"},
+    "weight": {"train.weighting": "min_velocity", "train.gamma": 5},
+    "ema-decay": {"train.ema": 0.99, "train.lr": 8e-4, "train.lr_schedule": "flat_then_linear", "train.lr_end": 0.02,
+                  "train.warmup": 50},
+    "captions": {"model.text_in_time": True, "model.time_scale_shift": True, "model.time_embedding_dim": 512,
+                 "model.whitening": 0.02},
+    "sigmoid": {"diffusion.beta_schedule": "sigmoid", "model.norm_groups": 8},
+    "muon": {"train.optimizer": "muon", "train.matrix_lr": 4e-3, "train.batch_size": 64},
+}  # fmt: skip
+PEER = "denoising-diffusion-pytorch"
+GOAL = 0.4  # of the training captions, own picture among the first five
+CHECKS = 8  # checkpoints of a run
+SEED = 4000
+RESULT = "ladder.json"
+
+
+def overrides(rung: str) -> dict:
+    """The settings of a rung over CONFIG."""
+    names = list(RUNGS)
+    return DIFFUSERS | {k: v for name in names[: names.index(rung) + 1] for k, v in RUNGS[name].items()}
+
+
+def command(rung: str, seed: int, folder: Path, steps: int, more: tuple[str, ...] = ()) -> list[str]:
+    """The training command of a rung; its arguments are checked by `settings.load`."""
+    every = max(steps // CHECKS, 1)
+    options = overrides(rung) | {"name": f"{rung}-s{seed}", "output": folder, "seed": seed, "train.steps": steps,
+                                 "train.save_every": every, "train.keep": CHECKS + 2, "train.validate_every": steps,
+                                 "train.log_every": every, "sample.every": steps}  # fmt: skip
+    options["train.warmup"] = min(options["train.warmup"], steps)
+    return ["train_text2img.py", "--config", CONFIG, *(f"--{name}={value}" for name, value in options.items()), *more]
+
+
+def steps_in(minutes: float, rung: str, folder: Path) -> int:
+    """How many steps fit in so many minutes, by the script's own dry run."""
+    plan = [sys.executable, *command(rung, 0, folder, 100, ("--dry_run",))]
+    done = subprocess.run(plan, stdout=subprocess.PIPE, text=True, check=True)
+    return max(int(60 * minutes / float(re.search(r"images, ([\d.]+) s each", done.stdout)[1])), 1)
+
+
+def minutes_to_goal(checks: list[tuple[float, float]]) -> float | None:
+    """When the share reached GOAL, between the two checks (minutes, share) around it; None where it did not."""
+    for (before, low), (after, high) in pairwise([(0.0, 0.0), *checks]):
+        if high >= GOAL:
+            return before + (after - before) * (GOAL - low) / (high - low)
+    return None
+
+
+def shares(pipe, judge, bank, rows: torch.Tensor, steps: int) -> dict[str, float]:
+    """How often some rows' drawings have their own picture first, and among the first five."""
+    images = [evaluation.drawn(pipe, [bank.captions[i] for i in some], w=1.0, seed=SEED + 32 * n, num_inference_steps=steps)
+              for n, some in enumerate(rows.split(32))]  # fmt: skip
+    ranks = evaluation.retrieval_ranks(judge.features(torch.cat(images)), bank.features, bank.own[rows])
+    return {name: share["share"] for name, share in evaluation.summary(ranks).items() if name != "median_rank"}
+
+
+def climb(rung: str, seed: int, args) -> dict:
+    """One run of a rung, trained and judged; what was found before is read."""
+    run = runs.Run(args.folder / f"{rung}-s{seed}")
+    kept = run.folder / RESULT
+    if kept.is_file():
+        return json.loads(kept.read_text())
+    plan = run.folder / "ladder-steps"  # a run that was stopped goes on with the steps that it began with
+    if not plan.is_file():
+        run.folder.mkdir(parents=True, exist_ok=True)
+        plan.write_text(str(steps_in(args.minutes, rung, args.folder)))
+    subprocess.run([sys.executable, *command(rung, seed, args.folder, int(plan.read_text()))], check=True)
+    config, judge, bank, pipe = evaluation.finished(run.folder)
+    rows, held = torch.linspace(0, bank.n_train - 1, args.captions).long(), torch.arange(bank.n_train, len(bank.captions))
+    log = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    clock = {line["step"]: line["seconds"] / 60 for line in log if "seconds" in line}
+    at_end, checks = shares(pipe, judge, bank, rows, args.steps)["first_five"], []
+    for step in run.steps() if at_end >= GOAL else []:  # where the end is below it, what was before does not matter
+        made = hub.load_checkpoint(run, step)
+        made.set_progress_bar_config(disable=True)
+        checks.append((clock[step], shares(made, judge, bank, rows, args.steps)["first_five"]))
+        if checks[-1][1] >= GOAL:
+            break
+    found = {"images": config.train.steps * config.train.batch_size, "minutes": minutes_to_goal(checks), "first_five": at_end,
+             "held_out": shares(pipe, judge, bank, held, args.steps)["first"]}  # fmt: skip
+    kept.write_text(json.dumps(found))
+    return found
+
+
+# ---- the peer
+
+
+def loaded(folder: Path):
+    """classifier_free_guidance.py by its path: its package imports torchvision."""
+    path = folder / "denoising_diffusion_pytorch" / "classifier_free_guidance.py"
+    if not path.is_file():
+        raise SystemExit(f"error: {path} does not exist: pip install --no-deps --target {folder} {PEER} einops tqdm")
+    sys.path.append(str(folder))
+    spec = importlib.util.spec_from_file_location("classifier_free_guidance", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def peer(seed: int, args) -> dict:
+    """The peer with its trainer's own settings (Adam 1e-4, batch 16, EMA 0.995 every 10 steps), judged at its better scale."""
+    from diffusers.training_utils import EMAModel
+
+    kept = args.folder / f"{PEER}-s{seed}" / RESULT
+    if kept.is_file():
+        return json.loads(kept.read_text())
+    bench.prepare()
+    train_text2img.keep_freed_memory()
+    config, module = settings.load_file(CONFIG), loaded(args.peers)
+    judge, images = evaluation.Judge(), data.load_splits(config.data)
+    bank = evaluation.Bank.of(judge, [split for split in images if split is not None])
+    x, classes = bank.images[: bank.n_train].float() / 255, torch.arange(bank.n_train)
+    torch.manual_seed(seed)
+    network = module.Unet(dim=args.peer_dim, num_classes=bank.n_train)
+    diffusion = module.GaussianDiffusion(network, image_size=config.data.resolution, sampling_timesteps=args.steps)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, betas=(0.9, 0.99))
+    ema, bf16 = EMAModel(network.parameters(), decay=0.995), models.precision("auto", torch.device("cpu")) == "bf16"
+    rows, step, spent = torch.linspace(0, bank.n_train - 1, args.captions).long(), 0, 0.0
+    while spent < 60 * args.minutes:
+        began = time.perf_counter()
+        some = data.batch_indices(seed, step, 16, len(x))
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = diffusion(x[some], classes=classes[some])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        if step % 10 == 0:
+            ema.step(network.parameters())
+        spent += time.perf_counter() - began
+    at_end = judged_peer(diffusion, ema, judge, bank, rows, bf16)
+    found = {"images": 16 * step, "minutes": args.minutes if at_end >= GOAL else None, "first_five": at_end, "held_out": None}
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(found))
+    return found
+
+
+@torch.no_grad()
+def judged_peer(diffusion, ema, judge, bank, rows: torch.Tensor, bf16: bool) -> float:
+    """The peer's first five with its averaged weights, at the better of a mild and its default guidance."""
+    weights, found = list(diffusion.model.parameters()), []
+    ema.store(weights)
+    ema.copy_to(weights)
+    diffusion.eval()
+    for scale in (2.0, 6.0):  # w = 1, and the package's default
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            images = torch.cat([diffusion.sample(classes=some, cond_scale=scale) for some in rows.split(32)])
+        features = judge.features(2 * images.float().clamp(0, 1) - 1)
+        found.append(float((evaluation.retrieval_ranks(features, bank.features, bank.own[rows]) <= 5).double().mean()))
+    ema.restore(weights)
+    diffusion.train()
+    return max(found)
+
+
+# ---- the table
+
+
+def row(rung: str, change: str, found: list[dict], minutes: float) -> list[str]:
+    """A rung's line: every seed's minutes, means with the least and the greatest."""
+    over = lambda key: [one[key] for one in found if one[key] is not None]
+    shown = lambda values: f"{mean(values):.0%} ({min(values):.0%} to {max(values):.0%})" if values else "-"
+    taken = [f"{one['minutes']:.1f}" if one["minutes"] is not None else f"not in {minutes:g}" for one in found]
+    return [rung, change, f"{mean(over('images')):,.0f}", ", ".join(taken), shown(over("first_five")), shown(over("held_out"))]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = bench.parser(__doc__)
+    parser.add_argument("--minutes", type=float, default=20, help="of training, each run")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    known = [*RUNGS, PEER]
+    parser.add_argument("--rungs", nargs="+", default=known, choices=known, metavar="NAME", help=", ".join(known))
+    parser.add_argument("--captions", type=int, default=96, help="training captions that every check draws")
+    parser.add_argument("--steps", type=int, default=20, help="of a drawing")
+    parser.add_argument("--folder", type=Path, default=Path("runs/ladder"))
+    parser.add_argument("--peers", type=Path, default=Path("data/peers"), help="where the peer was installed")
+    parser.add_argument("--peer-dim", type=int, default=64, help="the peer's width; 64 is its own example's")
+    parser.add_argument("--dry-run", action="store_true", help="print the runs and their time, and check their settings")
+    args = bench.parse(parser, argv)
+    if args.dry_run or args.quick:
+        for rung in (rung for rung in args.rungs if rung != PEER):
+            settings.load(command(rung, args.seeds[0], args.folder, 100)[1:])
+            changes = " ".join(f"{name}={value}" for name, value in RUNGS[rung].items()) or "diffusers' recipe"
+            print(f"{rung}: {changes}\n  python {' '.join(command(rung, args.seeds[0], args.folder, 100))}")
+        print(f"{len(args.rungs) * len(args.seeds)} runs of {args.minutes:g} minutes: "
+              f"{len(args.rungs) * len(args.seeds) * args.minutes / 60:.1f} hours of training, and their judging")  # fmt: skip
+        return
+    found, lines = {}, []
+    for rung in args.rungs:
+        found[rung] = [peer(seed, args) if rung == PEER else climb(rung, seed, args) for seed in args.seeds]
+        change = "captions as classes, in pixels" if rung == PEER else ", ".join(f"{k} {v}" for k, v in RUNGS[rung].items())
+        lines.append(row(rung, change or "the example's recipe, captions cached", found[rung], args.minutes))
+    head = ["rung", "change", "images", f"minutes to {GOAL:.0%}, each seed", "first five at the end", "held-out first"]
+    goals = []
+    if PEER in found and (ours := [rung for rung in args.rungs if rung != PEER]):
+        rate = lambda rung: mean(one["first_five"] for one in found[rung])
+        goals = [target(f"{ours[-1]}'s first five over {PEER}'s", rate(ours[-1]) / max(rate(PEER), 1e-9), 2)]
+    bench.publish(args, __file__, bench.command_line(argv), "Ladder",
+                   f"Each run trains for {args.minutes:g} minutes from {CONFIG}'s data; {args.captions} training captions in "
+                   f"{args.steps} steps, w = 1, averaged weights; seeds {', '.join(map(str, args.seeds))}. What encoding anew at "
+                   "every step costs is in the section on training.", table(head, lines), "\n".join(goals))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
