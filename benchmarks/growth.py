@@ -14,9 +14,8 @@ from pathlib import Path
 from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.common import spread, table, target
-
 from benchmarks import bench
+from benchmarks.bench import spread, table, target
 
 CONFIG = "configs/emoji-small.yaml"
 BATCH = 64  # images read at a time

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.common import points, table
-
 from benchmarks import bench
+from benchmarks.bench import points, table
 from pipeline import evaluation, hub, losses
 from pipeline.guidance import guide
 from pipeline.text_to_image import TextToImagePipeline

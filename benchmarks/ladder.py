@@ -21,10 +21,9 @@ from statistics import mean
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.common import table, target
-
 import train_text2img
 from benchmarks import bench
+from benchmarks.bench import table, target
 from pipeline import config as settings
 from pipeline import data, evaluation, hub, models
 from pipeline import run as runs

@@ -11,10 +11,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.common import spread, table
-
 import train_text2img
 from benchmarks import bench
+from benchmarks.bench import spread, table
 from benchmarks.training import Trainer, configured
 from pipeline import config as settings
 from pipeline import models

@@ -17,9 +17,8 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline, UniPCMultistepScheduler
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.common import points, ratios, spread, table, target
-
 from benchmarks import bench
+from benchmarks.bench import points, ratios, spread, table, target
 from pipeline import config as settings
 from pipeline import evaluation, hub, models
 from pipeline.guidance import interval

@@ -11,9 +11,8 @@ import diffusers
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.common import ratios, spread, table, target
-
 from benchmarks import bench
+from benchmarks.bench import ratios, spread, table, target
 from benchmarks.sampling import Contenders, opened
 from pipeline import config as settings
 from pipeline import models

@@ -24,10 +24,9 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.common import ratios, spread, table, target
-
 import train_text2img
 from benchmarks import bench, train_step
+from benchmarks.bench import ratios, spread, table, target
 from pipeline import config as settings
 from pipeline import losses, models
 
