@@ -149,13 +149,13 @@ def rank_correlation(scores: Tensor, others: Tensor) -> Tensor:
     return (a * b).sum(1) / (a.square().sum(1) * b.square().sum(1)).sqrt()
 
 
-def score(differences: Tensor, weights: Tensor, weight: str, pairs: Tensor | None = None, decoder: bool = True) -> Tensor:
+def score(differences: Tensor, weights: Tensor, weight: str, pairs: Tensor | None = None) -> Tensor:
     """Scores (P, K) by some of a Likelihood's pairs (all), from its differences (P, K, M + 1) and weights (M + 1,)."""
     M = len(weights) - 1
     pairs = torch.arange(M) if pairs is None else pairs
-    own = weights[pairs] * M / len(pairs) if weight == "bound" else torch.full((len(pairs),), 1 / len(pairs), dtype=torch.float64)
+    own = torch.full((len(pairs),), 1 / len(pairs), dtype=torch.float64) if weight == "even" else weights[pairs] * M / len(pairs)
     found = differences[..., pairs].double() @ own
-    return found + weights[-1] * differences[..., -1].double() if weight == "bound" and decoder else found
+    return found + weights[-1] * differences[..., -1].double() if weight == "bound" else found
 
 
 def spaced(M: int, m: int) -> Tensor:
@@ -166,7 +166,7 @@ def spaced(M: int, m: int) -> Tensor:
 # ---- the study
 
 
-def measured(study: Study, candidates: int, pairs: int, multiples: list[int]) -> dict:
+def measured(study: Study, candidates: int, pairs: int, multiples: list[int], guides: list[str]) -> dict:
     """Every method at every budget: values (P,) of rank 1 and rank 5, and the diagnostics."""
     few, names = max(pairs // 4, 1), [f"candidate-{k}" for k in range(candidates)]
     drawn = [study.drawn(name, k, study.steps) for k, name in enumerate(names)]
@@ -199,11 +199,11 @@ def measured(study: Study, candidates: int, pairs: int, multiples: list[int]) ->
                 scores = score(common, weights, weight, spaced(pairs, m))
                 add(f"random, {m} pairs, {weight}", multiple, n * each if n > 1 else study.one,
                     by(lambda hit, n=n, scores=scores: best_of(hit, scores, n)))  # fmt: skip
-        guide = Likelihood(few)
-        each = search.calls_of_path(study.pipe, guide, study.call)
-        n = budget // each
-        values = kept(study.paths(n, guide)) if n > 1 else plain
-        add(f"paths, {few} pairs, bound", multiple, n * each if n > 1 else study.one, values)
+        for guide in (Likelihood(few, weight=weight) for weight in guides):
+            each = search.calls_of_path(study.pipe, guide, study.call)
+            n = budget // each
+            values = kept(study.paths(n, guide)) if n > 1 else plain
+            add(f"paths, {few} pairs, {guide.weight}", multiple, n * each if n > 1 else study.one, values)
         n = min(multiple, candidates)
         add("oracle: the judge picks", multiple, n * study.one, by(lambda hit, n=n: best_of(hit, -ranks.double(), n)))
 
@@ -212,11 +212,11 @@ def measured(study: Study, candidates: int, pairs: int, multiples: list[int]) ->
     for weight in WEIGHTS:
         for m in (m for m in (1, 2, 4, 8, 16, 32, 64) if m <= pairs):
             told[f"{weight}, {m} pairs"] = alike(score(common, weights, weight, spaced(pairs, m)))
-        for low, high in BANDS:
+        for low, high in BANDS if weight != "bound" else ():
             inside = ((level >= low) & (level <= high)).nonzero().flatten()
             if len(inside):
                 told[f"{weight}, {len(inside)} pairs of noise levels {low:g} to {high:g}"] = alike(
-                    score(common, weights, weight, inside, decoder=False))  # fmt: skip
+                    score(common, weights, weight, inside))  # fmt: skip
         alone = [score(own[:, [k]], apart(k).plan(study.pipe.scheduler, shape)[2], weight) for k in range(candidates)]
         told[f"{weight}, {few} pairs, each candidate under its own t and noises"] = alike(torch.cat(alone, 1))
     told["the decoder's term alone"] = alike(common[..., -1])
@@ -298,6 +298,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--multiples", type=int, nargs="+", default=[1, 2, 4, 8], help="budgets, in plain samples")
     parser.add_argument("--steps", type=int, default=20, help="of a plain sample")
     parser.add_argument("--pairs", type=int, default=16, help="of the likelihood; a quarter of them is tried as well")
+    parser.add_argument("--paths", nargs="+", choices=WEIGHTS, default=["bound"], help="the weights that guide paths")
     parser.add_argument("--w", type=float, help="guidance (default: the model's own)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=32)
@@ -321,7 +322,7 @@ def main(argv: list[str] | None = None) -> int:
         captions = hashlib.sha256(json.dumps([bank.captions[row] for row in rows]).encode()).hexdigest()[:8]
         name = f"{data.encoder_digest(pipe.unet)[:8]}-{captions}-steps{args.steps}-w{w:g}-seed{args.seed}"
         study = Study(pipe, judge, bank, rows, args.run / "search" / name, w, args.steps, args.seed, args.batch)
-        found = measured(study, args.candidates, args.pairs, args.multiples)
+        found = measured(study, args.candidates, args.pairs, args.multiples, args.paths)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -14,7 +14,7 @@ from pipeline.scheduler import DDPMScheduler
 from pipeline.text_to_image import TextToImagePipeline
 
 BATCH = 16  # pictures that are drawn or judged at once
-WEIGHTS = ("bound", "even")
+WEIGHTS = ("bound", "steps", "even")
 
 
 class Verifier(Protocol):
@@ -34,7 +34,8 @@ class Likelihood:
     and the decoder's term, a density. All candidates are judged by the same pairs. Nats.
 
     levels: the noise levels sqrt(1 - abar_t) whose part of the sum this is; the decoder's belongs to those that begin at 0.
-    weight: "bound" is (12); "even" weighs all errors in the noise alike and has no decoder's term, a heuristic and no likelihood.
+    weight: "bound" is all of that; "steps" leaves the decoder's term out, whose variance is so small that it may outweigh the
+    rest; "even" weighs all errors in the noise alike besides, a heuristic and no likelihood.
     """
 
     def __init__(self, pairs: int = 16, seed: int = 0, *, levels: tuple[float, float] = (0.0, 1.0), weight: str = "bound"):

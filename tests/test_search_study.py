@@ -13,7 +13,7 @@ from tiny import tiny_pipeline
 from pipeline import evaluation, models
 from pipeline.search import search
 from pipeline.text_to_image import TextToImagePipeline
-from pipeline.verifiers import Likelihood
+from pipeline.verifiers import WEIGHTS, Likelihood
 
 ROOT = Path(__file__).parent.parent
 spec = importlib.util.spec_from_file_location("search_study", ROOT / "benchmarks" / "search.py")
@@ -50,7 +50,7 @@ def test_the_bootstrap_is_the_normal_interval_of_many_values():
 def test_a_score_from_kept_differences_is_the_verifiers_own():
     pipe, verifier, x_0 = tiny_pipeline(caption_length=8), Likelihood(4), normal(3, 3, 8, 8).float()
     kept, weights = verifier.differences(pipe, "red heart", x_0).T[:, None], verifier.plan(pipe.scheduler, x_0.shape[1:])[2]
-    for weight in ("bound", "even"):
+    for weight in WEIGHTS:
         own = Likelihood(4, weight=weight)(pipe, "red heart", x_0)
         torch.testing.assert_close(study.score(kept, weights, weight)[:, 0].float(), own, rtol=1e-4, atol=1e-4)
     assert study.spaced(16, 4).tolist() == [2, 6, 10, 14] and study.spaced(4, 4).tolist() == [0, 1, 2, 3]
@@ -62,14 +62,15 @@ def test_the_study_draws_once_what_search_finds_and_writes_its_section(run, tmp_
     docs = tmp_path / "docs"
     docs.mkdir()
     (docs / "benchmarks.md").write_text("# Before\n\n<!-- search -->\nold\n<!-- /search -->\n\n# After\n")
-    command = [str(run), "--quick", "--w", "1", "--docs", str(docs)]
+    command = [str(run), "--quick", "--w", "1", "--paths", "bound", "even", "--docs", str(docs)]
     assert study.main(command) == 0
     text = (docs / "benchmarks.md").read_text()
     assert text.startswith("# Before\n\n<!-- search -->\n`python benchmarks/search.py runs/")
     assert text.endswith("\n<!-- /search -->\n\n# After\n")
     assert "old" not in text and "8 training and 6 held out captions, w = 1, 10 steps, one picture = 20 network calls" in text
     assert "| more steps | 4× | 80 |" in text and "| random, 4 pairs, bound | 4× | 60 |" in text
-    assert "| paths, 1 pairs, bound | 4× | 64 |" in text and (docs / "figures" / "search.png").is_file()
+    assert "| paths, 1 pairs, bound | 4× | 64 |" in text and "| paths, 1 pairs, even | 4× | 78 |" in text
+    assert (docs / "figures" / "search.png").is_file()
 
     (kept,) = (run / "search").iterdir()
     *_, bank, pipe = evaluation.finished(run)

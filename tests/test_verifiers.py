@@ -66,6 +66,7 @@ def test_a_pair_for_every_timestep_is_the_bounds_own_sum():
     level = (1 - scheduler.abar(torch.arange(10), one)).sqrt()
     low, high = (int(((level > a) & (level <= b))[1:].sum()) for a, b in ((0, 0.7), (0.7, 1)))
     parts = [Likelihood(pairs=low, levels=(0, 0.7)), Likelihood(pairs=high, levels=(0.7, 1))]
+    assert torch.equal(Likelihood(pairs=9, weight="steps").plan(scheduler, (2,))[2], weights[:-1])
     assert sorted(torch.cat([part.plan(scheduler, (2,))[0] for part in parts]).tolist()) == list(range(10))
     assert [part.calls for part in parts] == [2 * (low + 1), 2 * high]
 
@@ -129,7 +130,7 @@ def test_a_verifier_asks_the_network_as_often_as_it_says(pipe, x_0, tmp_path):
 
 
 @pytest.mark.parametrize(("change", "says"), [
-    ({"pairs": 0}, "pairs is 0, expected 1 or more"), ({"weight": "odd"}, "weight is 'odd', expected one of bound, even"),
+    ({"pairs": 0}, "pairs is 0, expected 1 or more"), ({"weight": "odd"}, "weight is 'odd', expected one of bound, steps, even"),
     ({"levels": (2, 3)}, "levels are 2 to 3, expected a range with a timestep's in it")])  # fmt: skip
 def test_what_cannot_be_judged_by_is_refused(pipe, x_0, change, says):
     with pytest.raises(InputError, match=says):
