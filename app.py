@@ -26,7 +26,7 @@ from starlette.responses import PlainTextResponse
 from pipeline import hub, serving
 from pipeline.card import ATTRIBUTION, fenced
 from pipeline.guidance import InputError
-from pipeline.serving import BUDGET, DENOISERS, IMAGES, SEEDS, SWEEP, UPLOAD, Request, Shelf, Studio
+from pipeline.serving import BUDGET, DENOISERS, IMAGES, SEEDS, SWEEP, THINK, UPLOAD, Request, Shelf, Studio
 
 log = logging.getLogger("app")
 
@@ -197,6 +197,9 @@ def create_tab(shelf: Shelf, studio: Studio, checkpoint: gr.Slider) -> None:
             with gr.Row():
                 images = gr.Slider(1, IMAGES, value=1, step=1, label="Pictures", min_width=120)
                 steps = gr.Slider(1, 250, value=50, step=1, label="Steps", min_width=120)
+            think = gr.Slider(1, THINK, value=1, step=1, label="Think longer", elem_id="think",
+                              info="1 is off; at n, as many network calls as n pictures take go to drawing several and keeping "
+                                   "the one the model itself finds likeliest for the prompt")  # fmt: skip
             with gr.Row():
                 seed = gr.Number(0, label="Seed", info="picture i draws its noise from seed + i", min_width=120, elem_id="seed")
                 randomise = gr.Checkbox(True, label="Randomise", info="a new seed each time; it is shown here", min_width=120)
@@ -213,30 +216,38 @@ def create_tab(shelf: Shelf, studio: Studio, checkpoint: gr.Slider) -> None:
             gallery = gr.Gallery(label="Pictures", show_label=False, format="png", columns=2, fit_columns=False, height=540,
                                  elem_id="gallery", elem_classes="pixels", buttons=["download", "fullscreen"])  # fmt: skip
             status = gr.Markdown("", elem_id="status")
+            with gr.Accordion("What thinking longer found", visible=False) as thought:
+                curve = gr.Plot(label="Best score against network calls", show_label=False, format="png", elem_id="curve")
+                gr.Markdown("Discarded, best first, with their scores: log p(x | c) - log p(x) in nats, as the model has it.")
+                discarded = strip("Discarded candidates", 4, "discarded")
             known = set(studio.set[0].captions) if studio.network is None else None
             shown = [[e] for e in EXAMPLES if known is None or e in known]
             gr.Examples(shown or [[c] for c in sorted(known)[:8]], prompt, label="Examples", examples_per_page=len(EXAMPLES))
 
     @answering
-    def create(prompt, negative_prompt, w, steps, eta, images, seed, randomise, low, high, denoiser, checkpoint):
-        """Draw pictures of a prompt: (pictures, status, seed). w as in the lecture, s = 1 + w; eta 1 ancestral, 0 DDIM."""
+    def create(prompt, negative_prompt, w, steps, eta, images, seed, randomise, low, high, denoiser, checkpoint, think):
+        """Draw pictures of a prompt: (pictures, status, seed, curve, discarded). w as in the lecture, s = 1 + w; eta 1
+        ancestral, 0 DDIM; think n spends as many network calls as n pictures take on one, the best by the model's own judgement:
+        the curve is that of its score against the calls, and the discarded are the other candidates.
+        """
         studio = shelf.studio(checkpoint)
         seed = random.randrange(2**31) if randomise is True else seed
         request = Request.read({"prompt": prompt, "negative_prompt": negative_prompt, "w": w, "steps": steps, "eta": eta,
-                                "images": images, "seed": seed, "low": low, "high": high}, studio.T)  # fmt: skip
+                                "images": images, "seed": seed, "low": low, "high": high, "think": think}, studio.T)  # fmt: skip
         for frame in studio.create(request, denoiser):
-            yield frame.images, progress(frame, request.seed), request.seed
+            yield frame.images, progress(frame, request.seed), request.seed, *thoughts(frame)
 
     @answering
     def reuse(path):
         request = serving.settings_of(path, studio.T)
         return (request.prompt, request.negative_prompt, request.w, request.steps, request.eta, request.images,
-                request.seed, False, request.low, request.high)  # fmt: skip
+                request.seed, False, request.low, request.high, request.think)  # fmt: skip
 
-    inputs = [prompt, negative, w, steps, eta, images, seed, randomise, low, high, denoiser, checkpoint]
-    clicked([prompt.submit, go.click], go, stop, create, inputs, [gallery, status, seed], "create")
+    inputs = [prompt, negative, w, steps, eta, images, seed, randomise, low, high, denoiser, checkpoint, think]
+    clicked([prompt.submit, go.click], go, stop, create, inputs, [gallery, status, seed, curve, discarded], "create")
+    think.change(lambda n: gr.Accordion(visible=n > 1), think, thought, **QUIET)
     prompt.change(answering(studio.tokens), prompt, counter, trigger_mode="always_last", **QUIET)
-    dropped.upload(reuse, dropped, [prompt, negative, w, steps, eta, images, seed, randomise, low, high], **QUIET)
+    dropped.upload(reuse, dropped, [prompt, negative, w, steps, eta, images, seed, randomise, low, high, think], **QUIET)
 
 
 def clicked(triggers, go: gr.Button, stop: gr.Button, function, inputs, outputs, name: str) -> None:
@@ -253,9 +264,24 @@ def clicked(triggers, go: gr.Button, stop: gr.Button, function, inputs, outputs,
 
 def progress(frame: serving.Frame, seed: int | None = None) -> str:
     """What a request has cost so far."""
-    done = "" if frame.last else f"step {frame.step} of {frame.steps} · "
+    done = "" if frame.last else f"{'step' if frame.found is None else 'call'} {frame.step} of {frame.steps} · "
+    if frame.last and frame.found is not None:
+        n = len(frame.found.candidates)
+        done = f"the best of {n} · " if n > 1 else "one picture, since a second and judging both take more · "
     used = "" if seed is None else f" · seed {seed}"
     return f"{done}{frame.seconds:.1f} s · {frame.calls} network calls{used}"
+
+
+def thoughts(frame: serving.Frame) -> tuple:
+    """The curve of a search so far, and at its end the candidates that it discarded with their scores."""
+    if frame.found is None or not frame.found.curve:
+        return None, []
+    figure = Figure(figsize=(5, 2.2), layout="constrained")
+    ax = figure.subplots()
+    ax.plot(*zip(*frame.found.curve, strict=True), "o-", color="#4f46e5", drawstyle="steps-post")
+    ax.set(xlabel="network calls", ylabel="best score, nats")
+    scores = frame.found.scores[1:].tolist()
+    return figure, [(image, f"{score:.4g}") for image, score in zip(frame.discarded, scores, strict=False)]
 
 
 def strip(label: str, columns: int, name: str) -> gr.Gallery:

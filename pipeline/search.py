@@ -1,100 +1,56 @@
 """More compute at inference for better outputs (18): spend a budget of network calls on one prompt and return the best picture.
 
 A call is one picture through the network once: a guided step is two, and what a verifier asks the network counts as well.
+`python -m pipeline.search RUN_OR_ID "a green cat" --budget 800 --out best.png`.
 """
 
-from collections.abc import Callable
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from pipeline import losses
-from pipeline.guidance import InputError, weights
-from pipeline.text_to_image import TextToImagePipeline, noise_level
+from pipeline import sample
+from pipeline.guidance import InputError, Weight, weights
+from pipeline.text_to_image import Step, TextToImagePipeline, noise_level
+from pipeline.verifiers import BATCH, Clip, Likelihood, Verifier
 
-BATCH = 16  # pictures that are drawn or judged at once
-
-
-class Verifier(Protocol):
-    """What judges candidates: `calls` of the network for each, and a score for each, higher is better."""
-
-    calls: int
-
-    def __call__(self, pipe: TextToImagePipeline, prompt: str, x_0: Tensor) -> Tensor:
-        """Scores (N,) of what the network might have drawn for a prompt, (N, c, h, w)."""
+JUDGED = 4  # candidates between two looks at a search: what is asked to stop stops as soon
 
 
 @dataclass(frozen=True)
 class Found:
-    """The best candidate of a search, and what it came from."""
+    """What a search has found: on its way the candidates as far as they are, at its end all of them, best first."""
 
-    x_0: Tensor  # (c, h, w), as the network draws it: `pipe.decode(x_0[None])` is the picture
-    candidates: Tensor  # (N, c, h, w), best first
-    scores: Tensor  # (N,), of the candidates
-    curve: list[tuple[int, float]]  # (network calls so far, best score so far); no score where one candidate was all
+    candidates: Tensor  # (N, c, h, w), as the network draws them; on the way the x_0 of (15) of those that are being drawn
+    scores: Tensor  # (N,), nan where nothing was judged
+    order: Tensor  # (N,), the candidates' numbers: number i of method random is drawn from seed + i
+    curve: list[tuple[int, float]]  # (network calls so far, best score so far); empty where nothing was judged
     calls: int
+    total: int  # the calls at the end
+    last: bool = False
+
+    @property
+    def x_0(self) -> Tensor:
+        """The first candidate (c, h, w), at the end the best: `pipe.decode(x_0[None])` is the picture."""
+        return self.candidates[0]
 
 
-class Likelihood:
-    """log p(x_0 | c) - log p(x_0) by the model itself, as far as `pairs` fixed pairs of a timestep and noise tell.
-
-    The difference of the two variational bounds: the sum over t = 2 ... T of the weight of (12) times
-    |eps - eps(x_t, t, 0)|^2 - |eps - eps(x_t, t, c)|^2, estimated as T - 1 times a mean over one t of each of `pairs` strata,
-    and the decoder's term, a density. All candidates are judged by the same pairs. Nats.
-    """
-
-    def __init__(self, pairs: int = 16, seed: int = 0):
-        if pairs < 1:
-            raise InputError(f"pairs is {pairs}, expected 1 or more: pass 16")
-        self.pairs, self.seed, self.calls = pairs, seed, 2 * (pairs + 1)
-
-    @torch.no_grad()
-    def __call__(self, pipe: TextToImagePipeline, prompt: str, x_0: Tensor) -> Tensor:
-        scheduler, generator = pipe.scheduler, torch.Generator().manual_seed(self.seed)
-        T = scheduler.config.num_train_timesteps
-        captions, empty = pipe.encode_prompt(prompt, negative_prompt="")
-        shares = (torch.arange(self.pairs) + torch.rand(self.pairs, generator=generator)) / self.pairs
-        plan = (1 + (shares * (T - 1)).long()).tolist()  # library time 1 ... T - 1 is the lecture's 2 ... T
-        noises = torch.randn(self.pairs, *x_0.shape[1:], generator=generator).to(x_0)
-
-        def errors(t: int, eps: Tensor, weight: Callable) -> Tensor:
-            """weight of the caption's prediction less that of the empty one's, (N,), negated."""
-            x_t = scheduler.add_noise(x_0, eps.expand_as(x_0), t)
-            both = [weight(t, x_t, scheduler.clip(scheduler.predict_x_0(self._ask(pipe, x_t, t, states), t, x_t)))
-                    for states in (empty, captions)]  # fmt: skip
-            return both[0] - both[1]
-
-        def term(t: int, x_t: Tensor, x_0_hat: Tensor) -> Tensor:
-            eps, eps_hat = (scheduler.predict_eps(x, x_t, t) for x in (x_0, x_0_hat))
-            return losses.kl_in_noise(scheduler, eps, eps_hat, t, t - 1)  # (12)
-
-        def decoder(t: int, x_t: Tensor, x_0_hat: Tensor) -> Tensor:
-            variance = scheduler.posterior(x_0, x_0, 1, 0)[1]  # beta~_2, since beta~_1 = 0
-            return losses.decoder(x_0, x_0_hat, variance, levels=None)
-
-        terms = [errors(t, eps, term) for t, eps in zip(plan, noises, strict=True)]
-        return (T - 1) * torch.stack(terms).mean(0) + errors(0, noises[0], decoder)
-
-    @staticmethod
-    def _ask(pipe: TextToImagePipeline, x_t: Tensor, t: int, states: Tensor) -> Tensor:
-        """The network's prediction for all candidates (N, c, h, w), in parts of BATCH."""
-        answers = [pipe.unet(part.to(pipe.unet.dtype), t, encoder_hidden_states=states[:1].expand(len(part), -1, -1),
-                             return_dict=False)[0] for part in x_t.split(BATCH)]  # fmt: skip
-        return torch.cat(answers).to(x_t)
+def search(pipe: TextToImagePipeline, prompt: str, budget: int, verifier: Verifier, method: str = "random", **options) -> Found:
+    """The best picture of a prompt that `budget` network calls find; see `searching` for the rest."""
+    for found in searching(pipe, prompt, budget, verifier, method, **options):  # noqa: B007
+        pass
+    return found
 
 
-def calls_of_sample(pipe: TextToImagePipeline, w, steps: int) -> int:
-    """The network calls of one picture: two where guided, one where w is 0 or -1."""
-    scheduler = pipe._own_scheduler(steps, None, pipe.device)
-    found = [weights(w, 1, noise_level(scheduler, t) if callable(w) else None) for t in scheduler.timesteps]
-    return sum(int((w_t != -1).any()) + int((w_t != 0).any()) for w_t in found)
-
-
-def search(pipe: TextToImagePipeline, prompt: str, budget: int, verifier: Verifier, method: str = "random", *, w=None,
-           steps: int = 50, eta: float | None = None, seed: int = 0) -> Found:  # fmt: skip
-    """The best picture of a prompt that `budget` network calls find.
+def searching(pipe: TextToImagePipeline, prompt: str, budget: int, verifier: Verifier, method: str = "random", *,
+              negative_prompt: str | None = None, w: Weight | None = None, steps: int = 50, eta: float | None = None,
+              seed: int = 0) -> Iterator[Found]:  # fmt: skip
+    """A search step by step, so that its reader can watch and stop it; the last `Found` is the answer.
 
     method: "random" draws as many candidates as the budget judges, candidate i from seed + i, and keeps the best; "paths" lets
     candidates share the budget, and twice on the way puts copies of the better half in the other half's place, which new
@@ -103,58 +59,172 @@ def search(pipe: TextToImagePipeline, prompt: str, budget: int, verifier: Verifi
     """
     if method not in METHODS:
         raise InputError(f"method is {method!r}, expected one of {', '.join(METHODS)}: random is the plain one")
+    if method == "paths" and eta == 0:
+        raise InputError("eta is 0, expected more for method paths: without new noise its copies would stay the same")
     w = pipe.config.w if w is None else w
     one = calls_of_sample(pipe, w, steps)
     if budget < one:
         raise InputError(f"the budget is {budget} network calls, expected {one} or more: one picture of {steps} steps takes that")
-    call = {"w": w, "num_inference_steps": steps, "eta": eta}
-    return METHODS[method](pipe, prompt, budget, verifier, one, seed, call)
+    call = {"w": w, "num_inference_steps": steps, "eta": eta, "negative_prompt": negative_prompt}
+    return METHODS[method](pipe, prompt, budget, verifier, seed, call)
 
 
-def drawn(pipe: TextToImagePipeline, prompt: str, seeds: range, call: dict) -> Tensor:
-    """Candidates (N, c, h, w), undecoded, one of each seed."""
-    parts = [pipe([prompt] * len(some), seed=some[0], output_type="latent", **call).images
-             for some in (seeds[i : i + BATCH] for i in range(0, len(seeds), BATCH))]  # fmt: skip
-    return torch.cat(parts)
+def calls_of_steps(pipe: TextToImagePipeline, w: Weight, steps: int) -> list[int]:
+    """The network calls of each step of one picture: two where guided, one where w is 0 or -1."""
+    scheduler = pipe._own_scheduler(steps, None, pipe.device)
+    found = [weights(w, 1, noise_level(scheduler, t) if callable(w) else None) for t in scheduler.timesteps]
+    return [int((w_t != -1).any()) + int((w_t != 0).any()) for w_t in found]
 
 
-def random_search(pipe, prompt: str, budget: int, verifier: Verifier, one: int, seed: int, call: dict) -> Found:
+def calls_of_sample(pipe: TextToImagePipeline, w: Weight, steps: int) -> int:
+    """The network calls of one picture."""
+    return sum(calls_of_steps(pipe, w, steps))
+
+
+def random_search(pipe, prompt: str, budget: int, verifier: Verifier, seed: int, call: dict) -> Iterator[Found]:
     """Independent candidates, the best of them."""
-    each = one + verifier.calls
+    per_step = calls_of_steps(pipe, call["w"], call["num_inference_steps"])
+    each = sum(per_step) + verifier.calls
     n = max(budget // each, 1)
-    if n == 1:
-        x_0 = drawn(pipe, prompt, range(seed, seed + 1), call)
-        return Found(x_0[0], x_0, torch.full((1,), torch.nan), [], one)
-    x_0 = drawn(pipe, prompt, range(seed, seed + n), call)
-    scores = verifier(pipe, prompt, x_0)
-    best = scores.cummax(0).values.tolist()
-    return ranked(x_0, scores, [((i + 1) * each, score) for i, score in enumerate(best)], n * each)
+    total = n * each if n > 1 else sum(per_step)
+    drawn, scores, curve, calls = [], [], [], 0
+    for first in range(0, n, BATCH):
+        rows = [prompt] * min(BATCH, n - first)
+        numbers, nothing = torch.arange(first, first + len(rows)), torch.full((len(rows),), torch.nan)
+        for step, cost in zip(pipe.denoise(rows, seed=seed + first, **call), per_step, strict=True):
+            calls += cost * len(rows)
+            yield Found(x_0_of(step), nothing, numbers, curve, calls, total)
+        if n == 1:
+            yield Found(step.x_t, nothing, numbers, [], calls, total, last=True)
+            return
+        drawn.append(step.x_t)
+        for some in judged(pipe, rows, step.x_t, verifier):
+            scores += some.tolist()
+            curve = [((i + 1) * each, max(scores[: i + 1])) for i in range(len(scores))]
+            calls += verifier.calls * len(some)
+            yield Found(step.x_t, nothing, numbers, curve, calls, total)
+    yield ranked(torch.cat(drawn), torch.tensor(scores), curve, total)
 
 
-def path_search(pipe, prompt: str, budget: int, verifier: Verifier, one: int, seed: int, call: dict) -> Found:
+def path_search(pipe, prompt: str, budget: int, verifier: Verifier, seed: int, call: dict) -> Iterator[Found]:
     """Candidates that are judged on the way by their current x_0 (15), where the better half takes the other half's place."""
-    if call["eta"] == 0:
-        raise InputError("eta is 0, expected more for method paths: without new noise its copies would stay the same")
-    each = one + 3 * verifier.calls  # twice on the way and at the end
+    each = calls_of_path(pipe, verifier, call)
     n = budget // each
     if n < 2:
-        return random_search(pipe, prompt, one, verifier, one, seed, call)
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(n)]
-    steps = pipe.denoise([prompt] * n, generator=generators, **call)
-    turns = {pipe.num_timesteps // 3, 2 * pipe.num_timesteps // 3}
-    for i, step in enumerate(steps, 1):
-        if i in turns:
-            order = verifier(pipe, prompt, step.x_0_hat).argsort(descending=True)
-            kept = order[: (n + 1) // 2]
-            step.x_t = step.x_t[torch.cat([kept, kept])[:n]]
-    scores = verifier(pipe, prompt, step.x_t)
-    return ranked(step.x_t, scores, [(n * each, scores.max().item())], n * each)
+        yield from random_search(pipe, prompt, 0, verifier, seed, call)
+        return
+    nothing = torch.full((n,), torch.nan)
+    for x_0, scores, calls in walked(pipe, [prompt], n, verifier, range(seed, seed + n), call):  # noqa: B007
+        yield Found(x_0, nothing, torch.arange(n), [], calls, n * each)
+    yield ranked(x_0, scores[0], [(n * each, scores.max().item())], n * each)
 
 
-METHODS: dict[str, Callable[..., Found]] = {"random": random_search, "paths": path_search}
+def calls_of_path(pipe: TextToImagePipeline, verifier: Verifier, call: dict) -> int:
+    """The network calls of one candidate of `path_search`: it is judged at each turn and at the end."""
+    per_step = calls_of_steps(pipe, call["w"], call["num_inference_steps"])
+    return sum(per_step) + (len(turns(len(per_step))) + 1) * verifier.calls
+
+
+def turns(steps: int) -> set[int]:
+    """After which steps, counted from 1, paths are judged on the way."""
+    return {steps // 3, 2 * steps // 3} - {0}
+
+
+def walked(pipe: TextToImagePipeline, prompts: list[str], n: int, verifier: Verifier, seeds: Sequence[int], call: dict,
+           batch: int = JUDGED) -> Iterator[tuple[Tensor, Tensor | None, int]]:  # fmt: skip
+    """n paths of each of P prompts: x_0 (P n, c, h, w) so far, at the end with their scores (P, n), and the calls so far.
+
+    seeds: P n, one a path. `batch` paths are judged at once.
+    """
+    per_step, rows = calls_of_steps(pipe, call["w"], call["num_inference_steps"]), [one for one in prompts for _ in range(n)]
+    generators, steps, calls = [torch.Generator().manual_seed(s) for s in seeds], len(per_step), 0
+    way = zip(pipe.denoise(rows, generator=generators, **call), per_step, strict=True)
+    for i, (step, cost) in enumerate(way, 1):
+        if step.x_0_hat is None:
+            raise InputError(f"{type(pipe.scheduler).__name__} tells no current x_0, expected one for method paths: use random")
+        x_0 = step.x_t if i == steps else step.x_0_hat
+        calls += cost * len(rows)
+        yield x_0, None, calls
+        if i in turns(steps) or i == steps:
+            scores = []
+            for some in judged(pipe, rows, x_0, verifier, batch):
+                scores.append(some)
+                calls += verifier.calls * len(some)
+                yield x_0, None, calls
+            scores = torch.cat(scores).reshape(-1, n)
+            if i < steps:
+                kept = scores.argsort(1, descending=True)[:, : (n + 1) // 2]
+                chosen = torch.cat([kept, kept], 1)[:, :n] + n * torch.arange(len(prompts))[:, None]
+                step.x_t = step.x_t[chosen.flatten().to(step.x_t.device)]
+    yield x_0, scores, calls
+
+
+METHODS: dict[str, Callable[..., Iterator[Found]]] = {"random": random_search, "paths": path_search}
+
+
+def judged(pipe, prompts: list[str], x_0: Tensor, verifier: Verifier, batch: int = JUDGED) -> Iterator[Tensor]:
+    """The scores of candidates (N, c, h, w), `batch` of them after `batch`."""
+    for i in range(0, len(x_0), batch):
+        yield verifier(pipe, prompts[i : i + batch], x_0[i : i + batch]).cpu()
 
 
 def ranked(x_0: Tensor, scores: Tensor, curve: list[tuple[int, float]], calls: int) -> Found:
-    """Candidates in the order of their scores."""
+    """Candidates in the order of their scores, the end of a search."""
     order = scores.argsort(descending=True)
-    return Found(x_0[order[0]], x_0[order], scores[order], curve, calls)
+    return Found(x_0[order.to(x_0.device)], scores[order], order, curve, calls, calls, last=True)
+
+
+def x_0_of(step: Step) -> Tensor:
+    """The current x_0 of (15), or x_t where the scheduler does not say."""
+    return step.x_t if step.x_0_hat is None else step.x_0_hat
+
+
+# ---- the command line
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's arguments."""
+    arguments = argparse.ArgumentParser(prog="python -m pipeline.search", allow_abbrev=False,
+                                        description="Spend network calls on one prompt, keep the best picture.")  # fmt: skip
+    arguments.add_argument("model", metavar="RUN_OR_ID", help="a run's folder, a saved pipeline's, or a model of the Hub")
+    arguments.add_argument("prompt", help='what to draw, such as "a green cat"')
+    arguments.add_argument("--budget", type=int, required=True,
+                           help="network calls, the verifier's too; one guided picture of 50 steps takes 100")  # fmt: skip
+    arguments.add_argument("--method", default="random", help=f"one of {', '.join(METHODS)} (default: random)")
+    arguments.add_argument("--verifier", default="likelihood",
+                           help="likelihood (the model's own, the default), or a CLIP model's folder or Hub id")  # fmt: skip
+    arguments.add_argument("--pairs", type=int, default=16, help="how closely likelihood looks, two calls each (default: 16)")
+    arguments.add_argument("--w", type=float, help="guidance (default: the model's own)")
+    arguments.add_argument("--seed", type=int, default=0, help="candidate i draws its noise from seed + i (default: 0)")
+    arguments.add_argument("--steps", type=int, default=50, help="denoising steps (default: 50)")
+    arguments.add_argument("--eta", type=float, help="1 draws new noise at every step, 0 none (default: the scheduler's own)")
+    arguments.add_argument("--device", help="cpu, cuda or mps (default: the fastest there is)")
+    arguments.add_argument("-o", "--out", type=Path, default=Path("best.png"), help="the picture's file (default: best.png)")
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Search, print the curve, save the best; 0 is done, 2 is bad input, told in one sentence."""
+    arguments = parser().parse_args(argv)
+    try:
+        (output,) = sample.files(arguments.out, 1)
+        verifier = Likelihood(arguments.pairs) if arguments.verifier == "likelihood" else Clip(arguments.verifier)
+        pipe = sample.opened(arguments.model).to(sample.chosen(arguments.device))
+        stages = searching(pipe, arguments.prompt, arguments.budget, verifier, arguments.method, w=arguments.w,
+                           steps=arguments.steps, eta=arguments.eta, seed=arguments.seed)  # fmt: skip
+        with tqdm(unit="call", dynamic_ncols=True) as bar:
+            for found in stages:
+                bar.total = found.total
+                bar.update(found.calls - bar.n)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    pipe.image_processor.postprocess(pipe.decode(found.x_0[None]), output_type="pil")[0].save(output)
+    for calls, score in found.curve:
+        print(f"{calls} network calls: best score {score:.4g}")
+    print(f"{output}: the best of {len(found.candidates)} by {found.calls} network calls")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

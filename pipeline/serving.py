@@ -19,18 +19,22 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from pipeline import data, emoji, hub, models, safe
+from pipeline import data, emoji, hub, models, safe, search
 from pipeline.config import DataConfig, load_file, read_yaml
 from pipeline.exact import ExactDenoiser
 from pipeline.guidance import InputError, Weight, interval
 from pipeline.run import Run
 from pipeline.scheduler import DDPMScheduler
+from pipeline.search import x_0_of
 from pipeline.text_to_image import Step, TextToImagePipeline
+from pipeline.verifiers import Likelihood
 
 SWEEP = (-1.0, 0.0, 1.0, 2.0, 4.0, 8.0)  # the w of "what w does"
 DENOISERS = ("network", "exact")
 CHARACTERS = 500  # of a prompt
 IMAGES = 4
+THINK = 16  # samples' worth of network calls that one picture may take
+VERIFIER = Likelihood(pairs=8)  # what chooses among the candidates of a request that thinks longer
 BUDGET = 1024  # pictures x steps of one request
 DEADLINE = 120.0  # seconds of one request
 PREVIEW = 0.2  # seconds between two previews
@@ -41,7 +45,10 @@ COLUMNS = 8  # of a film strip
 
 @dataclass(frozen=True)
 class Request:
-    """What one click asks for; `low` and `high` are the noise levels between which guidance acts."""
+    """What one click asks for; `low` and `high` are the noise levels between which guidance acts.
+
+    think: how many samples' network calls a search spends on the one picture; 1 is none.
+    """
 
     prompt: str = ""
     negative_prompt: str = ""
@@ -52,6 +59,7 @@ class Request:
     seed: int = 0
     low: float = 0.0
     high: float = 1.0
+    think: int = 1
 
     @classmethod
     def read(cls, raw: dict, T: int, rows: int | None = None) -> "Request":
@@ -60,7 +68,7 @@ class Request:
         T is the scheduler's number of timesteps, `rows` how many pictures it draws where that is not `images`.
         """
         ranges = {"w": (-10, 30), "steps": (1, T), "eta": (0, 1), "images": (1, IMAGES), "seed": (0, SEEDS), "low": (0, 1),
-                  "high": (0, 1)}  # fmt: skip
+                  "high": (0, 1), "think": (1, THINK)}  # fmt: skip
         known, found, problems = {f.name: f.default for f in dataclasses.fields(cls)}, {}, []
         for name, value in raw.items():
             if name not in known:
@@ -81,9 +89,11 @@ class Request:
         found = []
         if self.low > self.high:
             found.append(f"the guidance interval is {self.low:g} to {self.high:g}, expected its start below its end: swap them")
-        if rows * self.steps > BUDGET:
-            found.append(f"{rows} pictures of {self.steps} steps are {rows * self.steps} network steps, and one request may "
-                         f"take {BUDGET}: ask for fewer of either")  # fmt: skip
+        if self.think > 1 and rows > 1:
+            found.append(f"images is {rows} and think is {self.think}, expected 1 of either: a search ends in one picture")
+        if (spent := rows * self.think * self.steps) > BUDGET:
+            what = f"{rows} pictures of {self.steps} steps" if self.think == 1 else f"{self.think} times {self.steps} steps"
+            found.append(f"{what} are {spent} network steps, and one request may take {BUDGET}: ask for fewer of either")
         return found
 
     @property
@@ -125,15 +135,17 @@ class Frame:
     """How far a request is: previews of x_0 (15), or at the end the pictures, with what it has cost."""
 
     images: list[PIL.Image.Image]
-    step: int
+    step: int  # of a search, network calls
     steps: int
     calls: int  # network calls, a doubled one is two, summed over the pictures
     seconds: float
+    found: search.Found | None = None  # by a search
+    discarded: list[PIL.Image.Image] = dataclasses.field(default_factory=list)  # at its end, best first
 
     @property
     def last(self) -> bool:
         """Are these the pictures?"""
-        return self.step == self.steps
+        return self.step == self.steps if self.found is None else self.found.last
 
 
 class Studio:
@@ -201,6 +213,9 @@ class Studio:
     def create(self, request: Request, denoiser: str = "network") -> Iterator[Frame]:
         """The pictures of a request, previews first; picture i draws from seed + i."""
         pipe = self.chosen(denoiser, request.prompt, request.negative_prompt)
+        if request.think > 1:
+            yield from self._searched(pipe, denoiser, request)
+            return
         settings = [dataclasses.asdict(request) | {"image": i} for i in range(request.images)]
         yield from self._drawn(pipe, denoiser, settings, prompt=request.prompt, negative_prompt=request.negative_prompt or None,
                                w=request.weight, num_inference_steps=request.steps, eta=request.eta, seed=request.seed,
@@ -215,6 +230,28 @@ class Studio:
                                num_inference_steps=request.steps, eta=request.eta,
                                generator=[torch.Generator().manual_seed(request.seed) for _ in range(n)])  # fmt: skip
 
+    def _searched(self, pipe, denoiser: str, request: Request) -> Iterator[Frame]:
+        """The frames of a search, the best picture in the last one, and beside it the others with what draws each alone."""
+        budget, seen = request.think * search.calls_of_sample(pipe, request.weight, request.steps), 0.0
+        stages = search.searching(pipe, request.prompt, budget, VERIFIER, negative_prompt=request.negative_prompt or None,
+                                  w=request.weight, steps=request.steps, eta=request.eta, seed=request.seed)  # fmt: skip
+        with calls_of(pipe.unet) as calls:
+            for _, found, seconds in timed(stages):
+                if not found.last and seconds - seen < PREVIEW:
+                    continue
+                images, seen, discarded = pictures(pipe, found.candidates), seconds, []
+                if found.last:
+                    alone = [dataclasses.replace(request, think=1, seed=request.seed + i) for i in found.order.tolist()]
+                    for image, own in zip(images, [request, *alone[1:]], strict=True):
+                        self._signed(image, dataclasses.asdict(own) | {"image": 0}, denoiser)
+                    images, discarded = images[:1], images[1:]
+                yield Frame(images, found.calls, found.total, sum(calls), seconds, found, discarded)
+
+    def _signed(self, image: PIL.Image.Image, settings: dict, denoiser: str) -> None:
+        """Have a picture carry what draws it again."""
+        settings = settings | {"denoiser": denoiser, "model": self.name}
+        image.info["parameters"] = json.dumps(settings, ensure_ascii=False)
+
     def _drawn(self, pipe, denoiser: str, settings: list[dict], **call) -> Iterator[Frame]:
         """The frames of one call, the pictures of the last one with their settings."""
         seen = 0.0
@@ -225,8 +262,7 @@ class Studio:
                     continue
                 images, seen = pictures(pipe, step.x_t if last else x_0_of(step)), seconds
                 for image, own in zip(images, settings if last else [], strict=last):
-                    own |= {"denoiser": denoiser, "model": self.name}
-                    image.info["parameters"] = json.dumps(own, ensure_ascii=False)
+                    self._signed(image, own, denoiser)
                 yield Frame(images, i, pipe.num_timesteps, sum(calls), seconds)
 
     def backward(self, request: Request, denoiser: str = "network") -> Iterator[list[tuple]]:
@@ -363,19 +399,14 @@ def calls_of(network: torch.nn.Module) -> Iterator[list[int]]:
         hook.remove()
 
 
-def timed(steps: Iterator[Step]) -> Iterator[tuple[int, Step, float]]:
-    """The steps of a sampling loop, counted from 1, with the seconds so far; InputError at the deadline."""
+def timed(steps: Iterator[Step | search.Found]) -> Iterator[tuple[int, Step | search.Found, float]]:
+    """The steps of a sampling loop or a search, counted from 1, with the seconds so far; InputError at the deadline."""
     began = time.monotonic()
     for i, step in enumerate(steps, 1):
         seconds = time.monotonic() - began
         if seconds > DEADLINE:
             raise InputError(f"this took longer than the {DEADLINE:g} s that one request may: ask for fewer steps")
         yield i, step, seconds
-
-
-def x_0_of(step: Step) -> Tensor:
-    """The current x_0 of (15), or x_t where the scheduler does not say."""
-    return step.x_t if step.x_0_hat is None else step.x_0_hat
 
 
 def pictures(pipe: TextToImagePipeline, x: Tensor) -> list[PIL.Image.Image]:
@@ -418,7 +449,7 @@ def settings_of(path: str | Path, T: int) -> Request:
     with PIL.Image.open(io.BytesIO(opened(path, ("PNG",)))) as picture:
         try:
             picture.load()
-            raw = json.loads(picture.info["parameters"])
+            raw = {"think": 1} | json.loads(picture.info["parameters"])  # which pictures of before do not name
             own = {f.name: raw[f.name] for f in dataclasses.fields(Request)}
         except (OSError, SyntaxError, ValueError, KeyError, TypeError) as error:
             raise InputError("the picture carries no settings, expected a PNG that this page drew") from error

@@ -14,6 +14,7 @@ SCHEDULER, LOSSES, GUIDANCE, SOURCES, DATA, STREAM, CAPTIONS = (
 PIPELINE, SERVING, TRAIN = "pipeline/text_to_image.py", "pipeline/serving.py", "train_text2img.py"
 MUON, LATENTS, MODELS = (f"pipeline/{name}.py" for name in ("muon", "latents", "models"))
 EMOJI, VARIATIONS, EVALUATION = (f"pipeline/{name}.py" for name in ("emoji", "variations", "evaluation"))
+SEARCH, VERIFIERS = "pipeline/search.py", "pipeline/verifiers.py"
 SAFE, LAYOUT, HUB, CARD, CONFIG = (f"pipeline/{name}.py" for name in ("safe", "layout", "hub", "card", "config"))
 BENCH, SAMPLING, JUDGED, LADDER = (f"benchmarks/{name}.py" for name in ("bench", "sampling", "guidance", "ladder"))
 
@@ -194,6 +195,18 @@ MUTANTS = [
     (JUDGED, "* out_c.std(dims", "* out_u.std(dims", "test_benchmarks.py::test_rescale_is_diffusers"),
     (JUDGED, "- (difference - parallel) -", "- difference -", "test_benchmarks.py::test_apg_is_diffusers"),
     (LADDER, '"train.gamma": 5}', '"train.gamma": 4}', "test_benchmarks.py::test_the_ladder_ends_in_the_shipped_recipe"),
+    (VERIFIERS, "(errors[: len(x_0)] - errors[len(x_0) :])", "(errors[len(x_0) :] - errors[: len(x_0)])",
+     "test_verifiers.py::test_the_score_is_the_log_likelihood_ratio_of_a_gaussian_mixture"),
+    (VERIFIERS, "* total / self.pairs", "/ self.pairs", "test_verifiers.py::test_a_pair_for_every_timestep_is_the_bounds_own_sum"),
+    (VERIFIERS, "1 / (2 * variance * scheduler.snr(0, one))", "1 / (2 * variance)",
+     "test_verifiers.py::test_the_decoders_term_is_the_difference_of_its_densities"),
+    (SEARCH, "[:, :n] + n * torch.arange(len(prompts))[:, None]", "[:, :n]", "test_search.py::test_paths_of_several_prompts_are_those_of_each"),
+    (SEARCH, "scores.argsort(1, descending=True)", "scores.argsort(1)",
+     "test_search.py::test_paths_go_where_the_verifier_points_and_copies_part_again"),
+    (SEARCH, "each = sum(per_step) + verifier.calls", "each = sum(per_step)", "test_search.py::test_no_budget_is_overdrawn_and_every_call_is_counted"),
+    (SERVING, 'raw = {"think": 1} | json.loads(', "raw = json.loads(", "test_serving.py::test_a_picture_of_before_the_search_is_read"),
+    (SERVING, "think=1, seed=request.seed + i)", "think=1, seed=request.seed)",
+     "test_serving.py::test_a_searched_picture_and_the_discarded_carry_what_draws_them_again"),
 ]  # fmt: skip
 
 

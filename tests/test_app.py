@@ -29,8 +29,8 @@ from pipeline.serving import Request, Shelf
 
 ROOT = Path(__file__).parent.parent
 FIELDS = ("prompt", "negative_prompt", "w", "steps", "eta", "images", "seed", "randomise", "low", "high", "denoiser",
-          "checkpoint")  # fmt: skip
-GOOD = dict(zip(FIELDS, ("red heart", "", 1.0, 4, 1.0, 1, 7, False, 0.0, 1.0, "network", 0), strict=True))
+          "checkpoint", "think")  # fmt: skip
+GOOD = dict(zip(FIELDS, ("red heart", "", 1.0, 4, 1.0, 1, 7, False, 0.0, 1.0, "network", 0, 1), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +83,8 @@ def image_of(url, entry):
 def test_page_client_and_python_give_the_same_pixels(url, shelf, tmp_path):
     expected = pixels(shelf.studio().network("red heart", w=1.0, num_inference_steps=4, eta=1.0, seed=7,
                                              num_images_per_prompt=2).images)  # fmt: skip
-    status, event, (gallery, said, seed) = call(url, "create", *(GOOD | {"images": 2}).values())
-    assert (status, event, seed) == (200, "complete", 7)
+    status, event, (gallery, said, seed, curve, discarded) = call(url, "create", *(GOOD | {"images": 2}).values())
+    assert (status, event, seed, curve, discarded) == (200, "complete", 7, None, [])
     assert np.array_equal(pixels([image_of(url, entry) for entry in gallery]), expected)
     assert re.fullmatch(r"\d+\.\d s · 16 network calls · seed 7", said)
     client = Client(url, verbose=False, download_files=tmp_path)
@@ -109,8 +109,8 @@ def test_the_endpoints_are_named_and_described(url):
 
 
 def test_a_randomised_seed_is_told_and_draws_the_same_again(url):
-    _, _, (first, _, seed) = call(url, "create", *(GOOD | {"randomise": True}).values())
-    _, _, (again, _, _) = call(url, "create", *(GOOD | {"seed": seed}).values())
+    _, _, (first, _, seed, *_) = call(url, "create", *(GOOD | {"randomise": True}).values())
+    _, _, (again, *_) = call(url, "create", *(GOOD | {"seed": seed}).values())
     assert np.array_equal(pixels([image_of(url, first[0])]), pixels([image_of(url, again[0])]))
 
 
@@ -124,6 +124,16 @@ def test_the_sweep_and_the_walk_answer(url):
     assert event == "complete" and len(noisy) == len(clean) == serving.COLUMNS
 
 
+def test_thinking_longer_answers_with_the_curve_and_the_discarded(url, shelf):
+    asked = GOOD | {"steps": 20, "think": 6}
+    _, event, (gallery, said, _seed, curve, discarded) = call(url, "create", *asked.values())
+    assert event == "complete" and re.fullmatch(r"the best of 4 · \d+\.\d s · 232 network calls · seed 7", said)
+    drawn = shelf.studio().network("red heart", w=1.0, num_inference_steps=20, seed=7, num_images_per_prompt=4).images
+    found = pixels([image_of(url, entry) for entry in [*gallery, *discarded]])
+    assert sorted(map(np.ndarray.tobytes, found)) == sorted(map(np.ndarray.tobytes, pixels(drawn)))
+    assert curve["plot"].startswith("data:image/png") and all(float(entry["caption"]) for entry in discarded)
+
+
 # ---- requests that cannot be drawn
 
 BAD = [({"steps": 3.7}, "steps is 3.7"), ({"steps": True}, "steps is True"), ({"steps": 0}, "steps is 0"),
@@ -132,7 +142,8 @@ BAD = [({"steps": 3.7}, "steps is 3.7"), ({"steps": True}, "steps is True"), ({"
        ({"prompt": None}, "prompt is None"), ({"prompt": ["red"]}, "prompt is"), ({"prompt": "x" * 501}, "501 characters"),
        ({"seed": None}, "seed is None"), ({"seed": -1}, "seed is -1"), ({"images": 1000}, "images is 1000"),
        ({"images": 4, "steps": 1000}, "network steps"), ({"eta": -0.1}, "eta is -0.1"), ({"low": 0.9, "high": 0.1}, "interval"),
-       ({"denoiser": {}}, "denoiser is"), ({"denoiser": "../etc"}, "denoiser is"),
+       ({"think": 0}, "think is 0"), ({"think": "4"}, "think is '4'"), ({"think": 4, "images": 2}, "expected 1 of either"),
+       ({"think": 16, "steps": 65}, "network steps"), ({"denoiser": {}}, "denoiser is"), ({"denoiser": "../etc"}, "denoiser is"),
        ({"prompt": "purple", "denoiser": "exact"}, "is none of them")]  # fmt: skip
 
 
@@ -150,7 +161,7 @@ def test_a_prompt_comes_back_without_its_markup(url):
     assert event == "error" and "‹b›red‹/b›" in said["error"] and "<" not in said["error"]
 
 
-@pytest.mark.parametrize("data", [[], ["red heart"], [*GOOD.values(), 1, 2, 3], [None] * 12, [{}] * 12])
+@pytest.mark.parametrize("data", [[], ["red heart"], [*GOOD.values(), 1, 2, 3], [None] * 13, [{}] * 13])
 def test_missing_and_surplus_arguments_are_no_server_error(url, data):
     status, event, _ = call(url, "create", *data)
     assert status < 500 and event in (None, "error", "complete")
@@ -248,7 +259,7 @@ def test_fifty_clients_at_once_get_their_own_pictures_or_hear_that_the_queue_is_
     assert len(answers) == 50
     drawn = {seed: data for seed, (_, event, data) in answers.items() if event == "complete"}
     assert app.QUEUE <= len(drawn) < 50
-    for seed, (gallery, _said, told) in drawn.items():
+    for seed, (gallery, _said, told, *_) in drawn.items():
         own = shelf.studio().network("red heart", w=1.0, num_inference_steps=12, seed=seed).images
         assert told == seed and np.array_equal(pixels([image_of(url, gallery[0])]), pixels(own))
     for seed in answers.keys() - drawn.keys():
@@ -430,9 +441,29 @@ def test_stop_ends_the_drawing_and_the_page_goes_on(page):
 
 
 @needs_browser
+def test_thinking_longer_shows_its_curve_and_can_be_stopped(page):
+    page.locator("#prompt textarea").fill("red heart")
+    assert not page.locator("#discarded").is_visible()
+    think, steps = page.get_by_label("number input for Think longer"), page.get_by_label("number input for Steps").first
+    think.fill("16")
+    steps.fill("64")
+    steps.press("Tab")
+    page.locator("#generate").click()
+    page.locator("#stop").click()
+    page.locator("#generate").wait_for(state="visible")
+    think.fill("6")
+    steps.fill("20")
+    steps.press("Tab")
+    page.locator("#generate").click()
+    page.locator("#status", has_text="the best of 4").wait_for()
+    page.locator("#curve img").wait_for()
+    page.locator("#discarded img").nth(2).wait_for()
+
+
+@needs_browser
 def test_a_dropped_picture_brings_its_settings_back(page, url, tmp_path):
     settings = GOOD | {"prompt": "green heart", "seed": 123, "steps": 9, "w": 3.5}
-    _, _, (gallery, _, _) = call(url, "create", *settings.values())
+    _, _, (gallery, *_) = call(url, "create", *settings.values())
     (tmp_path / "drawn.png").write_bytes(httpx.get(gallery[0]["image"]["url"]).content)
     page.get_by_text("More").click()
     page.locator("input[type=file]").first.set_input_files(tmp_path / "drawn.png")

@@ -19,6 +19,8 @@ ALLOWED = {  # what a module may import of ours
     "muon": set(), "layout": set(), "variations": set(), "emoji": {"variations"},
     "losses": {"scheduler"}, "exact": {"scheduler"}, "text_to_image": {"guidance", "layout"}, "safe": {"layout", "run"},
     "sources": {"config"}, "data": {"config", "emoji", "sources"}, "stream": {"config", "data", "sources"}, "latents": {"data"},
+    "verifiers": {"guidance", "losses", "scheduler", "text_to_image"},
+    "search": {"guidance", "sample", "text_to_image", "verifiers"},
     "models": {"config", "patches", "captions", "run", "scheduler", "text_to_image"},
 }  # fmt: skip
 SOURCES = [*MODULES, ROOT / "train_text2img.py", ROOT / "app.py"]

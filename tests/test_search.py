@@ -1,58 +1,19 @@
-"""Search: its score is the likelihood's own, its budget is kept to the call, and the budget of one sample is that sample."""
+"""Search: its budget is kept to the call, the budget of one sample is that sample, and more of it finds better ones."""
 
-from types import SimpleNamespace
+import itertools
 
+import numpy as np
 import pytest
 import torch
-from tiny import tiny_pipeline
+from PIL import Image
+from tiny import tiny_clip, tiny_pipeline
 
+from pipeline import search as module
 from pipeline.exact import ExactDenoiser
 from pipeline.guidance import InputError, interval
 from pipeline.scheduler import DDPMScheduler
-from pipeline.search import METHODS, Likelihood, calls_of_sample, search
-
-MEANS, VARIANCE = torch.tensor([[0.4, -0.2], [-0.5, 0.3]], dtype=torch.float64), 0.05
-
-
-class Mixture(torch.nn.Module):
-    """The exact network of an even mixture of two Gaussians in two dimensions: a caption names one of them, none is both."""
-
-    dtype = torch.float64
-
-    def __init__(self, scheduler):
-        super().__init__()
-        self.scheduler = scheduler
-
-    def forward(self, x_t, t, encoder_hidden_states, return_dict):
-        abar = self.scheduler.abar(t, x_t).reshape(-1)[0]
-        x, spread = x_t.flatten(1), abar * VARIANCE + 1 - abar
-        away = x[:, None] - abar.sqrt() * MEANS  # (N, 2, d)
-        x_0 = MEANS + abar.sqrt() * VARIANCE / spread * away
-        caption = int(encoder_hidden_states[0, 0, 0])
-        share = (-(away**2).sum(-1) / (2 * spread)).softmax(1)
-        if caption >= 0:
-            share = torch.eye(2, dtype=x.dtype)[caption].expand_as(share)
-        return ((share[..., None] * x_0).sum(1).reshape(x_t.shape),)
-
-
-def mixture(T=1000):
-    """A pipeline of that network, as far as a verifier asks for one."""
-    scheduler = DDPMScheduler(num_train_timesteps=T, prediction_type="sample", timestep_spacing="trailing", clip_sample=False)
-    states = lambda caption: torch.full((1, 1, 1), float(caption), dtype=torch.float64)
-    encode = lambda prompt, negative_prompt: (states(int(prompt)), states(-1))
-    return SimpleNamespace(scheduler=scheduler, unet=Mixture(scheduler), encode_prompt=encode)
-
-
-def test_the_score_is_the_log_likelihood_ratio_of_a_gaussian_mixture():
-    """Exactly log p(x | c) - log p(x), within the Monte-Carlo error of 4,000 pairs of timestep and noise."""
-    generator = torch.Generator().manual_seed(0)
-    x = (MEANS[[0, 0, 1]] + VARIANCE**0.5 * torch.randn(3, 2, generator=generator, dtype=torch.float64)).reshape(3, 2, 1, 1)
-    densities = (-((x.flatten(1)[:, None] - MEANS) ** 2).sum(-1) / (2 * VARIANCE)).exp()  # but for one factor
-    exact = (densities[:, 0] / densities.mean(1)).log()
-    found = [Likelihood(pairs=1000, seed=seed)(mixture(), "0", x) for seed in range(4)]
-    error = torch.stack(found).std(0) / 2
-    assert exact.abs().max() > 1, "there is something to tell"
-    assert ((torch.stack(found).mean(0) - exact).abs() < 4 * error + 0.05).all()
+from pipeline.search import METHODS, calls_of_sample, search, searching, walked
+from pipeline.verifiers import Likelihood
 
 
 @pytest.fixture
@@ -126,7 +87,77 @@ def test_calls_are_two_where_guided_and_one_elsewhere(pipe):
     ({"budget": 7}, "the budget is 7 network calls, expected 8 or more"), ({"method": "luck"}, "expected one of random, paths"),
     ({"method": "paths", "eta": 0}, "eta is 0, expected more for method paths")])  # fmt: skip
 def test_what_cannot_be_searched_is_refused(pipe, change, says):
-    with pytest.raises(InputError, match=says):
-        search(pipe, "red heart", **{"budget": 100, "verifier": Brightness(), "steps": 4} | change)
-    with pytest.raises(InputError, match="pairs is 0"):
-        Likelihood(0)
+    with pytest.raises(InputError, match=says):  # before anything is drawn
+        searching(pipe, "red heart", **{"budget": 100, "verifier": Brightness(), "steps": 4} | change)
+
+
+@pytest.mark.parametrize("method", ["random", "paths"])
+def test_a_search_can_be_watched_and_left_at_any_call(pipe, method):
+    rows, verifier = counted(pipe), Likelihood(2)
+    stages = list(searching(pipe, "red heart", 200, verifier, method, steps=4))
+    assert [stage.last for stage in stages] == [False] * (len(stages) - 1) + [True]
+    calls = [stage.calls for stage in stages]
+    assert calls == sorted(calls) and calls[-1] == sum(rows) and {stage.total for stage in stages} == {calls[-1]}
+    most = max(after - before for before, after in itertools.pairwise(calls))
+    n = len(stages[-1].candidates)
+    assert most <= max(2 * n, module.JUDGED * verifier.calls), "between two looks: a step of all, or a few judged"
+    before = sum(rows)
+    left = searching(pipe, "red heart", 200, verifier, method, steps=4)
+    next(left)
+    left.close()
+    assert sum(rows) == before + 2 * n
+
+
+def test_paths_of_several_prompts_are_those_of_each(pipe):
+    """Together they share the network's batches and nothing else."""
+    call = {"w": 1.5, "num_inference_steps": 6, "eta": None, "negative_prompt": None}
+    *_, (together, scores, calls) = walked(pipe, ["red heart", "blue circle"], 3, Brightness(), [1, 2, 3, 4, 5, 6], call)
+    alone = [search(pipe, prompt, 3 * 12, Brightness(), "paths", steps=6, seed=seed)
+             for prompt, seed in (("red heart", 1), ("blue circle", 4))]  # fmt: skip
+    assert calls == sum(found.calls for found in alone) == 72
+    for x_0, score, found in zip(together.split(3), scores, alone, strict=True):
+        torch.testing.assert_close(x_0[found.order], found.candidates, atol=1e-4, rtol=0)
+        torch.testing.assert_close(score[found.order], found.scores, atol=1e-4, rtol=0)
+
+
+def test_a_negative_prompt_and_eta_reach_the_drawing(pipe):
+    plain = pipe("red heart", negative_prompt="blue", eta=0.5, seed=5, num_inference_steps=4, output_type="latent").images
+    found = search(pipe, "red heart", 8, Brightness(), steps=4, seed=5, negative_prompt="blue", eta=0.5)
+    assert torch.equal(found.x_0, plain[0]) and found.curve == [] and found.scores.isnan().all()
+
+
+# ---- the command line
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    tiny_pipeline(w=1.5, caption_length=8).save_pretrained(folder / "tiny")
+    return folder / "tiny", tiny_clip(folder / "clip")
+
+
+def test_the_command_saves_the_best_and_prints_the_curve(saved, tmp_path, capsys):
+    model, clip = saved
+    out, command = tmp_path / "best.png", [str(model), "red heart", "--budget", "24", "--steps", "4", "--device", "cpu"]
+    assert module.main([*command, "--verifier", str(clip), "--seed", "3", "--out", str(out)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" network")[0] for line in lines[:3]] == ["8", "16", "24"]
+    assert lines[3] == f"{out}: the best of 3 by 24 network calls"
+    pipe = tiny_pipeline(w=1.5, caption_length=8)
+    drawn = pipe("red heart", seed=3, num_images_per_prompt=3, num_inference_steps=4).images
+    assert any(np.array_equal(np.asarray(Image.open(out)), np.asarray(image)) for image in drawn)
+    assert module.main([*command, "--pairs", "2", "--method", "paths", "-o", str(out)]) == 0
+    assert capsys.readouterr().out == f"{out}: the best of 1 by 8 network calls\n"
+
+
+@pytest.mark.parametrize(("arguments", "says"), [
+    (["--budget", "7"], "the budget is 7 network calls, expected 8 or more"),
+    (["--budget", "80", "--method", "luck"], "expected one of random, paths"),
+    (["--budget", "80", "--pairs", "0"], "pairs is 0, expected 1 or more"),
+    (["--budget", "80", "--verifier", "no/such"], "no/such cannot be loaded"),
+    (["--budget", "80", "--seed", "-1"], "seed is -1"),
+    (["--budget", "80", "--out", "best.txt"], "-o is best.txt, expected a name that ends in one of .png")])  # fmt: skip
+def test_bad_input_is_one_sentence(saved, capsys, arguments, says):
+    assert module.main([str(saved[0]), "red heart", "--steps", "4", "--device", "cpu", *arguments]) == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert says in error

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny import tiny_pipeline
 
-from pipeline import hub, serving
+from pipeline import hub, search, serving
 from pipeline.config import Config, DataConfig
 from pipeline.guidance import InputError, interval
 from pipeline.serving import Request, Shelf, Studio
@@ -78,6 +78,10 @@ def pixels(images):
     ({"negative_prompt": None}, "negative_prompt is None, expected a text"),
     ({"prompt": "\ud83d"}, "prompt holds half a surrogate pair"),
     ({"images": 4, "steps": 257}, "4 pictures of 257 steps are 1028 network steps, and one request may take 1024"),
+    ({"think": 0}, "think is 0, expected a whole number from 1 to 16"),
+    ({"think": 2.5}, "think is 2.5, expected a whole number from 1 to 16"),
+    ({"think": 4, "images": 2}, "images is 2 and think is 4, expected 1 of either: a search ends in one picture"),
+    ({"think": 16, "steps": 65}, "16 times 65 steps are 1040 network steps, and one request may take 1024"),
     ({"size": 4096}, "size is not a setting, expected prompt, negative_prompt, w"),
 ])  # fmt: skip
 def test_a_request_out_of_range_is_refused_by_name(raw, message):
@@ -108,7 +112,7 @@ def test_anything_that_json_can_say_is_either_drawable_or_refused(raw):
         request = Request.read(raw, T=1000)
     except InputError:
         return
-    assert 1 <= request.steps * request.images <= serving.BUDGET and math.isfinite(request.w)
+    assert 1 <= request.steps * request.images * request.think <= serving.BUDGET and math.isfinite(request.w)
     assert 0 <= request.low <= request.high <= 1 and 0 <= request.seed <= serving.SEEDS and len(request.prompt) <= 500
     json.dumps(request.prompt).encode()
 
@@ -184,6 +188,64 @@ def test_a_request_ends_at_its_deadline(studio, monkeypatch, draw):
     monkeypatch.setattr(serving, "DEADLINE", -1.0)
     with pytest.raises(InputError, match="longer than the -1 s that one request may: ask for fewer steps"):
         list(getattr(studio, draw)(Request("red heart", steps=4)))
+
+
+# ---- thinking longer
+
+
+THOUGHT = Request("red heart", w=1.0, steps=20, seed=7, think=6)  # 240 calls: four of 40, each judged by 18
+
+
+def test_thinking_longer_is_the_search_and_shows_what_it_discarded(studio):
+    drawn = last(studio.create(THOUGHT))
+    found = search.search(studio.network, "red heart", 6 * 40, serving.VERIFIER, w=1.0, steps=20, eta=1.0, seed=7)
+    assert len(found.candidates) == 4 and drawn.calls == drawn.found.calls == found.calls == 4 * 58
+    assert drawn.found.curve == found.curve and len(found.curve) == 4
+    images = serving.pictures(studio.network, found.candidates)
+    assert np.array_equal(pixels([*drawn.images, *drawn.discarded]), pixels(images))
+
+
+def test_a_searched_picture_and_the_discarded_carry_what_draws_them_again(studio, tmp_path):
+    drawn = last(studio.create(THOUGHT))
+    for image, best in [(drawn.images[0], True), *((image, False) for image in drawn.discarded)]:
+        image.save(tmp_path / "a.png", pnginfo=_text(image.info))
+        request = serving.settings_of(tmp_path / "a.png", T=1000)
+        assert (request == THOUGHT) == best and request.think == (6 if best else 1)
+        again = last(studio.create(request)).images
+        assert np.abs(pixels(again) - pixels([image])).max() <= (0 if best else 1)  # alone it rounds otherwise
+
+
+def test_a_budget_that_judges_nothing_draws_the_plain_picture(studio):
+    drawn = last(studio.create(Request("red heart", w=1.0, steps=4, seed=7, think=2)))
+    plain = last(studio.create(Request("red heart", w=1.0, steps=4, seed=7)))
+    assert np.array_equal(pixels(drawn.images), pixels(plain.images)) and not drawn.discarded and drawn.calls == 8
+
+
+def test_a_search_is_shown_on_its_way_and_can_be_left(studio, monkeypatch):
+    monkeypatch.setattr(serving, "PREVIEW", 0.0)
+    frames = list(studio.create(THOUGHT))
+    assert [frame.last for frame in frames] == [False] * (len(frames) - 1) + [True] and len(frames) > 20
+    assert all(frame.calls == frame.step for frame in frames) and len(frames[0].images) == 4
+    assert not any(image.info for frame in frames[:-1] for image in frame.images)
+    left = studio.create(THOUGHT)
+    next(left)
+    assert len(studio.network.unet._forward_hooks) == 1
+    left.close()
+    assert not studio.network.unet._forward_hooks and torch.is_grad_enabled()
+    monkeypatch.setattr(serving, "DEADLINE", -1.0)
+    with pytest.raises(InputError, match="longer than the -1 s that one request may"):
+        list(studio.create(THOUGHT))
+
+
+def test_the_exact_denoiser_thinks_too(studio):
+    drawn = last(studio.create(Request("red heart", w=0.0, steps=20, think=8), "exact"))
+    assert np.abs(pixels(drawn.images) - COLORS["red heart"]).max() <= 1 and len(drawn.discarded) == 3
+
+
+def test_a_picture_of_before_the_search_is_read(tmp_path):
+    old = {name: value for name, value in vars(Request("cat", steps=9)).items() if name != "think"}
+    content = png(pnginfo=_text({"parameters": json.dumps(old)}))
+    assert serving.settings_of(saved(tmp_path, content), T=1000) == Request("cat", steps=9)
 
 
 # ---- the exact denoiser

@@ -4,7 +4,17 @@ import string
 
 import torch
 from diffusers import UNet2DConditionModel
-from transformers import BertConfig, BertModel, BertTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizer,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+)
 
 from pipeline.patches import PatchAutoencoder
 from pipeline.scheduler import DDPMScheduler
@@ -55,3 +65,15 @@ def tiny_pipeline(kind: str = "bert", text: bool = True, patch_size: int | None 
     pipe = TextToImagePipeline(unet, scheduler or DDPMScheduler(timestep_spacing="trailing"), encoder, tokenizer, vae, **config)
     pipe.set_progress_bar_config(disable=quiet)
     return pipe
+
+
+def tiny_clip(folder):
+    """A whole CLIP model of random weights, saved in a folder as the Hub's are."""
+    tokenizer, encoder = tiny_text("clip")
+    small = {"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = CLIPConfig(text_config=encoder.config.to_dict(), vision_config={**small, "image_size": 32, "patch_size": 8},
+                        projection_dim=8)  # fmt: skip
+    for part in (seeded(lambda: CLIPModel(config)), tokenizer,
+                 CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})):  # fmt: skip
+        part.save_pretrained(folder)
+    return folder

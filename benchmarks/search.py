@@ -1,0 +1,340 @@
+"""`python benchmarks/search.py runs/emoji [--quick]`: does more compute at inference draw better pictures?
+
+How often a caption's own picture is first and among the first five by the ImageNet judge, which no verifier sees, against the
+budget in network calls: search with the model's own likelihood, paths, and at equal calls more denoising steps or a random pick.
+Candidates are drawn and judged once and every budget is computed from them; all of it is kept under RUN/search, so the study
+can be stopped. Intervals are of 95 %, by a paired bootstrap over captions. Writes a table and a figure into docs/.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from pipeline import data, evaluation, models, search
+from pipeline.evaluation import STRIDE, Bank, Judge
+from pipeline.text_to_image import TextToImagePipeline
+from pipeline.verifiers import WEIGHTS, Likelihood
+
+ROOT = Path(__file__).parent.parent
+APART = 100  # caption p's candidates are drawn from seeds p * APART, p * APART + 1, ...
+RESAMPLED = 5000
+QUICK = {"captions": 8, "held_out": 8, "candidates": 4, "steps": 10, "pairs": 4, "multiples": [1, 2, 4]}
+BANDS = ((0.0, 0.5), (0.5, 0.9), (0.9, 1.0))  # of noise levels
+
+
+@dataclass
+class Study:
+    """A model, P captions, and the folder that keeps what was drawn of them."""
+
+    pipe: TextToImagePipeline
+    judge: Judge
+    bank: Bank
+    rows: Tensor  # (P,) of the bank
+    folder: Path
+    w: float
+    steps: int
+    seed: int
+    batch: int
+
+    @property
+    def prompts(self) -> list[str]:
+        return [self.bank.captions[row] for row in self.rows]
+
+    @property
+    def call(self) -> dict:
+        return {"w": self.w, "num_inference_steps": self.steps, "eta": None, "negative_prompt": None}
+
+    @property
+    def one(self) -> int:
+        """The network calls of one plain picture."""
+        return search.calls_of_sample(self.pipe, self.w, self.steps)
+
+    def seeds(self, first: int, n: int = 1) -> list[int]:
+        """The seeds of candidates first ... first + n - 1 of every caption, (P n)."""
+        return [self.seed * STRIDE + APART * p + first + k for p in range(len(self.rows)) for k in range(n)]
+
+    def kept(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What `make` gives, from the disk where it has been made."""
+        path = self.folder / f"{name}.safetensors"
+        if not path.is_file():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file({key: value.contiguous() for key, value in make().items()}, path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").rename(path)
+        return load_file(path)
+
+    def judged(self, x_0: Tensor) -> dict[str, Tensor]:
+        """Pictures uint8 (P, 3, H, W) of what was drawn (P, c, h, w), the rank of their own, and their similarity to it."""
+        images = self.pipe.image_processor.postprocess(self.pipe.decode(x_0), output_type="pt")
+        images = (images.cpu() * 255).round().to(torch.uint8)
+        features, own = self.judge.features(images), self.bank.own[self.rows]
+        ranks = evaluation.retrieval_ranks(features, self.bank.features, own)
+        centre = evaluation.centred(self.bank.features, self.bank.features)[own]
+        similarity = (evaluation.centred(features, self.bank.features) * centre).sum(1)
+        return {"images": images, "rank": ranks, "similarity": similarity}
+
+    def batched(self, what: str, make: Callable[[slice], Tensor], size: int) -> Tensor:
+        """`make` over all captions, `size` at a time, in the precision of training."""
+        bf16 = models.precision("auto", self.pipe.device) == "bf16"
+        with torch.no_grad(), torch.autocast(self.pipe.device.type, torch.bfloat16, enabled=bf16):
+            starts = tqdm(range(0, len(self.rows), size), desc=what, unit="batch", dynamic_ncols=True)
+            return torch.cat([make(slice(i, i + size)) for i in starts])
+
+    def drawn(self, name: str, first: int, steps: int) -> dict[str, Tensor]:
+        """Candidate `first` of every caption by plain sampling, judged; `x_0` beside it."""
+
+        def make():
+            seeds = self.seeds(first)
+            some = lambda part: self.pipe(
+                self.prompts[part], generator=[torch.Generator().manual_seed(s) for s in seeds[part]], output_type="latent",
+                **self.call | {"num_inference_steps": steps}).images  # fmt: skip
+            x_0 = self.batched(name, some, self.batch)
+            return {"x_0": x_0, **self.judged(x_0)}
+
+        return self.kept(name, make)
+
+    def differences(self, name: str, x_0: Tensor, verifier: Likelihood) -> Tensor:
+        """What a verifier's pairs say of one candidate of each caption, (P, M)."""
+        some = lambda part: verifier.differences(self.pipe, self.prompts[part], x_0[part]).T
+        return self.kept(name, lambda: {"differences": self.batched(name, some, self.batch)})["differences"]
+
+    def paths(self, n: int, verifier: Likelihood) -> dict[str, Tensor]:
+        """The best of n paths of each caption, judged."""
+        name, seeds, size = f"paths-{n}-{verifier.pairs}-{verifier.weight}", self.seeds(0, n), max(self.batch // n, 1)
+
+        def some(part: slice) -> Tensor:
+            prompts = self.prompts[part]
+            own = seeds[part.start * n : part.start * n + len(prompts) * n]
+            for found in search.walked(self.pipe, prompts, n, verifier, own, self.call, self.batch):  # noqa: B007
+                pass
+            x_0, scores, _calls = found
+            return x_0[torch.arange(len(prompts)) * n + scores.argmax(1)]
+
+        return self.kept(name, lambda: self.judged(self.batched(name, some, size)))
+
+
+# ---- measures
+
+
+def best_of(values: Tensor, scores: Tensor, n: int) -> Tensor:
+    """The mean value (P,) of the best scored of n candidates, over all choices of n of the K drawn ones, (P, K)."""
+    K = scores.shape[1]
+    odds = torch.tensor([math.comb(K - 1 - r, n - 1) / math.comb(K, n) for r in range(K)], dtype=torch.float64)
+    return values.double().gather(1, scores.argsort(1, descending=True)) @ odds
+
+
+def bootstrap(values: Tensor, seed: int = 0) -> tuple[float, float, float]:
+    """The mean of (P,) with its 95 % interval over captions."""
+    chosen = torch.randint(len(values), (RESAMPLED, len(values)), generator=torch.Generator().manual_seed(seed))
+    low, high = values.double()[chosen].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return float(values.double().mean()), low, high
+
+
+def rank_correlation(scores: Tensor, others: Tensor) -> Tensor:
+    """Spearman's correlation of two orders of the same K candidates, (P,) of (P, K)."""
+    a, b = (x.argsort(1).argsort(1).double() - (x.shape[1] - 1) / 2 for x in (scores, others))
+    return (a * b).sum(1) / (a.square().sum(1) * b.square().sum(1)).sqrt()
+
+
+def score(differences: Tensor, weights: Tensor, weight: str, pairs: Tensor | None = None) -> Tensor:
+    """Scores (P, K) by some of a Likelihood's pairs (all), from its differences (P, K, M + 1) and weights (M + 1,)."""
+    M = len(weights) - 1
+    pairs = torch.arange(M) if pairs is None else pairs
+    own = torch.full((len(pairs),), 1 / len(pairs), dtype=torch.float64) if weight == "even" else weights[pairs] * M / len(pairs)
+    found = differences[..., pairs].double() @ own
+    return found + weights[-1] * differences[..., -1].double() if weight == "bound" else found
+
+
+def spaced(M: int, m: int) -> Tensor:
+    """m of M strata, evenly."""
+    return (torch.arange(m) * M // m) + M // m // 2
+
+
+# ---- the study
+
+
+def measured(study: Study, candidates: int, pairs: int, multiples: list[int], guides: list[str]) -> dict:
+    """Every method at every budget: values (P,) of rank 1 and rank 5, and the diagnostics."""
+    few, names = max(pairs // 4, 1), [f"candidate-{k}" for k in range(candidates)]
+    drawn = [study.drawn(name, k, study.steps) for k, name in enumerate(names)]
+    ranks, similarity = (torch.stack([one[key] for one in drawn], 1) for key in ("rank", "similarity"))
+    verifier = Likelihood(pairs)
+    judge = lambda what, of: torch.stack([study.differences(f"{what}-{name}", one["x_0"], of(k))
+                                          for k, (name, one) in enumerate(zip(names, drawn, strict=True))], 1)  # fmt: skip
+    apart = lambda k: Likelihood(few, seed=1000 + k)
+    common, own = judge(f"pairs{pairs}", lambda k: verifier), judge(f"own{few}", apart)
+    shape = drawn[0]["x_0"].shape[1:]
+    t, _, weights = verifier.plan(study.pipe.scheduler, shape)
+    hits = {"first": ranks <= 1, "first five": ranks <= 5}
+    by = lambda values: {name: values(hit) for name, hit in hits.items()}
+    kept = lambda one: {"first": (one["rank"] <= 1).double(), "first five": (one["rank"] <= 5).double()}
+    plain, lines = by(lambda hit: hit.double().mean(1)), []
+
+    def add(method: str, multiple: int, calls: int, values: dict[str, Tensor]) -> None:
+        lines.append({"method": method, "multiple": multiple, "calls": calls, "values": values})
+
+    for multiple in multiples:
+        budget, longer = multiple * study.one, min(multiple * study.steps, study.pipe.scheduler.config.num_train_timesteps)
+        add("a random pick", multiple, study.one, plain)
+        if multiple > 1:
+            drawn_longer = study.drawn(f"steps-{longer}", 0, longer)
+            add("more steps", multiple, search.calls_of_sample(study.pipe, study.w, longer), kept(drawn_longer))
+        for weight in WEIGHTS:
+            for m in dict.fromkeys((pairs, few)):
+                each = study.one + Likelihood(m, weight=weight).calls
+                n = min(max(budget // each, 1), candidates)
+                scores = score(common, weights, weight, spaced(pairs, m))
+                add(f"random, {m} pairs, {weight}", multiple, n * each if n > 1 else study.one,
+                    by(lambda hit, n=n, scores=scores: best_of(hit, scores, n)))  # fmt: skip
+        for guide in (Likelihood(few, weight=weight) for weight in guides):
+            each = search.calls_of_path(study.pipe, guide, study.call)
+            n = budget // each
+            values = kept(study.paths(n, guide)) if n > 1 else plain
+            add(f"paths, {few} pairs, {guide.weight}", multiple, n * each if n > 1 else study.one, values)
+        n = min(multiple, candidates)
+        add("oracle: the judge picks", multiple, n * study.one, by(lambda hit, n=n: best_of(hit, -ranks.double(), n)))
+
+    alike = lambda scores: rank_correlation(scores, similarity)
+    level, told = (1 - study.pipe.scheduler.abar(t, torch.zeros(1, dtype=torch.float64))).sqrt()[:-1], {}
+    for weight in WEIGHTS:
+        for m in (m for m in (1, 2, 4, 8, 16, 32, 64) if m <= pairs):
+            told[f"{weight}, {m} pairs"] = alike(score(common, weights, weight, spaced(pairs, m)))
+        for low, high in BANDS if weight != "bound" else ():
+            inside = ((level >= low) & (level <= high)).nonzero().flatten()
+            if len(inside):
+                told[f"{weight}, {len(inside)} pairs of noise levels {low:g} to {high:g}"] = alike(
+                    score(common, weights, weight, inside))  # fmt: skip
+        alone = [score(own[:, [k]], apart(k).plan(study.pipe.scheduler, shape)[2], weight) for k in range(candidates)]
+        told[f"{weight}, {few} pairs, each candidate under its own t and noises"] = alike(torch.cat(alone, 1))
+    told["the decoder's term alone"] = alike(common[..., -1])
+    return {"lines": lines, "plain": plain, "told": told, "held": study.rows >= study.bank.n_train}
+
+
+def report(study: Study, found: dict, command: str, seconds: float) -> str:
+    """The section of docs/benchmarks.md."""
+    splits = {"training": ~found["held"], "held out": found["held"]}
+    splits = {name: some for name, some in splits.items() if some.any()}
+    counts = " and ".join(f"{int(some.sum())} {name}" for name, some in splits.items())
+    bf16 = models.precision("auto", study.pipe.device) == "bf16"
+    out = [f"`{command}`; {counts} captions, w = {study.w:g}, {study.steps} steps, one picture = {study.one} network calls. "
+           f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+           f"{'bf16' if bf16 else 'float32'}; {seconds / 60:.0f} minutes this time.", "",
+           "Share of captions whose own picture the judge puts first, and among the first five; in brackets, in points, the "
+           "difference to a random pick at the same captions with its 95 % interval.", ""]  # fmt: skip
+    heads = [f"{name}: {hit}" for name in splits for hit in found["plain"]]
+    out += [f"| method | budget | calls used | {' | '.join(heads)} |", "|---" * (3 + len(heads)) + "|"]
+    for line in found["lines"]:
+        cells = []
+        for some in splits.values():
+            for hit, values in line["values"].items():
+                apart, low, high = bootstrap((values - found["plain"][hit])[some])
+                cells.append(f"{values[some].mean():.1%} ({100 * apart:+.1f}: {100 * low:+.1f} to {100 * high:+.1f})")
+        out.append(f"| {line['method']} | {line['multiple']}× | {line['calls']} | {' | '.join(cells)} |")
+    out += ["", "Does a verifier order the candidates of a caption as the judge's similarity to the caption's own picture does? "
+            "Spearman's correlation, mean over captions with its 95 % interval.", "",
+            f"| verifier | {' | '.join(splits)} |", "|---" * (1 + len(splits)) + "|"]  # fmt: skip
+    for name, values in found["told"].items():
+        cells = ["{:+.3f} ({:+.3f} to {:+.3f})".format(*bootstrap(values[some])) for some in splits.values()]
+        out.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(out)
+
+
+def plot(found: dict, path: Path) -> None:
+    """Rates against the budget, one line a method, the interval of the difference shaded around searches."""
+    splits = [(name, some) for name, some in (("training", ~found["held"]), ("held out", found["held"])) if some.any()]
+    figure = Figure(figsize=(5 * len(splits), 7), layout="constrained")
+    axes = figure.subplots(2, len(splits), squeeze=False)
+    methods = list(dict.fromkeys(line["method"] for line in found["lines"]))
+    for row, hit in zip(axes, found["plain"], strict=True):
+        for ax, (name, some) in zip(row, splits, strict=True):
+            for i, method in enumerate(methods):
+                lines = [line for line in found["lines"] if line["method"] == method]
+                x, values = [line["multiple"] for line in lines], [line["values"][hit][some] for line in lines]
+                plain = found["plain"][hit][some]
+                style = {"color": f"C{i}", "linestyle": "--" if method.startswith("oracle") else "-"}
+                ax.plot(x, [100 * float(v.mean()) for v in values], marker="o", markersize=3, label=method, **style)
+                if method.startswith(("random", "paths")):
+                    low, high = zip(*(bootstrap(v - plain)[1:] for v in values), strict=True)
+                    edges = ([100 * (float(plain.mean()) + v) for v in edge] for edge in (low, high))
+                    ax.fill_between(x, *edges, alpha=0.08, color=f"C{i}")
+            ax.set_xscale("log", base=2)
+            ax.set(title=f"{name} captions", xlabel="budget, × one picture", ylabel=f"{hit}, %", xticks=x, xticklabels=x)
+            ax.grid(alpha=0.2)
+    axes[0, 0].legend(fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def written(section: str, path: Path) -> None:
+    """Put a section between its markers in a Markdown file, at its end where it has none."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else "# Benchmarks\n"
+    begin, end = "<!-- search -->", "<!-- /search -->"
+    if begin not in text:
+        text += f"\n## Inference-time compute\n\n![Rates against the budget](figures/search.png)\n\n{begin}\n{end}\n"
+    before, rest = text.split(begin, 1)
+    path.write_text(f"{before}{begin}\n{section}\n{end}{rest.split(end, 1)[1]}", encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line: 0 done, 2 refused."""
+    parser = argparse.ArgumentParser(prog="python benchmarks/search.py", description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="a run's folder, or a saved pipeline's with its config.yaml")
+    parser.add_argument("--captions", type=int, default=64, help="training captions, evenly over the set")
+    parser.add_argument("--held-out", type=int, help="held-out captions (default: all)")
+    parser.add_argument("--candidates", type=int, default=8, help="pictures drawn of each caption")
+    parser.add_argument("--multiples", type=int, nargs="+", default=[1, 2, 4, 8], help="budgets, in plain samples")
+    parser.add_argument("--steps", type=int, default=20, help="of a plain sample")
+    parser.add_argument("--pairs", type=int, default=16, help="of the likelihood; a quarter of them is tried as well")
+    parser.add_argument("--paths", nargs="+", choices=WEIGHTS, default=["bound"], help="the weights that guide paths")
+    parser.add_argument("--w", type=float, help="guidance (default: the model's own)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--quick", action="store_true", help="a small one, to see that it runs; writes docs only where told to")
+    parser.add_argument("--docs", type=Path, help="where benchmarks.md and figures/ are (default: docs/)")
+    args = parser.parse_args(argv)
+    if args.quick:
+        vars(args).update(QUICK)
+    docs = args.docs or (None if args.quick else ROOT / "docs")
+    began = time.monotonic()
+    try:
+        if not 1 <= args.candidates <= APART or args.captions < 1 or min(args.multiples) < 1:
+            raise evaluation.EvaluationError(
+                f"--candidates is {args.candidates}, --captions {args.captions}, --multiples {args.multiples}, expected 1 "
+                f"or more of each, and {APART} candidates at most: leave them out")  # fmt: skip
+        _config, judge, bank, pipe = evaluation.finished(args.run)
+        held = len(bank.captions) - bank.n_train
+        shown = torch.linspace(0, bank.n_train - 1, min(args.captions, bank.n_train)).long()
+        hidden = bank.n_train + torch.linspace(0, held - 1, min(held if args.held_out is None else args.held_out, held)).long()
+        rows, w = torch.cat([shown, hidden]), pipe.config.w if args.w is None else args.w
+        captions = hashlib.sha256(json.dumps([bank.captions[row] for row in rows]).encode()).hexdigest()[:8]
+        name = f"{data.encoder_digest(pipe.unet)[:8]}-{captions}-steps{args.steps}-w{w:g}-seed{args.seed}"
+        study = Study(pipe, judge, bank, rows, args.run / "search" / name, w, args.steps, args.seed, args.batch)
+        found = measured(study, args.candidates, args.pairs, args.multiples, args.paths)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    plain = f"--captions {args.captions} --candidates {args.candidates} --steps {args.steps} --pairs {args.pairs}"
+    command = f"python benchmarks/search.py runs/{args.run.resolve().name} {'--quick' if args.quick else plain}"
+    section = report(study, found, command, time.monotonic() - began)
+    print(section)
+    if docs:
+        plot(found, docs / "figures" / "search.png")
+        written(section, docs / "benchmarks.md")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
