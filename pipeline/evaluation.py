@@ -2,7 +2,7 @@
 
 A drawing is judged by the rank of its caption's own picture among all pictures of the set, by centred cosine of pooled
 features. `python -m pipeline.evaluation RUN` writes `RUN/metrics.json` and the card anew; what it has drawn is kept, so it can
-be stopped. `--more` adds what asks the network more.
+be stopped. `--more` adds what asks the network more, `--sweep` what each knob of sampling does.
 """
 
 import argparse
@@ -328,6 +328,15 @@ def of_more(found: dict) -> list[str]:
     return [*lines, f"diversity, the judge's distance between seeds: {', '.join(each)}"]
 
 
+def of_sweep(found: dict) -> list[str]:
+    """The table of a sweep, a line a point."""
+    base = ", ".join(f"{name} = {value}" for name, value in found["base"]["at"].items())
+    point = lambda at, by: (f"  {at}: kid ({found['features']}) {by['kid']['value']:.4f} ± {by['kid']['error']:.4f}, first "
+                            f"{percent(by['first'])}, first five {percent(by['first_five'])}, {by['calls']} calls")  # fmt: skip
+    lines = [f"sweep over {found['captions']} captions, seed {found['seed']}:", point(base, found["base"])]
+    return lines + [point(f"{knob} = {by['at']}", by) for knob, points in found["curves"].items() for by in points]
+
+
 def of_seeds(result: dict) -> list[str]:
     """What every caption's drawings were worth."""
     refs, lines = result["references"], [f"w = {result['w']:g}, {result['num_inference_steps']} steps"]
@@ -355,7 +364,7 @@ def report(result: dict) -> str:
     """The headline of what metrics.json holds, a few lines."""
     lines = of_seeds(result) if "by_seed" in result else []
     lines += of_more(result["more"]) if "more" in result else []
-    return "\n".join(lines)
+    return "\n".join(lines + (of_sweep(result["sweep"]) if "sweep" in result else []))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -363,7 +372,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pipeline.evaluation", description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="a run's folder, or a saved pipeline's with its config.yaml")
     parser.add_argument("--w", type=float, nargs="+",
-                        help="guidance to choose from (default: 0 1 2), or one to use")
+                        help="guidance to choose from (default: 0 1 2), or one to use; of a sweep the one that it starts from "
+                             "(default: the model's own)")  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="each draws every caption once, and reports")
     parser.add_argument("--choose-seed", type=int, default=1000, help="the seed that w is chosen on")
     parser.add_argument("--choose-on", type=int, default=96, help="how many training captions w is chosen on")
@@ -377,9 +387,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--features", nargs="+", default=[], choices=list(NETWORKS), metavar="NETWORK",
                         help=f"also: KID and Fréchet distance by these feature networks, of {', '.join(NETWORKS)}")
     parser.add_argument("--clip", metavar="PATH_OR_ID", help="also: the CLIP score by this model")
+    parser.add_argument("--sweep", nargs="+", metavar="KNOB=A,B",
+                        help="instead: draw --on captions with one knob changed at a time, such as w=0,1,2,4 steps=10,25,50 "
+                             "eta=0,1 interval=0:1,0.3:0.9 weights=averaged,raw; goes on where it was stopped")  # fmt: skip
+    parser.add_argument("--on", type=int, default=256, help="how many captions each point of a sweep draws")
     args = parser.parse_args(argv)
     ws = args.w or list(WS)
-    from pipeline import card  # which imports this module
+    from pipeline import card, sweep  # which import this module
 
     try:
         if args.from_real:
@@ -389,8 +403,11 @@ def main(argv: list[str] | None = None) -> int:
                 found = from_real(network, bank, pipe, rows, t, ws[0], args.choose_seed, args.steps)
                 print(f"from t = {found['t']}: first {percent(found['first'])}, first five {percent(found['first_five'])}")
             return 0
-        result = evaluate(args.run, ws, args.seeds, args.choose_seed, args.choose_on, args.steps, args.batch, deep=args.more,
-                          features=args.features, clip=args.clip)  # fmt: skip
+        if args.sweep:
+            result = sweep.sweep(args.run, args.sweep, args.w, args.seeds[0], args.on, args.steps, args.batch)
+        else:
+            result = evaluate(args.run, ws, args.seeds, args.choose_seed, args.choose_on, args.steps, args.batch,
+                              deep=args.more, features=args.features, clip=args.clip)  # fmt: skip
         print(report(result))
         if (args.run / card.FACTS).is_file():
             card.refresh(args.run)

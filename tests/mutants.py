@@ -13,7 +13,7 @@ SCHEDULER, LOSSES, GUIDANCE, SOURCES, DATA, STREAM, CAPTIONS = (
     f"pipeline/{name}.py" for name in ("scheduler", "losses", "guidance", "sources", "data", "stream", "captions"))
 PIPELINE, SERVING, TRAIN = "pipeline/text_to_image.py", "pipeline/serving.py", "train_text2img.py"
 MUON, LATENTS, MODELS = (f"pipeline/{name}.py" for name in ("muon", "latents", "models"))
-MEASURES, EVALUATION = "pipeline/measures.py", "pipeline/evaluation.py"
+MEASURES, EVALUATION, SWEEP = (f"pipeline/{name}.py" for name in ("measures", "evaluation", "sweep"))
 SAFE, LAYOUT, HUB, CARD, CONFIG = (f"pipeline/{name}.py" for name in ("safe", "layout", "hub", "card", "config"))
 
 # (file, what a line says, what it says broken, the test that notices)
@@ -181,6 +181,9 @@ MUTANTS = [
      "test_evaluation.py::test_what_is_known_of_real_pictures_is_computed_once"),
     (EVALUATION, 'if known.get("model", "").startswith(model) else {}', "if True else {}",
      "test_evaluation.py::test_more_measures_the_same_drawings_by_more_and_names_every_network"),
+    (SWEEP, "            pipe.unet = unets[point.weights]\n            images", "            images",
+     "test_sweep.py::test_a_sweep_goes_on_where_it_stopped_and_shows_each_knob"),
+    (SWEEP, "what + point.name", "what", "test_sweep.py::test_a_sweep_goes_on_where_it_stopped_and_shows_each_knob"),
 ]  # fmt: skip
 
 
