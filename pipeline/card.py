@@ -123,7 +123,7 @@ def build(config: Config, known: dict, pictures: list[str] = (), model: str = "U
         base_model_relation=known["base_model_relation"] if base and published(base) else None,
         widget=[{"text": sample.prompts[i], "output": {"url": f"{IMAGES}/prompt-{i}.png"}} for i in shown] or None,
         model_name=config.name,
-        eval_results=results(config, metrics) if metrics else None,
+        eval_results=results(config, metrics or {}) or None,
     )
     sections = [
         f"# {fenced(config.name)}\n\nA text-conditional diffusion model, trained with Direct Jump"
@@ -140,6 +140,7 @@ def build(config: Config, known: dict, pictures: list[str] = (), model: str = "U
         picture("strips.png", pictures, "From noise to picture: x_t on the left, the current x_0 on the right."),
         picture("free.png", pictures, "Prompts that name no picture of any embedded set, the first seed."),
         "## Measured\n\n" + (block(measured(metrics)) if metrics else "Nothing yet, beyond the losses."),
+        picture("sweep.png", pictures, "Quality against alignment, one knob changed at a time from the star."),
         notes,
         "## Limits\n\nIt draws what its training pictures show, composes that only so far, and has their bias. There is no "
         "safety checker: look at what it draws before others do.",
@@ -225,7 +226,8 @@ def results(config: Config, metrics: dict) -> list[EvalResult]:
 
 def measured(metrics: dict) -> str:
     """What was measured, in words where `pipeline.evaluation` did."""
-    return evaluation.report(metrics) if "by_seed" in metrics else json.dumps(metrics, indent=1, ensure_ascii=False)
+    ours = {"by_seed", "sweep"} & metrics.keys()
+    return evaluation.report(metrics) if ours else json.dumps(metrics, indent=1, ensure_ascii=False)
 
 
 def fenced(text: str) -> str:

@@ -13,7 +13,8 @@ SCHEDULER, LOSSES, GUIDANCE, SOURCES, DATA, STREAM, CAPTIONS = (
     f"pipeline/{name}.py" for name in ("scheduler", "losses", "guidance", "sources", "data", "stream", "captions"))
 PIPELINE, SERVING, TRAIN = "pipeline/text_to_image.py", "pipeline/serving.py", "train_text2img.py"
 MUON, LATENTS, MODELS = (f"pipeline/{name}.py" for name in ("muon", "latents", "models"))
-EMOJI, VARIATIONS, EVALUATION = (f"pipeline/{name}.py" for name in ("emoji", "variations", "evaluation"))
+EMOJI, VARIATIONS = "pipeline/emoji.py", "pipeline/variations.py"
+MEASURES, EVALUATION, SWEEP = (f"pipeline/{name}.py" for name in ("measures", "evaluation", "sweep"))
 SEARCH, VERIFIERS = "pipeline/search.py", "pipeline/verifiers.py"
 SAFE, LAYOUT, HUB, CARD, CONFIG = (f"pipeline/{name}.py" for name in ("safe", "layout", "hub", "card", "config"))
 BENCH, SAMPLING, JUDGED, LADDER = (f"benchmarks/{name}.py" for name in ("bench", "sampling", "guidance", "ladder"))
@@ -207,6 +208,26 @@ MUTANTS = [
     (SERVING, 'raw = {"think": 1} | json.loads(', "raw = json.loads(", "test_serving.py::test_a_picture_of_before_the_search_is_read"),
     (SERVING, "think=1, seed=request.seed + i)", "think=1, seed=request.seed)",
      "test_serving.py::test_a_searched_picture_and_the_discarded_carry_what_draws_them_again"),
+    (MEASURES, "((1, n), (HALVES, n // 2))", "((1, n // 2), (HALVES, n // 2))", "test_measures.py::test_kid_is_the_mean_discrepancy_pair_by_pair"),
+    (MEASURES, "(HALVES, n // 2))", "(HALVES, n // 8))", "test_measures.py::test_the_error_of_kid_is_its_spread_over_data_sets"),
+    (MEASURES, "with torch.random.fork_rng(devices=[]), warnings", "with warnings",
+     "test_measures.py::test_kid_leaves_the_global_generator_alone"),
+    (MEASURES, "x_0_hat, x_t, t, t - 1) / share.to(t.device)[t - 1])", "x_0_hat, x_t, t, t - 1) * (T - 1))",
+     "test_measures.py::test_bound_sums_the_divergences_of_the_whole_chain_from_some_of_them"),
+    (MEASURES, "1 + torch.searchsorted(", "2 + torch.searchsorted(",
+     "test_measures.py::test_bound_sums_the_divergences_of_the_whole_chain_from_some_of_them"),
+    (MEASURES, "split([len(part) for part, _ in seen])", "split([len(part) for part, _ in seen])[::-1]",
+     "test_measures.py::test_errors_are_the_gaussian_denoisers_by_split_in_one_call_each"),
+    (MEASURES, "(together - S) / (S * (S - 1))", "together / (S * S)", "test_measures.py::test_diversity_is_the_mean_distance_of_pairs"),
+    (MEASURES, '"lossless": True, "quality"', '"lossless": False, "quality"',
+     "test_measures.py::test_lossless_files_cannot_beat_noise_and_need_little_for_nothing"),
+    (EVALUATION, 'kept(cache, "halves", name, bank.images, lambda: torch', '(lambda compute: compute())(lambda: torch',
+     "test_evaluation.py::test_what_is_known_of_real_pictures_is_computed_once"),
+    (EVALUATION, 'if known.get("model", "").startswith(model) else {}', "if True else {}",
+     "test_evaluation.py::test_more_measures_the_same_drawings_by_more_and_names_every_network"),
+    (SWEEP, "            pipe.unet = unets[point.weights]\n            images", "            images",
+     "test_sweep.py::test_a_sweep_goes_on_where_it_stopped_and_shows_each_knob"),
+    (SWEEP, "what + point.name", "what", "test_sweep.py::test_a_sweep_goes_on_where_it_stopped_and_shows_each_knob"),
 ]  # fmt: skip
 
 

@@ -1,27 +1,23 @@
-"""The judge is the ImageNet network it says it is, and its measures measure what they say."""
+"""What is measured of a run is what it drew, and what was drawn is drawn once."""
 
 import json
-import math
 from collections import Counter
 
-import matplotlib.cbook
-import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import tiny_pipeline
+from test_judge import judge  # noqa: F401
+from test_measures import tiny_clip
+from tiny import tiny_pipeline, tiny_unet
+from torch import nn
 
-from pipeline import config, data, emoji, evaluation
+from pipeline import card, config, data, emoji, evaluation, measures
 from pipeline import run as runs
-from pipeline.evaluation import Bank, EvaluationError, Judge
+from pipeline.evaluation import Bank
 from pipeline.exact import ExactDenoiser
+from pipeline.judge import NAME
 
 STEPS = ["--steps", "2", "--choose-on", "5", "--batch", "16"]
-
-
-@pytest.fixture(scope="module")
-def judge():
-    return Judge()
 
 
 @pytest.fixture(scope="module")
@@ -44,119 +40,11 @@ def run(folder, tmp_path):
     return tmp_path
 
 
-def pictures(captions: list[str], size: int = 72) -> torch.Tensor:
-    """Emoji by their captions, uint8 (N, 3, size, size)."""
-    found = {e.caption: e.path for e in emoji.catalogue()}
-    return torch.stack([torch.from_numpy(np.array(emoji.draw(found[c], size))).permute(2, 0, 1) for c in captions])
-
-
-def test_the_judge_sees_a_military_uniform_on_grace_hopper(judge):
-    with Image.open(matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)) as photo:
-        square = np.array(photo.convert("RGB").crop((0, 0, 512, 512)))
-    scores = judge.logits(torch.from_numpy(square).permute(2, 0, 1)[None])[0].softmax(0)
-    assert scores.argmax() == 652  # military uniform
-    assert {457, 834} <= set(scores.topk(3).indices.tolist())  # bow tie, suit
-
-
-def test_the_judge_knows_some_emoji(judge):
-    classes = {"soccer ball": 805, "teapot": 849, "tiger": 292, "strawberry": 949, "umbrella": 879}
-    top = judge.logits(pictures(list(classes))).topk(5).indices.tolist()
-    assert [n in best for n, best in zip(classes.values(), top, strict=True)] == [True] * len(classes)
-
-
-def test_bytes_and_floats_are_the_same_pictures_and_batches_do_not_matter(judge):
-    images = pictures(["cat face", "hot dog", "red heart"])
-    whole, split = judge.features(images), judge.features(images.float() / 127.5 - 1, batch=2)
-    assert whole.shape == (3, 1280)
-    torch.testing.assert_close(whole, split, atol=1e-4, rtol=1e-4)
-
-
-def test_a_judge_with_other_weights_is_refused(monkeypatch):
-    monkeypatch.setattr(evaluation, "SHA256", "0" * 64)
-    with pytest.raises(EvaluationError, match="expected 0{64}: pip install"):
-        Judge()
-
-
-def test_images_of_another_shape_are_refused(judge):
-    with pytest.raises(EvaluationError, match=r"\(1, 4, 8, 8\), expected \(N, 3, H, W\)"):
-        judge.features(torch.zeros(1, 4, 8, 8))
-
-
-def test_a_picture_of_the_bank_ranks_itself_first_and_its_opposite_last():
-    bank = torch.eye(6)
-    own = torch.arange(6)
-    assert evaluation.retrieval_ranks(bank, bank, own).tolist() == [1] * 6
-    mean = bank.mean(0)
-    assert evaluation.retrieval_ranks(mean - (bank - mean), bank, own).tolist() == [6] * 6
-
-
-def test_ties_count_against():
-    """At the mean, every picture is as similar as the own one, which is then last."""
-    bank = torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1]])
-    assert evaluation.retrieval_ranks(torch.zeros(1, 2), bank, torch.tensor([2])).tolist() == [4]
-    assert evaluation.retrieval_ranks(torch.tensor([[1.0, 0]]), bank, torch.tensor([2])).tolist() == [3]
-
-
-def test_the_rank_is_of_similarities_centred_on_the_bank():
-    """A shift of everything by the same vector changes no rank, as it would without centring."""
-    generator = torch.Generator().manual_seed(0)
-    bank, seen = torch.randn(40, 8, generator=generator), torch.randn(30, 8, generator=generator)
-    own = torch.randint(40, (30,), generator=generator)
-    moved = evaluation.retrieval_ranks(seen + 100, bank + 100, own)
-    assert moved.tolist() == evaluation.retrieval_ranks(seen, bank, own).tolist()
-    assert len(moved.unique()) > 10
-
-
-def test_identical_pictures_are_one():
-    a, b, c = torch.randint(256, (3, 3, 4, 4), dtype=torch.uint8)
-    rows, own = evaluation.distinct(torch.stack([a, b, a, c, b]))
-    assert rows.tolist() == [0, 1, 3]
-    assert own.tolist() == [0, 1, 0, 2, 1]
-
-
-@pytest.mark.parametrize(("k", "n"), [(0, 20), (1, 20), (10, 20), (19, 20), (20, 20), (280, 467)])
-def test_wilson_bounds_are_where_the_score_test_turns(k, n):
-    """The bounds p are the roots of |k/n - p| = z sqrt(p (1 - p) / n), the definition of the interval."""
-    low, high = evaluation.wilson(k, n)
-    assert 0 <= low <= k / n <= high <= 1
-    for p in (low, high):
-        assert abs(k / n - p) == pytest.approx(1.96 * math.sqrt(p * (1 - p) / n), abs=1e-9)
-
-
-@pytest.mark.parametrize(("k", "n"), [(1, 0), (3, 2), (-1, 2)])
-def test_shares_of_nothing_are_refused(k, n):
-    with pytest.raises(EvaluationError, match=f"k={k}, n={n}"):
-        evaluation.wilson(k, n)
-
-
-def test_seams_show_where_squares_are_shifted_against_each_other():
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.rand(64, 3, 32, 32, generator=generator) - 0.5
-    assert evaluation.seam_ratio(noise, 4) == pytest.approx(1, abs=0.02)  # 500,000 gradients, no grid
-    steps = 0.3 * torch.randn(64, 3, 8, 8, generator=generator).repeat_interleave(4, 2).repeat_interleave(4, 3)
-    expected = 1 + 2 * 0.3**2 / (2 / 12)  # variances: the step's difference over the noise's
-    assert evaluation.seam_ratio((noise * 0.5 + steps * 0.5), 4) == pytest.approx(expected, rel=0.05)
-    assert evaluation.seam_ratio(noise * 0.5 + steps.roll((2, 2), (2, 3)) * 0.5, 4) < 1
-
-
-def test_copies_are_found_however_they_are_moved_and_other_pictures_are_not():
-    train = pictures(["cat face", "hot dog", "red heart", "rocket", "banana", "snowman", "tiger", "key"], 60)
-    train = torch.nn.functional.pad(train, [2] * 4, value=255)  # so that a move loses nothing
-    threshold = evaluation.copy_threshold(train)
-    moved = train.roll(1, 3)
-    assert evaluation.copy_distances(moved, train).diagonal().amax() < 1e-3
-    assert evaluation.copy_rate(moved, train, threshold)["k"] == len(train)
-    others = pictures(["green heart", "pizza", "house", "bicycle"], 64)
-    assert evaluation.copy_rate(others, train, threshold)["k"] == 0
-    assert 0.05 < threshold < 0.4
-
-
-def test_augmentation_changes_little_and_is_seeded():
-    images = pictures(["cat face", "hot dog"], 64)
-    a, b = evaluation.augment(images), evaluation.augment(images)
-    assert torch.equal(a, b)
-    assert not torch.equal(a, evaluation.augment(images, seed=1))
-    assert a[:, :, :2, :2].mean() > 0.9  # what comes in from outside is white
+def measured_apart(judge, bank) -> float:
+    """The KID of noise in the pictures' place."""
+    noise = torch.randint(256, bank.images.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    found = evaluation.measure(judge, bank, noise, torch.arange(len(bank.captions)), 0.1, 4)
+    return found["distances"][NAME]["kid"]["value"]
 
 
 def test_the_bank_ranks_its_own_pictures_first(judge, bank):
@@ -164,6 +52,7 @@ def test_the_bank_ranks_its_own_pictures_first(judge, bank):
     found = evaluation.measure(judge, bank, bank.images, rows, 0.1, 4)
     assert found["train"]["first"]["share"] == found["held_out"]["first"]["share"] == 1
     assert found["seam_ratio"] == pytest.approx(1)
+    assert found["distances"][NAME]["kid"]["value"] < 0 < measured_apart(judge, bank), "the bias of pairs of one with itself"
     assert {name: grid["first"]["n"] for name, grid in found["grids"].items()} == {"circles": 2, "hearts": 2, "squares": 2}
 
 
@@ -254,3 +143,83 @@ def test_an_unfinished_run_is_refused(tmp_path, capsys):
     runs.Run(tmp_path / "new").create()
     assert evaluation.main([str(tmp_path / "new")]) == 2
     assert "holds no finished pipeline" in capsys.readouterr().err
+
+
+class Colours(nn.Module):
+    """A feature network: the mean and the deviation of each colour, (B, 6); it counts the pictures that it was shown."""
+
+    shown = 0
+
+    def forward(self, images):
+        Colours.shown += len(images)
+        x = images.float() / 255
+        return torch.cat([x.mean((2, 3)), x.std((2, 3))], 1)
+
+
+@pytest.fixture
+def colours(monkeypatch):
+    """A second network, Fréchet distances that see too little of the judge's features to take long, and few drawings."""
+    frechet = measures.frechet
+    monkeypatch.setitem(evaluation.NETWORKS, "colours", Colours)
+    monkeypatch.setattr(measures, "frechet", lambda x, y: frechet(x[:, :16], y[:, :16]))
+    monkeypatch.setattr(evaluation, "DIVERSE", (4, 2))
+    monkeypatch.setattr(Colours, "shown", 0)
+
+
+def test_more_measures_the_same_drawings_by_more_and_names_every_network(run, colours, capsys):
+    command = [str(run), "--w", "1", *STEPS]
+    assert evaluation.main(command) == 0
+    plain = json.loads((run / "metrics.json").read_text())
+    assert set(plain["by_seed"]["0"]["distances"]) == {NAME} and "more" not in plain
+    assert "frechet" not in plain["by_seed"]["0"]["distances"][NAME]
+    assert evaluation.main([*command, "--more", "--features", "colours"]) == 0
+    found = json.loads((run / "metrics.json").read_text())
+    assert {k: v for k, v in found["by_seed"]["0"].items() if k != "distances"} == {
+        k: v for k, v in plain["by_seed"]["0"].items() if k != "distances"}  # fmt: skip
+    for by in found["by_seed"]["0"]["distances"].values():
+        assert by["frechet"]["n"] == 14 and by["frechet"]["value"] > by["frechet"]["real"] > 0  # an untrained network's
+        assert by["kid"]["n"] == 28
+    more = found["more"]
+    assert set(more["errors"]) == {"timesteps", "train", "held_out"} and set(more["diversity"]) == {"1"}
+    bits = {name: by["mean"] for name, by in more["bits_per_dimension"].items()}
+    assert bits["model"] == pytest.approx(bits["prior"] + bits["steps"] + bits["decoder"]) and bits["model"] > bits["png"]
+    assert all(by["n"] == 6 for by in more["bits_per_dimension"].values())
+    told = capsys.readouterr().out
+    for line in ("kid (colours)", f"kid ({NAME})", f"Fréchet distance ({NAME})", "bits per dimension by the bound; as PNG"):
+        assert line in told
+    assert card.measured(found) in told
+    assert evaluation.main(command) == 0
+    assert json.loads((run / "metrics.json").read_text())["more"] == more, "what still holds was lost"
+    tiny_unet(sample_size=16, seed=1).save_pretrained(run / "pipeline" / "unet")
+    assert evaluation.main(command) == 0
+    assert "more" not in json.loads((run / "metrics.json").read_text()), "it is of other weights"
+
+
+def test_what_is_known_of_real_pictures_is_computed_once(run, colours, monkeypatch):
+    config_, _judge, bank, _pipe = evaluation.finished(run)
+    frechet, pairs = measures.frechet, []
+    monkeypatch.setattr(measures, "frechet", lambda x, y: pairs.append(len(x)) or frechet(x, y))
+    first = evaluation.distances("colours", bank, bank.images, config_.data.cache)
+    assert Colours.shown == 56 and pairs == [14, 14]
+    assert first["frechet"]["value"] == pytest.approx(first["frechet"]["real"]), "real pictures in the drawings' place"
+    again = evaluation.distances("colours", bank, bank.images, config_.data.cache)
+    assert again == first and Colours.shown == 56 + 28 and len(pairs) == 3
+    bank.images[0, 0, 0, 0] ^= 1
+    evaluation.distances("colours", bank, bank.images, config_.data.cache)
+    assert Colours.shown == 56 + 28 + 56, "other pictures have other statistics"
+
+
+def test_a_network_that_is_not_there_is_refused(run, capsys):
+    with pytest.raises(SystemExit):
+        evaluation.main([str(run), "--features", "vgg"])
+    assert f"choose from {NAME}, inception-v3" in capsys.readouterr().err.replace("'", "")
+
+
+def test_a_clip_model_scores_drawings_beside_real_pictures(run, tmp_path, capsys):
+    folder = tiny_clip(tmp_path / "tiny-clip")
+    assert evaluation.main([str(run), "--w", "1", *STEPS, "--clip", str(folder)]) == 0
+    found = json.loads((run / "metrics.json").read_text())["by_seed"]["0"]["clip"]
+    assert found["model"] == "tiny-clip" and found["drawn"]["n"] == found["real"]["n"] == 28
+    assert "CLIP score (tiny-clip)" in capsys.readouterr().out
+    assert evaluation.main([str(run), "--w", "1", *STEPS, "--clip", str(tmp_path / "none")]) == 2
+    assert "is no CLIP model" in capsys.readouterr().err

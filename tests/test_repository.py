@@ -17,7 +17,8 @@ MODULES = sorted((ROOT / "pipeline").glob("*.py"))
 ALLOWED = {  # what a module may import of ours
     "scheduler": set(), "guidance": set(), "patches": set(), "captions": set(), "config": set(), "run": set(),
     "muon": set(), "layout": set(), "variations": set(), "emoji": {"variations"},
-    "losses": {"scheduler"}, "exact": {"scheduler"}, "text_to_image": {"guidance", "layout"}, "safe": {"layout", "run"},
+    "losses": {"scheduler"}, "exact": {"scheduler"}, "measures": {"losses", "patches", "scheduler"}, "judge": {"measures"},
+    "text_to_image": {"guidance", "layout"}, "safe": {"layout", "run"},
     "sources": {"config"}, "data": {"config", "emoji", "sources"}, "stream": {"config", "data", "sources"}, "latents": {"data"},
     "verifiers": {"guidance", "losses", "scheduler", "text_to_image"},
     "search": {"guidance", "sample", "text_to_image", "verifiers"},
