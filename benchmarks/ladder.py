@@ -149,7 +149,7 @@ def peer(seed: int, args) -> dict:
     train_text2img.keep_freed_memory()
     config, module = settings.load_file(CONFIG), loaded(args.peers)
     judge, images = evaluation.Judge(), data.load_splits(config.data)
-    bank = evaluation.Bank.of(judge, [split for split in images if split is not None])
+    bank = evaluation.Bank.of(judge.features, [split for split in images if split is not None])
     x, classes = bank.images[: bank.n_train].float() / 255, torch.arange(bank.n_train)
     torch.manual_seed(seed)
     network = module.Unet(dim=args.peer_dim, num_classes=bank.n_train)

@@ -132,7 +132,7 @@ def test_the_varied_set_trains_on_more_and_is_judged_on_the_same(folder, tmp_pat
     assert green["caption"][0].startswith("green ")
     images = data.load_images(folder, resolution=32, cache_dir=tmp_path)
     assert len(images) == len(train)
-    bank = Bank.of(Means(), [images, data.load_images(folder, "test", 32, tmp_path)])
+    bank = Bank.of(means, [images, data.load_images(folder, "test", 32, tmp_path)])
     assert (bank.n_train, len(bank.train)) == (len(own), len(train))
     assert bank.captions == [row["caption"] for row in rows(plain) + rows(plain, "test")]
 
@@ -146,8 +146,6 @@ def test_a_written_set_is_replaced_when_its_variations_change(folder, monkeypatc
     assert (folder / emoji.MANIFEST).stat().st_mtime_ns > before
 
 
-class Means:
-    """A judge that sees the mean colour."""
-
-    def features(self, images):
-        return images.float().mean((2, 3))
+def means(images):
+    """What a judge of mean colours sees."""
+    return images.float().mean((2, 3))
