@@ -81,7 +81,8 @@ def test_spreads_and_goals_say_what_they_saw():
     assert bench.spread([3, 1, 2], ".1f") == "2.0 (1.0 to 3.0)"
     assert bench.ratios([2, 9], [1, 3]) == [2, 3]
     assert "**met**" in bench.target("x", 2, 2) and "**not met**" in bench.target("x", 1.99, 2)
-    assert "**met**" in bench.target("x", 0.5, 0.5, at_least=False)
+    assert "**met**" in bench.target("x", 0.4, 0.5, at_least=False)
+    assert "**not met**" in bench.target("x", 0.6, 0.5, at_least=False)
 
 
 def test_a_section_is_replaced_and_the_rest_stays(tmp_path):
