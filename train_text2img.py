@@ -360,12 +360,12 @@ def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Pa
         except data.DataError as error:
             if stream is None or accelerator.num_processes > 1 or not state["step"]:
                 raise
-            stream.load_state_dict(place)
+            stream.place = place
             save()
             raise data.DataError(f"{error}\nstep {state['step']} is saved: the same command goes on from it") from error
 
     while state["step"] < steps:
-        step, began, seen, place = state["step"], time.perf_counter(), [], stream and stream.state_dict()
+        step, began, seen, place = state["step"], time.perf_counter(), [], stream and stream.place
         for micro in range(config.train.accumulation):
             mine = torch.arange(accelerator.process_index, share, accelerator.num_processes) + micro * share
             with accelerator.accumulate(unet):

@@ -139,13 +139,16 @@ def publish(arguments: argparse.Namespace, script: str, argv: Sequence[str], tit
     command = shlex.join(["python", f"benchmarks/{Path(script).name}", *argv])
     body = "\n\n".join([f"## {title}", f"Command: `{command}`\n\n{machine()}.", *paragraphs])
     print(body, flush=True)
-    begin, end = f"<!-- {section}: generated -->", f"<!-- {section}: end -->"
-    text = arguments.output.read_text(encoding="utf-8") if arguments.output.is_file() else "# Benchmarks\n"
-    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.S)
-    section = f"{begin}\n{body}\n{end}"
-    text = pattern.sub(lambda _: section, text) if pattern.search(text) else f"{text.rstrip()}\n\n{section}\n"
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(text, encoding="utf-8")
+    put(arguments.output, f"<!-- {section}: generated -->", f"<!-- {section}: end -->", body)
+
+
+def put(path: Path, begin: str, end: str, body: str, before: str = "") -> None:
+    """Put a text between its markers in a document, or with them at its end, after `before`, where it has none."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else "# Benchmarks\n"
+    pattern, section = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.S), f"{begin}\n{body}\n{end}"
+    text = pattern.sub(lambda _: section, text) if pattern.search(text) else f"{text.rstrip()}\n\n{before}{section}\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
 
 
 def figure(arguments: argparse.Namespace, name: str, draw: Callable) -> str:

@@ -10,7 +10,6 @@ import argparse
 import hashlib
 import json
 import math
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -19,19 +18,17 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from pipeline import data, evaluation, models, search
+from benchmarks import bench
+from pipeline import data, evaluation, measures, models, search
 from pipeline.evaluation import STRIDE, Bank, Judge
 from pipeline.text_to_image import TextToImagePipeline
 from pipeline.verifiers import WEIGHTS, Likelihood
 
-ROOT = Path(__file__).parent.parent
 APART = 100  # caption p's candidates are drawn from seeds p * APART, p * APART + 1, ...
-RESAMPLED = 5000
 QUICK = {"captions": 8, "held_out": 8, "candidates": 4, "steps": 10, "pairs": 4, "multiples": [1, 2, 4]}
 BANDS = ((0.0, 0.5), (0.5, 0.9), (0.9, 1.0))  # of noise levels
 
@@ -69,12 +66,8 @@ class Study:
 
     def kept(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What `make` gives, from the disk where it has been made."""
-        path = self.folder / f"{name}.safetensors"
-        if not path.is_file():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_file({key: value.contiguous() for key, value in make().items()}, path.with_suffix(".tmp"))
-            path.with_suffix(".tmp").rename(path)
-        return load_file(path)
+        make_whole = lambda: {key: value.contiguous() for key, value in make().items()}
+        return measures.cached(self.folder / f"{name}.safetensors", make_whole)
 
     def judged(self, x_0: Tensor) -> dict[str, Tensor]:
         """Pictures uint8 (P, 3, H, W) of what was drawn (P, c, h, w), the rank of their own, and their similarity to it."""
@@ -136,11 +129,9 @@ def best_of(values: Tensor, scores: Tensor, n: int) -> Tensor:
     return values.double().gather(1, scores.argsort(1, descending=True)) @ odds
 
 
-def bootstrap(values: Tensor, seed: int = 0) -> tuple[float, float, float]:
+def bootstrap(values: Tensor) -> tuple[float, float, float]:
     """The mean of (P,) with its 95 % interval over captions."""
-    chosen = torch.randint(len(values), (RESAMPLED, len(values)), generator=torch.Generator().manual_seed(seed))
-    low, high = values.double()[chosen].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return float(values.double().mean()), low, high
+    return bench.paired(values, torch.zeros_like(values))
 
 
 def rank_correlation(scores: Tensor, others: Tensor) -> Tensor:
@@ -230,8 +221,7 @@ def report(study: Study, found: dict, command: str, seconds: float) -> str:
     counts = " and ".join(f"{int(some.sum())} {name}" for name, some in splits.items())
     bf16 = models.precision("auto", study.pipe.device) == "bf16"
     out = [f"`{command}`; {counts} captions, w = {study.w:g}, {study.steps} steps, one picture = {study.one} network calls. "
-           f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-           f"{'bf16' if bf16 else 'float32'}; {seconds / 60:.0f} minutes this time.", "",
+           f"{bench.machine()}, {'bf16' if bf16 else 'float32'}; {seconds / 60:.0f} minutes this time.", "",
            "Share of captions whose own picture the judge puts first, and among the first five; in brackets, in points, the "
            "difference to a random pick at the same captions with its 95 % interval.", ""]  # fmt: skip
     heads = [f"{name}: {hit}" for name in splits for hit in found["plain"]]
@@ -278,16 +268,6 @@ def plot(found: dict, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def written(section: str, path: Path) -> None:
-    """Put a section between its markers in a Markdown file, at its end where it has none."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else "# Benchmarks\n"
-    begin, end = "<!-- search -->", "<!-- /search -->"
-    if begin not in text:
-        text += f"\n## Inference-time compute\n\n![Rates against the budget](figures/search.png)\n\n{begin}\n{end}\n"
-    before, rest = text.split(begin, 1)
-    path.write_text(f"{before}{begin}\n{section}\n{end}{rest.split(end, 1)[1]}", encoding="utf-8")
-
-
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0 done, 2 refused."""
     parser = argparse.ArgumentParser(prog="python benchmarks/search.py", description=__doc__.splitlines()[0])
@@ -307,7 +287,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.quick:
         vars(args).update(QUICK)
-    docs = args.docs or (None if args.quick else ROOT / "docs")
+    docs = args.docs or (None if args.quick else bench.ROOT / "docs")
     began = time.monotonic()
     try:
         if not 1 <= args.candidates <= APART or args.captions < 1 or min(args.multiples) < 1:
@@ -332,7 +312,8 @@ def main(argv: list[str] | None = None) -> int:
     print(section)
     if docs:
         plot(found, docs / "figures" / "search.png")
-        written(section, docs / "benchmarks.md")
+        head = "## Inference-time compute\n\n![Rates against the budget](figures/search.png)\n\n"
+        bench.put(docs / "benchmarks.md", "<!-- search -->", "<!-- /search -->", section, head)
     return 0
 
 

@@ -75,6 +75,11 @@ class Emoji:
     names: tuple[str, ...] = ()  # other names of it
 
     @property
+    def called(self) -> list[str]:
+        """All that it is called: its caption, then its other names."""
+        return [self.caption, *self.names]
+
+    @property
     def file_name(self) -> str:
         """`1f431.png`: the code points, without variation selectors."""
         return f"{key(self.emoji)}.png"
@@ -222,7 +227,7 @@ def select(name: str = "emoji", categories: tuple[str, ...] | None = None, skin_
 
 def said(entry: Emoji) -> list[str]:
     """The captions of a varied set's emoji: its own, its other names, and of a role the bare gender ("a woman")."""
-    return [entry.caption, *entry.names, *([f"a {entry.factors['gender']}"] if entry.grid == "roles" else [])]
+    return [*entry.called, *([f"a {entry.factors['gender']}"] if entry.grid == "roles" else [])]
 
 
 def varied(entry: Emoji, draw: Callable[[Emoji], Image.Image]) -> list[tuple[str, list[str], Image.Image]]:
@@ -232,8 +237,8 @@ def varied(entry: Emoji, draw: Callable[[Emoji], Image.Image]) -> list[tuple[str
     three times: nothing of smileys, flags and symbols, of what has a colour or a shape of the grids in its name, or of what
     FREE asks.
     """
-    tones = [(tone.factors["tone"], [tone.caption, *tone.names], draw(tone)) for tone in toned().get(bare(entry.emoji), ())]
-    names = [entry.caption, *entry.names]
+    tones = [(tone.factors["tone"], tone.called, draw(tone)) for tone in toned().get(bare(entry.emoji), ())]
+    names = entry.called
     if entry.category not in THINGS or entry.grid or any(NO_VARIATION & set(name.lower().split()) for name in names):
         return tones
     picture, prefixed = draw(entry), lambda word: [f"{word} {name}" for name in names]

@@ -27,6 +27,7 @@ from pipeline.judge import NAME, Judge
 from pipeline.measures import EvaluationError, as_float, augment, centred, copy_rate, copy_threshold, retrieval_ranks, summary
 from pipeline.sources import digest
 from pipeline.text_to_image import TextToImagePipeline
+from pipeline.verifiers import clip_scores
 
 IMAGES = "images"  # of a card
 STRIDE = 1_000_000  # image i of seed s is drawn from s * STRIDE + i: no two seeds share a draw
@@ -275,7 +276,7 @@ def evaluate(folder: Path, ws: list[float], seeds: list[int], choose_seed: int, 
         for name in dict.fromkeys([*([NAME] if deep else []), *features]):
             by_seed[seed].setdefault("distances", {})[name] = distances(name, bank, images, config.data.cache)
         if clip:
-            scores = {kind: measures.mean(measures.clip_scores(clip, some, bank.captions))
+            scores = {kind: measures.mean(clip_scores(clip, some, bank.captions))
                       for kind, some in (("drawn", images), ("real", bank.images))}  # fmt: skip
             by_seed[seed]["clip"] = {"model": Path(clip).name if Path(clip).exists() else clip} | scores
         prompted = draw(pipe, free, w, seed, steps, place("free", w, seed), batch)

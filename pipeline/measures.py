@@ -325,26 +325,6 @@ def diversity(features: Tensor, bank: Tensor) -> Tensor:
     return 1 - (together - S) / (S * (S - 1))
 
 
-@torch.no_grad()
-def clip_scores(model: str, images: Tensor, captions: list[str], batch: int = 32) -> Tensor:
-    """100 max(cos(image, caption), 0) by a CLIP model's folder or Hub id, of uint8 images, (N,) (Hessel et al. 2021)."""
-    from transformers import CLIPModel, CLIPProcessor  # here: the training that imports this module has no use for them
-
-    try:
-        network, processor = CLIPModel.from_pretrained(model, use_safetensors=True).eval(), CLIPProcessor.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise EvaluationError(f"{model} is no CLIP model ({str(error).splitlines()[0]}), expected the folder or Hub id of one "
-                              "with its processor: pass openai/clip-vit-base-patch32") from error  # fmt: skip
-    scores = []
-    for start in range(0, len(images), batch):
-        pictures = [image.permute(1, 2, 0).numpy() for image in images[start : start + batch]]
-        inputs = processor(text=captions[start : start + batch], images=pictures, padding=True, truncation=True,
-                           return_tensors="pt")  # fmt: skip
-        seen = network(**inputs)
-        scores.append(100 * F.cosine_similarity(seen.image_embeds, seen.text_embeds).clamp(min=0))
-    return torch.cat(scores)
-
-
 # ---- kept
 
 

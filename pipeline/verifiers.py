@@ -102,7 +102,8 @@ def difference(pipe: TextToImagePipeline, x_0: Tensor, t: int, eps: Tensor, capt
 class Clip:
     """The cosine between a picture and its prompt by a CLIP model, named by its folder or its Hub id.
 
-    It never asks the diffusion network, so its `calls` are 0: a budget does not count CLIP's own time.
+    It never asks the diffusion network, so its `calls` are 0: a budget does not count CLIP's own time. InputError where there
+    is no such model.
     """
 
     calls = 0
@@ -118,17 +119,30 @@ class Clip:
             raise
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split()).rstrip(".")
-            raise InputError(f"{model} cannot be loaded ({reason}), expected a CLIP model's folder or Hub id with safetensors: "
-                             "pass openai/clip-vit-large-patch14") from error  # fmt: skip
+            raise InputError(f"{model} is no CLIP model: it cannot be loaded ({reason}), expected a CLIP model's folder or Hub "
+                             "id with safetensors: pass openai/clip-vit-large-patch14") from error  # fmt: skip
+
+    def __call__(self, pipe: TextToImagePipeline, prompt: str | list[str], x_0: Tensor) -> Tensor:
+        self.model.to(x_0.device)
+        draw = lambda part: pipe.image_processor.postprocess(pipe.decode(part), output_type="pil")
+        texts = lambda i: [prompt] if isinstance(prompt, str) else prompt[i : i + BATCH]
+        return torch.cat([self.cosines(draw(x_0[i : i + BATCH]), texts(i)) for i in range(0, len(x_0), BATCH)])
 
     @torch.no_grad()
-    def __call__(self, pipe: TextToImagePipeline, prompt: str | list[str], x_0: Tensor) -> Tensor:
-        model, length = self.model.to(x_0.device), self.model.config.text_config.max_position_embeddings
-        tokens = self.tokenizer([prompt] if isinstance(prompt, str) else prompt, padding=True, truncation=True, max_length=length,
-                                return_tensors="pt").to(x_0.device)  # fmt: skip
-        text, seen = model.get_text_features(**tokens).pooler_output, []
-        for part in x_0.split(BATCH):
-            pictures = pipe.image_processor.postprocess(pipe.decode(part), output_type="pil")
-            pixels = self.processor(images=pictures, return_tensors="pt").pixel_values.to(x_0.device)
-            seen.append(model.get_image_features(pixel_values=pixels).pooler_output)
-        return F.cosine_similarity(torch.cat(seen), text)
+    def cosines(self, pictures: list, texts: list[str]) -> Tensor:
+        """The cosines (N,) of N pictures (PIL, or uint8 (H, W, 3)) with a text each, or with one text."""
+        device, length = self.model.device, self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt").to(device)
+        pixels = self.processor(images=pictures, return_tensors="pt").pixel_values.to(device)
+        seen, said = self.model.get_image_features(pixel_values=pixels), self.model.get_text_features(**tokens)
+        return F.cosine_similarity(seen.pooler_output, said.pooler_output)
+
+
+def clip_scores(model: str, images: Tensor, captions: list[str], batch: int = 32) -> Tensor:
+    """100 max(cos(image, caption), 0) by a CLIP model's folder or Hub id, of uint8 images (N, 3, H, W), (N,).
+
+    Hessel et al. 2021. InputError where there is no such model.
+    """
+    clip, pictures = Clip(model), [image.permute(1, 2, 0).numpy() for image in images]
+    parts = [slice(i, i + batch) for i in range(0, len(pictures), batch)]
+    return torch.cat([100 * clip.cosines(pictures[part], captions[part]).clamp(min=0) for part in parts])

@@ -77,6 +77,12 @@ def test_paired_interval_is_that_of_a_mean():
     assert bench.paired([1, 0, 1], [0, -1, 0]) == (1, 1, 1)
 
 
+def test_a_section_with_a_heading_is_put_at_the_end_once(tmp_path):
+    for body in ("old", "new"):
+        bench.put(tmp_path / "new" / "b.md", "<!-- x -->", "<!-- /x -->", body, "## Heading\n\n")
+    assert (tmp_path / "new" / "b.md").read_text() == "# Benchmarks\n\n## Heading\n\n<!-- x -->\nnew\n<!-- /x -->\n"
+
+
 def test_spreads_and_goals_say_what_they_saw():
     assert bench.spread([3, 1, 2], ".1f") == "2.0 (1.0 to 3.0)"
     assert bench.ratios([2, 9], [1, 3]) == [2, 3]

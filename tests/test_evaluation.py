@@ -7,8 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from test_judge import judge  # noqa: F401
-from test_measures import tiny_clip
-from tiny import tiny_pipeline, tiny_unet
+from tiny import tiny_clip, tiny_pipeline, tiny_unet
 from torch import nn
 
 from pipeline import card, config, data, emoji, evaluation, measures

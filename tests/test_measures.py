@@ -7,11 +7,11 @@ import pytest
 import scipy
 import torch
 from test_judge import pictures
-from tiny import tiny_pipeline, tiny_text
+from tiny import tiny_clip, tiny_pipeline
 from torch import nn
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+from transformers import CLIPModel, CLIPProcessor
 
-from pipeline import measures
+from pipeline import measures, verifiers
 from pipeline.exact import ExactDenoiser
 from pipeline.measures import EvaluationError
 from pipeline.patches import PatchAutoencoder
@@ -308,29 +308,13 @@ def test_diversity_is_the_mean_distance_of_pairs():
         measures.diversity(features[:1], bank)
 
 
-def tiny_clip(folder, sign=1):
-    """The folder of a CLIP model of 32 x 32 pictures with its processor, random weights; sign -1 turns pictures around."""
-    tokenizer, encoder = tiny_text("clip")
-    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    config = CLIPConfig(text_config=encoder.config.to_dict(), projection_dim=8,
-                        vision_config={**small, "image_size": 32, "patch_size": 8})  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = CLIPModel(config)
-    network.visual_projection.weight.data *= sign
-    network.save_pretrained(folder)
-    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    CLIPProcessor(images, tokenizer).save_pretrained(folder)
-    return folder
-
-
 def test_clip_scores_are_the_models_own_logits_whatever_the_batch(tmp_path):
     """100 times the logit of (image, caption) over the model's scale, one at a time; 0 for what points away."""
     captions, positive = ["cat", "a very long caption of many words", "dog", "sun", "hot dog"], []
     images = pictures(["cat face", "hot dog", "red heart", "rocket", "banana"])
     for sign in (1, -1):
         folder = tiny_clip(tmp_path / str(sign), sign)
-        found = measures.clip_scores(str(folder), images, captions, batch=2)
+        found = verifiers.clip_scores(str(folder), images, captions, batch=2)
         network, processor = CLIPModel.from_pretrained(folder).eval(), CLIPProcessor.from_pretrained(folder)
         for i, caption in enumerate(captions):
             picture = images[i].permute(1, 2, 0).numpy()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from scipy import stats
 from test_evaluation import folder, run  # noqa: F401
 from tiny import tiny_pipeline
@@ -74,12 +75,12 @@ def test_the_study_draws_once_what_search_finds_and_writes_its_section(run, tmp_
 
     (kept,) = (run / "search").iterdir()
     *_, bank, pipe = evaluation.finished(run)
-    drawn = [study.load_file(kept / f"candidate-{k}.safetensors") for k in range(4)]
+    drawn = [load_file(kept / f"candidate-{k}.safetensors") for k in range(4)]
     found = search(pipe, bank.captions[0], 4 * (20 + 10), Likelihood(4), w=1.0, steps=10, seed=0)
     together = torch.stack([one["x_0"][0] for one in drawn])
     torch.testing.assert_close(together[found.order], found.candidates, atol=1e-3, rtol=0)
     weights = Likelihood(4).plan(pipe.scheduler, together.shape[1:])[2]
-    judged = [study.load_file(kept / f"pairs4-candidate-{k}.safetensors")["differences"][0] for k in range(4)]
+    judged = [load_file(kept / f"pairs4-candidate-{k}.safetensors")["differences"][0] for k in range(4)]
     scores = torch.stack(judged) @ weights
     torch.testing.assert_close(scores[found.order].float(), found.scores, rtol=1e-2, atol=1e-2 * float(scores.abs().max()))
 

@@ -241,6 +241,17 @@ def test_a_stream_that_fails_for_good_saves_the_steps_before(whole, tmp_path, mo
     assert same(weights(tmp_path / "tiny"), weights(tmp_path / "whole" / "tiny"))
 
 
+def test_a_stream_that_fails_before_the_first_step_leaves_no_checkpoint(whole, tmp_path, monkeypatch):
+    def take(self, n):
+        raise DataError("cannot read both.parquet in 3 attempts (reset by peer): run the same command again")
+
+    monkeypatch.setattr(Stream, "take", take)
+    done = train(whole[0] / "config.yaml", tmp_path, check=False)
+    assert done.returncode == 2
+    assert "(reset by peer)" in done.stderr and "is saved" not in done.stderr
+    assert not list((tmp_path / "tiny" / "checkpoints").iterdir())
+
+
 @pytest.mark.parametrize("setting", [("--data.flip", "false"), ("--data.caption_column", "text"), ("--seed", "1")])
 def test_what_a_step_draws_changes_what_is_learnt(whole, tmp_path, setting):
     train(whole[0] / "config.yaml", tmp_path, *setting)

@@ -67,13 +67,15 @@ def tiny_pipeline(kind: str = "bert", text: bool = True, patch_size: int | None 
     return pipe
 
 
-def tiny_clip(folder):
-    """A whole CLIP model of random weights, saved in a folder as the Hub's are."""
+def tiny_clip(folder, sign=1):
+    """A whole CLIP model of random weights, saved in a folder as the Hub's are; sign -1 turns pictures around."""
     tokenizer, encoder = tiny_text("clip")
     small = {"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     config = CLIPConfig(text_config=encoder.config.to_dict(), vision_config={**small, "image_size": 32, "patch_size": 8},
                         projection_dim=8)  # fmt: skip
-    for part in (seeded(lambda: CLIPModel(config)), tokenizer,
+    network = seeded(lambda: CLIPModel(config))
+    network.visual_projection.weight.data *= sign
+    for part in (network, tokenizer,
                  CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})):  # fmt: skip
         part.save_pretrained(folder)
     return folder
