@@ -160,6 +160,15 @@ def test_a_clip_score_is_the_cosine_of_clips_own_logits(tmp_path, x_0):
     torch.testing.assert_close(clip(pipe, "cat", x_0), logits[:, 1], rtol=1e-3, atol=1e-3)  # padded to another length
 
 
+def test_each_of_many_candidates_is_scored_by_its_own_prompt(tmp_path):
+    """More than are judged at once."""
+    pipe, clip, prompts = tiny_pipeline(caption_length=8), Clip(tiny_clip(tmp_path)), ["red heart", "cat", "dog"] * 6
+    x_0 = torch.randn(18, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    alone = torch.cat([clip(pipe, prompts[i], x_0[i : i + 1]) for i in range(18)])
+    torch.testing.assert_close(clip(pipe, prompts, x_0), alone, rtol=1e-3, atol=1e-3)
+    assert (alone[:3] - alone[3:6]).abs().max() > 1e-2  # pictures matter, too
+
+
 def test_what_is_no_clip_model_is_refused_in_one_sentence(tmp_path):
     with pytest.raises(InputError, match="cannot be loaded .* expected a CLIP model's folder or Hub id"):
         Clip(tmp_path / "nothing")
