@@ -154,7 +154,7 @@ def test_the_command_saves_the_best_and_prints_the_curve(saved, tmp_path, capsys
     (["--budget", "7"], "the budget is 7 network calls, expected 8 or more"),
     (["--budget", "80", "--method", "luck"], "expected one of random, paths"),
     (["--budget", "80", "--pairs", "0"], "pairs is 0, expected 1 or more"),
-    (["--budget", "80", "--verifier", "no/such"], "no/such cannot be loaded"),
+    (["--budget", "80", "--verifier", "no/such"], "no/such is no CLIP model: it cannot be loaded"),
     (["--budget", "80", "--seed", "-1"], "seed is -1"),
     (["--budget", "80", "--out", "best.txt"], "-o is best.txt, expected a name that ends in one of .png")])  # fmt: skip
 def test_bad_input_is_one_sentence(saved, capsys, arguments, says):
