@@ -43,6 +43,26 @@ def sigmoid(T: int, start: float, end: float) -> Tensor:
     return torch.sigmoid(torch.linspace(-6, 6, T, dtype=torch.float64)) * (end - start) + start
 
 
+def root(factor: np.floating | Tensor) -> float | Tensor:
+    """The square root of a factor, in its own precision."""
+    return factor.sqrt() if isinstance(factor, Tensor) else float(np.sqrt(factor))
+
+
+def one(t: int | Tensor) -> int | Tensor:
+    """A single timestep as an int, several as they are."""
+    return t if isinstance(t, Tensor) and t.ndim else operator.index(t)
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of x, or float32 where that is less."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def wide(x: Tensor) -> Tensor:
+    """x where arithmetic on it runs."""
+    return x.to(wide_dtype(x))
+
+
 SCHEDULES = {f.__name__: f for f in (linear, scaled_linear, squaredcos_cap_v2, sigmoid)}
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 SPACINGS = ("leading", "linspace", "trailing")
@@ -57,11 +77,17 @@ def zero_terminal_snr(beta: Tensor) -> Tensor:
     return 1 - abar[1:] / abar[:-1]
 
 
+def tensors(mean: Tensor, variance: np.floating | Tensor) -> tuple[Tensor, Tensor]:
+    """Both as tensors of one dtype."""
+    return mean, torch.as_tensor(variance, dtype=mean.dtype, device=mean.device)
+
+
 class DDPMScheduler(SchedulerMixin, ConfigMixin):
     """q(x_t | x_0) forwards, p(x_s | x_t) backwards, for any s < t. Configuration keys and defaults are diffusers' own.
 
     Every method takes a timestep as an int, a 0-d tensor or one per example (B,). Arithmetic runs in the sample's dtype
-    but never below float32; what a network or a loop takes next (x_t, v, x_s) comes back in the sample's dtype.
+    but never below float32; what a network or a loop takes next (x_t, v, x_s) comes back in the sample's dtype. Of one
+    timestep the factors are numbers, no tensors: at small sizes a step is the cost of its tensor operations, one by one.
     """
 
     _compatibles: ClassVar = [e.name for e in KarrasDiffusionSchedulers]
@@ -71,16 +97,23 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
 
     def abar(self, t: int | Tensor, like: Tensor) -> Tensor:
         """(4) abar_t = product of alpha_1 … alpha_t, shaped to multiply `like` (B, ...); t = -1 gives 1."""
-        key = (like.device, torch.promote_types(like.dtype, torch.float32))
+        return torch.as_tensor(self._factor(t, like), dtype=wide_dtype(like), device=like.device)
+
+    def _factor(self, t: int | Tensor, like: Tensor) -> np.floating | Tensor:
+        """`abar`, but where t is one timestep a number of the same precision, which costs no tensor operations."""
+        key = (like.device, wide_dtype(like))
         if key not in self._tables:
-            self._tables[key] = self._abar.to(*key)
-        if not isinstance(t, Tensor):
-            self._check_range(t)
-            return self._tables[key][t + 1]
-        if t.device.type == "cpu":
+            self._tables[key] = (table := self._abar.to(*key)), table.cpu().numpy()
+        table, numbers = self._tables[key]
+        if not isinstance(t, Tensor) or (t.ndim == 0 and t.device.type == "cpu"):
+            self._check_range(t := operator.index(t))
+            return numbers[t + 1]
+        try:
+            abar_t = table.index_select(0, t.to(like.device).reshape(-1) + 1)
+        except IndexError:
             self._check_range(int(t.min())), self._check_range(int(t.max()))
-        abar = self._tables[key][t.to(like.device) + 1]
-        return abar if t.ndim == 0 else abar.reshape(-1, *[1] * (like.ndim - 1))
+            raise
+        return abar_t.reshape(-1, *[1] * (like.ndim - 1)) if t.ndim else abar_t.reshape(())
 
     def snr(self, t: int | Tensor, like: Tensor) -> Tensor:
         """Signal to noise ratio abar / (1 - abar) of x_t, from (5)."""
@@ -89,62 +122,72 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
 
     def add_noise_step(self, x_s: Tensor, noise: Tensor, t: int | Tensor, s: int | Tensor | None = None) -> Tensor:
         """(1) x_t = sqrt(alpha) x_s + sqrt(1 - alpha) eps, one step of the chain; s = t - 1 unless given."""
-        alpha = self.abar(t, x_s) / self.abar(t - 1 if s is None else s, x_s)
-        return (alpha.sqrt() * x_s.to(alpha.dtype) + (1 - alpha).sqrt() * noise.to(alpha.dtype)).to(x_s.dtype)
+        alpha = self._factor(t, x_s) / self._factor(t - 1 if s is None else s, x_s)
+        x_t = root(alpha) * wide(x_s)
+        x_t += root(1 - alpha) * wide(noise)
+        return x_t.to(x_s.dtype)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: int | Tensor) -> Tensor:
         """(5) the direct jump x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps."""
-        abar_t = self.abar(timesteps, original_samples)
-        x_0, eps = original_samples.to(abar_t.dtype), noise.to(abar_t.dtype)
-        return (abar_t.sqrt() * x_0 + (1 - abar_t).sqrt() * eps).to(original_samples.dtype)
+        abar_t = self._factor(timesteps, original_samples)
+        x_t = root(abar_t) * wide(original_samples)
+        x_t += root(1 - abar_t) * wide(noise)  # in place: a large batch is a matter of memory
+        return x_t.to(original_samples.dtype)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: int | Tensor) -> Tensor:
         """v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0 (Salimans & Ho 2022)."""
-        abar_t = self.abar(timesteps, sample)
-        x_0, eps = sample.to(abar_t.dtype), noise.to(abar_t.dtype)
-        return (abar_t.sqrt() * eps - (1 - abar_t).sqrt() * x_0).to(sample.dtype)
+        abar_t = self._factor(timesteps, sample)
+        v = root(abar_t) * wide(noise)
+        v -= root(1 - abar_t) * wide(sample)
+        return v.to(sample.dtype)
 
     # -- backwards -----------------------------------------------------------------------------------------------
 
     def predict_x_0(self, model_output: Tensor, t: int | Tensor, x_t: Tensor) -> Tensor:
         """(15) x_0 from the network's prediction, unclipped; ValueError for epsilon where abar_t = 0."""
-        abar_t = self.abar(t, x_t)
-        out, x_t = model_output.to(abar_t.dtype), x_t.to(abar_t.dtype)
+        abar_t, out, x_t = self._factor(t, x_t), wide(model_output), wide(x_t)
         if self.config.prediction_type == "sample":
             return out
         if self.config.prediction_type == "v_prediction":
-            return abar_t.sqrt() * x_t - (1 - abar_t).sqrt() * out
-        if self._abar[-1] == 0 and (abar_t == 0).any():
+            return root(abar_t) * x_t - root(1 - abar_t) * out
+        if self._ends_without_signal and torch.as_tensor(abar_t == 0).any():
             raise ValueError(f"prediction_type='epsilon' cannot give x_0 at t={t}: abar_t = 0 there. "
                              "Train and sample with v_prediction or sample.")  # fmt: skip
-        return (x_t - (1 - abar_t).sqrt() * out) / abar_t.sqrt()
+        return (x_t - root(1 - abar_t) * out) / root(abar_t)
 
     def predict_eps(self, x_0: Tensor, x_t: Tensor, t: int | Tensor) -> Tensor:
         """(5), rearranged for the noise: eps = (x_t - sqrt(abar_t) x_0) / sqrt(1 - abar_t)."""
-        abar_t = self.abar(t, x_t)
-        return (x_t.to(abar_t.dtype) - abar_t.sqrt() * x_0.to(abar_t.dtype)) / (1 - abar_t).sqrt()
+        abar_t = self._factor(t, x_t)
+        return (wide(x_t) - root(abar_t) * wide(x_0)) / root(1 - abar_t)
 
     def posterior(self, x_0: Tensor, x_t: Tensor, t: int | Tensor, s: int | Tensor) -> tuple[Tensor, Tensor]:
         """(8), (9) mean (B, ...) and variance of q(x_s | x_t, x_0), s < t; the lecture's mu~ and beta~ at s = t - 1."""
-        abar_t, abar_s = self.abar(t, x_t), self.abar(s, x_t)
+        return tensors(*self._posterior(x_0, x_t, t, s))
+
+    def _posterior(self, x_0: Tensor, x_t: Tensor, t: int | Tensor, s: int | Tensor) -> tuple[Tensor, np.floating | Tensor]:
+        abar_t, abar_s = self._factor(t, x_t), self._factor(s, x_t)
         alpha = abar_t / abar_s  # alpha_t when s = t - 1
-        x_0_part = abar_s.sqrt() * (1 - alpha) / (1 - abar_t)
-        x_t_part = alpha.sqrt() * (1 - abar_s) / (1 - abar_t)
-        x_0, x_t = x_0.to(abar_t.dtype), x_t.to(abar_t.dtype)
-        return x_0_part * x_0 + x_t_part * x_t, (1 - abar_s) / (1 - abar_t) * (1 - alpha)
+        x_0_part = root(abar_s) * (1 - alpha) / (1 - abar_t)
+        x_t_part = root(alpha) * (1 - abar_s) / (1 - abar_t)
+        return x_0_part * wide(x_0) + x_t_part * wide(x_t), (1 - abar_s) / (1 - abar_t) * (1 - alpha)
 
     def transition(
         self, x_0: Tensor, x_t: Tensor, t: int | Tensor, s: int | Tensor, eta: float = 1.0
     ) -> tuple[Tensor, Tensor]:
         """Mean and variance of p(x_s | x_t): (10) with the configured variance at eta = 1, (19) below it."""
-        mean, variance = self.posterior(x_0, x_t, t, s)
+        return tensors(*self._transition(x_0, x_t, t, s, eta))
+
+    def _transition(
+        self, x_0: Tensor, x_t: Tensor, t: int | Tensor, s: int | Tensor, eta: float
+    ) -> tuple[Tensor, np.floating | Tensor]:
+        mean, variance = self._posterior(x_0, x_t, t, s)
         if self.config.variance_type.startswith("fixed_large"):
-            alpha = self.abar(t, x_t) / self.abar(s, x_t)
-            variance = torch.where(self.abar(s, x_t) == 1, 0, 1 - alpha)  # the clean image gets no noise
+            abar_t, abar_s = self._factor(t, x_t), self._factor(s, x_t)
+            variance = (1 - abar_t / abar_s) * (abar_s != 1)  # the clean image gets no noise
         if eta != 1:
             variance = eta**2 * variance
-            abar_s = self.abar(s, x_t)
-            mean = abar_s.sqrt() * x_0 + (1 - abar_s - variance).sqrt() * self.predict_eps(x_0, x_t, t)
+            abar_s = self._factor(s, x_t)
+            mean = root(abar_s) * x_0 + root(1 - abar_s - variance) * self.predict_eps(x_0, x_t, t)
         return mean, variance
 
     def step(
@@ -165,7 +208,8 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         in the dtype of `model_output`; none where nothing random is left. Stock diffusers pipelines hand over their own
         `eta`, 0 unless told otherwise.
         """
-        t, s = timestep, self.previous_timestep(timestep) if previous_timestep is None else previous_timestep
+        t = one(timestep)
+        s = self._following(t) if previous_timestep is None else one(previous_timestep)
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must be in [0, 1] (0 is DDIM, 1 is ancestral), got {eta}")
         if eta != 1 and self.config.variance_type.startswith("fixed_large"):
@@ -175,10 +219,10 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"model_output must have the sample's shape {tuple(sample.shape)}, got "
                              f"{tuple(model_output.shape)}; learned variances are not implemented")  # fmt: skip
         x_0 = self.clip(self.predict_x_0(model_output, t, sample))
-        mean, variance = self.transition(x_0, sample.to(x_0.dtype), t, s, eta)
-        if eta > 0 and (s >= 0 if not isinstance(s, Tensor) or s.ndim == 0 else (s >= 0).any()):
+        mean, variance = self._transition(x_0, wide(sample), t, s, eta)
+        if eta > 0 and (s >= 0 if isinstance(s, int) else (s >= 0).any()):
             z = randn_tensor(model_output.shape, generator, model_output.device, model_output.dtype)
-            mean = mean + variance.sqrt() * z
+            mean += root(variance) * z
         out = mean.to(sample.dtype), x_0.to(sample.dtype)
         return DDPMSchedulerOutput(*out) if return_dict else out
 
@@ -222,18 +266,23 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = torch.tensor(plan, dtype=torch.int64, device=device)
         self._next = dict(zip(plan, [*plan[1:], -1], strict=True))
 
-    def previous_timestep(self, timestep: int | Tensor) -> int | Tensor:
+    def previous_timestep(self, timestep: int | Tensor) -> Tensor:
         """The timestep s that sampling goes to from t: the plan's next, t - 1 without a plan, -1 at the end."""
+        return torch.as_tensor(self._following(timestep), device=timestep.device if isinstance(timestep, Tensor) else None)
+
+    def _following(self, timestep: int | Tensor) -> int | Tensor:
+        t = one(timestep)
         if self._next is None:
-            return timestep - 1
-        wanted = torch.as_tensor(timestep)
+            return t - 1
         try:
-            following = [self._next[t] for t in wanted.reshape(-1).tolist()]
+            if isinstance(t, int):
+                return self._next[t]
+            following = [self._next[each] for each in t.reshape(-1).tolist()]
         except KeyError as error:
             raise ValueError(f"timestep {error} is not in the plan of set_timesteps ({len(self.timesteps)} timesteps "
                              f"from {int(self.timesteps[0])} to {int(self.timesteps[-1])}); pass previous_timestep= "
                              "to step between any two") from None  # fmt: skip
-        return torch.tensor(following, device=wanted.device).reshape(wanted.shape)
+        return torch.tensor(following, device=t.device).reshape(t.shape)
 
     def _count(self, n) -> int:
         T = len(self)
@@ -294,6 +343,7 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         if rescale_betas_zero_snr:
             beta = zero_terminal_snr(beta)
         self._abar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - beta).cumprod(0)])  # [t + 1] is abar at t
+        self._ends_without_signal = bool(self._abar[-1] == 0)
         self._tables: dict = {}
         self._next: dict[int, int] | None = None
         self.betas, self.alphas, self.alphas_cumprod = beta.float(), (1 - beta).float(), self._abar[1:].float()
