@@ -65,9 +65,9 @@ class Guided(TextToImagePipeline):
 
     rule: Rule = staticmethod(plain)
 
-    def _predict(self, x_t, t, captions, empty, w, unet_kwargs) -> Tensor:
+    def _predict(self, x_t, t, captions, empty, w, *rest) -> Tensor:
         ask = super()._predict
-        out_c, out_u = (ask(x_t, t, captions, empty, torch.full_like(w, only), unet_kwargs) for only in (0.0, -1.0))
+        out_c, out_u = (ask(x_t, t, captions, empty, torch.full_like(w, only), *rest) for only in (0.0, -1.0))
         if not isinstance(self.rule, Apg):
             return self.rule(out_c, out_u, w)
         scheduler = self.scheduler

@@ -207,23 +207,25 @@ class TextToImagePipeline(Layout, DiffusionPipeline, StableDiffusionLoraLoaderMi
     def _steps(self, scheduler, x_t, captions, empty, w, prompts, step_kwargs, unet_kwargs) -> Iterator[Step]:
         """x_{t-1} = mean(x_t, x_0_hat) + sqrt(variance) z for every t of the plan, (16) under (17)."""
         plan = zip(scheduler.timesteps, [*scheduler.timesteps[1:], scheduler.timesteps.new_tensor(-1)], strict=True)
+        dtype = self.unet.dtype  # asked once: diffusers walks through every module to tell
         for t, s in plan:
             w_t = weights(w, prompts, noise_level(scheduler, t) if callable(w) else None)
             w_t = w_t.repeat_interleave(len(x_t) // prompts).to(x_t)
-            eps_hat = self._predict(scheduler.scale_model_input(x_t, t), t, captions, empty, w_t, unet_kwargs)  # (17)
+            eps_hat = self._predict(scheduler.scale_model_input(x_t, t), t, captions, empty, w_t, dtype, unet_kwargs)  # (17)
             out = scheduler.step(eps_hat, t, x_t, **step_kwargs)  # (15), (8), (9), (16)
             step = Step(t, s, out.prev_sample, getattr(out, "pred_original_sample", None), captions, empty, w)
             yield step
             x_t, captions, empty, w = step.x_t, step.captions, step.empty, step.w
 
-    def _predict(self, x_t: Tensor, t: Tensor, captions: Tensor, empty: Tensor | None, w: Tensor, unet_kwargs) -> Tensor:
+    def _predict(self, x_t: Tensor, t: Tensor, captions: Tensor, empty: Tensor | None, w: Tensor, dtype: torch.dtype,
+                 unet_kwargs: dict) -> Tensor:  # fmt: skip
         """The guided prediction (B, ...): one network call on the conditional rows (w != -1) and the unconditional (w != 0)."""
         c, u = (w != -1).nonzero().flatten(), (w != 0).nonzero().flatten()
         if len(u) and empty is None:
             raise InputError("there are no states of the empty caption to guide by: pass negative_prompt_embeds, or w=0")
         states = torch.cat([empty[u], captions[c]]) if len(u) else captions
-        out = self.unet(x_t[torch.cat([u, c])].to(self.unet.dtype), t, encoder_hidden_states=states.to(self.unet.dtype),
-                        return_dict=False, **unet_kwargs)[0].to(x_t.dtype)  # fmt: skip
+        out = self.unet(x_t[torch.cat([u, c])].to(dtype), t, encoder_hidden_states=states.to(dtype), return_dict=False,
+                        **unet_kwargs)[0].to(x_t.dtype)  # fmt: skip
         eps_c = eps_u = out.new_zeros(len(x_t), *out.shape[1:])  # zero where its factor in (17) is
         return guide(eps_c.index_copy(0, c, out[len(u) :]), eps_u.index_copy(0, u, out[: len(u)]), w)
 
