@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import json
 import math
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -306,8 +307,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    plain = f"--captions {args.captions} --candidates {args.candidates} --steps {args.steps} --pairs {args.pairs}"
-    command = f"python benchmarks/search.py runs/{args.run.resolve().name} {'--quick' if args.quick else plain}"
+    command = f"python benchmarks/search.py {shlex.join(bench.command_line(argv))}"
     section = report(study, found, command, time.monotonic() - began)
     print(section)
     if docs:
