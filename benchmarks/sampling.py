@@ -26,6 +26,7 @@ from pipeline.patches import PatchAutoencoder
 from pipeline.text_to_image import TextToImagePipeline, noise_level
 
 LEVEL = 1 / 255
+MARGIN = 0.05  # of the first-five rate: what is lost at most where a way to draw counts as no worse
 SEED = 2000  # of the judged drawings: neither of those that choose or report w elsewhere
 
 
@@ -196,14 +197,15 @@ def judged(folder: Path, captions: int, w: float, steps: int, batch: int, doc) -
     for name, found in ranks.items():
         faster, summary = ratios(seconds[first], seconds[name]), evaluation.summary(found)
         top, five = (bench.paired(found <= n, ranks[first] <= n) for n in (1, 5))
-        if five[2] >= 0 and name != first:
+        if five[1] >= -MARGIN and name != first:
             equal[name] = median(faster)
         places[name] = (median(faster), summary["first_five"]["share"])
         lines.append([name, spread(faster), f"{summary['first']['share']:.1%}", points(top),
                       f"{summary['first_five']['share']:.1%}", points(five)])  # fmt: skip
     head = ["way to draw", "speed-up", "first", "difference, points (95 %)", "first five", "difference, points (95 %)"]
     best = max(equal, key=equal.get, default=first)
-    goal = target(f"fastest way whose first five are not fewer by the interval ({best})", equal.get(best, 1.0), 3)
+    goal = target(f"fastest way whose first five are at most {100 * MARGIN:g} points fewer, by the whole interval ({best})",
+                  equal.get(best, 1.0), 3)  # fmt: skip
 
     def draw(axes) -> str:
         for name, (x, y) in places.items():

@@ -53,7 +53,7 @@ SMALL_THINGS = frozenset({
     "key", "guitar", "drum", "light bulb", "bell", "books", "pencil", "scissors", "magnet", "telephone"})  # fmt: skip
 THINGS = ("Animals & Nature", "Food & Drink", "Travel & Places", "Activities", "Objects")  # that variations are of
 NO_VARIATION = {word for color in COLORS for word in color.split()} | SHAPES.keys() | {"hearts", "dark"}  # in their names
-PAINTED_EACH = 2  # other colours that a thing is shown in
+PAINTED_EACH = 4  # other colours that a thing is shown in
 MANIFEST = "emoji.json"
 STRIKE = 109  # the one size that colour emoji fonts with bitmaps have, Noto Color Emoji among them
 

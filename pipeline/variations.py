@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from PIL import Image
 
-VERSION = 2  # raise it when the pictures or captions change, so that written sets are replaced
+VERSION = 3  # raise it when the pictures or captions change, so that written sets are replaced
 FREE = ("green cat", "blue dog", "purple banana", "red tree", "yellow frog", "pink lion", "blue strawberry", "green rocket",
         "orange whale", "red snowman", "purple bus", "blue house", "golden fish", "cat astronaut", "white pizza",
         "rainbow heart", "a happy puppy", "blue cow", "three stars", "yellow car")  # fmt: skip  # of no picture in any set
