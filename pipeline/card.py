@@ -132,9 +132,9 @@ def build(config: Config, known: dict, pictures: list[str] = (), model: str = "U
         picture("samples.png", pictures, f"Columns: {', '.join(f'`{fenced(p)}`' for p in sample.prompts)}. Rows: "
                                          f"{' · '.join(f'w = {w:g}' for w in sample.w)}, the same noise."),
         "## Use\n\nIt needs diffusers 0.42 and transformers 5.3, or newer.\n\n"
-        + (adapting(base, model, sample.prompts[-1]) if known.get("base_model_relation") == "adapter"
-           else shipping(model, sample.prompts[-1], sample.default_w) if known.get("shipped") and model == known["model"]
-           else loading(model, known["stock"], sample.prompts[-1], sample.default_w)),
+        + (adapting(base, model, sample.prompts[0]) if known.get("base_model_relation") == "adapter"
+           else shipping(model, sample.prompts[0], sample.default_w) if known.get("shipped") and model == known["model"]
+           else loading(model, known["stock"], sample.prompts[0], sample.default_w)),
         "## Training\n\n" + training(config, known),
         picture("training.png", pictures, "The loss, and the error by timestep."),
         picture("strips.png", pictures, "From noise to picture: x_t on the left, the current x_0 on the right."),
