@@ -25,7 +25,8 @@ def pipe():
 
 
 def test_it_fits_in_a_repository():
-    files = [path for path in SHIPPED.rglob("*") if path.is_file() and "evaluation" not in path.parts]
+    made = {"evaluation", "search"}  # by who measures it: git leaves them out
+    files = [path for path in SHIPPED.rglob("*") if path.is_file() and made.isdisjoint(path.parts)]
     sizes = {path.relative_to(SHIPPED): path.stat().st_size for path in files}
     assert max(sizes.values()) < 9.5e6 and sum(sizes.values()) < 42e6
     assert sum(size for path, size in sizes.items() if path.suffix == ".safetensors") < 40e6

@@ -66,7 +66,8 @@ def test_the_study_draws_once_what_search_finds_and_writes_its_section(run, tmp_
     command = [str(run), "--quick", "--w", "1", "--paths", "bound", "even", "--docs", str(docs)]
     assert study.main(command) == 0
     text = (docs / "benchmarks.md").read_text()
-    assert text.startswith(f"# Before\n\n<!-- search -->\n`python benchmarks/search.py {run} --quick --w 1 --paths bound even --docs")
+    said = f"python benchmarks/search.py {run} --quick --w 1 --paths bound even --docs"
+    assert text.startswith(f"# Before\n\n<!-- search -->\n`{said}")
     assert text.endswith("\n<!-- /search -->\n\n# After\n")
     assert "old" not in text and "8 training and 6 held out captions, w = 1, 10 steps, one picture = 20 network calls" in text
     assert "| more steps | 4× | 80 |" in text and "| random, 4 pairs, bound | 4× | 60 |" in text
