@@ -239,15 +239,18 @@ def create_tab(shelf: Shelf, studio: Studio, checkpoint: gr.Slider) -> None:
 
     @answering
     def reuse(path):
-        request = serving.settings_of(path, studio.T)
+        request, drew, model = serving.settings_of(path, studio.T)
+        if model != studio.name:
+            gr.Info(f"That picture was drawn by {fenced(model[:80])}; {fenced(studio.name)} draws another one.")
         return (request.prompt, request.negative_prompt, request.w, request.steps, request.eta, request.images,
-                request.seed, False, request.low, request.high, request.think)  # fmt: skip
+                request.seed, False, request.low, request.high, request.think, drew)  # fmt: skip
 
     inputs = [prompt, negative, w, steps, eta, images, seed, randomise, low, high, denoiser, checkpoint, think]
     clicked([prompt.submit, go.click], go, stop, create, inputs, [gallery, status, seed, curve, discarded], "create")
     think.change(lambda n: gr.Accordion(visible=n > 1), think, thought, **QUIET)
     prompt.change(answering(studio.tokens), prompt, counter, trigger_mode="always_last", **QUIET)
-    dropped.upload(reuse, dropped, [prompt, negative, w, steps, eta, images, seed, randomise, low, high, think], **QUIET)
+    dropped.upload(reuse, dropped, [prompt, negative, w, steps, eta, images, seed, randomise, low, high, think, denoiser],
+                   **QUIET)  # fmt: skip
 
 
 def clicked(triggers, go: gr.Button, stop: gr.Button, function, inputs, outputs, name: str) -> None:
@@ -434,9 +437,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--host", default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"),  # a Space sets it
                         help="0.0.0.0 lets other machines in (default: 127.0.0.1)")  # fmt: skip
     parser.add_argument("--port", type=int, help="default: 7860, or the next free one")
+    parser.add_argument("--device", help="cpu, cuda or mps (default: cuda where there is one, else cpu)")
     args = parser.parse_args(argv)
     try:
-        shelf = Shelf(args.model or hub.newest())
+        shelf = Shelf(args.model or hub.newest(), args.device)
         demo = build_demo(shelf)
         serve(demo, args.host, args.port)
     except (ValueError, OSError) as error:

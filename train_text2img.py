@@ -88,6 +88,7 @@ def prepare(config: Config, checkpoint: Path | None, device: torch.device) -> Pa
     states = encode(images.all_captions)
     whitening = base.whitening if base else models.whitening(config.model, states)
     white = whitening or (lambda raw: raw)
+    held = white(encode(held_out.all_captions)) if held_out else None
     states, empty = white(states), white(encode([""]))
     torch.manual_seed(config.seed)  # the network's first weights
     unet = base.unet if base else models.unet(config, empty.shape[-1]) if checkpoint is None else None
@@ -102,8 +103,8 @@ def prepare(config: Config, checkpoint: Path | None, device: torch.device) -> Pa
     pipe = models.pipeline(config, models.for_training(unet, device), tokenizer, encoder, whitening, base).to(device)
     costly = pipe.vae is not None and not isinstance(pipe.vae, PatchAutoencoder)
     kept = latents.encode(images, pipe.vae, config.data.cache) if costly and not config.data.streaming else None
-    return Parts(images, held_out, states.to(device), white(encode(held_out.all_captions)).to(device) if held_out else None,
-                 empty.to(device), pipe, kept, data.CaptionStates(tokenizer, encoder, length))  # fmt: skip
+    return Parts(images, held_out, states.to(device), None if held is None else held.to(device), empty.to(device), pipe, kept,
+                 data.CaptionStates(tokenizer, encoder, length))  # fmt: skip
 
 
 def pretrained(config: Config) -> TextToImagePipeline:
@@ -202,13 +203,14 @@ def validate(unet, parts: Parts, config: Config, stop) -> dict:
         x_0 = parts.encoded(images, rows)
         eps = data.noise(0, 0, rows, x_0.shape[1:]).to(x_0.device)
         loss, error = [], {}
-        for t in ((torch.arange(GRID) + 0.5) * T / GRID).long().tolist():
+        for k in ((torch.arange(GRID) + 0.5) * T / GRID).long().tolist():
             if stop:
                 return {}
-            x_t = parts.scheduler.add_noise(x_0, eps, torch.full((len(rows),), t, device=x_0.device))
+            t = torch.full((len(rows),), k, device=x_0.device)
+            x_t = parts.scheduler.add_noise(x_0, eps, t)
             output = unet(x_t, t, encoder_hidden_states=states[images.first[rows]], return_dict=False)[0].float()
-            loss.append(parts.loss(config, output, x_0, eps, torch.full((len(rows),), t)).mean().item())
-            error[t] = (parts.scheduler.predict_x_0(output, t, x_t) - x_0).square().mean().item()
+            loss.append(parts.loss(config, output, x_0, eps, t).mean().item())
+            error[k] = (parts.scheduler.predict_x_0(output, t, x_t) - x_0).square().mean().item()
         record[f"{split}_loss"], record[f"{split}_x_0_error"] = sum(loss) / GRID, error
     return record
 
@@ -240,10 +242,15 @@ def averaged(ema, unet):
 def set_threads(config: Config, accelerator: Accelerator) -> None:
     """Use every core that this process may: `accelerate launch` exports OMP_NUM_THREADS=1 on a CPU."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-    threads = config.train.threads or max(len(os.sched_getaffinity(0)) // local, 1)
+    threads = config.train.threads or max(cores() // local, 1)
     torch.set_num_threads(threads)
     accelerator.print(f"{accelerator.num_processes} process(es) on {accelerator.device}, {threads} CPU threads each, "
                       f"mixed precision: {accelerator.mixed_precision}")  # fmt: skip
+
+
+def cores() -> int:
+    """How many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS has no affinity
 
 
 def keep_freed_memory() -> None:
@@ -269,8 +276,11 @@ def train(config: Config, dry_run: bool = False) -> int:
         raise ConfigError(f"report_to {config.report_to!r} is not installed here: pip install {config.report_to}")
     cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())  # told, torchrun's ranks find each other
     device = PartialState(cpu=cpu).device
+    precision = models.precision(config.train.precision, device)
+    if precision == "fp16" and device.type == "cpu":
+        raise ConfigError("train.precision must be auto, no or bf16 on a CPU, got fp16")
     accelerator = Accelerator(
-        cpu=cpu, mixed_precision=models.precision(config.train.precision, device), log_with=config.report_to,
+        cpu=cpu, mixed_precision=precision, log_with=config.report_to,
         gradient_accumulation_steps=config.train.accumulation, project_dir=config.folder)  # fmt: skip
     set_threads(config, accelerator)
     keep_freed_memory()
@@ -302,8 +312,12 @@ def train(config: Config, dry_run: bool = False) -> int:
 def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Path | None, stop, stream: Stream | None) -> int:
     """The training loop, from a checkpoint or from nothing to the last step; the exit code."""
     main, share, steps = accelerator.is_main_process, config.train.batch_size // config.train.accumulation, config.train.steps
-    with stop.at_once():
+    with stop.at_once(), accelerator.local_main_process_first():  # what it has prepared the others find in the cache
         parts = prepare(config, checkpoint, accelerator.device)
+    read = None if stream is not None else parts.images.fingerprint
+    if checkpoint and (was := runs.manifest(checkpoint).get("data", read)) != read:
+        raise runs.RunError(f"{run.folder} was begun on other pictures or captions: the fingerprint of {config.data.source} "
+                            f"was {was} and is now {read}. Put them back, or give the new run another --name")  # fmt: skip
     parts.stream = stream
     optimizer = optimizer_of(parts.unet, config.train)
     schedule = lr_schedule(optimizer, config.train)
@@ -314,6 +328,8 @@ def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Pa
         restore(optimizer, saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
         ema.load_state_dict(saved["ema"])
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(saved["scaler"])
         state |= saved["state"]
         if stream is not None:
             stream.load_state_dict(saved["streams"][accelerator.process_index % len(saved["streams"])])
@@ -330,14 +346,15 @@ def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Pa
     weights = models.trainable(parts.unet)
     ema.to(accelerator.device)
     if config.report_to:
-        accelerator.init_trackers(config.name, config=settings.flatten(vars(config)))
+        accelerator.init_trackers(config.name, config=trackable(config))
     pipe, clock, busy, counted = parts.pipe, runs.Clock(state["seconds"]), 0.0, 0  # steps, and their seconds, since the last line
     bar = tqdm(total=steps, initial=state["step"], disable=not main, desc=config.name, unit="step", dynamic_ncols=True)
 
     def save():
         state["seconds"] = clock()
         trainer = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "ema": ema.state_dict(),
-                   "state": state, "streams": gather_object([stream.state_dict()]) if stream is not None else []}  # fmt: skip
+                   "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else {}, "state": state,
+                   "streams": gather_object([stream.state_dict()]) if stream is not None else []}  # fmt: skip
 
         def write(folder):
             if config.train.method == "lora":
@@ -349,7 +366,7 @@ def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Pa
             runs.save_state(folder, "trainer", trainer)
 
         if main:
-            run.save(state["step"], write, config.train.keep, processes=accelerator.num_processes)
+            run.save(state["step"], write, config.train.keep, processes=accelerator.num_processes, data=read)
         accelerator.wait_for_everyone()
 
     @contextlib.contextmanager
@@ -422,6 +439,12 @@ def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Pa
         finish(config, run, parts, ema, pipe, clock())
     accelerator.end_training()
     return hub.publish(config, run) if main else 0
+
+
+def trackable(config: Config) -> dict:
+    """Every setting but the token by its dotted name, as numbers and text: all that TensorBoard's table of them takes."""
+    flat = settings.flatten(config.to_dict())
+    return {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in flat.items()}
 
 
 def tell(parts: Parts, config: Config, step: int, seen: list[tuple[torch.Tensor, torch.Tensor]], main: bool) -> None:

@@ -263,9 +263,9 @@ def plot_run(run: Run, images, pipe: TextToImagePipeline) -> Path:
             if f"{split}_x_0_error" in checks[-1]:
                 right.plot(grid, list(checks[-1][f"{split}_x_0_error"].values()), marker=".", label=split.replace("_", "-"))
         rows = torch.linspace(0, len(images) - 1, min(512, len(images))).long()
-        x_0 = pipe.encode(images.images[rows].to(pipe.device).float() / 127.5 - 1)
+        x_0 = pipe.encode(images.images[rows].to(pipe.device).float() / 127.5 - 1).cpu()  # MPS has no float64
         floor = [irreducible_loss(x_0, pipe.scheduler, t).mean().item() for t in grid]
-        right.plot(grid, floor, "k--", label="irreducible without captions (exact denoiser)")
+        right.plot(grid, floor, "k--", label=f"irreducible without captions (exact denoiser of {len(rows)} images)")
         lowest = min(min(line.get_ydata()) for line in right.get_lines()[:-1])  # the exact denoiser's falls to nothing
         right.set(xlabel="timestep", ylabel="mean squared error of x_0", yscale="log", title="Error by timestep")
         right.set_ylim(bottom=lowest / 5)

@@ -101,6 +101,8 @@ class ModelConfig:
             *(at_least("model.time_embedding_dim", self.time_embedding_dim, 2) if self.time_embedding_dim is not None else []),
             *(above_zero("model.whitening", self.whitening) if self.whitening is not None else []),
         ]
+        if self.patch_size is not None and self.patch_size & (self.patch_size - 1):
+            found.append(f"model.patch_size must be a power of two, got {self.patch_size}")
         if not self.channels or any(c < 1 or c % max(self.norm_groups, 1) for c in self.channels):
             found.append(f"model.channels must be multiples of model.norm_groups ({self.norm_groups}), got {self.channels}")
         elif any(c % self.heads for c in self.channels):
@@ -217,6 +219,9 @@ class TrainConfig:
         if self.batch_size >= 1 and self.accumulation >= 1 and self.batch_size % self.accumulation:
             found.append(f"train.batch_size must be a multiple of train.accumulation ({self.accumulation}), "
                          f"got {self.batch_size}")  # fmt: skip
+        if self.lr_schedule != "flat_then_linear" and (self.lr_end, self.decay_share) != (0.0, 0.4):
+            found.append(f"train.lr_end and train.decay_share are used by flat_then_linear only, not by {self.lr_schedule}: "
+                         "leave them out")  # fmt: skip
         if self.optimizer != "muon" and self.matrix_lr is not None:
             found.append(f"train.matrix_lr is used by muon only, not by {self.optimizer}: leave it out")
         if self.weighting.startswith("min_") and not (self.gamma is not None and 0 < self.gamma < math.inf):
@@ -258,7 +263,7 @@ class SampleConfig:
     def problems(self):
         """What is out of range, a sentence each."""
         found = [*at_least("sample.steps", self.steps, 1), *at_least("sample.every", self.every, 1),
-                 *in_range("sample.eta", self.eta, 0, 1)]  # fmt: skip
+                 *in_range("sample.eta", self.eta, 0, 1), *in_range("sample.seed", self.seed, 0, 2**62)]  # fmt: skip
         if not self.prompts:
             found.append("sample.prompts must name at least one prompt, got none")
         if not self.w or not all(math.isfinite(w) for w in (*self.w, self.default_w)):
@@ -315,6 +320,10 @@ class Config:
         if self.sample.steps > noise["num_train_timesteps"]:
             found.append(f"sample.steps must be at most diffusion.num_train_timesteps ({noise['num_train_timesteps']}), "
                          f"got {self.sample.steps}")  # fmt: skip
+        if self.sample.eta != 1 and noise["variance_type"].startswith("fixed_large"):
+            found.append(f"sample.eta must be 1 with diffusion.variance_type {noise['variance_type']}, got {self.sample.eta}")
+        if not new and self.data.caption_length != DataConfig.caption_length:
+            found.append("data.caption_length is the pretrained model's own: leave it out")
         if new and noise["rescale_betas_zero_snr"] and noise["prediction_type"] == "epsilon":
             found.append("diffusion.rescale_betas_zero_snr needs prediction_type sample or v_prediction: "
                          "at SNR = 0 the noise says nothing about the image")  # fmt: skip

@@ -165,7 +165,7 @@ def record(folder: Path, model: str, **found) -> dict:
 
 
 def finished(folder: Path) -> tuple[settings.Config, Judge, Bank, TextToImagePipeline]:
-    """A finished run, or a saved pipeline with its config.yaml, and all that judges it."""
+    """A finished run, or a saved pipeline with its config.yaml, on the fastest device, and all that judges it, on the CPU."""
     run = runs.Run(folder)
     if not (run.drawable or (folder / "model_index.json").is_file()):
         raise EvaluationError(f"{folder} holds no finished pipeline, expected {folder / 'pipeline' / 'model_index.json'}: "
@@ -173,7 +173,7 @@ def finished(folder: Path) -> tuple[settings.Config, Judge, Bank, TextToImagePip
     config, network = settings.load_file(run.config), Judge()
     see = lambda images: kept(config.data.cache, "features", NAME, images, lambda: network.features(images))
     bank = Bank.of(see, [split for split in data.load_splits(config.data) if split is not None])
-    pipe = sample.opened(str(folder))
+    pipe = sample.opened(str(folder)).to(sample.chosen(None, double=True))
     pipe.set_progress_bar_config(disable=True)
     return config, network, bank, pipe
 
@@ -226,8 +226,8 @@ def from_real(judge: Judge, bank: Bank, pipe: TextToImagePipeline, rows: Tensor,
     plan = [k for k in scheduler.timesteps.tolist() if k <= t]
     if not plan:
         raise EvaluationError(f"a plan of {steps} steps has no timestep up to {t}: give more --steps, or start later")
-    z = pipe.encode(as_float(bank.images[rows]))
-    x_t = scheduler.add_noise(z, torch.randn(z.shape, generator=torch.Generator().manual_seed(seed)), plan[0])
+    z = pipe.encode(as_float(bank.images[rows]).to(pipe.device))
+    x_t = scheduler.add_noise(z, torch.randn(z.shape, generator=torch.Generator().manual_seed(seed)).to(z), plan[0])
     images = drawn(pipe, [bank.captions[i] for i in rows], w=w, seed=seed, timesteps=plan, latents=x_t)
     return {"t": plan[0]} | summary(retrieval_ranks(judge.features(images), bank.features, bank.own[rows]))
 

@@ -41,13 +41,13 @@ def minilm() -> Path:
 def text_encoder(name: str) -> tuple:
     """(tokenizer, frozen encoder) by name: `minilm`, or a transformers folder, or a Hub id (CLIP, T5, BERT…), id@revision."""
     source, _, revision = (minilm(), "", "") if name == "minilm" else name.partition("@")
-    at = {"revision": revision} if revision else {}
+    at = {"trust_remote_code": False} | ({"revision": revision} if revision else {})
     kinds = {"clip": CLIPTextModel, "clip_text_model": CLIPTextModel, "t5": T5EncoderModel}
     try:
         kind = kinds.get(AutoConfig.from_pretrained(source, **at).model_type, AutoModel)
         tokenizer = AutoTokenizer.from_pretrained(source, **at)
         encoder = kind.from_pretrained(source, use_safetensors=True, dtype=torch.float32, **at)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: an architecture that is unknown, or the repository's own code
         raise ConfigError(f"model.text_encoder {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     return tokenizer, encoder.requires_grad_(False).eval()
 

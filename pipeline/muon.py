@@ -53,6 +53,7 @@ class Muon(torch.optim.AdamW):
         groups = [{"params": list(orthogonalised), "momentum": momentum, "lr": lr if matrix_lr is None else matrix_lr},
                   {"params": list(others), "momentum": None}]  # fmt: skip
         super().__init__([group for group in groups if group["params"]], lr, betas, weight_decay=weight_decay, fused=True)
+        self._step_supports_amp_scaling = False  # the fused kernel skips an overflow itself, matrices cannot: GradScaler shall
 
     @torch.no_grad()
     def step(self, closure=None):

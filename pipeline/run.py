@@ -87,12 +87,13 @@ class Run:
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(f"cannot make the run folder {self.folder}: {error.strerror}") from error
-        for stale in self.checkpoints.glob(".tmp-*"):
-            shutil.rmtree(stale)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run for this process; RunError while another one has it. The system frees it when a process dies."""
+        """Hold the run for this process; RunError while another one has it. The system frees it when a process dies.
+
+        Whoever has it clears away what one that was killed had only half saved.
+        """
         with open(self.folder / ".lock", "a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -103,6 +104,8 @@ class Run:
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
+            for stale in self.checkpoints.glob(".tmp-*"):
+                shutil.rmtree(stale)
             yield
 
     def save(self, step: int, write: Callable[[Path], None], keep: int, **facts) -> Path:

@@ -79,13 +79,14 @@ def files(output: Path, n: int) -> list[Path]:
     return [output] if n == 1 else [output.with_stem(f"{output.stem}-{i}") for i in range(n)]
 
 
-def chosen(device: str | None) -> str:
-    """The device by name, or the fastest there is."""
+def chosen(device: str | None, double: bool = False) -> str:
+    """The device by name, or the fastest there is, `double` of those that compute in float64; ValueError for one not there."""
     import torch
     from accelerate import PartialState
 
     if device is None:
-        return str(PartialState().device)
+        found = PartialState().device
+        return "cpu" if double and found.type == "mps" else str(found)
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch's way to say that a device is unknown or not there

@@ -103,7 +103,7 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         """`abar`, but where t is one timestep a number of the same precision, which costs no tensor operations."""
         key = (like.device, wide_dtype(like))
         if key not in self._tables:
-            self._tables[key] = (table := self._abar.to(*key)), table.cpu().numpy()
+            self._tables[key] = self._abar.to(*key), self._abar.to(key[1]).numpy()
         table, numbers = self._tables[key]
         if not isinstance(t, Tensor) or (t.ndim == 0 and t.device.type == "cpu"):
             self._check_range(t := operator.index(t))

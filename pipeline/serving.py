@@ -19,7 +19,7 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from pipeline import data, emoji, hub, models, safe, search
+from pipeline import data, emoji, hub, models, safe, sample, search
 from pipeline.config import DataConfig, load_file, read_yaml
 from pipeline.exact import ExactDenoiser
 from pipeline.guidance import InputError, Weight, interval
@@ -176,13 +176,17 @@ class Studio:
             scheduler = pipe.scheduler
             shared = {name: getattr(pipe, name) for name in ("text_encoder", "tokenizer", "vae", "whitening")}
             shared |= {name: pipe.config[name] for name in ("caption_length", "w")}
-        x_0 = train.images[:].float() / 127.5 - 1
-        if pipe is not None:
-            x_0 = pipe.encode(x_0)
+        parts = (some.to(self.device).float() / 127.5 - 1 for some in train.images[:].split(64))
+        x_0 = torch.cat([some if pipe is None else pipe.encode(some) for some in parts])
         exact = TextToImagePipeline(ExactDenoiser(x_0, scheduler), scheduler, **shared)
         captions, empty = exact.encode_prompt(train.captions, negative_prompt="")
         exact.unet = ExactDenoiser(x_0, scheduler, captions, empty[:1])
         return exact
+
+    @property
+    def device(self) -> torch.device:
+        """Where it draws: the network's device, the CPU where there is none."""
+        return torch.device("cpu") if self.network is None else self.network.device
 
     @property
     def pipe(self) -> TextToImagePipeline:
@@ -292,8 +296,8 @@ class Studio:
         The keys name the panels. `caption` is what the denoisers are told of the picture, "" nothing.
         """
         pipe, generator = self.pipe, torch.Generator().manual_seed(seed)
-        scheduler, z = pipe.scheduler, pipe.encode(x_0)
-        noise = lambda: torch.randn(z.shape, generator=generator)
+        scheduler, z = pipe.scheduler, pipe.encode(x_0.to(pipe.device))
+        noise = lambda: torch.randn(z.shape, generator=generator).to(z)
         jump, chain = scheduler.add_noise(z, noise(), t - 1), z
         for k in range(t):
             chain = scheduler.add_noise_step(chain, noise(), k)
@@ -326,10 +330,11 @@ class Studio:
 class Shelf:
     """The models that a page offers: one, the checkpoints of a run in progress, or (None) the exact denoiser alone.
 
-    model: the folder of a run or of a saved pipeline, or the Hub's `user/name[@revision]`.
+    model: the folder of a run or of a saved pipeline, or the Hub's `user/name[@revision]`. device: None is the fastest.
     """
 
-    def __init__(self, model: str | Path | None):
+    def __init__(self, model: str | Path | None, device: str | None = None):
+        self.device = sample.chosen(device, double=True)
         self.name = "the exact denoiser" if model is None else Path(str(model).partition("@")[0]).name
         if model is not None and not Path(model).exists() and safe.named(str(model)):
             model = safe.download(str(model))
@@ -361,8 +366,9 @@ class Shelf:
         if self.model is None:
             return Studio(None, self.name, DataConfig())
         if step is not None:
-            return Studio(hub.load_checkpoint(self.run, step), f"{self.name} at step {step}", load_file(self.run.config).data)
-        pipe = hub.load(self.model)
+            pipe = hub.load_checkpoint(self.run, step).to(self.device)
+            return Studio(pipe, f"{self.name} at step {step}", load_file(self.run.config).data)
+        pipe = hub.load(self.model).to(self.device)
         pipe.set_progress_bar_config(disable=True)
         places = [self.run.config] if self.run else [Path(self.model) / "config.yaml", Path(self.model).parent / "config.yaml"]
         known = [load_file(path).data for path in places if path.is_file()]
@@ -444,13 +450,16 @@ def uploaded(path: str | Path, resolution: int) -> Tensor:
     return torch.from_numpy(pixels.copy())[None].float() / 127.5 - 1
 
 
-def settings_of(path: str | Path, T: int) -> Request:
-    """The request that a PNG of this page was drawn by; InputError where it carries none."""
+def settings_of(path: str | Path, T: int) -> tuple[Request, str, str]:
+    """What a PNG of this page was drawn by: the request, the denoiser and the model's name; InputError where it carries none."""
     with PIL.Image.open(io.BytesIO(opened(path, ("PNG",)))) as picture:
         try:
             picture.load()
             raw = {"think": 1} | json.loads(picture.info["parameters"])  # which pictures of before do not name
             own = {f.name: raw[f.name] for f in dataclasses.fields(Request)}
+            denoiser, model = raw["denoiser"], raw["model"]
+            if denoiser not in DENOISERS or not isinstance(model, str):
+                raise ValueError(f"{denoiser!r} of {model!r}")
         except (OSError, SyntaxError, ValueError, KeyError, TypeError) as error:
             raise InputError("the picture carries no settings, expected a PNG that this page drew") from error
-    return Request.read(own, T)
+    return Request.read(own, T), denoiser, model

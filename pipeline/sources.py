@@ -4,6 +4,7 @@ Each source becomes `Rows`. A row is a dict: image ({"bytes", "path"} or None), 
 good row) and metadata (JSON).
 """
 
+import csv
 import functools
 import hashlib
 import json
@@ -182,8 +183,8 @@ def is_table(source: Path) -> bool:
 def folder_of_images(source: Path, split: str, caption_column: str | Sequence[str] | None) -> Rows:
     """The images of one split of a folder, with their captions.
 
-    Captions come from `metadata.jsonl` (`caption` or `text`, or `caption_column`), else from `name.txt` beside `name.png`,
-    else from file names.
+    Captions come from `metadata.jsonl` or `metadata.csv` (`caption` or `text`, or `caption_column`), else from `name.txt`
+    beside `name.png`, else from file names.
     """
     folder = split_folder(source, split)
     rows, notes = folder_rows(folder, caption_column)
@@ -201,10 +202,16 @@ def split_folder(source: Path, split: str) -> Path:
     if (source / split).is_dir():
         return source / split
     known = sorted(p.name for p in source.iterdir() if p.is_dir() and not p.name.startswith("."))
-    pictures = any(p.suffix.lower() in SUFFIXES or p.name == "metadata.jsonl" for p in source.iterdir())
+    pictures = any(p.suffix.lower() in SUFFIXES or p.name in LISTINGS for p in source.iterdir())
     if split == "train" and pictures and not {"test", "validation"} & set(known):
         return source
-    raise DataError(f"{source} has no split {split!r}: it has {', '.join(known) or 'no folders'}")
+    raise DataError(no_split(str(source), split, ", ".join(known) or "no folders"))
+
+
+def no_split(source: str, split: str, known: str) -> str:
+    """What to say where a split that `data.split` or `data.held_out` names is not there."""
+    return (f"{source} has no split {split!r}: it has {known}. Name the splits by --data.split and --data.held_out; "
+            "--data.held_out null trains without a held-out one")  # fmt: skip
 
 
 def stat(path: str) -> tuple[int, int]:
@@ -214,21 +221,21 @@ def stat(path: str) -> tuple[int, int]:
 
 
 def folder_rows(folder: Path, caption_column: str | Sequence[str] | None) -> tuple[list[dict], list[str]]:
-    """(rows, notes) of one folder: a row an image, sorted by name, or as metadata.jsonl lists them."""
+    """(rows, notes) of one folder: a row an image, sorted by name, or as metadata.jsonl or metadata.csv lists them."""
     paths = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in SUFFIXES]
     files = {p.relative_to(folder).as_posix(): p for p in paths}
     files = {name: p for name, p in files.items() if not any(part.startswith(".") for part in name.split("/"))}
-    listing = folder / "metadata.jsonl"
-    if listing.is_file():
-        entries = read_jsonl(listing)
+    listing = next((folder / name for name in LISTINGS if (folder / name).is_file()), None)
+    if listing:
+        entries = LISTINGS[listing.name](listing)
         if not entries:
             return [], []
         columns = find_columns(listing, {key for e in entries if isinstance(e, dict) for key in e}, caption_column)
-        rows = [listed_row(folder, i, entry, columns) for i, entry in enumerate(entries, 1)]
+        rows = [listed_row(listing, i, entry, columns) for i, entry in enumerate(entries, 1)]
         unlisted = sorted(files.keys() - {row["name"] for row in rows})
         return rows, [f"{len(unlisted)} images have no row in {listing}, e.g. {printable(unlisted[0])}"] if unlisted else []
     if caption_column is not None:
-        raise DataError(f"caption_column {caption_column!r} needs {listing}, which does not exist")
+        raise DataError(f"caption_column {caption_column!r} needs {' or '.join(LISTINGS)} in {folder}, which has neither")
     texts = {name: path.with_suffix(".txt") for name, path in files.items() if path.with_suffix(".txt").is_file()}
     rows = [beside_row(name, path, texts) for name, path in files.items()]
     lacking = sorted(files.keys() - texts.keys()) if texts else []
@@ -249,9 +256,23 @@ def read_jsonl(path: Path) -> list[dict | BrokenRow]:
     return entries
 
 
-def listed_row(folder: Path, line: int, entry: dict | BrokenRow, columns: tuple[str, ...]) -> dict:
-    """One row from a line of metadata.jsonl."""
-    where = f"metadata.jsonl:{line}"
+def read_csv(path: Path) -> list[dict | BrokenRow]:
+    """The rows of a CSV file with a header, an empty cell as None; a row of too many cells comes as the reason."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            entries = list(csv.DictReader(file, strict=True))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} cannot be read ({error}): save it as UTF-8 CSV with a header") from error
+    wide = BrokenRow("it has more cells than the header: quote a caption with commas in it")
+    return [wide if None in entry else {key: value or None for key, value in entry.items()} for entry in entries]
+
+
+LISTINGS = {"metadata.jsonl": read_jsonl, "metadata.csv": read_csv}  # Hugging Face's image folders
+
+
+def listed_row(listing: Path, line: int, entry: dict | BrokenRow, columns: tuple[str, ...]) -> dict:
+    """One row from an entry of an image folder's listing."""
+    folder, where = listing.parent, f"{listing.name}:{line}"
     if isinstance(entry, BrokenRow):
         return as_row(where, None, [], str(entry))
     name = entry.get("file_name")
@@ -298,7 +319,7 @@ def table(config: DataConfig, split: str) -> Rows:
         known = list(builder.info.splits or builder.config.data_files or ())
         unknown = [name for name in (part.split("[")[0].strip() for part in split.split("+")) if name not in known]
         if unknown:
-            raise DataError(f"{config.source} has no split {', '.join(map(repr, unknown))}: it has {', '.join(known) or 'none'}")
+            raise DataError(no_split(config.source, ", ".join(unknown), ", ".join(known) or "none"))
         if config.streaming:
             found = builder.as_streaming_dataset(split=split)
         else:

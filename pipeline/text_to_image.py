@@ -22,6 +22,7 @@ from .layout import Layout
 
 logger = logging.get_logger(__name__)
 
+ENCODED = 8  # images that a VAE encodes at once
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 CLIP = ("clip", "clip_text_model")  # text encoders that Stable Diffusion runs without an attention mask
 
@@ -230,12 +231,16 @@ class TextToImagePipeline(Layout, DiffusionPipeline, StableDiffusionLoraLoaderMi
         return guide(eps_c.index_copy(0, c, out[len(u) :]), eps_u.index_copy(0, u, out[: len(u)]), w)
 
     @torch.no_grad()
+    @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """What the network sees (B, c, h, w) of images (B, 3, H, W) in [-1, 1], `decode`'s inverse; a VAE's most likely."""
+        """What the network sees (B, c, h, w) of images (B, 3, H, W) in [-1, 1], `decode`'s inverse; a VAE's most likely.
+
+        A few at a time, since a VAE's activations are hundreds of times as large as its latents.
+        """
         if self.vae is None:
             return images
-        found, config = self.vae.encode(images.to(self.vae.dtype)), self.vae.config
-        z = found.latents if hasattr(found, "latents") else found.latent_dist.mode()
+        found, config = [self.vae.encode(some) for some in images.to(self.vae.dtype).split(ENCODED)], self.vae.config
+        z = torch.cat([one.latents if hasattr(one, "latents") else one.latent_dist.mode() for one in found])
         return (z.to(images.dtype) - (getattr(config, "shift_factor", None) or 0)) * config.scaling_factor
 
     def decode(self, x: Tensor) -> Tensor:

@@ -110,7 +110,7 @@ class Clip:
 
     def __init__(self, model: str | Path):
         try:
-            if (kind := AutoConfig.from_pretrained(model).model_type) != "clip":
+            if (kind := AutoConfig.from_pretrained(model, trust_remote_code=False).model_type) != "clip":
                 raise InputError(f"{model} is a model of type {kind!r}, expected clip: pass openai/clip-vit-large-patch14")
             self.model = CLIPModel.from_pretrained(model, use_safetensors=True).eval()
             self.tokenizer = CLIPTokenizer.from_pretrained(model)

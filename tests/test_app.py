@@ -90,7 +90,8 @@ def test_page_client_and_python_give_the_same_pixels(url, shelf, tmp_path):
     client = Client(url, verbose=False, download_files=tmp_path)
     gallery, *_ = client.predict(**GOOD | {"images": 2}, api_name="/create")
     assert np.array_equal(pixels([Image.open(entry["image"]) for entry in gallery]), expected)
-    assert serving.settings_of(gallery[0]["image"], T=1000) == Request("red heart", w=1.0, steps=4, images=2, seed=7)
+    request, denoiser, model = serving.settings_of(gallery[0]["image"], T=1000)
+    assert (request, denoiser, model) == (Request("red heart", w=1.0, steps=4, images=2, seed=7), "network", "tiny")
 
 
 def test_the_readmes_script_draws(url, tmp_path):

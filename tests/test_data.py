@@ -218,6 +218,22 @@ def test_listed_files_that_are_missing_and_files_that_are_not_listed_are_reporte
     assert "Expecting value" in found["metadata.jsonl:5"] and "expected an object" in found["metadata.jsonl:6"]
 
 
+def test_a_csv_listing_is_read_as_image_folders_have_it(load, tmp_path):
+    folder = tmp_path / "set"
+    for name in ("a.png", "b.png", "c.png", "IMG_1.png"):
+        save(folder / name)
+    rows = '\ufefffile_name,text,licence\na.png,"a ""red"", round cat",CC0\nb.png,,\nc.png,a dog, a cat,CC0\n'
+    (folder / "metadata.csv").write_text(rows, encoding="utf-8")
+    images = load()
+    assert images.captions == ['a "red", round cat', ""]
+    assert images.metadata[0] == {"file_name": "a.png", "licence": "CC0"}
+    assert reasons(images) == {"metadata.csv:3": "it has more cells than the header: quote a caption with commas in it"}
+    assert "2 images have no row in" in str(images.report)
+    (folder / "metadata.csv").write_bytes(b"file_name,text\na.png,\xff\n")
+    with pytest.raises(DataError, match="metadata.csv cannot be read .* save it as UTF-8 CSV"):
+        load()
+
+
 def test_a_decompression_bomb_is_skipped(load, tmp_path):
     """A file of some kilobytes that claims 65 megapixels; below the limit the same picture is read."""
     bomb = encoded(Image.new("1", (8125, 8000)))

@@ -77,3 +77,30 @@ def test_a_flat_weight_is_a_view_of_it():
         weight = torch.randn(4, 3, 2, 2).contiguous(memory_format=layout)
         flat(weight).zero_()
         assert not weight.any()
+
+
+def test_a_scalers_overflow_moves_nothing_and_what_follows_is_as_if_it_had_not_been():
+    """Training in fp16: GradScaler skips a step whose unscaled gradients are not finite, of matrices as of the rest."""
+
+    def trained(spoilt):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8))
+        optimizer = Muon([network[1].weight], [network[0].weight, network[0].bias, network[1].bias], lr=0.01)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        for step in range(3):
+            scaler.scale(network(torch.ones(2, 8)).square().sum()).backward()
+            if step == 1:
+                if not spoilt:
+                    optimizer.zero_grad()
+                    continue
+                network[1].weight.grad[0, 0] = torch.inf
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        return list(network.parameters()), scaler.get_scale()
+
+    (ours, lowered), (wanted, kept) = trained(True), trained(False)
+    assert lowered == 2.0 and kept == 4.0
+    assert all(a.isfinite().all() and torch.allclose(a, b, atol=1e-6) for a, b in zip(ours, wanted, strict=True))

@@ -65,9 +65,15 @@ def test_a_failed_save_leaves_the_old_checkpoint_and_the_next_start_clears_the_r
         run.save(2, fail, keep=1)
     assert run.newest().name == "1"
     assert not (run.checkpoints / ".tmp-2").exists()
-    (run.checkpoints / ".tmp-3").mkdir()  # of a process that was killed
-    run.create()
-    assert not (run.checkpoints / ".tmp-3").exists()
+    half = run.checkpoints / ".tmp-3"
+    half.mkdir()  # of a process that was killed
+    with run.lock():
+        assert not half.exists()
+        half.mkdir()  # of this one, which is saving
+        run.create()
+        with pytest.raises(RunError, match="is in use by process"), run.lock():
+            pass
+        assert half.exists()
 
 
 def test_a_disk_without_room_is_told_before_anything_is_written(run, monkeypatch):

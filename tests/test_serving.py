@@ -133,9 +133,9 @@ def test_a_picture_carries_what_draws_it_again(studio, tmp_path):
     drawn = last(studio.create(request)).images
     for i, image in enumerate(drawn):
         image.save(tmp_path / "a.png", pnginfo=_text(image.info))
-        assert serving.settings_of(tmp_path / "a.png", T=1000) == request
+        assert serving.settings_of(tmp_path / "a.png", T=1000) == (request, "network", studio.name)
         assert json.loads(image.info["parameters"])["image"] == i
-    again = last(studio.create(serving.settings_of(tmp_path / "a.png", T=1000))).images
+    again = last(studio.create(serving.settings_of(tmp_path / "a.png", T=1000)[0])).images
     assert np.array_equal(pixels(drawn), pixels(again))
 
 
@@ -209,7 +209,7 @@ def test_a_searched_picture_and_the_discarded_carry_what_draws_them_again(studio
     drawn = last(studio.create(THOUGHT))
     for image, best in [(drawn.images[0], True), *((image, False) for image in drawn.discarded)]:
         image.save(tmp_path / "a.png", pnginfo=_text(image.info))
-        request = serving.settings_of(tmp_path / "a.png", T=1000)
+        request, *_ = serving.settings_of(tmp_path / "a.png", T=1000)
         assert (request == THOUGHT) == best and request.think == (6 if best else 1)
         again = last(studio.create(request)).images
         assert np.abs(pixels(again) - pixels([image])).max() <= (0 if best else 1)  # alone it rounds otherwise
@@ -244,8 +244,8 @@ def test_the_exact_denoiser_thinks_too(studio):
 
 def test_a_picture_of_before_the_search_is_read(tmp_path):
     old = {name: value for name, value in vars(Request("cat", steps=9)).items() if name != "think"}
-    content = png(pnginfo=_text({"parameters": json.dumps(old)}))
-    assert serving.settings_of(saved(tmp_path, content), T=1000) == Request("cat", steps=9)
+    content = png(pnginfo=_text({"parameters": json.dumps(old | {"denoiser": "exact", "model": "emoji"})}))
+    assert serving.settings_of(saved(tmp_path, content), T=1000) == (Request("cat", steps=9), "exact", "emoji")
 
 
 # ---- the exact denoiser
@@ -363,14 +363,20 @@ def test_an_uploaded_picture_is_one_of_the_sets_size(tmp_path, kind):
     assert torch.allclose((x_0[0].mean((1, 2)) + 1) * 127.5, torch.tensor([10.0, 200.0, 30.0]), atol=3)
 
 
+DREW = {"denoiser": "network", "model": "emoji"}
+
+
 @pytest.mark.parametrize("parameters, message", [
     (None, "carries no settings"),
     ("a cat, steps: 5", "carries no settings"),
     ("[1, 2]", "carries no settings"),
     (json.dumps({"prompt": "cat"}), "carries no settings"),
     (json.dumps(Request.__dict__["__dataclass_fields__"].__len__()), "carries no settings"),
-    (json.dumps({**vars(Request("cat")), "steps": 10**9}), "steps is 1000000000, expected"),
-    (json.dumps({**vars(Request("cat")), "w": math.nan}), "w is nan, expected"),
+    (json.dumps(vars(Request("cat"))), "carries no settings"),
+    (json.dumps({**vars(Request("cat")), **DREW, "denoiser": "cat"}), "carries no settings"),
+    (json.dumps({**vars(Request("cat")), **DREW, "model": ["cat"]}), "carries no settings"),
+    (json.dumps({**vars(Request("cat")), **DREW, "steps": 10**9}), "steps is 1000000000, expected"),
+    (json.dumps({**vars(Request("cat")), **DREW, "w": math.nan}), "w is nan, expected"),
 ])  # fmt: skip
 def test_settings_of_a_foreign_picture_are_checked(tmp_path, parameters, message):
     content = png(pnginfo=_text({} if parameters is None else {"parameters": parameters}))

@@ -253,6 +253,49 @@ def test_how_often_it_logs_checks_and_saves_does_not_change_what_it_learns(whole
     assert same(weights(tmp_path / "tiny"), weights(whole[0]))
 
 
+def test_nothing_is_left_on_another_device(config, monkeypatch):
+    """torch's meta device in a GPU's place: it computes no values, and refuses operands of two devices as a GPU does."""
+    chosen, _ = settings.load(["--config", str(config), "--data.flip", "true"])
+    parts = train_text2img.prepare(chosen, None, torch.device("meta"))
+    assert {parts.states.device.type, parts.held_states.device.type, parts.empty.device.type} == {"meta"}
+    each = train_text2img.batch_loss(parts.unet, parts, chosen, 0, torch.arange(4))
+    assert each.shape == (4,) and each.device.type == "meta"
+    monkeypatch.setattr(torch.Tensor, "item", lambda self: float(self.device.type == "meta"))
+    found = train_text2img.validate(parts.unet, parts, chosen, stop=False)
+    assert found["train_loss"] == found["held_out_loss"] == 1.0
+
+
+def test_changed_pictures_are_refused_and_named(whole, images, tmp_path):
+    run = killed_after(2, whole[0], tmp_path)
+    mine = tmp_path / "squares"
+    shutil.copytree(images, mine)
+    text = (run / "config.yaml").read_text().replace(str(images), str(mine))
+    (run / "config.yaml").write_text(text)
+    (tmp_path / "mine.yaml").write_text(text)
+    Image.new("RGB", (16, 16), "maroon").save(mine / "train" / "maroon.png")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+    done = train(tmp_path / "mine.yaml", tmp_path, check=False)
+    assert done.returncode == 2 and "was begun on other pictures or captions: the fingerprint of" in done.stderr
+    assert all(path.read_bytes() == content for path, content in before.items())
+    (mine / "train" / "maroon.png").unlink()
+    train(tmp_path / "mine.yaml", tmp_path)
+    assert same(weights(run), weights(whole[0]))
+
+
+def test_tensorboard_gets_the_curves_and_the_settings_without_the_token(config, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(config, tmp_path, "--report_to", "tensorboard", "--hub.token", "hf_canary")
+    written = [path for path in (tmp_path / "tiny").rglob("*") if path.is_file() and path.suffix != ".safetensors"]
+    assert not [path for path in written if b"hf_canary" in path.read_bytes()]
+    curves = {}
+    for events in {path.parent for path in written if "tfevents" in path.name}:
+        found = EventAccumulator(str(events)).Reload()
+        curves |= {name: [event.step for event in found.Scalars(name)] for name in found.Tags()["scalars"]}
+    assert curves["loss"] == curves["lr"] == [1, 2, 3, 4, 5, 6]
+    assert "train.lr: 0.001" in "".join(path.read_text() for path in written if path.name == "hparams.yml")
+
+
 def test_another_seed_learns_something_else(whole, tmp_path):
     train(whole[0] / "config.yaml", tmp_path, "--seed", "1")
     assert not same(weights(tmp_path / "tiny"), weights(whole[0]))
