@@ -240,16 +240,15 @@ def create_tab(shelf: Shelf, studio: Studio, checkpoint: gr.Slider) -> None:
     @answering
     def reuse(path):
         request, drew, model = serving.settings_of(path, studio.T)
-        if model != studio.name:
-            gr.Info(f"That picture was drawn by {fenced(model[:80])}; {fenced(studio.name)} draws another one.")
+        said = "" if model == studio.name else f"{fenced(model[:80])} drew that picture; {fenced(studio.name)} draws another one."
         return (request.prompt, request.negative_prompt, request.w, request.steps, request.eta, request.images,
-                request.seed, False, request.low, request.high, request.think, drew)  # fmt: skip
+                request.seed, False, request.low, request.high, request.think, drew, said)  # fmt: skip
 
     inputs = [prompt, negative, w, steps, eta, images, seed, randomise, low, high, denoiser, checkpoint, think]
     clicked([prompt.submit, go.click], go, stop, create, inputs, [gallery, status, seed, curve, discarded], "create")
     think.change(lambda n: gr.Accordion(visible=n > 1), think, thought, **QUIET)
     prompt.change(answering(studio.tokens), prompt, counter, trigger_mode="always_last", **QUIET)
-    dropped.upload(reuse, dropped, [prompt, negative, w, steps, eta, images, seed, randomise, low, high, think, denoiser],
+    dropped.upload(reuse, dropped, [prompt, negative, w, steps, eta, images, seed, randomise, low, high, think, denoiser, status],
                    **QUIET)  # fmt: skip
 
 

@@ -19,7 +19,7 @@ import httpx
 import numpy as np
 import pytest
 from gradio_client import Client
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from tiny import tiny_pipeline
 
 import app
@@ -463,7 +463,7 @@ def test_thinking_longer_shows_its_curve_and_can_be_stopped(page):
 
 @needs_browser
 def test_a_dropped_picture_brings_its_settings_back(page, url, tmp_path):
-    settings = GOOD | {"prompt": "green heart", "seed": 123, "steps": 9, "w": 3.5}
+    settings = GOOD | {"prompt": "green heart", "seed": 123, "steps": 9, "w": 3.5, "denoiser": "exact"}
     _, _, (gallery, *_) = call(url, "create", *settings.values())
     (tmp_path / "drawn.png").write_bytes(httpx.get(gallery[0]["image"]["url"]).content)
     page.get_by_text("More").click()
@@ -471,8 +471,21 @@ def test_a_dropped_picture_brings_its_settings_back(page, url, tmp_path):
     page.wait_for_function("document.querySelector('#prompt textarea').value == 'green heart'")
     assert page.locator("#seed input").input_value() == "123"
     assert page.get_by_label("number input for Steps").first.input_value() == "9"
+    assert page.get_by_role("radio", name="exact").first.is_checked()
     page.locator("#generate").click()
     page.locator("#status", has_text="seed 123").wait_for()
+
+
+@needs_browser
+def test_a_dropped_picture_of_another_model_is_told_apart(page, tmp_path):
+    drew = vars(Request("blue circle")) | {"denoiser": "network", "model": "<b>cats</b>"}
+    text = PngImagePlugin.PngInfo()
+    text.add_text("parameters", json.dumps(drew))
+    Image.new("RGB", (8, 8)).save(tmp_path / "theirs.png", pnginfo=text)
+    page.get_by_text("More").click()
+    page.locator("input[type=file]").first.set_input_files(tmp_path / "theirs.png")
+    page.locator("#status", has_text="‹b›cats‹/b› drew that picture; tiny draws another one.").wait_for()
+    page.wait_for_function("document.querySelector('#prompt textarea').value == 'blue circle'")
 
 
 @needs_browser

@@ -77,6 +77,12 @@ def test_all_range_errors_come_at_once_with_their_names(tmp_path):
     assert "data.caption_dropout must be in [0, 1], got 1.5" in lines
 
 
+def test_a_pretrained_models_caption_length_is_its_own(tmp_path):
+    path = yaml_file(tmp_path, "model: {pretrained: some/model}\ndata: {caption_length: 32}\n")
+    with pytest.raises(ConfigError, match="data.caption_length is the pretrained model's own: leave it out"):
+        load(["--config", path])
+
+
 @pytest.mark.parametrize(("wrong", "nearest"), [("train.lrr", "train.lr"), ("data.captions_dropout", "data.caption_dropout"),
                                                 ("lr", "train.lr"), ("train.batchsize", "train.batch_size")])  # fmt: skip
 def test_an_unknown_setting_is_refused_with_the_nearest_name(tmp_path, wrong, nearest):
@@ -102,6 +108,11 @@ def test_an_unknown_setting_is_refused_with_the_nearest_name(tmp_path, wrong, ne
     (["--diffusion.rescale_betas_zero_snr", "true", "--diffusion.prediction_type", "epsilon"], "SNR = 0"),
     (["--name", "../x"], "name must be one folder's name, got '../x'"),
     (["--sample.w", "[.inf]"], "sample.w and sample.default_w must be finite numbers"),
+    (["--sample.seed", "-1"], "sample.seed must be in [0, "),
+    (["--sample.eta", "0", "--diffusion.variance_type", "fixed_large"], "sample.eta must be 1 with diffusion.variance_type"),
+    (["--model.patch_size", "3", "--data.resolution", "60"], "model.patch_size must be a power of two, got 3"),
+    (["--train.lr_schedule", "cosine"], "train.decay_share are used by flat_then_linear only, not by"),
+    (["--train.lr_schedule", "cosine", "--train.lr_end", "0", "--train.decay_share", "0.2"], "train.lr_end and"),
 ])  # fmt: skip
 def test_bad_values_are_named(argv, says):
     with pytest.raises(ConfigError, match=r".*") as error:

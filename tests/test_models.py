@@ -42,6 +42,15 @@ def test_an_encoder_that_does_not_exist_is_one_sentence():
         models.text_encoder("./no-such-folder")
 
 
+def test_a_text_encoder_of_its_own_code_is_refused_without_asking(tmp_path, monkeypatch):
+    """transformers would ask at a terminal whether to run it."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
+    (tmp_path / "config.json").write_text('{"model_type": "bespoke", "auto_map": {"AutoConfig": "code.Config"}}')
+    (tmp_path / "code.py").write_text("raise SystemExit('it ran')")
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        models.text_encoder(str(tmp_path))
+
+
 @pytest.mark.parametrize("patch", [None, 2])
 @pytest.mark.parametrize("text_in_time", [True, False])
 def test_the_denoiser_takes_latents_and_captions(patch, text_in_time):

@@ -358,6 +358,17 @@ def stable_diffusion():
     return pipe
 
 
+def test_a_vae_encodes_a_few_images_at_a_time_and_keeps_no_graph(monkeypatch):
+    """Activations of a VAE at 512 pixels are 130 MB an image: a whole set at once would not fit."""
+    pipe = tiny_pipeline()
+    pipe.register_modules(vae=stable_diffusion().vae)
+    images, sizes, encode = torch.rand(19, 3, 16, 16), [], pipe.vae.encode
+    monkeypatch.setattr(pipe.vae, "encode", lambda x: sizes.append(len(x)) or encode(x))
+    z = pipe.encode(images)
+    assert sum(sizes) == 19 and max(sizes) <= 8 and not z.requires_grad
+    assert torch.allclose(z, torch.cat([pipe.encode(image[None]) for image in images]), atol=1e-5)
+
+
 @pytest.mark.parametrize("patch_size", [None, 2])
 def test_encoding_is_decodings_inverse(patch_size):
     pipe, images = tiny_pipeline(patch_size=patch_size), torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))

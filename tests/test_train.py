@@ -351,7 +351,8 @@ def test_a_signal_saves_and_the_same_command_goes_on(whole, tmp_path, number, co
 @pytest.mark.parametrize(("more", "says"), [
     (["--train.lrr", "1"], "did you mean 'train.lr'?"), (["--data.source", "nowhere"], "nowhere"),
     (["--train.lr", "-1", "--train.steps", "0"], "train.steps must be at least 1, got 0"),
-    (["--report_to", "nothing_like_it"], "report_to")])  # fmt: skip
+    (["--report_to", "nothing_like_it"], "report_to"),
+    (["--train.precision", "fp16"], "train.precision must be auto, no or bf16 on a CPU, got fp16")])  # fmt: skip
 def test_bad_input_is_one_sentence_and_exit_code_2(config, tmp_path, more, says):
     done = train(config, tmp_path / "bad", *more, check=False)
     assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
