@@ -128,7 +128,8 @@ def optimizer_of(unet, train: settings.TrainConfig) -> torch.optim.AdamW:
         orthogonalised = muon.matrices(unet)
         among = {id(weight) for weight in orthogonalised}
         others = [weight for weight in models.trainable(unet) if id(weight) not in among]
-        return muon.Muon(orthogonalised, others, train.lr, train.matrix_lr, train.betas, train.weight_decay)
+        fast = torch.bfloat16 if models.precision("auto", unet.device) == "bf16" else torch.float32
+        return muon.Muon(orthogonalised, others, train.lr, train.matrix_lr, train.betas, train.weight_decay, dtype=fast)
     return torch.optim.AdamW(models.trainable(unet), train.lr, betas=train.betas, weight_decay=train.weight_decay, fused=True)
 
 

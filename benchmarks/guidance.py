@@ -97,7 +97,7 @@ def judged(folder: Path, captions: int, ws: list[float], steps: int, batch: int)
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = bench.parser(__doc__)
-    parser.add_argument("--model", help="a run's folder (default: the newest run)")
+    parser.add_argument("--model", help="a run's folder (default: the newest run, else pretrained/emoji)")
     parser.add_argument("--captions", type=int, default=128, help="training captions to judge on")
     parser.add_argument("--w", type=float, nargs="+", default=[1.0, 2.0, 4.0, 8.0])
     parser.add_argument("--steps", type=int, default=20)

@@ -220,7 +220,7 @@ def judged(folder: Path, captions: int, w: float, steps: int, batch: int, doc) -
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = bench.parser(__doc__)
-    parser.add_argument("--model", help="a run's folder or a saved pipeline's (default: the newest run, else random weights)")
+    parser.add_argument("--model", help="a run's folder or a saved pipeline's (default: the newest run, else pretrained/emoji)")
     parser.add_argument("--config", default=settings.DEFAULT, help="the shape of the random weights")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--steps", type=int, default=25, help="of the timed calls")

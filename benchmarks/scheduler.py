@@ -95,7 +95,7 @@ def share_of_sampling(pipe, batches: list[int], repeats: int, w: float) -> tuple
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = bench.parser(__doc__)
-    parser.add_argument("--model", help="whose network (default: the newest run's, else random weights)")
+    parser.add_argument("--model", help="whose network (default: that of the newest run, else of pretrained/emoji)")
     parser.add_argument("--config", default=settings.DEFAULT, help="the shape of the random weights")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16, 64, 256, 1024], help="of 4,096 elements each")
     parser.add_argument("--repeats", type=int, default=15)

@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import json
 import math
+import operator
 import shlex
 import sys
 import time
@@ -31,6 +32,8 @@ from pipeline.verifiers import WEIGHTS, Likelihood
 
 APART = 100  # caption p's candidates are drawn from seeds p * APART, p * APART + 1, ...
 QUICK = {"captions": 8, "held_out": 8, "candidates": 4, "steps": 10, "pairs": 4, "multiples": [1, 2, 4]}
+BASELINES = {"a random pick": ":", "more steps": "-.", "oracle: the judge picks": "--"}  # and how their lines are drawn
+EDGES = (operator.attrgetter("low"), operator.attrgetter("high"))  # of a Rate
 BANDS = ((0.0, 0.5), (0.5, 0.9), (0.9, 1.0))  # of noise levels
 
 
@@ -215,10 +218,29 @@ def measured(study: Study, candidates: int, pairs: int, multiples: list[int], gu
     return {"lines": lines, "plain": plain, "told": told, "held": study.rows >= study.bank.n_train}
 
 
-def report(study: Study, found: dict, command: str, seconds: float) -> str:
-    """The section of docs/benchmarks.md."""
+@dataclass(frozen=True)
+class Rate:
+    """A share of captions, and how far it is from a random pick's at the same captions, with the 95 % interval of that."""
+
+    share: float
+    apart: float
+    low: float
+    high: float
+
+
+def rates(found: dict) -> list[dict]:
+    """The lines of `measured` with a Rate for every split and kind of hit in the place of their values."""
     splits = {"training": ~found["held"], "held out": found["held"]}
     splits = {name: some for name, some in splits.items() if some.any()}
+    rate = lambda values, plain: Rate(float(values.mean()), *bootstrap(values - plain))
+    return [line | {"rates": {name: {hit: rate(values[some], found["plain"][hit][some]) for hit, values in line["values"].items()}
+                              for name, some in splits.items()}} for line in found["lines"]]  # fmt: skip
+
+
+def report(study: Study, found: dict, command: str, seconds: float) -> str:
+    """The section of docs/benchmarks.md."""
+    lines = rates(found)
+    splits = {name: found["held"] == (name == "held out") for name in lines[0]["rates"]}
     counts = " and ".join(f"{int(some.sum())} {name}" for name, some in splits.items())
     bf16 = models.precision("auto", study.pipe.device) == "bf16"
     out = [f"`{command}`; {counts} captions, w = {study.w:g}, {study.steps} steps, one picture = {study.one} network calls. "
@@ -227,14 +249,16 @@ def report(study: Study, found: dict, command: str, seconds: float) -> str:
            "difference to a random pick at the same captions with its 95 % interval.", ""]  # fmt: skip
     heads = [f"{name}: {hit}" for name in splits for hit in found["plain"]]
     out += [f"| method | budget | calls used | {' | '.join(heads)} |", "|---" * (3 + len(heads)) + "|"]
-    for line in found["lines"]:
-        cells = []
-        for some in splits.values():
-            for hit, values in line["values"].items():
-                apart, low, high = bootstrap((values - found["plain"][hit])[some])
-                cells.append(f"{values[some].mean():.1%} ({100 * apart:+.1f}: {100 * low:+.1f} to {100 * high:+.1f})")
+    shown = lambda rate: f"{rate.share:.1%} ({100 * rate.apart:+.1f}: {100 * rate.low:+.1f} to {100 * rate.high:+.1f})"
+    for line in lines:
+        cells = [shown(rate) for hits in line["rates"].values() for rate in hits.values()]
         out.append(f"| {line['method']} | {line['multiple']}× | {line['calls']} | {' | '.join(cells)} |")
-    out += ["", "Does a verifier order the candidates of a caption as the judge's similarity to the caption's own picture does? "
+    first, choice = found["plain"]["first"], []
+    for name, some in splits.items():
+        always, never = (int((first[some] == share).sum()) for share in (1, 0))
+        choice.append(f"of {int(some.sum())} {name} captions {always} have all of their candidates first, {never} none")
+    out += ["", f"What there is to choose: {'; '.join(choice)}.", "",
+            "Does a verifier order the candidates of a caption as the judge's similarity to the caption's own picture does? "
             "Spearman's correlation, mean over captions with its 95 % interval.", "",
             f"| verifier | {' | '.join(splits)} |", "|---" * (1 + len(splits)) + "|"]  # fmt: skip
     for name, values in found["told"].items():
@@ -243,28 +267,28 @@ def report(study: Study, found: dict, command: str, seconds: float) -> str:
     return "\n".join(out)
 
 
-def plot(found: dict, path: Path) -> None:
+def plot(lines: list[dict], path: Path) -> None:
     """Rates against the budget, one line a method, the interval of the difference shaded around searches."""
-    splits = [(name, some) for name, some in (("training", ~found["held"]), ("held out", found["held"])) if some.any()]
-    figure = Figure(figsize=(5 * len(splits), 7), layout="constrained")
+    splits, methods = list(lines[0]["rates"]), list(dict.fromkeys(line["method"] for line in lines))
+    multiples = sorted({line["multiple"] for line in lines})
+    colour = {method: f"C{i}" for i, method in enumerate(m for m in methods if m not in BASELINES)}
+    figure = Figure(figsize=(5 * len(splits), 8), layout="constrained")
     axes = figure.subplots(2, len(splits), squeeze=False)
-    methods = list(dict.fromkeys(line["method"] for line in found["lines"]))
-    for row, hit in zip(axes, found["plain"], strict=True):
-        for ax, (name, some) in zip(row, splits, strict=True):
-            for i, method in enumerate(methods):
-                lines = [line for line in found["lines"] if line["method"] == method]
-                x, values = [line["multiple"] for line in lines], [line["values"][hit][some] for line in lines]
-                plain = found["plain"][hit][some]
-                style = {"color": f"C{i}", "linestyle": "--" if method.startswith("oracle") else "-"}
-                ax.plot(x, [100 * float(v.mean()) for v in values], marker="o", markersize=3, label=method, **style)
-                if method.startswith(("random", "paths")):
-                    low, high = zip(*(bootstrap(v - plain)[1:] for v in values), strict=True)
-                    edges = ([100 * (float(plain.mean()) + v) for v in edge] for edge in (low, high))
-                    ax.fill_between(x, *edges, alpha=0.08, color=f"C{i}")
+    for row, hit in zip(axes, lines[0]["rates"][splits[0]], strict=True):
+        for ax, name in zip(row, splits, strict=True):
+            for method in methods:
+                mine = [one for one in lines if one["method"] == method]
+                x, some = [one["multiple"] for one in mine], [one["rates"][name][hit] for one in mine]
+                style = {"color": colour.get(method, "black"), "linestyle": BASELINES.get(method, "-")}
+                ax.plot(x, [100 * rate.share for rate in some], marker="o", markersize=3, label=method, **style)
+                if method in colour:
+                    edges = ([100 * (rate.share - rate.apart + edge(rate)) for rate in some] for edge in EDGES)
+                    ax.fill_between(x, *edges, alpha=0.08, color=colour[method])
             ax.set_xscale("log", base=2)
-            ax.set(title=f"{name} captions", xlabel="budget, × one picture", ylabel=f"{hit}, %", xticks=x, xticklabels=x)
+            ax.set(title=f"{name} captions", xlabel="budget, × one picture", ylabel=f"{hit}, %")
+            ax.set(xticks=multiples, xticklabels=multiples)
             ax.grid(alpha=0.2)
-    axes[0, 0].legend(fontsize=7)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
@@ -311,7 +335,7 @@ def main(argv: list[str] | None = None) -> int:
     section = report(study, found, command, time.monotonic() - began)
     print(section)
     if docs:
-        plot(found, docs / "figures" / "search.png")
+        plot(rates(found), docs / "figures" / "search.png")
         head = "## Inference-time compute\n\n![Rates against the budget](figures/search.png)\n\n"
         bench.put(docs / "benchmarks.md", "<!-- search -->", "<!-- /search -->", section, head)
     return 0

@@ -353,7 +353,7 @@ def of_seeds(result: dict) -> list[str]:
             lines += [f"  CLIP score ({clip['model']}) {likely(clip['drawn'])}, of real pictures {likely(clip['real'])}"]
         lines += [f"  free prompts: copies {percent(result['free_prompt_copies'][seed])}"]
     lines += [f"chance: first {refs['chance']['first']:.2%}, first five {refs['chance']['first_five']:.2%}; "
-              f"ceiling: first {percent(refs['ceiling']['first'])}, first five "
+              f"a lightly augmented real picture: first {percent(refs['ceiling']['first'])}, first five "
               f"{percent(refs['ceiling']['first_five'])}"]  # fmt: skip
     if sibling := refs.get("siblings", {}).get("held_out"):
         lines += [f"a sibling's picture: first {percent(sibling['first'])}, first five {percent(sibling['first_five'])}; "

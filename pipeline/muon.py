@@ -1,7 +1,7 @@
 """Muon (Jordan et al. 2024): momentum whose matrices are made orthogonal, with AdamW for what is no matrix.
 
 A convolution's weight (out, in, h, w) is the matrix (out, in h w); `torch.optim.Muon` takes 2-D weights alone. Those of one
-shape are orthogonalised together, in bf16.
+shape are orthogonalised together, in bf16 or, where a processor only emulates that, in float32.
 """
 
 from collections import defaultdict
@@ -28,12 +28,12 @@ def flat(weight: Tensor) -> Tensor:
     return weight.view(len(weight), -1)
 
 
-def orthogonal(stack: Tensor) -> Tensor:
-    """Matrices (B, m, n) with all their singular values near 1 (0.7 to 1.2), bf16, by Newton-Schulz iteration."""
+def orthogonal(stack: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Matrices (B, m, n) with all their singular values near 1 (0.7 to 1.2), in a dtype, by Newton-Schulz iteration."""
     if stack.shape[1] > stack.shape[2]:
-        return orthogonal(stack.mT).mT
+        return orthogonal(stack.mT, dtype).mT
     a, b, c = QUINTIC
-    x = (stack / stack.flatten(1).norm(dim=1).clamp(min=1e-7)[:, None, None]).bfloat16()
+    x = (stack / stack.flatten(1).norm(dim=1).clamp(min=1e-7)[:, None, None]).to(dtype)
     for _ in range(ITERATIONS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
@@ -44,15 +44,17 @@ class Muon(torch.optim.AdamW):
     """AdamW, but that `orthogonalised` weights move along their orthogonalised momentum.
 
     At one learning rate their steps have AdamW's size, 0.2 root mean square (Liu et al. 2025); `matrix_lr` None is `lr`.
+    `dtype` is what they are orthogonalised in: a CPU without bf16 emulates it 50 times as slowly as it computes in float32.
     A step uses up the gradients of the orthogonalised weights: they are None afterwards.
     """
 
     def __init__(self, orthogonalised: Iterable[nn.Parameter], others: Iterable[nn.Parameter], lr: float,
                  matrix_lr: float | None = None, betas: tuple[float, float] = (0.9, 0.999), weight_decay: float = 0.01,
-                 momentum: float = 0.95):  # fmt: skip
+                 momentum: float = 0.95, dtype: torch.dtype = torch.bfloat16):  # fmt: skip
         groups = [{"params": list(orthogonalised), "momentum": momentum, "lr": lr if matrix_lr is None else matrix_lr},
                   {"params": list(others), "momentum": None}]  # fmt: skip
         super().__init__([group for group in groups if group["params"]], lr, betas, weight_decay=weight_decay, fused=True)
+        self.dtype = dtype
         self._step_supports_amp_scaling = False  # the fused kernel skips an overflow itself, matrices cannot: GradScaler shall
 
     @torch.no_grad()
@@ -86,6 +88,6 @@ class Muon(torch.optim.AdamW):
                 ahead = torch.lerp(weight.grad, momentum, group["momentum"], out=torch.empty_like(weight))
                 nesterov.append(flat(ahead))  # in the weight's own memory format, whatever its gradient's is
                 weight.grad = None
-            for weight, direction in zip(weights, orthogonal(torch.stack(nesterov)), strict=True):
+            for weight, direction in zip(weights, orthogonal(torch.stack(nesterov), self.dtype), strict=True):
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
                 flat(weight).add_(direction, alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)

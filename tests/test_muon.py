@@ -13,10 +13,13 @@ def gradients(*shapes, seed=0):
     return [torch.randn(*shape, generator=generator) for shape in shapes]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", [(3, 32, 128), (2, 128, 32), (1, 64, 64)])
-def test_singular_values_come_near_one_and_directions_stay(shape):
+def test_singular_values_come_near_one_and_directions_stay(shape, dtype):
     (stack,) = gradients(shape)
-    found = orthogonal(stack).double()
+    found = orthogonal(stack, dtype)
+    assert found.dtype == dtype
+    found = found.double()
     u, _, vh = torch.linalg.svd(stack.double(), full_matrices=False)
     along = (u.mT @ found @ vh.mT).diagonal(dim1=1, dim2=2)  # the singular values of `found` along those of the stack
     assert along.quantile(0.1) > 0.6 and along.max() < 1.3
@@ -27,14 +30,15 @@ def test_a_gradient_of_zeros_moves_nothing():
     assert not orthogonal(torch.zeros(2, 4, 8)).any()
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_steps_are_those_of_torchs_muon_on_the_flattened_weights(layout):
+@pytest.mark.parametrize(("layout", "dtype"), [(torch.contiguous_format, torch.bfloat16), (torch.channels_last, torch.bfloat16),
+                                               (torch.channels_last, torch.float32)])  # fmt: skip
+def test_steps_are_those_of_torchs_muon_on_the_flattened_weights(layout, dtype):
     """torch.optim.Muon takes matrices only: a convolution's weight is handed to it as (out, in h w)."""
     shapes = [(16, 24), (32, 8), (16, 8, 3, 3), (16, 8, 3, 3)]
     ours = [nn.Parameter(w.contiguous(memory_format=layout) if w.ndim == 4 else w) for w in gradients(*shapes)]
     theirs = [nn.Parameter(w.detach().clone().flatten(1)) for w in ours]
     start = [w.detach().clone() for w in ours]
-    mine = Muon(ours, [], lr=0.1, weight_decay=0.2)
+    mine = Muon(ours, [], lr=0.1, weight_decay=0.2, dtype=dtype)
     stock = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.2, momentum=0.95, adjust_lr_fn="match_rms_adamw")
     for step in range(3):
         for a, b, gradient in zip(ours, theirs, gradients(*shapes, seed=step + 1), strict=True):
