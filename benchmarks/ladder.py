@@ -5,7 +5,8 @@ five for 40 % of the training captions, and how many held-out combinations come 
 classifier-free guidance, captions as classes, on the same pictures, threads, precision and minutes:
 `pip install --no-deps --target data/peers denoising-diffusion-pytorch einops tqdm`.
 
-The same command goes on where it was stopped; a finished rung is read from its `ladder.json`. `--dry-run` prints the runs.
+The same command goes on where it was stopped; what a rung has found is kept in docs/ladder.json, and the table is of all that was
+found on the same machine in the same way. `--dry-run` prints the runs.
 """
 
 import importlib.util
@@ -53,7 +54,7 @@ PEER = "denoising-diffusion-pytorch"
 GOAL = 0.4  # of the training captions, own picture among the first five
 CHECKS = 8  # checkpoints of a run
 SEED = 4000
-RESULT = "ladder.json"
+RESULTS = "ladder.json"  # beside the document
 
 
 def overrides(rung: str) -> dict:
@@ -95,12 +96,32 @@ def shares(pipe, judge, bank, rows: torch.Tensor, steps: int) -> dict[str, float
     return {name: share["share"] for name, share in evaluation.summary(ranks).items() if name != "median_rank"}
 
 
+def way(args) -> dict:
+    """What results have to share to stand in one table."""
+    return {"minutes": args.minutes, "captions": args.captions, "steps": args.steps, "machine": bench.machine()}
+
+
+def known(args) -> list[dict]:
+    """What was found in this way so far, a result a rung and seed."""
+    path = args.output.parent / RESULTS
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    return [one for one in kept if one["way"] == way(args)]
+
+
+def once(rung: str, seed: int, args) -> None:
+    """Run a rung, or the peer, and keep what it found, unless that is known."""
+    if any((one["rung"], one["seed"]) == (rung, seed) for one in known(args)):
+        return
+    found = peer(seed, args) if rung == PEER else climb(rung, seed, args)
+    path = args.output.parent / RESULTS
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    runs.replace(path, json.dumps([*kept, {"rung": rung, "seed": seed, **found, "way": way(args)}], indent=1))
+
+
 def climb(rung: str, seed: int, args) -> dict:
-    """One run of a rung, trained and judged; what was found before is read."""
+    """One run of a rung, trained and judged."""
     run = runs.Run(args.folder / f"{rung}-s{seed}")
-    kept = run.folder / RESULT
-    if kept.is_file():
-        return json.loads(kept.read_text())
     plan = run.folder / "ladder-steps"  # a run that was stopped goes on with the steps that it began with
     if not plan.is_file():
         run.folder.mkdir(parents=True, exist_ok=True)
@@ -117,10 +138,8 @@ def climb(rung: str, seed: int, args) -> dict:
         checks.append((clock[step], shares(made, judge, bank, rows, args.steps)["first_five"]))
         if checks[-1][1] >= GOAL:
             break
-    found = {"images": config.train.steps * config.train.batch_size, "minutes": minutes_to_goal(checks), "first_five": at_end,
-             "held_out": shares(pipe, judge, bank, held, args.steps)["first"]}  # fmt: skip
-    kept.write_text(json.dumps(found))
-    return found
+    return {"images": config.train.steps * config.train.batch_size, "minutes": minutes_to_goal(checks), "first_five": at_end,
+            "held_out": shares(pipe, judge, bank, held, args.steps)["first"]}  # fmt: skip
 
 
 # ---- the peer
@@ -142,9 +161,6 @@ def peer(seed: int, args) -> dict:
     """The peer with its trainer's own settings (Adam 1e-4, batch 16, EMA 0.995 every 10 steps), judged at its better scale."""
     from diffusers.training_utils import EMAModel
 
-    kept = args.folder / f"{PEER}-s{seed}" / RESULT
-    if kept.is_file():
-        return json.loads(kept.read_text())
     bench.prepare()
     train_text2img.keep_freed_memory()
     config, module = settings.load_file(CONFIG), loaded(args.peers)
@@ -171,10 +187,7 @@ def peer(seed: int, args) -> dict:
             ema.step(network.parameters())
         spent += time.perf_counter() - began
     at_end = judged_peer(diffusion, ema, judge, bank, rows, bf16)
-    found = {"images": 16 * step, "minutes": args.minutes if at_end >= GOAL else None, "first_five": at_end, "held_out": None}
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps(found))
-    return found
+    return {"images": 16 * step, "minutes": args.minutes if at_end >= GOAL else None, "first_five": at_end, "held_out": None}
 
 
 @torch.no_grad()
@@ -197,12 +210,19 @@ def judged_peer(diffusion, ema, judge, bank, rows: torch.Tensor, bf16: bool) -> 
 # ---- the table
 
 
+def precision() -> str:
+    """What `train.precision: auto` is here."""
+    return "bf16" if models.precision("auto", torch.device("cpu")) == "bf16" else "float32"
+
+
 def row(rung: str, change: str, found: list[dict], minutes: float) -> list[str]:
-    """A rung's line: every seed's minutes, means with the least and the greatest."""
+    """A rung's line: its seeds, every seed's minutes, means with the least and the greatest."""
     over = lambda key: [one[key] for one in found if one[key] is not None]
     shown = lambda values: f"{mean(values):.0%} ({min(values):.0%} to {max(values):.0%})" if values else "-"
     taken = [f"{one['minutes']:.1f}" if one["minutes"] is not None else f"not in {minutes:g}" for one in found]
-    return [rung, change, f"{mean(over('images')):,.0f}", ", ".join(taken), shown(over("first_five")), shown(over("held_out"))]
+    seeds = ", ".join(str(one["seed"]) for one in found)
+    return [rung, change, seeds, f"{mean(over('images')):,.0f}", ", ".join(taken), shown(over("first_five")),
+            shown(over("held_out"))]  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -210,8 +230,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = bench.parser(__doc__)
     parser.add_argument("--minutes", type=float, default=20, help="of training, each run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    known = [*RUNGS, PEER]
-    parser.add_argument("--rungs", nargs="+", default=known, choices=known, metavar="NAME", help=", ".join(known))
+    names = [*RUNGS, PEER]
+    parser.add_argument("--rungs", nargs="+", default=names, choices=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--captions", type=int, default=96, help="training captions that every check draws")
     parser.add_argument("--steps", type=int, default=20, help="of a drawing")
     parser.add_argument("--folder", type=Path, default=Path("runs/ladder"))
@@ -227,20 +247,24 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{len(args.rungs) * len(args.seeds)} runs of {args.minutes:g} minutes: "
               f"{len(args.rungs) * len(args.seeds) * args.minutes / 60:.1f} hours of training, and their judging")  # fmt: skip
         return
-    found, lines = {}, []
-    for rung in args.rungs:
-        found[rung] = [peer(seed, args) if rung == PEER else climb(rung, seed, args) for seed in args.seeds]
+    for seed in args.seeds:
+        for rung in args.rungs:
+            once(rung, seed, args)
+    results = sorted(known(args), key=lambda one: one["seed"])
+    found = {name: [one for one in results if one["rung"] == name] for name in names}
+    found, lines = {name: some for name, some in found.items() if some}, []
+    for rung, some in found.items():
         change = "captions as classes, in pixels" if rung == PEER else ", ".join(f"{k} {v}" for k, v in RUNGS[rung].items())
-        lines.append(row(rung, change or "the example's recipe, captions cached", found[rung], args.minutes))
-    head = ["rung", "change", "images", f"minutes to {GOAL:.0%}, each seed", "first five at the end", "held-out first"]
+        lines.append(row(rung, change or "the example's recipe, captions cached", some, args.minutes))
+    head = ["rung", "change", "seeds", "images", f"minutes to {GOAL:.0%}, each seed", "first five at the end", "held-out first"]
     goals = []
-    if PEER in found and (ours := [rung for rung in args.rungs if rung != PEER]):
+    if PEER in found and (ours := [rung for rung in found if rung != PEER]):
         rate = lambda rung: mean(one["first_five"] for one in found[rung])
         goals = [target(f"{ours[-1]}'s first five over {PEER}'s", rate(ours[-1]) / max(rate(PEER), 1e-9), 2)]
-    bench.publish(args, __file__, bench.command_line(argv), "Ladder",
-                   f"Each run trains for {args.minutes:g} minutes from {CONFIG}'s data; {args.captions} training captions in "
-                   f"{args.steps} steps, w = 1, averaged weights; seeds {', '.join(map(str, args.seeds))}. What encoding anew at "
-                   "every step costs is in the section on training.", table(head, lines), "\n".join(goals))  # fmt: skip
+    said = (f"Each run trains for {args.minutes:g} minutes from {CONFIG}'s data; {args.captions} training captions in "
+            f"{args.steps} steps, w = 1, averaged weights, {precision()}. A row of one or two seeds is a lead. What encoding "
+            "anew at every step costs is in the section on training.")  # fmt: skip
+    bench.publish(args, __file__, bench.command_line(argv), "Ladder", said, table(head, lines), "\n".join(goals))
 
 
 if __name__ == "__main__":

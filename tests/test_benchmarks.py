@@ -231,15 +231,19 @@ def test_minutes_to_the_goal_are_between_the_checks_around_it():
     assert ladder.minutes_to_goal([(2.0, 0.2), (4.0, 0.39)]) is None
 
 
-def test_a_rung_that_is_done_is_not_run_again(tmp_path):
-    found = [{"images": 320 * (i + 1), "minutes": minutes, "first_five": share, "held_out": 0.1}
-             for i, (minutes, share) in enumerate([(7.0, 0.5), (None, 0.3)])]  # fmt: skip
-    for seed, one in enumerate(found):
-        folder = tmp_path / f"muon-s{seed}"
-        folder.mkdir()
-        (folder / ladder.RESULT).write_text(json.dumps(one))
-    ladder.main(["--rungs", "muon", "--seeds", "0", "1", "--folder", str(tmp_path), "--output", str(tmp_path / "b.md")])
-    assert "| 480 | 7.0, not in 20 | 40% (30% to 50%) | 10% (10% to 10%) |" in (tmp_path / "b.md").read_text()
+def test_a_rung_that_is_done_is_not_run_again(tmp_path, monkeypatch):
+    found = dict(enumerate([{"images": 320 * (i + 1), "minutes": minutes, "first_five": share, "held_out": 0.1}
+             for i, (minutes, share) in enumerate([(7.0, 0.5), (None, 0.3)])]))  # fmt: skip
+    argv = ["--rungs", "muon", "--seeds", "0", "1", "--folder", str(tmp_path), "--output", str(tmp_path / "b.md")]
+    monkeypatch.setattr(ladder, "climb", lambda rung, seed, args: found.pop(seed))
+    ladder.main(argv)
+    assert not found
+    elsewhere = json.loads((tmp_path / ladder.RESULTS).read_text())
+    elsewhere += [one | {"rung": "bf16", "way": one["way"] | {"machine": "another"}} for one in elsewhere]
+    (tmp_path / ladder.RESULTS).write_text(json.dumps(elsewhere))
+    ladder.main(argv)
+    text = (tmp_path / "b.md").read_text()
+    assert "| 0, 1 | 480 | 7.0, not in 20 | 40% (30% to 50%) | 10% (10% to 10%) |" in text and "| bf16 |" not in text
 
 
 def test_the_peer_is_told_how_to_be_installed(tmp_path):
