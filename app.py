@@ -220,7 +220,7 @@ def create_tab(shelf: Shelf, studio: Studio, checkpoint: gr.Slider) -> None:
                 curve = gr.Plot(label="Best score against network calls", show_label=False, format="png", elem_id="curve")
                 gr.Markdown("Discarded, best first, with their scores: log p(x | c) - log p(x) in nats, as the model has it.")
                 discarded = strip("Discarded candidates", 4, "discarded")
-            known = set(studio.set[0].captions) if studio.network is None else None
+            known = set(studio.known) if studio.network is None else None
             shown = [[e] for e in EXAMPLES if known is None or e in known]
             gr.Examples(shown or [[c] for c in sorted(known)[:8]], prompt, label="Examples", examples_per_page=len(EXAMPLES))
 
@@ -238,18 +238,20 @@ def create_tab(shelf: Shelf, studio: Studio, checkpoint: gr.Slider) -> None:
             yield frame.images, progress(frame, request.seed), request.seed, *thoughts(frame)
 
     @answering
-    def reuse(path):
+    def reuse(path, checkpoint):
+        studio = shelf.studio(checkpoint)
         request, drew, model = serving.settings_of(path, studio.T)
-        said = "" if model == studio.name else f"{fenced(model[:80])} drew that picture; {fenced(studio.name)} draws another one."
+        other = f"`{fenced(model[:80])}` drew that picture; `{fenced(studio.name)}` draws another one."
         return (request.prompt, request.negative_prompt, request.w, request.steps, request.eta, request.images,
-                request.seed, False, request.low, request.high, request.think, drew, said)  # fmt: skip
+                request.seed, False, request.low, request.high, request.think, drew,
+                "" if model == studio.name else other)  # fmt: skip
 
     inputs = [prompt, negative, w, steps, eta, images, seed, randomise, low, high, denoiser, checkpoint, think]
     clicked([prompt.submit, go.click], go, stop, create, inputs, [gallery, status, seed, curve, discarded], "create")
     think.change(lambda n: gr.Accordion(visible=n > 1), think, thought, **QUIET)
     prompt.change(answering(studio.tokens), prompt, counter, trigger_mode="always_last", **QUIET)
-    dropped.upload(reuse, dropped, [prompt, negative, w, steps, eta, images, seed, randomise, low, high, think, denoiser, status],
-                   **QUIET)  # fmt: skip
+    settings = [prompt, negative, w, steps, eta, images, seed, randomise, low, high, think, denoiser]
+    dropped.upload(reuse, [dropped, checkpoint], [*settings, status], **QUIET)
 
 
 def clicked(triggers, go: gr.Button, stop: gr.Button, function, inputs, outputs, name: str) -> None:
@@ -330,7 +332,7 @@ def known_caption(studio: Studio) -> str:
 
 def walk_tab(shelf: Shelf, studio: Studio, checkpoint: gr.Slider, demo: gr.Blocks) -> None:
     """The lecture's equations on a picture: forwards, and back again."""
-    captions = [c for split in studio.set if split is not None for c in split.captions]
+    captions = studio.known + (studio.set[1].captions[:1000] if studio.set[1] else [])
     T = studio.T
     gr.Markdown("### Forwards: the direct jump (5) and the chain (1)\nBoth give x_t the same distribution. Beside them, what "
                 "each denoiser takes the picture for, (15): where the network agrees with the exact one it has memorised, where "
@@ -408,7 +410,7 @@ def plot_curves(studio: Studio, t: int):
 def card(shelf: Shelf) -> str:
     """The model's card, without its front matter and its pictures, and whose the embedded data is."""
     text = re.sub(r"\A---\n.*?\n---\n", "", shelf.card(), flags=re.S)
-    text = re.sub(r"!\[[^\]]*\]\([^)]*\)|<Gallery />", "", text)
+    text = re.sub(r"!\[[^\]]*\](\([^)]*\)|\[[^\]]*\])?|<img\b[^>]*>|<Gallery />", "", text, flags=re.I)  # nobody else's pictures
     return f"{text}\n\n---\nDirect Jump is Apache-2.0. {ATTRIBUTION}"
 
 

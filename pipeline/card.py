@@ -231,7 +231,7 @@ def measured(metrics: dict) -> str:
 
 
 def fenced(text: str) -> str:
-    """User text that stays text inside Markdown: one line, no HTML, no code fence."""
+    """User text that stays text between backticks: one line, no HTML, no backtick of its own."""
     return " ".join(text.split()).replace("`", "'").replace("<", "‹").replace(">", "›")
 
 

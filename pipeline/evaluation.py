@@ -368,13 +368,26 @@ def report(result: dict) -> str:
     return "\n".join(lines + (of_sweep(result["sweep"]) if "sweep" in result else []))
 
 
+def check(args: argparse.Namespace) -> None:
+    """EvaluationError for counts below 1, and for options that what is asked for does not use."""
+    for name in ("steps", "batch", "on", "choose_on"):
+        if (value := getattr(args, name)) < 1:
+            raise EvaluationError(f"--{name.replace('_', '-')} is {value}, expected 1 or more: leave it out")
+    mode = "--from-real" if args.from_real else "--sweep" if args.sweep else None
+    given = {"--sweep": args.sweep and args.from_real, "--more": args.more, "--features": args.features, "--clip": args.clip,
+             "a second --seeds": len(args.seeds) > 1, "a second --w": args.from_real and len(args.w or []) > 1}  # fmt: skip
+    unused = [name for name, value in given.items() if value]
+    if mode and unused:
+        raise EvaluationError(f"{' and '.join(unused)} means nothing beside {mode}, expected it alone: leave it out")
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0 done, 2 refused."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.evaluation", description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="a run's folder, or a saved pipeline's with its config.yaml")
     parser.add_argument("--w", type=float, nargs="+",
-                        help="guidance to choose from (default: 0 1 2), or one to use; of a sweep the one that it starts from "
-                             "(default: the model's own)")  # fmt: skip
+                        help="guidance to choose from (default: 0 1 2), or one to use; of --sweep and --from-real the one that "
+                             "they start from (default: the model's own)")  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="each draws every caption once, and reports")
     parser.add_argument("--choose-seed", type=int, default=1000, help="the seed that w is chosen on")
     parser.add_argument("--choose-on", type=int, default=96, help="how many training captions w is chosen on")
@@ -397,11 +410,13 @@ def main(argv: list[str] | None = None) -> int:
     from pipeline import card, sweep  # which import this module
 
     try:
+        check(args)
         if args.from_real:
             _config, network, bank, pipe = finished(args.run)
+            w = args.w[0] if args.w else pipe.config.w
             rows = torch.linspace(0, bank.n_train - 1, min(args.choose_on, bank.n_train)).long()
             for t in args.from_real:
-                found = from_real(network, bank, pipe, rows, t, ws[0], args.choose_seed, args.steps)
+                found = from_real(network, bank, pipe, rows, t, w, args.choose_seed, args.steps)
                 print(f"from t = {found['t']}: first {percent(found['first'])}, first five {percent(found['first_five'])}")
             return 0
         if args.sweep:

@@ -56,3 +56,11 @@ def plus(w: Weight, n: float) -> Weight:
     if callable(w):
         return lambda level: plus(w(level), n)
     return w + n if isinstance(w, Real | Tensor) else [v + n for v in w]
+
+
+def of_scale(scale: Weight) -> Weight:
+    """w of diffusers' guidance_scale, in its own kind: scale - 1, but 0 below 1, where diffusers draws without guidance."""
+    if callable(scale):
+        return lambda level: of_scale(scale(level))
+    w = plus(scale, -1)
+    return w.clamp(min=0) if isinstance(w, Tensor) else max(w, 0) if isinstance(w, Real) else [max(v, 0) for v in w]

@@ -82,7 +82,7 @@ class Layout:
         """
         if at_home() and not os.path.isdir(pretrained_model_name_or_path):
             options = {name: kwargs.pop(name) for name in DOWNLOADING if name in kwargs}
-            pretrained_model_name_or_path = safe().download(str(pretrained_model_name_or_path), **options)
+            pretrained_model_name_or_path = safe().download(str(pretrained_model_name_or_path), kwargs.get("variant"), **options)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod

@@ -10,6 +10,7 @@ import torch
 from diffusers import SchedulerMixin, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextModel, T5EncoderModel
 
@@ -47,7 +48,7 @@ def text_encoder(name: str) -> tuple:
         kind = kinds.get(AutoConfig.from_pretrained(source, **at).model_type, AutoModel)
         tokenizer = AutoTokenizer.from_pretrained(source, **at)
         encoder = kind.from_pretrained(source, use_safetensors=True, dtype=torch.float32, **at)
-    except (OSError, ValueError) as error:  # ValueError: an architecture that is unknown, or the repository's own code
+    except (OSError, ValueError, SafetensorError) as error:  # ValueError: what is unknown, or the repository's own code
         raise ConfigError(f"model.text_encoder {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     return tokenizer, encoder.requires_grad_(False).eval()
 

@@ -37,10 +37,11 @@ def named(model: str) -> tuple[str, str | None] | None:
     return found[1], found[2]
 
 
-def download(model: str, **options) -> Path:
+def download(model: str, variant: str | None = None, **options) -> Path:
     """The folder of a model of the Hub, or of an adapter, at one revision: what loads it, and what is shown of it.
 
-    model: `user/name` or `user/name@revision`. options: huggingface_hub.snapshot_download's. The index is read first, so a
+    model: `user/name` or `user/name@revision`. variant: such as fp16, whose weights come too. options:
+    huggingface_hub.snapshot_download's. The index is read first, so a
     model that is refused is not downloaded.
     """
     from huggingface_hub import hf_hub_download, snapshot_download
@@ -58,7 +59,7 @@ def download(model: str, **options) -> Path:
         parts = [name for name, value in own(read(index)).items() if name in PARTS and value[0] is not None]
         patterns = [INDEX, *BESIDE, *(f"{part}/{kind}" for part in parts for kind in FILES)]
         pinned = options | {"revision": index.parent.name}  # of all files, whatever is pushed meanwhile
-        folder = Path(snapshot_download(repo, allow_patterns=patterns, ignore_patterns=VARIANTS, **pinned))
+        folder = Path(snapshot_download(repo, allow_patterns=patterns, ignore_patterns=None if variant else VARIANTS, **pinned))
     refuse_pickles(folder, own(read(folder / INDEX)), model)
     return folder
 

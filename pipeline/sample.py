@@ -51,6 +51,8 @@ def opened(model: str):
 
 def adapted(path: Path):
     """An adapter's folder as the pipeline that it adapts, with it; the settings beside it name that."""
+    from safetensors import SafetensorError
+
     from pipeline import safe
     from pipeline.config import load_file, read_yaml
 
@@ -64,7 +66,10 @@ def adapted(path: Path):
             raise safe.ModelError(f"{path} is an adapter of {base!r}, expected one of a model of the Hub: load that model, then "
                                   f"`pipe.load_lora_weights({str(path)!r})`")  # fmt: skip
     pipe = opened(base)
-    pipe.load_lora_weights(path, weight_name=safe.ADAPTER, use_safetensors=True, local_files_only=True)
+    try:
+        pipe.load_lora_weights(path, weight_name=safe.ADAPTER, use_safetensors=True, local_files_only=True)
+    except (OSError, SafetensorError) as error:
+        raise safe.ModelError(f"{path / safe.ADAPTER} cannot be loaded ({error}), expected an adapter: save it again") from error
     return pipe
 
 
@@ -100,6 +105,7 @@ def load(path: Path):
     One that was saved without its text encoder gets the one that the config.yaml beside it names.
     """
     from diffusers.utils import logging
+    from safetensors import SafetensorError
     from transformers.utils import logging as transformers_logging
 
     from pipeline import models, safe
@@ -115,7 +121,7 @@ def load(path: Path):
         pipe = TextToImagePipeline.from_pretrained(path, use_safetensors=True, local_files_only=True)
     except safe.ModelError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise ValueError(f"{path} cannot be loaded ({reason}), expected a complete saved pipeline: save it again") from error
     if pipe.text_encoder is None and (path / "config.yaml").is_file():

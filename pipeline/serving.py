@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pipeline import data, emoji, hub, models, safe, sample, search
-from pipeline.config import DataConfig, load_file, read_yaml
+from pipeline.config import DataConfig, DiffusionConfig, load_file, read_yaml
 from pipeline.exact import ExactDenoiser
 from pipeline.guidance import InputError, Weight, interval
 from pipeline.run import Run
@@ -35,6 +35,7 @@ CHARACTERS = 500  # of a prompt
 IMAGES = 4
 THINK = 16  # samples' worth of network calls that one picture may take
 VERIFIER = Likelihood(pairs=8)  # what chooses among the candidates of a request that thinks longer
+KNOWN = 2**27  # colour values of the pictures that the exact denoiser knows, 10,922 pictures of 64 x 64: 0.5 GB
 BUDGET = 1024  # pictures x steps of one request
 DEADLINE = 120.0  # seconds of one request
 PREVIEW = 0.2  # seconds between two previews
@@ -167,7 +168,7 @@ class Studio:
     @functools.cached_property
     def exact(self) -> TextToImagePipeline:
         """The pipeline with E[x_0 | x_t] of the training pictures for its network (`exact.py`)."""
-        pipe, (train, _held_out) = self.network, self.set
+        pipe, (train, _held_out), rows = self.network, self.set, self.rows
         if pipe is None:
             tokenizer, encoder = models.text_encoder("minilm")
             scheduler = DDPMScheduler(prediction_type="sample", timestep_spacing="trailing")
@@ -176,12 +177,24 @@ class Studio:
             scheduler = pipe.scheduler
             shared = {name: getattr(pipe, name) for name in ("text_encoder", "tokenizer", "vae", "whitening")}
             shared |= {name: pipe.config[name] for name in ("caption_length", "w")}
-        parts = (some.to(self.device).float() / 127.5 - 1 for some in train.images[:].split(64))
+        parts = (some.to(self.device).float() / 127.5 - 1 for some in map(train.images.__getitem__, rows.split(64)))
         x_0 = torch.cat([some if pipe is None else pipe.encode(some) for some in parts])
         exact = TextToImagePipeline(ExactDenoiser(x_0, scheduler), scheduler, **shared)
-        captions, empty = exact.encode_prompt(train.captions, negative_prompt="")
-        exact.unet = ExactDenoiser(x_0, scheduler, captions, empty[:1])
+        states = lambda texts: exact.encode_prompt(texts, do_classifier_free_guidance=False)[0]
+        captions = torch.cat([states(self.known[i : i + 64]) for i in range(0, len(rows), 64)])
+        exact.unet = ExactDenoiser(x_0, scheduler, captions, states([""]))
         return exact
+
+    @property
+    def rows(self) -> Tensor:
+        """The training pictures that the exact denoiser knows: all, of a large set so many, evenly spread."""
+        n = len(self.set[0])
+        return torch.linspace(0, n - 1, min(n, max(KNOWN // (3 * self.source.resolution**2), 1))).long()
+
+    @functools.cached_property
+    def known(self) -> list[str]:
+        """Their captions."""
+        return [self.set[0].captions[row] for row in self.rows]
 
     @property
     def device(self) -> torch.device:
@@ -204,7 +217,7 @@ class Studio:
             raise InputError(f"denoiser is {shown(denoiser)}, expected one of {', '.join(DENOISERS)}")
         if denoiser == "network" and self.network is not None:
             return self.network
-        captions = set(self.set[0].captions)
+        captions = set(self.known)
         for prompt in map(data.normalize, prompts):
             if prompt and prompt not in captions:
                 near = difflib.get_close_matches(prompt, captions, 3, 0.3)
@@ -369,6 +382,8 @@ class Shelf:
             pipe = hub.load_checkpoint(self.run, step).to(self.device)
             return Studio(pipe, f"{self.name} at step {step}", load_file(self.run.config).data)
         pipe = hub.load(self.model).to(self.device)
+        if not isinstance(pipe.scheduler, DDPMScheduler):  # the page shows the lecture's equations, and a stock one has none
+            pipe.register_modules(scheduler=models.noise_process(DiffusionConfig(), pipe.scheduler))
         pipe.set_progress_bar_config(disable=True)
         places = [self.run.config] if self.run else [Path(self.model) / "config.yaml", Path(self.model).parent / "config.yaml"]
         known = [load_file(path).data for path in places if path.is_file()]

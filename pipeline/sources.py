@@ -19,6 +19,7 @@ import datasets
 import fsspec
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from datasets.packaged_modules.cache.cache import Cache
+from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, HTTPError  # HTTPError: the client's own, of refused connections too
 
 from pipeline.config import DataConfig
@@ -163,7 +164,7 @@ def open_rows(config: DataConfig, split: str) -> Rows:
             names = " and ".join(f"data.{name}" for name in unused or ["streaming"])
             raise DataError(f"{names} has no meaning for {source}, which is no table: leave it out, or give a parquet file, "
                             "a folder of them, or a Hub id")  # fmt: skip
-        return folder_of_images(source, split, config.caption_column)
+        return folder_of_images(source, split, config.caption_column, config.held_out)
     for name in ("revision", "subset")[: source.is_file() + 1] if local else ():  # a folder may have subsets, by its README.md
         if getattr(config, name) is not None:
             raise DataError(f"data.{name} has no meaning for {source}, which is on disk: leave it out")
@@ -180,13 +181,13 @@ def is_table(source: Path) -> bool:
 # ---- image folders
 
 
-def folder_of_images(source: Path, split: str, caption_column: str | Sequence[str] | None) -> Rows:
+def folder_of_images(source: Path, split: str, caption_column: str | Sequence[str] | None, held_out: str | None) -> Rows:
     """The images of one split of a folder, with their captions.
 
     Captions come from `metadata.jsonl` or `metadata.csv` (`caption` or `text`, or `caption_column`), else from `name.txt`
     beside `name.png`, else from file names.
     """
-    folder = split_folder(source, split)
+    folder = split_folder(source, split, held_out)
     rows, notes = folder_rows(folder, caption_column)
     if not rows:
         raise DataError(f"{folder} holds no images: expected files ending in {', '.join(sorted(SUFFIXES))}")
@@ -194,8 +195,8 @@ def folder_of_images(source: Path, split: str, caption_column: str | Sequence[st
     return Rows(datasets.Dataset.from_list(rows, features=FEATURES), same, stamp, str(folder), tuple(notes))
 
 
-def split_folder(source: Path, split: str) -> Path:
-    """Where a split's images are: `source/split`, or `source` itself for train where it has no train folder."""
+def split_folder(source: Path, split: str, held_out: str | None) -> Path:
+    """Where a split's images are: `source/split`, or `source` itself for train where no folder in it is a split's."""
     if not source.is_dir():
         raise DataError(f"no image folder at {source}: expected a folder of images with captions, a .parquet file, a folder "
                         "of them, or a Hub id like user/name")  # fmt: skip
@@ -203,7 +204,7 @@ def split_folder(source: Path, split: str) -> Path:
         return source / split
     known = sorted(p.name for p in source.iterdir() if p.is_dir() and not p.name.startswith("."))
     pictures = any(p.suffix.lower() in SUFFIXES or p.name in LISTINGS for p in source.iterdir())
-    if split == "train" and pictures and not {"test", "validation"} & set(known):
+    if split == "train" and pictures and not {"train", "test", "validation", held_out} & set(known):
         return source
     raise DataError(no_split(str(source), split, ", ".join(known) or "no folders"))
 
@@ -336,7 +337,8 @@ def table(config: DataConfig, split: str) -> Rows:
     captions = find_columns(config.source, found.features, config.caption_column)
     found = found.select_columns([image, *(c for c in captions if c != image)])
     found = found.cast_column(image, datasets.Image(decode=False))
-    read = functools.partial(table_row, image=image, captions=captions)
+    within = None if Path(config.source).exists() else config.source
+    read = functools.partial(table_row, image=image, captions=captions, within=within)
     name = f"{config.source} ({split})"
     return Rows(found, read, digest(str(builder.cache_dir), split, image, captions), name)
 
@@ -383,13 +385,23 @@ def is_image(feature: object) -> bool:
     return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and feature.keys() == {"bytes", "path"})
 
 
-def table_row(example: dict, number: int, image: str, captions: tuple[str, ...]) -> dict:
-    """One row of a table."""
+def table_row(example: dict, number: int, image: str, captions: tuple[str, ...], within: str | None = None) -> dict:
+    """One row of a table; of a data set of the Hub, `within`, none whose picture is a file of something else."""
     picture = example[image]
     empty = picture is None or (picture["bytes"] is None and not picture["path"])
     name = f"row {number}" if empty or not picture["path"] else Path(picture["path"]).name
-    return as_row(name, None if empty else picture, [example[column] for column in captions],
-                  "it has no image" if empty else "")  # fmt: skip
+    problem = "it has no image" if empty else ""
+    if within and not empty and picture["bytes"] is None and not belongs(picture["path"], within):
+        problem = "its file is outside the data set"
+    return as_row(name, None if problem else picture, [example[column] for column in captions], problem)
+
+
+def belongs(path: str, source: str) -> bool:
+    """Is a file one of a data set of the Hub, there or in the caches? Its tables may name any file and any URL."""
+    if "://" in path:
+        return re.match(rf"hf://datasets/{re.escape(source)}[@/]", path.rpartition("::")[2]) is not None
+    caches = (datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH, constants.HF_HUB_CACHE)
+    return any(Path(path).resolve().is_relative_to(Path(cache).resolve()) for cache in caches)
 
 
 # ---- what a network does

@@ -115,7 +115,9 @@ def sweep(folder: Path, words: list[str], w: list[float] | None, seed: int, on: 
 
     rows = torch.linspace(0, len(bank.captions) - 1, min(on, len(bank.captions))).long()
     prompts, what = [bank.captions[i] for i in rows], "all" if len(rows) == len(bank.captions) else f"sweep{len(rows)}"
-    unets = {"averaged": pipe.unet} | ({"raw": raw(folder)} if any(point.weights == "raw" for point in points) else {})
+    unets = {"averaged": pipe.unet}
+    if any(point.weights == "raw" for point in points):
+        unets["raw"] = raw(folder).to(pipe.device)
     model, places, calls, found = evaluation.identity(pipe, bank), {}, {}, {}
     for point in points:
         pipe.unet = unets[point.weights]

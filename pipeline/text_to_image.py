@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, ModelMixin, SchedulerMixin, UNet2DConditionModel
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
@@ -17,7 +18,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .guidance import InputError, Weight, guide, plus, weights
+from .guidance import InputError, Weight, guide, of_scale, plus, weights
 from .layout import Layout
 
 logger = logging.get_logger(__name__)
@@ -118,10 +119,12 @@ class TextToImagePipeline(Layout, DiffusionPipeline, StableDiffusionLoraLoaderMi
 
         output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W) in [0, 1], or "latent" (B, c, h, w), undecoded.
         callback_on_step_end(pipe, i, t, tensors) is called after every step with the tensors that
-        callback_on_step_end_tensor_inputs names, and returns a dict of those it changed.
+        callback_on_step_end_tensor_inputs names, or one of diffusers' own callbacks, and returns a dict of those it changed.
         """
         if output_type not in OUTPUT_TYPES:
             raise InputError(f"output_type is {output_type!r}, expected one of {', '.join(OUTPUT_TYPES)}: pass one of them")
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         unknown = [k for k in callback_on_step_end_tensor_inputs if k not in self._callback_tensor_inputs]
         if unknown:
             raise InputError(f"callback_on_step_end_tensor_inputs names {', '.join(unknown)}, expected some of "
@@ -153,7 +156,7 @@ class TextToImagePipeline(Layout, DiffusionPipeline, StableDiffusionLoraLoaderMi
         for name, field in fields.items():
             setattr(step, field, changed.get(name, getattr(step, field)))
         if self._guidance_scale is not scale:
-            step.w = plus(self._guidance_scale, -1)
+            step.w = of_scale(self._guidance_scale)
 
     def denoise(
         self,
@@ -356,7 +359,7 @@ class TextToImagePipeline(Layout, DiffusionPipeline, StableDiffusionLoraLoaderMi
             return self.config.w if w is None else w
         if not callable(guidance_scale):
             weights(guidance_scale, prompts, name="guidance_scale")
-        return plus(guidance_scale, -1)
+        return of_scale(guidance_scale)
 
     def _own_scheduler(self, n: int, timesteps: list[int] | None, device: torch.device) -> SchedulerMixin:
         """A copy of the scheduler with its plan made, so that calls cannot disturb each other."""
@@ -438,4 +441,7 @@ def step_options(scheduler: SchedulerMixin, generator: Generator | list[Generato
         raise InputError(f"{type(scheduler).__name__} takes no eta, expected none: leave it out")
     if isinstance(eta, bool) or not isinstance(eta, int | float) or not 0 <= eta <= 1:
         raise InputError(f"eta is {eta!r}, expected a number from 0 (deterministic) to 1 (ancestral): pass 1 for (16)")
+    variance = scheduler.config.get("variance_type")
+    if eta != 1 and variance and variance.startswith("fixed_large"):
+        raise InputError(f"eta is {eta}, expected 1 with the scheduler's variance_type {variance}: leave it out")
     return options | {"eta": eta}

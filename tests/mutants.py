@@ -83,7 +83,7 @@ MUTANTS = [
     (LOSSES, "        return x_0\n", "        return eps\n",
      "test_losses.py::test_target_is_what_the_scheduler_turns_back_into_the_image"),
     (LOSSES, "half = 1 / (levels - 1)", "half = 1 / levels", "test_losses.py::test_decoder_is_a_distribution_over_the_levels"),
-    (PIPELINE, "return plus(guidance_scale, -1)", "return guidance_scale",
+    (PIPELINE, "return of_scale(guidance_scale)", "return guidance_scale",
      "test_text_to_image.py::test_p13_guidance_scale_keeps_diffusers_meaning"),
     (PIPELINE, "(w != 0).nonzero()", "(w == w).nonzero()",
      "test_text_to_image.py::test_without_guidance_there_is_one_conditional_call_a_step"),

@@ -478,13 +478,13 @@ def test_a_dropped_picture_brings_its_settings_back(page, url, tmp_path):
 
 @needs_browser
 def test_a_dropped_picture_of_another_model_is_told_apart(page, tmp_path):
-    drew = vars(Request("blue circle")) | {"denoiser": "network", "model": "<b>cats</b>"}
+    drew = vars(Request("blue circle")) | {"denoiser": "network", "model": "![<b>](x)"}
     text = PngImagePlugin.PngInfo()
     text.add_text("parameters", json.dumps(drew))
     Image.new("RGB", (8, 8)).save(tmp_path / "theirs.png", pnginfo=text)
     page.get_by_text("More").click()
     page.locator("input[type=file]").first.set_input_files(tmp_path / "theirs.png")
-    page.locator("#status", has_text="‹b›cats‹/b› drew that picture; tiny draws another one.").wait_for()
+    page.locator("#status", has_text="![‹b›](x) drew that picture; tiny draws another one.").wait_for()
     page.wait_for_function("document.querySelector('#prompt textarea').value == 'blue circle'")
 
 

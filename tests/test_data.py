@@ -218,6 +218,14 @@ def test_listed_files_that_are_missing_and_files_that_are_not_listed_are_reporte
     assert "Expecting value" in found["metadata.jsonl:5"] and "expected an object" in found["metadata.jsonl:6"]
 
 
+def test_a_held_out_folder_in_a_flat_one_is_not_trained_on(load, tmp_path):
+    for name in ("a.png", "val/b.png"):
+        save(tmp_path / "mine" / name)
+    with pytest.raises(DataError, match="has no split 'train': it has val. Name the splits"):
+        load(tmp_path / "mine", held_out="val")
+    assert load(tmp_path / "mine", held_out=None).captions == ["a", "b"]
+
+
 def test_a_csv_listing_is_read_as_image_folders_have_it(load, tmp_path):
     folder = tmp_path / "set"
     for name in ("a.png", "b.png", "c.png", "IMG_1.png"):

@@ -132,6 +132,16 @@ def test_what_starts_from_its_own_picture_is_as_good_as_the_chain_below(run, jud
         evaluation.from_real(judge, bank, pipe, rows, 5, 0.0, 0, 50)
 
 
+@pytest.mark.parametrize(("arguments", "says"), [
+    (["--on", "0"], "--on is 0, expected 1 or more"), (["--choose-on", "0"], "--choose-on is 0, expected 1 or more"),
+    (["--sweep", "w=0,1", "--seeds", "0", "1", "--more"], "--more and a second --seeds means nothing beside --sweep"),
+    (["--from-real", "9", "--w", "0", "1"], "a second --w means nothing beside --from-real"),
+    (["--from-real", "9", "--sweep", "w=0,1"], "--sweep means nothing beside --from-real")])  # fmt: skip
+def test_what_would_count_for_nothing_is_refused(run, capsys, arguments, says):
+    assert evaluation.main([str(run), *arguments]) == 2
+    assert says in capsys.readouterr().err
+
+
 def test_the_command_starts_from_real_pictures(run, capsys):
     assert evaluation.main([str(run), "--from-real", "999", "19", "--w", "0", "--choose-on", "4"]) == 0
     out = capsys.readouterr().out.splitlines()

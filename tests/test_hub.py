@@ -324,6 +324,15 @@ def test_a_model_of_the_hub_is_drawn_with_by_its_name_alone(owner, pushed, expec
     owner(f"assert type(TextToImagePipeline.from_pretrained({pushed!r}).vae).__module__ == 'pipeline.patches'")
 
 
+def test_a_variant_is_downloaded_where_it_is_asked_for(world, owner, place):
+    folder = place / "half"
+    tiny_pipeline(w=1.0).save_pretrained(folder, variant="fp16")
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    world.add("tester/half", files)
+    owner("pipe = TextToImagePipeline.from_pretrained('tester/half', variant='fp16', use_safetensors=True)\n"
+          "assert pipe('cat', seed=0, num_inference_steps=2, output_type='np').images.shape == (1, 8, 8, 3)")  # fmt: skip
+
+
 def test_no_code_of_a_model_is_downloaded_or_run(world, owner, pushed, place):
     evil = f"open({str(place / 'ran')!r}, 'w')\n".encode()
     files = world.files("models", pushed)

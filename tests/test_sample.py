@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 from tiny import tiny_pipeline
 
-from pipeline import sample
+from pipeline import models, sample
+from pipeline.config import Config, LoraConfig, ModelConfig, TrainConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -87,7 +88,7 @@ def test_models_that_are_not_there(tmp_path, capsys, output):
     assert "its training has not finished" in refused(capsys, tmp_path, "cat", "-o", output)
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut", "index"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "cut encoder", "index"])
 def test_a_damaged_model_is_one_sentence(tmp_path, capsys, output, damage):
     folder = tmp_path / "tiny"
     tiny_pipeline().save_pretrained(folder)
@@ -96,9 +97,24 @@ def test_a_damaged_model_is_one_sentence(tmp_path, capsys, output, damage):
         weights.unlink()
     elif damage == "cut":
         weights.write_bytes(weights.read_bytes()[:1000])
+    elif damage == "cut encoder":
+        encoder = folder / "text_encoder" / "model.safetensors"
+        encoder.write_bytes(encoder.read_bytes()[:1000])
     else:
         (folder / "model_index.json").write_text("{")
     assert f"{folder} cannot be loaded" in refused(capsys, folder, "cat", "-o", output)
+
+
+def test_a_damaged_adapter_is_one_sentence(run, tmp_path, capsys, output):
+    config = Config(name="mine", model=ModelConfig(pretrained=str(run / "pipeline")), train=TrainConfig(method="lora"))
+    pipe = tiny_pipeline(patch_size=2, w=1.0)
+    models.adapt(pipe.unet, LoraConfig(rank=2))
+    models.save_adapter(pipe.unet, tmp_path / "mine" / "lora")
+    (tmp_path / "mine" / "config.yaml").write_text(config.to_yaml())
+    assert sample.main([str(tmp_path / "mine"), "cat", "--steps", "2", "-o", str(output)]) == 0
+    weights = tmp_path / "mine" / "lora" / "pytorch_lora_weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert f"{weights} cannot be loaded" in refused(capsys, tmp_path / "mine", "cat", "-o", output)
 
 
 def test_a_misspelt_option_is_argparse_s_own_error(run, capsys):

@@ -10,6 +10,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from diffusers import PNDMScheduler
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -394,6 +395,26 @@ def test_a_saved_pipeline_is_served_as_it_is(tmp_path):
     assert shelf.studio() is shelf.studio(7)
     image = last(shelf.studio().create(Request("red heart", w=1.5, steps=2, seed=3))).images
     assert np.array_equal(pixels(image), pixels(tiny_pipeline()("red heart", w=1.5, num_inference_steps=2, seed=3).images))
+
+
+def test_a_model_with_a_stock_scheduler_shows_the_equations_of_its_own_noise(tmp_path):
+    """Stable Diffusion's PNDM has no eta, no posterior and no single steps: ours takes its betas over."""
+    stock = PNDMScheduler(beta_start=0.001, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True)
+    tiny_pipeline(caption_length=8, scheduler=stock).save_pretrained(tmp_path / "model")
+    studio = Shelf(tmp_path / "model").studio()
+    assert np.allclose(studio.curves()["ᾱ_t (4)"], stock.alphas_cumprod, rtol=1e-5)
+    assert last(studio.create(Request("red heart", steps=2, eta=0.5))).images
+    assert "(1) the chain" in studio.forward(torch.zeros(1, 3, 8, 8), 3, 0)
+
+
+def test_of_a_large_set_the_exact_denoiser_knows_a_part(studio, monkeypatch):
+    whole = studio.set[0].captions
+    monkeypatch.setattr(serving, "KNOWN", 2 * 3 * studio.source.resolution**2)
+    part = serving.Studio(studio.network, studio.name, studio.source)
+    assert part.known == [whole[0], whole[-1]] and len(part.exact.unet.x_0) == 2 < len(whole)
+    assert np.abs(pixels(last(part.create(Request(whole[-1], w=0.0, steps=20), "exact")).images) - COLORS[whole[-1]]).max() <= 1
+    with pytest.raises(InputError, match="knows the 2 names of its pictures"):
+        part.chosen("exact", whole[1])
 
 
 def test_a_model_whose_pictures_are_elsewhere_is_compared_to_the_embedded_ones(tmp_path):

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from hub_stub import HubStub, Repo
+from huggingface_hub import constants
 from PIL import Image
 
 from pipeline import data, sources
@@ -118,6 +119,22 @@ def test_what_a_table_lacks_is_said_with_what_it_has(settings, says, load, tmp_p
     with pytest.raises(DataError) as error:
         load(path, **settings)
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("path", "good"), [
+    ("/etc/passwd", False), ("mine.png", False), ("http://10.0.0.1/x.png", False), ("hf://datasets/other/set@a1/x.png", False),
+    ("hf://datasets/tester/set-of-mine/x.png", False), ("file:///etc/x.png::hf://datasets/other/x/a.zip", False),
+    ("hf://datasets/tester/set@a1/x.png", True), ("zip://x.png::hf://datasets/tester/set@a1/a.zip", True),
+    (f"{constants.HF_HUB_CACHE}/datasets--tester--set/snapshots/a1/x.png", True),
+    (f"{constants.HF_HUB_CACHE}/../../../../../../../../etc/passwd", False)])  # fmt: skip
+def test_a_table_of_the_hub_names_no_other_files(path, good):
+    """Else a stranger's table could have a private picture trained on, and pushed with the model."""
+    picture = {"image": {"bytes": None, "path": path}, "text": "a"}
+    row = sources.table_row(picture, 0, "image", ("text",), within="tester/set")
+    assert row["problem"] == ("" if good else "its file is outside the data set") and (row["image"] is not None) == good
+    assert sources.table_row(picture, 0, "image", ("text",))["problem"] == "", "a table on disk is its owner's"
+    inside = sources.table_row({"image": {"bytes": b"x", "path": path}, "text": "a"}, 0, "image", ("text",), within="tester/set")
+    assert inside["problem"] == ""
 
 
 def test_a_damaged_table_is_one_sentence(load, tmp_path):

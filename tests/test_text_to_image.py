@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import is_torchsde_available, logging
 from hypothesis import given, settings
@@ -169,8 +170,10 @@ def test_p12_images_per_prompt(pipe, prompt, n):
 
 
 def test_p13_guidance_scale_keeps_diffusers_meaning(pipe):
-    for w in (-1.0, 0.0, 0.5, 6.5):
+    for w in (0.0, 0.5, 6.5):
         assert np.array_equal(draw(pipe, guidance_scale=1 + w), draw(pipe, w=w))
+    for scale in (0, 0.5, lambda level: 0.0):  # without guidance, as in diffusers; the lecture's -1 is w's alone
+        assert np.array_equal(draw(pipe, guidance_scale=scale), draw(pipe, w=0.0))
     assert not np.allclose(draw(pipe, guidance_scale=1.0), draw(pipe, guidance_scale=7.5), atol=1e-3)
 
 
@@ -215,6 +218,20 @@ def test_p15_callbacks_may_raise_the_guidance(pipe):
     assert pipe.guidance_scale == 2.0 + pipe.num_timesteps
     levels = [noise_level(pipe.scheduler, t) for t in plan(pipe.scheduler, STEPS)]
     assert np.array_equal(raised, draw(pipe, w=lambda level: 1.0 + levels.index(level)))
+
+
+def test_an_eta_that_the_variance_does_not_go_with_is_refused():
+    pipe = tiny_pipeline(scheduler=DDPMScheduler(variance_type="fixed_large"))
+    assert draw(pipe, eta=1.0).shape == (1, 8, 8, 3)
+    with pytest.raises(InputError, match="eta is 0.5, expected 1 with the scheduler's variance_type fixed_large: leave it out"):
+        draw(pipe, eta=0.5)
+
+
+def test_p15_diffusers_own_callbacks_stop_the_guidance(pipe):
+    levels = [noise_level(pipe.scheduler, t) for t in plan(pipe.scheduler, STEPS)]
+    cut = draw(pipe, w=3.0, callback_on_step_end=SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1))
+    assert np.array_equal(cut, draw(pipe, w=lambda level: 3.0 if levels.index(level) < 2 else 0.0))
+    assert not np.allclose(cut, draw(pipe, w=3.0), atol=1e-3)
 
 
 def test_p16_variants_have_their_names(pipe, tmp_path):
