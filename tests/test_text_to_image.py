@@ -428,9 +428,10 @@ def test_guidance_in_an_interval_doubles_the_call_there_only(pipe):
 def test_each_prompt_has_its_own_weight(pipe):
     prompts, w = ["red heart", "cat", "dog"], [0.0, 2.0, -1.0]
     assert rows_called(pipe, prompt=prompts, w=w) == [4] * STEPS
-    for images in (draw(pipe, prompts, w=w), draw(pipe, prompts, guidance_scale=[1 + v for v in w])):
+    for images, own in ((draw(pipe, prompts, w=w), w), (draw(pipe, prompts, guidance_scale=[1, 3.0, 0.5]), [0, 2.0, 0])):
         for i in range(3):
-            close(images[i], draw(pipe, prompts[i], seed=i, w=w[i])[0])
+            close(images[i], draw(pipe, prompts[i], seed=i, w=own[i])[0])
+    assert draw(pipe, prompts, guidance_scale=torch.tensor([1, 3, 0.5])).shape == images.shape
     twice = draw(pipe, prompts, w=torch.tensor(w), num_images_per_prompt=2)
     close(twice[3], draw(pipe, "cat", seed=3, w=2.0)[0])
 
