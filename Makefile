@@ -11,8 +11,9 @@ train: .venv/.runtime
 app: .venv/.runtime
 	$(BIN)/python app.py $(ARGS)
 
+# Two at a time, a thread each: most of their time is the start of processes.
 test: .venv/.dev
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

@@ -18,7 +18,7 @@ from test_train import ROOT, command, config, images, log, same, train, weights,
 import train_text2img
 from pipeline.run import Run
 
-KILLS = int(os.environ.get("KILLS", "4"))  # 25 for the whole loop
+KILLS = int(os.environ.get("KILLS", "3"))  # 25 for the whole loop
 QUICK = ("--train.save_every", "1", "--train.validate_every", "20", "--sample.every", "40", "--train.keep", "2",
          "--train.steps", "40")  # fmt: skip  # nearly always in a save
 
