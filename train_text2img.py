@@ -329,7 +329,7 @@ def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Pa
         restore(optimizer, saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
         ema.load_state_dict(saved["ema"])
-        if accelerator.scaler is not None:
+        if accelerator.scaler is not None and saved.get("scaler"):  # none from a machine that computes in another precision
             accelerator.scaler.load_state_dict(saved["scaler"])
         state |= saved["state"]
         if stream is not None:

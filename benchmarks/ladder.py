@@ -101,11 +101,14 @@ def way(args) -> dict:
     return {"minutes": args.minutes, "captions": args.captions, "steps": args.steps, "machine": bench.machine()}
 
 
+def results(path: Path) -> list[dict]:
+    """All that was found so far, a result a rung, seed and way."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+
+
 def known(args) -> list[dict]:
-    """What was found in this way so far, a result a rung and seed."""
-    path = args.output.parent / RESULTS
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    return [one for one in kept if one["way"] == way(args)]
+    """What was found in this way."""
+    return [one for one in results(args.output.parent / RESULTS) if one["way"] == way(args)]
 
 
 def once(rung: str, seed: int, args) -> None:
@@ -114,9 +117,8 @@ def once(rung: str, seed: int, args) -> None:
         return
     found = peer(seed, args) if rung == PEER else climb(rung, seed, args)
     path = args.output.parent / RESULTS
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     path.parent.mkdir(parents=True, exist_ok=True)
-    runs.replace(path, json.dumps([*kept, {"rung": rung, "seed": seed, **found, "way": way(args)}], indent=1))
+    runs.replace(path, json.dumps([*results(path), {"rung": rung, "seed": seed, **found, "way": way(args)}], indent=1))
 
 
 def climb(rung: str, seed: int, args) -> dict:
@@ -250,8 +252,8 @@ def main(argv: list[str] | None = None) -> None:
     for seed in args.seeds:
         for rung in args.rungs:
             once(rung, seed, args)
-    results = sorted(known(args), key=lambda one: one["seed"])
-    found = {name: [one for one in results if one["rung"] == name] for name in names}
+    done = sorted(known(args), key=lambda one: one["seed"])
+    found = {name: [one for one in done if one["rung"] == name] for name in names}
     found, lines = {name: some for name, some in found.items() if some}, []
     for rung, some in found.items():
         change = "captions as classes, in pixels" if rung == PEER else ", ".join(f"{k} {v}" for k, v in RUNGS[rung].items())

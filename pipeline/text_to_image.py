@@ -234,7 +234,6 @@ class TextToImagePipeline(Layout, DiffusionPipeline, StableDiffusionLoraLoaderMi
         return guide(eps_c.index_copy(0, c, out[len(u) :]), eps_u.index_copy(0, u, out[: len(u)]), w)
 
     @torch.no_grad()
-    @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """What the network sees (B, c, h, w) of images (B, 3, H, W) in [-1, 1], `decode`'s inverse; a VAE's most likely.
 

@@ -528,3 +528,11 @@ def test_a_phone_needs_no_sideways_scrolling(browser, url, scheme):
         page.wait_for_timeout(300)
         assert page.evaluate("document.documentElement.scrollWidth") <= 375, tab
     page.close()
+
+
+def test_a_card_brings_nobody_elses_pictures(tmp_path):
+    words = ("![a](https://x.example/1.png) ![b][ref] ![ref] <img src='https://x.example/2.png'> <IMG\nSRC=3> kept\n\n"
+             "[ref]: https://x.example/4.png")  # fmt: skip
+    (tmp_path / "README.md").write_text(f"---\nlicense: mit\n---\n{words}")
+    said = app.card(Shelf(tmp_path))
+    assert "kept" in said and "![" not in said and "<img" not in said.lower() and "license: mit" not in said
