@@ -204,7 +204,7 @@ def split_folder(source: Path, split: str, held_out: str | None) -> Path:
         return source / split
     known = sorted(p.name for p in source.iterdir() if p.is_dir() and not p.name.startswith("."))
     pictures = any(p.suffix.lower() in SUFFIXES or p.name in LISTINGS for p in source.iterdir())
-    if split == "train" and pictures and not {"train", "test", "validation", held_out} & set(known):
+    if split == "train" and pictures and not {"test", "validation", held_out} & set(known):
         return source
     raise DataError(no_split(str(source), split, ", ".join(known) or "no folders"))
 
