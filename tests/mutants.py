@@ -220,6 +220,8 @@ MUTANTS = [
     (SAFE, "ignore_patterns=None if variant else VARIANTS", "ignore_patterns=VARIANTS",
      "test_hub.py::test_a_variant_is_downloaded_where_it_is_asked_for"),
     (LADDER, 'one["way"] == way(args)', "True", "test_benchmarks.py::test_a_rung_that_is_done_is_not_run_again"),
+    (LADDER, "max(theirs, key=rate)", "min(theirs, key=rate)",
+     "test_benchmarks.py::test_the_ladder_holds_its_last_rung_against_the_better_peer"),
     (LADDER, '"train.gamma": 5}', '"train.gamma": 4}', "test_benchmarks.py::test_the_ladder_ends_in_the_shipped_recipe"),
     (VERIFIERS, "(errors[: len(x_0)] - errors[len(x_0) :])", "(errors[len(x_0) :] - errors[: len(x_0)])",
      "test_verifiers.py::test_the_score_is_the_log_likelihood_ratio_of_a_gaussian_mixture"),
