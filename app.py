@@ -168,18 +168,29 @@ def checkpoints(shelf: Shelf, demo: gr.Blocks) -> gr.Slider:
     """The slider over a run's checkpoints, which follows the newest; hidden where there is one model."""
     steps = shelf.steps()
     with gr.Group(visible=shelf.follows):
-        slider = gr.Slider(min(steps, default=0), max([*steps, 1]), value=max(steps, default=0), step=1,
+        slider = gr.Slider(*ends(steps), value=max(steps, default=0), step=1,
                            label="Checkpoint (step)", info="the nearest one that is kept is used")  # fmt: skip
         newest = gr.Checkbox(True, label="Follow the newest")
 
     def refresh(value, follow):
         found = shelf.steps()
-        last = max(found, default=0)
-        return gr.Slider(minimum=min(found, default=0), maximum=max(last, 1), value=last if follow else value)
+        first, last = ends(found)  # a value below first, of a checkpoint that is gone, would be refused
+        return gr.Slider(minimum=first, maximum=last, value=max(found, default=0) if follow else min(max(value, first), last))
 
     if shelf.follows:
         gr.on([gr.Timer(5).tick, demo.load], answering(refresh), [slider, newest], slider, **QUIET)
     return slider
+
+
+def ends(steps: list[int]) -> tuple[int, int]:
+    """A slider's two ends over some steps; gradio wants them apart."""
+    first, last = min(steps, default=0), max([*steps, 1])
+    return (first if first < last else 0), last
+
+
+def steps_slider(studio: Studio, most: int, **layout) -> gr.Slider:
+    """How many denoising steps, no more than the model has timesteps."""
+    return gr.Slider(1, min(most, studio.T), value=min(50, studio.T), step=1, label="Steps", **layout)
 
 
 def create_tab(shelf: Shelf, studio: Studio, checkpoint: gr.Slider) -> None:
@@ -196,10 +207,11 @@ def create_tab(shelf: Shelf, studio: Studio, checkpoint: gr.Slider) -> None:
             w = gr.Slider(-1, 10, value=default, step=0.25, label="w, guidance", info=GUIDANCE)
             with gr.Row():
                 images = gr.Slider(1, IMAGES, value=1, step=1, label="Pictures", min_width=120)
-                steps = gr.Slider(1, 250, value=50, step=1, label="Steps", min_width=120)
+                steps = steps_slider(studio, 250, min_width=120)
             think = gr.Slider(1, THINK, value=1, step=1, label="Think longer", elem_id="think",
                               info="1 is off; at n, as many network calls as n pictures take go to drawing several and keeping "
-                                   "the one the model itself finds likeliest for the prompt")  # fmt: skip
+                                   "the one the model itself finds likeliest for the prompt; judging takes calls too, so that "
+                                   "2 still draws one")  # fmt: skip
             with gr.Row():
                 seed = gr.Number(0, label="Seed", info="picture i draws its noise from seed + i", min_width=120, elem_id="seed")
                 randomise = gr.Checkbox(True, label="Randomise", info="a new seed each time; it is shown here", min_width=120)
@@ -241,10 +253,10 @@ def create_tab(shelf: Shelf, studio: Studio, checkpoint: gr.Slider) -> None:
     def reuse(path, checkpoint):
         studio = shelf.studio(checkpoint)
         request, drew, model = serving.settings_of(path, studio.T)
-        other = f"`{fenced(model[:80])}` drew that picture; `{fenced(studio.name)}` draws another one."
+        other = f"`{fenced(model[:80])}` drew that picture; `{fenced(studio.identity)}` draws another one."
         return (request.prompt, request.negative_prompt, request.w, request.steps, request.eta, request.images,
                 request.seed, False, request.low, request.high, request.think, drew,
-                "" if model == studio.name else other)  # fmt: skip
+                "" if model in (studio.identity, studio.name) else other)  # fmt: skip  # older pictures have the name alone
 
     inputs = [prompt, negative, w, steps, eta, images, seed, randomise, low, high, denoiser, checkpoint, think]
     clicked([prompt.submit, go.click], go, stop, create, inputs, [gallery, status, seed, curve, discarded], "create")
@@ -300,7 +312,7 @@ def sweep_tab(shelf: Shelf, studio: Studio, checkpoint: gr.Slider) -> None:
     with gr.Row():
         prompt = gr.Textbox(label="Prompt", value=known_caption(studio), scale=4, min_width=200, max_length=serving.CHARACTERS)
         seed = gr.Number(0, label="Seed", scale=1, min_width=100)
-        steps = gr.Slider(1, BUDGET // len(SWEEP), value=50, step=1, label="Steps", scale=2, min_width=140)
+        steps = steps_slider(studio, BUDGET // len(SWEEP), scale=2, min_width=140)
     with gr.Row():
         go = gr.Button("Draw all six", variant="primary", elem_id="sweep")
         stop = gr.Button("Stop", variant="stop", visible=False)
@@ -351,7 +363,7 @@ def walk_tab(shelf: Shelf, studio: Studio, checkpoint: gr.Slider, demo: gr.Block
     with gr.Row():
         prompt = gr.Textbox(label="Prompt", value=known_caption(studio), scale=3, min_width=200, max_length=serving.CHARACTERS)
         w = gr.Slider(-1, 10, value=studio.pipe.config.w, step=0.25, label="w", scale=2, min_width=140)
-        steps = gr.Slider(1, 250, value=50, step=1, label="Steps", scale=2, min_width=140)
+        steps = steps_slider(studio, 250, scale=2, min_width=140)
         eta = gr.Slider(0, 1, value=1, step=0.05, label="η", scale=1, min_width=160)
     denoiser = model_options()
     with gr.Row():
@@ -438,7 +450,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--host", default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"),  # a Space sets it
                         help="0.0.0.0 lets other machines in (default: 127.0.0.1)")  # fmt: skip
     parser.add_argument("--port", type=int, help="default: 7860, or the next free one")
-    parser.add_argument("--device", help="cpu, cuda or mps (default: cuda where there is one, else cpu)")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one, else cpu)")
     args = parser.parse_args(argv)
     try:
         shelf = Shelf(args.model or hub.newest(), args.device)

@@ -14,6 +14,7 @@ import resource
 import sys
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from tqdm.auto import tqdm
 from pipeline import card, data, emoji, hub, latents, losses, models, muon
 from pipeline import config as settings
 from pipeline import run as runs
+from pipeline.captions import CaptionWhitening
 from pipeline.config import Config, ConfigError
 from pipeline.patches import PatchAutoencoder
 from pipeline.scheduler import DDPMScheduler
@@ -35,7 +37,9 @@ from pipeline.stream import Stream
 from pipeline.text_to_image import TextToImagePipeline
 
 FREE = ("name", "output", "report_to", "hub", "sample", "data.cache", "train.steps", "train.threads", "train.log_every",
-        "train.validate_every", "train.save_every", "train.keep")  # fmt: skip  # what a resumed run may change
+        "train.validate_every", "train.save_every", "train.keep", "data.max_broken", "train.max_skipped", "train.accumulation",
+        "train.gradient_checkpointing")  # fmt: skip  # what a resumed run may change
+PREPARING = timedelta(hours=12)  # for which processes wait for the one that prepares the data; torch's own limit is minutes
 GRID = 8  # timesteps of the validation grid
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 HELD = 16  # images of each split on it
@@ -47,9 +51,9 @@ class Parts:
 
     images: data.CaptionedImages  # of a stream its first rows
     held_out: data.CaptionedImages | None
-    states: torch.Tensor  # (M, L, D), one row a caption of the training split
-    held_states: torch.Tensor | None
-    empty: torch.Tensor  # (1, L, D), the empty caption
+    states: torch.Tensor  # (M, L, D) on the CPU, one row a caption of the training split
+    held_states: torch.Tensor | None  # on the CPU
+    empty: torch.Tensor  # (1, L, D) where the network is, the empty caption
     pipe: TextToImagePipeline
     latents: latents.Latents | None  # of the training split, where an autoencoder is worth asking only once
     encode: data.CaptionStates  # of a stream's captions
@@ -79,14 +83,20 @@ class Parts:
 
 def prepare(config: Config, checkpoint: Path | None, device: torch.device) -> Parts:
     """Read the data, encode its captions, build or load the models."""
+    noise = [f"diffusion.{name}" for name, value in vars(config.diffusion).items() if value is not None]
+    if config.train.method == "lora" and noise and checkpoint is None:
+        raise ConfigError(f"an adapter is drawn with its model's own noise process: leave {', '.join(noise)} out")
     images, held_out = data.load_splits(config.data)
     base = None if config.model.pretrained is None else pretrained(config)
     tokenizer, encoder = (base.tokenizer, base.text_encoder) if base else models.text_encoder(config.model.text_encoder)
     length = (base.config.caption_length or tokenizer.model_max_length) if base else config.data.caption_length
     images = images.measured(tokenizer, length)
-    encode = lambda captions: data.encode_captions(captions, tokenizer, encoder, length, cache_dir=config.data.cache)
+    encode = lambda captions: data.encode_captions(captions, tokenizer, encoder, length, config.data.cache, device)
     states = encode(images.all_captions)
-    whitening = base.whitening if base else models.whitening(config.model, states)
+    if checkpoint and (checkpoint / "whitening").is_dir():
+        whitening = CaptionWhitening.from_pretrained(checkpoint / "whitening", use_safetensors=True)
+    else:
+        whitening = base.whitening if base else models.whitening(config.model, states)
     white = whitening or (lambda raw: raw)
     held = white(encode(held_out.all_captions)) if held_out else None
     states, empty = white(states), white(encode([""]))
@@ -101,10 +111,14 @@ def prepare(config: Config, checkpoint: Path | None, device: torch.device) -> Pa
     if config.train.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     pipe = models.pipeline(config, models.for_training(unet, device), tokenizer, encoder, whitening, base).to(device)
+    process = pipe.scheduler.config
+    if process.prediction_type == "epsilon" and process.rescale_betas_zero_snr:
+        raise ConfigError("diffusion.prediction_type must be sample or v_prediction with rescale_betas_zero_snr, got epsilon: "
+                          "at SNR = 0 the noise says nothing about the image")  # fmt: skip
     costly = pipe.vae is not None and not isinstance(pipe.vae, PatchAutoencoder)
-    kept = latents.encode(images, pipe.vae, config.data.cache) if costly and not config.data.streaming else None
-    return Parts(images, held_out, states.to(device), None if held is None else held.to(device), empty.to(device), pipe, kept,
-                 data.CaptionStates(tokenizer, encoder, length))  # fmt: skip
+    keep = costly and not config.data.streaming
+    kept = latents.encode(images, pipe.vae, config.data.cache, mirrored=config.data.flip) if keep else None
+    return Parts(images, held_out, states, held, empty.to(device), pipe, kept, data.CaptionStates(tokenizer, encoder, length))
 
 
 def pretrained(config: Config) -> TextToImagePipeline:
@@ -113,6 +127,9 @@ def pretrained(config: Config) -> TextToImagePipeline:
         pipe = hub.load(config.model.pretrained)
     except ValueError as error:
         raise ConfigError(f"model.pretrained: {error}") from error
+    if getattr(pipe.unet, "peft_config", None):
+        raise ConfigError(f"model.pretrained must be a whole model, got {config.model.pretrained}, which is an adapter: give the "
+                          "model that it adapts")  # fmt: skip
     side, rest = divmod(config.data.resolution, pipe.vae_scale_factor)
     halvings = 2 ** (len(pipe.unet.config.block_out_channels) - 1)
     if rest or side % halvings:
@@ -147,6 +164,16 @@ def lr_schedule(optimizer, train: settings.TrainConfig):
     return torch.optim.lr_scheduler.LambdaLR(optimizer, share)
 
 
+def resume_schedule(schedule: torch.optim.lr_scheduler.LambdaLR, state: dict) -> tuple[float, float]:
+    """Go on where a schedule was, by this one's own plan, which may have another end; train.lr as it was and as it is."""
+    schedule.load_state_dict(state)
+    now = [base * share(schedule.last_epoch) for base, share in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    for group, lr in zip(schedule.optimizer.param_groups, now, strict=True):
+        group["lr"] = lr
+    was, schedule._last_lr = schedule.get_last_lr(), now
+    return was[-1], now[-1]  # before them: the matrices of Muon
+
+
 def restore(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Load an optimiser's state in each weight's own memory format: the fused CPU kernel reads both as they lie."""
     optimizer.load_state_dict(state)
@@ -169,7 +196,7 @@ def examples(parts: Parts, config: Config, step: int, slots: torch.Tensor) -> tu
     flip = data.flips(seed, step, slots) if config.data.flip else None
     if parts.stream is None:
         rows = data.batch_indices(seed, step, config.train.batch_size, len(parts.images), slots=slots)
-        states = parts.states[parts.images.chosen(seed, step, slots, rows)]
+        states = parts.states[parts.images.chosen(seed, step, slots, rows)].to(device)
         if parts.latents is None:
             return parts.encoded(parts.images, rows, flip), states
         z = data.noise(seed, step, slots, parts.latents.shape, "posterior")
@@ -201,7 +228,7 @@ def validate(unet, parts: Parts, config: Config, stop) -> dict:
         if images is None:
             continue
         rows = torch.linspace(0, len(images) - 1, min(HELD, len(images))).long()
-        x_0 = parts.encoded(images, rows)
+        x_0, chosen = parts.encoded(images, rows), states[images.first[rows]].to(parts.empty.device)
         eps = data.noise(0, 0, rows, x_0.shape[1:]).to(x_0.device)
         loss, error = [], {}
         for k in ((torch.arange(GRID) + 0.5) * T / GRID).long().tolist():
@@ -209,11 +236,20 @@ def validate(unet, parts: Parts, config: Config, stop) -> dict:
                 return {}
             t = torch.full((len(rows),), k, device=x_0.device)
             x_t = parts.scheduler.add_noise(x_0, eps, t)
-            output = unet(x_t, t, encoder_hidden_states=states[images.first[rows]], return_dict=False)[0].float()
+            output = unet(x_t, t, encoder_hidden_states=chosen, return_dict=False)[0].float()
             loss.append(parts.loss(config, output, x_0, eps, t).mean().item())
             error[k] = (parts.scheduler.predict_x_0(output, t, x_t) - x_0).square().mean().item()
         record[f"{split}_loss"], record[f"{split}_x_0_error"] = sum(loss) / GRID, error
     return record
+
+
+def try_sampling(parts: Parts, config: Config) -> None:
+    """ConfigError where the run's model could not draw its samples, before the first step."""
+    sample = config.sample
+    try:
+        parts.pipe.denoise(sample.prompts[0], w=sample.w[0], num_inference_steps=sample.steps, eta=sample.eta)
+    except ValueError as error:
+        raise ConfigError(f"sample: {error}") from error
 
 
 def draw(pipe: TextToImagePipeline, config: Config, path: Path, stop) -> None:
@@ -225,6 +261,15 @@ def draw(pipe: TextToImagePipeline, config: Config, path: Path, stop) -> None:
             return
         images += pipe(list(sample.prompts), w=w, seed=sample.seed, num_inference_steps=sample.steps, eta=sample.eta).images
     make_image_grid(images, rows=len(sample.w), cols=len(sample.prompts)).save(path)
+
+
+@contextlib.contextmanager
+def spared(path: Path):
+    """Say that a GPU has no memory for a picture of samples: training fits, and shall not end for them."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        tqdm.write(f"{path} is not drawn ({str(error).splitlines()[0]}): give fewer sample.prompts")
 
 
 @contextlib.contextmanager
@@ -302,6 +347,9 @@ def train(config: Config, dry_run: bool = False) -> int:
         if start >= config.train.steps and run.finished:
             accelerator.print(f"{run.folder} is finished at step {start} of {config.train.steps}.\n{usage(run, config)}")
             return hub.publish(config, run) if main else 0
+        if start > config.train.steps:
+            raise runs.RunError(f"{run.folder} is at step {start} already, got train.steps {config.train.steps}: give at least "
+                                f"{start}, or a new run another --name")  # fmt: skip
         try:
             with open_stream(config, accelerator) as stream:
                 return loop(config, accelerator, run, checkpoint, stop, stream)
@@ -310,15 +358,28 @@ def train(config: Config, dry_run: bool = False) -> int:
             return stop.exit_code
 
 
+@contextlib.contextmanager
+def local_main_first(accelerator: Accelerator):
+    """accelerate's `local_main_process_first` with its own time limit: that of a training step is a few minutes."""
+    several, first = accelerator.num_processes > 1, accelerator.is_local_main_process
+    group = torch.distributed.new_group(backend="gloo", timeout=PREPARING) if several else None
+    if several and not first:
+        torch.distributed.barrier(group)
+    yield
+    if several and first:
+        torch.distributed.barrier(group)
+
+
 def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Path | None, stop, stream: Stream | None) -> int:
     """The training loop, from a checkpoint or from nothing to the last step; the exit code."""
     main, share, steps = accelerator.is_main_process, config.train.batch_size // config.train.accumulation, config.train.steps
-    with stop.at_once(), accelerator.local_main_process_first():  # what it has prepared the others find in the cache
+    with stop.at_once(), local_main_first(accelerator):  # what it has prepared the others find in the cache
         parts = prepare(config, checkpoint, accelerator.device)
     read = None if stream is not None else parts.images.fingerprint
     if checkpoint and (was := runs.manifest(checkpoint).get("data", read)) != read:
         raise runs.RunError(f"{run.folder} was begun on other pictures or captions: the fingerprint of {config.data.source} "
                             f"was {was} and is now {read}. Put them back, or give the new run another --name")  # fmt: skip
+    try_sampling(parts, config)
     parts.stream = stream
     optimizer = optimizer_of(parts.unet, config.train)
     schedule = lr_schedule(optimizer, config.train)
@@ -327,7 +388,7 @@ def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Pa
     if checkpoint:
         saved = runs.load_state(checkpoint, "trainer")
         restore(optimizer, saved["optimizer"])
-        schedule.load_state_dict(saved["schedule"])
+        was, now = resume_schedule(schedule, saved["schedule"])
         ema.load_state_dict(saved["ema"])
         if accelerator.scaler is not None and saved.get("scaler"):  # none from a machine that computes in another precision
             accelerator.scaler.load_state_dict(saved["scaler"])
@@ -343,6 +404,8 @@ def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Pa
         if checkpoint and (before := runs.manifest(checkpoint)["processes"]) != accelerator.num_processes:
             print(f"The checkpoint is of {before} process(es), now there are {accelerator.num_processes}: the batches are the "
                   "same, their sums are rounded otherwise")  # fmt: skip
+        if checkpoint and was != now:
+            print(f"With {steps} steps the schedule goes on at a learning rate of {now:.3g}, where it was {was:.3g}")
     unet, optimizer = accelerator.prepare(parts.unet, optimizer)
     weights = models.trainable(parts.unet)
     ema.to(accelerator.device)
@@ -399,6 +462,7 @@ def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Pa
                     if sound:
                         ema.step(weights)
                 optimizer.zero_grad()
+        lr = schedule.get_last_lr()[-1]
         schedule.step()
         state["in_a_row"] = 0 if sound else state["in_a_row"] + 1
         state["skipped"] += not sound
@@ -408,13 +472,14 @@ def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Pa
             tell(parts, config, step - 1, seen, main)
             if state["in_a_row"] >= config.train.max_skipped:
                 raise runs.Diverged(f"{state['in_a_row']} steps in a row, up to step {step}, had no finite gradient; the last "
-                                    f"checkpoint is kept: lower train.lr (now {config.train.lr:g})")  # fmt: skip
+                                    f"checkpoint is kept: lower train.lr (now {config.train.lr:g}) in a run of another "
+                                    "--name")  # fmt: skip
         busy, counted = busy + time.perf_counter() - began, counted + 1
         bar.update()
         if step % config.train.log_every == 0 or step == steps:
             mean = accelerator.reduce(torch.tensor(state["losses"], device=accelerator.device).mean(), "mean").item()
             record = {"step": step, "loss": mean if math.isfinite(mean) else None,
-                      "grad_norm": norm.item() if sound else None, "lr": schedule.get_last_lr()[0], "skipped": state["skipped"],
+                      "grad_norm": norm.item() if sound else None, "lr": lr, "skipped": state["skipped"],
                       "images_per_s": config.train.batch_size * counted / busy, "seconds": clock()}  # fmt: skip
             state["losses"], busy, counted = [], 0.0, 0
             bar.set_postfix(loss=f"{mean:.4f}")
@@ -426,8 +491,9 @@ def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Pa
             with averaged(ema, parts.unet):
                 run.log(step=step, **validate(parts.unet, parts, config, stop))
         if main and not ended and (step % config.sample.every == 0 or last):
-            with averaged(ema, parts.unet):
-                draw(pipe, config, run.samples / f"{step:06d}.png", stop)
+            path = run.samples / f"{step:06d}.png"
+            with averaged(ema, parts.unet), spared(path):
+                draw(pipe, config, path, stop)
         ended = ended or stopped(stop, accelerator)
         if ended or last or step % config.train.save_every == 0:
             save()
@@ -480,11 +546,13 @@ def finish(config: Config, run: runs.Run, parts: Parts, ema, pipe: TextToImagePi
     else:
         run.publish(run.pipeline, lambda folder: pipe.save_pretrained(folder, safe_serialization=True))
     card.plot_run(run, parts.images, pipe)
-    sample = config.sample
-    card.plot_strips(pipe, list(sample.prompts), set(parts.images.all_captions), run.figures / "strips.png", w=sample.default_w,
-                     seed=sample.seed, steps=sample.steps, eta=sample.eta, columns=min(8, sample.steps))  # fmt: skip
+    sample, strips, last = config.sample, run.figures / "strips.png", run.samples / f"{config.train.steps:06d}.png"
+    with spared(strips):
+        card.plot_strips(pipe, list(sample.prompts), set(parts.images.all_captions), strips, w=sample.default_w,
+                         seed=sample.seed, steps=sample.steps, eta=sample.eta, columns=min(8, sample.steps))  # fmt: skip
     card.describe(config, run, pipe, parts.images, seconds, **base_of(config))
-    print(f"\n{run.samples / f'{config.train.steps:06d}.png'} shows its samples, {run.card} is its card.\n{usage(run, config)}")
+    shown = f"{last} shows its samples, " if last.is_file() else ""
+    print(f"\n{shown}{run.card} is its card.\n{usage(run, config)}")
 
 
 def base_of(config: Config) -> dict:
@@ -504,23 +572,28 @@ def usage(run: runs.Run, config: Config) -> str:
 def rehearse(config: Config, accelerator: Accelerator) -> int:
     """`--dry_run`: the plan, from one timed step; nothing is kept but the prepared data."""
     parts = prepare(config, None, accelerator.device)
+    try_sampling(parts, config)
     optimizer = optimizer_of(parts.unet, config.train)
     unet, optimizer = accelerator.prepare(parts.unet, optimizer)
-    slots, timed = torch.arange(config.train.batch_size // config.train.accumulation), []
+    share, weights, timed = config.train.batch_size // config.train.accumulation, models.trainable(parts.unet), []
+    slots = torch.arange(accelerator.process_index, share, accelerator.num_processes)
     with open_stream(config, accelerator) as parts.stream:
         for step in range(2):  # the first one warms up
             began = time.perf_counter()
             accelerator.backward(batch_loss(unet, parts, config, step, slots).mean())
+            norm = accelerator.clip_grad_norm_(weights, config.train.clip)
             optimizer.step()
             optimizer.zero_grad()
+            norm.item()  # a GPU's clock stops when it is done
             timed.append((time.perf_counter() - began) * config.train.accumulation)
     card.build(config, card.facts(str(parts.images.report), 0.0, **base_of(config)))
     minutes = timed[-1] * config.train.steps / 60
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    weights = models.count(models.trainable(parts.unet))
-    accelerator.print(config.to_yaml() + f"\n{parts.images.report}\n{weights:,} weights to train\n"
+    memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == 'darwin' else 2**20):.1f} GiB"
+    if accelerator.device.type == "cuda":
+        memory += f" and {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of each GPU's"
+    accelerator.print(config.to_yaml() + f"\n{parts.images.report}\n{models.count(weights):,} weights to train\n"
                       f"{config.train.steps} steps of {config.train.batch_size} images, {timed[-1]:.3f} s each: about "
-                      f"{minutes:.1f} minutes\n{memory:.1f} GiB of memory at most so far")  # fmt: skip
+                      f"{minutes:.1f} minutes\n{memory} of memory at most so far")  # fmt: skip
     return 0
 
 

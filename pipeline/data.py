@@ -4,6 +4,7 @@ The rows of any source (`sources.py`) become one HF dataset, prepared once by `D
 memory-mapped Arrow file. A stream is too long for that: its first rows stand for it here, and `stream.py` reads it.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -11,6 +12,7 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import warnings
 from collections import Counter, OrderedDict
@@ -186,10 +188,14 @@ def prepare(rows: sources.Rows, config: DataConfig) -> CaptionedImages:
         "name": datasets.Value("string"), "captions": datasets.List(datasets.Value("string")),
         "problem": datasets.Value("string"), "metadata": datasets.Value("string"), "pixels": datasets.Value("binary"),
         "side": datasets.Value("int32"), "hash": datasets.Value("string")})  # fmt: skip
+    kept = cache_file(config.cache, "images", key)
+    first = os.environ.get("LOCAL_RANK", "0") == "0"  # of a machine's processes; the others read what it has written
+    if first and Path(kept).is_file() and readable_again(datasets.Dataset.from_file(kept), rows):
+        Path(kept).unlink()
     prepared = rows.table.map(
         prepare_row, with_indices=True, fn_kwargs={"read": rows.read, "resolution": config.resolution, "crop": config.crop},
         remove_columns=rows.table.column_names, features=features, new_fingerprint=key,
-        cache_file_name=cache_file(config.cache, "images", key), writer_batch_size=64, desc="Preparing images")  # fmt: skip
+        cache_file_name=kept, writer_batch_size=64, desc="Preparing images")  # fmt: skip
     problems, captions = prepared["problem"][:], prepared["captions"][:]
     broken = tuple((name, problem) for name, problem in zip(prepared["name"], problems, strict=True) if problem)
     lacking = {i for i, texts in enumerate(captions) if not texts and not problems[i]}
@@ -210,6 +216,16 @@ def prepare(rows: sources.Rows, config: DataConfig) -> CaptionedImages:
     return CaptionedImages(images, alternatives, [json.loads(m) for m in chosen["metadata"]], fingerprint, report)
 
 
+def readable_again(prepared: datasets.Dataset, rows: sources.Rows) -> bool:
+    """Can any file be read now that could not be when a table was prepared?"""
+    for i, problem in enumerate(prepared["problem"]):
+        if problem.startswith(sources.UNREAD):
+            with contextlib.suppress(BrokenRow):
+                sources.content_now(rows.read(rows.table[i], i)["image"])
+                return True
+    return False
+
+
 def prepare_row(example: dict, number: int, read, resolution: int, crop: str = "center") -> dict:
     """One row with its image as raw RGB bytes, (3, resolution, resolution), or with the problem that keeps it out.
 
@@ -220,7 +236,7 @@ def prepare_row(example: dict, number: int, read, resolution: int, crop: str = "
     image, problem = row.pop("image"), row.pop("problem")
     if not problem:
         try:
-            content = sources.content(image)
+            content = sources.content_now(image)
             picture, place = upright(content), 0.5 if crop == "center" else anywhere(content)
             side, pixels = min(picture.size), square(picture, resolution, place).tobytes()
         except BrokenRow as error:
@@ -317,15 +333,17 @@ def caption_states(captions: list[str], tokenizer, text_encoder, length: int) ->
     return (text_encoder(tokens.input_ids, attention_mask=mask).last_hidden_state * mask[..., None]).float().cpu()
 
 
-def encode_captions(captions: list[str], tokenizer, text_encoder, length: int, cache_dir: str | Path | None = None) -> Tensor:
+def encode_captions(captions: list[str], tokenizer, text_encoder, length: int, cache_dir: str | Path | None = None,
+                    device: torch.device | None = None) -> Tensor:  # fmt: skip
     """The states (N, length, D) of captions, each distinct one encoded once and cached by encoder, length and caption.
 
-    Warns when captions are longer than `length` tokens and are cut.
+    Where any is new, the encoder goes to `device`, and stays there. Warns when captions are longer than `length` tokens and are
+    cut.
     """
     captions = [normalize(caption) for caption in captions]
     distinct = sorted(set(captions))
     key = digest("states", VERSION, distinct, length, encoder_digest(text_encoder), Hasher.hash(tokenizer.get_vocab()))
-    encode = lambda batch: encode_batch(batch["caption"], tokenizer, text_encoder, length)
+    encode = lambda batch: encode_batch(batch["caption"], tokenizer, text_encoder.to(device or text_encoder.device), length)
     encoded = datasets.Dataset.from_dict({"caption": distinct}).map(
         encode, batched=True, batch_size=64, new_fingerprint=key, cache_file_name=cache_file(cache_dir, "states", key),
         features=datasets.Features({"caption": datasets.Value("string"), "tokens": datasets.Value("int64"),

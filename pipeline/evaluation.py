@@ -216,20 +216,23 @@ def more(bank: Bank, pipe: TextToImagePipeline, network: Judge, images_of: Calla
 
 
 @torch.no_grad()
-def from_real(judge: Judge, bank: Bank, pipe: TextToImagePipeline, rows: Tensor, t: int, w: float, seed: int, steps: int) -> dict:
+def from_real(judge: Judge, bank: Bank, pipe: TextToImagePipeline, rows: Tensor, t: int, w: float, seed: int, steps: int,
+              batch: int = 32) -> dict:  # fmt: skip
     """How drawings of some rows rank that start at t, from their own picture noised by (5): what is lost below t.
 
-    The timesteps are those of a plan of `steps` from t down.
+    The timesteps are those of a plan of `steps` from t down; `batch` pictures are drawn at once.
     """
     scheduler = copy.deepcopy(pipe.scheduler)
     scheduler.set_timesteps(steps)
     plan = [k for k in scheduler.timesteps.tolist() if k <= t]
     if not plan:
         raise EvaluationError(f"a plan of {steps} steps has no timestep up to {t}: give more --steps, or start later")
-    z = pipe.encode(as_float(bank.images[rows]).to(pipe.device))
-    x_t = scheduler.add_noise(z, torch.randn(z.shape, generator=torch.Generator().manual_seed(seed)).to(z), plan[0])
-    images = drawn(pipe, [bank.captions[i] for i in rows], w=w, seed=seed, timesteps=plan, latents=x_t)
-    return {"t": plan[0]} | summary(retrieval_ranks(judge.features(images), bank.features, bank.own[rows]))
+    generator, images = torch.Generator().manual_seed(seed), []
+    for n, some in enumerate(rows.split(batch)):
+        z = pipe.encode(as_float(bank.images[some]).to(pipe.device))
+        x_t = scheduler.add_noise(z, torch.randn(z.shape, generator=generator).to(z), plan[0])
+        images.append(drawn(pipe, [bank.captions[i] for i in some], w=w, seed=seed + n * batch, timesteps=plan, latents=x_t))
+    return {"t": plan[0]} | summary(retrieval_ranks(judge.features(torch.cat(images)), bank.features, bank.own[rows]))
 
 
 def sheet(images: Tensor, prompts: list[str], path: Path, columns: int = 5) -> None:
@@ -368,17 +371,30 @@ def report(result: dict) -> str:
     return "\n".join(lines + (of_sweep(result["sweep"]) if "sweep" in result else []))
 
 
+DEFAULTS = {"seeds": [0], "choose_seed": 1000, "choose_on": 96, "on": 256}  # of the command line's
+
+
 def check(args: argparse.Namespace) -> None:
-    """EvaluationError for counts below 1, and for options that what is asked for does not use."""
+    """EvaluationError for counts below 1, and for options that what is asked for does not use; fills in what is not given."""
     for name in ("steps", "batch", "on", "choose_on"):
-        if (value := getattr(args, name)) < 1:
+        if (value := getattr(args, name)) is not None and value < 1:
             raise EvaluationError(f"--{name.replace('_', '-')} is {value}, expected 1 or more: leave it out")
-    mode = "--from-real" if args.from_real else "--sweep" if args.sweep else None
-    given = {"--sweep": args.sweep and args.from_real, "--more": args.more, "--features": args.features, "--clip": args.clip,
-             "a second --seeds": len(args.seeds) > 1, "a second --w": args.from_real and len(args.w or []) > 1}  # fmt: skip
-    unused = [name for name, value in given.items() if value]
-    if mode and unused:
-        raise EvaluationError(f"{' and '.join(unused)} means nothing beside {mode}, expected it alone: leave it out")
+    real, mode = bool(args.from_real), "--from-real" if args.from_real else "--sweep" if args.sweep else None
+    on, several = args.on is not None, len(args.seeds or []) > 1
+    if mode is None:
+        unused = ["--on"] if on else []
+    else:
+        given = {"--sweep": real and args.sweep, "--more": args.more, "--features": args.features, "--clip": args.clip,
+                 "--seeds": real and args.seeds, "a second --seeds": several and not real, "--on": real and on,
+                 "a second --w": real and len(args.w or []) > 1, "--choose-on": not real and args.choose_on is not None,
+                 "--choose-seed": not real and args.choose_seed is not None}  # fmt: skip
+        unused = [name for name, value in given.items() if value]
+    if unused:
+        beside = f"beside {mode}" if mode else "without --sweep"
+        raise EvaluationError(f"{' and '.join(unused)} means nothing {beside}, expected it alone: leave it out")
+    for name, default in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -388,9 +404,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--w", type=float, nargs="+",
                         help="guidance to choose from (default: 0 1 2), or one to use; of --sweep and --from-real the one that "
                              "they start from (default: the model's own)")  # fmt: skip
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="each draws every caption once, and reports")
-    parser.add_argument("--choose-seed", type=int, default=1000, help="the seed that w is chosen on")
-    parser.add_argument("--choose-on", type=int, default=96, help="how many training captions w is chosen on")
+    parser.add_argument("--seeds", type=int, nargs="+", help="each draws every caption once, and reports (default: 0)")
+    parser.add_argument("--choose-seed", type=int, help="the seed that w is chosen on (default: 1000)")
+    parser.add_argument("--choose-on", type=int, help="how many training captions w is chosen on (default: 96)")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--from-real", type=int, nargs="+", metavar="T",
@@ -404,7 +420,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--sweep", nargs="+", metavar="KNOB=A,B",
                         help="instead: draw --on captions with one knob changed at a time, such as w=0,1,2,4 steps=10,25,50 "
                              "eta=0,1 interval=0:1,0.3:0.9 weights=averaged,raw; goes on where it was stopped")  # fmt: skip
-    parser.add_argument("--on", type=int, default=256, help="how many captions each point of a sweep draws")
+    parser.add_argument("--on", type=int, help="how many captions each point of a sweep draws (default: 256)")
     args = parser.parse_args(argv)
     ws = args.w or list(WS)
     from pipeline import card, sweep  # which import this module
@@ -416,7 +432,7 @@ def main(argv: list[str] | None = None) -> int:
             w = args.w[0] if args.w else pipe.config.w
             rows = torch.linspace(0, bank.n_train - 1, min(args.choose_on, bank.n_train)).long()
             for t in args.from_real:
-                found = from_real(network, bank, pipe, rows, t, w, args.choose_seed, args.steps)
+                found = from_real(network, bank, pipe, rows, t, w, args.choose_seed, args.steps, args.batch)
                 print(f"from t = {found['t']}: first {percent(found['first'])}, first five {percent(found['first_five'])}")
             return 0
         if args.sweep:

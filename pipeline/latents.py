@@ -14,14 +14,14 @@ BATCH = 8  # images that are encoded together
 
 
 class Latents:
-    """The latents of a data set's images, each as it is and mirrored, drawn anew at every use.
+    """The latents of a data set's images, each as it is and, where that is asked for, mirrored; drawn anew at every use.
 
     An AutoencoderKL says N(mean, std²) of an image, and training on the mean alone would never show what is beside it;
     an AutoencoderTiny says one latent, its std is 0. Kept in float16, whose rounding is far below any std.
     """
 
-    def __init__(self, table: datasets.Dataset, shape: tuple[int, int, int], config):
-        self.table, self.shape = table.with_format("arrow"), shape
+    def __init__(self, table: datasets.Dataset, shape: tuple[int, int, int], config, ways: int):
+        self.table, self.shape, self.ways = table.with_format("arrow"), shape, ways
         self.shift, self.scale = getattr(config, "shift_factor", None) or 0.0, config.scaling_factor
 
     def __len__(self) -> int:
@@ -30,8 +30,8 @@ class Latents:
     def sample(self, rows: Sequence[int] | Tensor, mirrored: Tensor, z: Tensor) -> Tensor:
         """What the network sees of images by row (B, c, h, w): (mean + std z - shift) scale, of the mirrored where so (B,)."""
         stored = b"".join(self.table[[int(row) for row in rows]]["latents"].to_pylist())
-        both = torch.from_numpy(np.frombuffer(bytearray(stored), np.float16).reshape(len(rows), 2, 2, *self.shape))
-        mean, std = both[torch.arange(len(rows)), mirrored.long()].float().unbind(1)
+        ways = torch.from_numpy(np.frombuffer(bytearray(stored), np.float16).reshape(len(rows), self.ways, 2, *self.shape))
+        mean, std = ways[torch.arange(len(rows)), mirrored.long()].float().unbind(1)
         return (mean + std * z.to(mean) - self.shift) * self.scale
 
 
@@ -44,19 +44,20 @@ def posterior(vae: torch.nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def encode(images: data.CaptionedImages, vae: torch.nn.Module, cache_dir: str | Path | None = None) -> Latents:
-    """The latents of all images, from the cache under (images, autoencoder) or computed now."""
-    key = data.digest("latents", images.fingerprint, data.encoder_digest(vae))
+def encode(images: data.CaptionedImages, vae: torch.nn.Module, cache_dir: str | Path | None = None,
+           mirrored: bool = True) -> Latents:  # fmt: skip
+    """The latents of all images, `mirrored` ones too, from the cache under (images, autoencoder) or computed now."""
+    key = data.digest("latents", images.fingerprint, data.encoder_digest(vae), *([] if mirrored else ["as they are"]))
     device = next(vae.parameters()).device
 
-    def both(rows: dict) -> dict:
+    def ways(rows: dict) -> dict:
         pixels = images.images[rows["row"]].to(device).float() / 127.5 - 1
-        each = [torch.stack(posterior(vae, x), 1) for x in (pixels, pixels.flip(3))]  # (B, 2, c, h, w): mean and std
+        each = [torch.stack(posterior(vae, x), 1) for x in (pixels, pixels.flip(3))[: 1 + mirrored]]  # (B, 2, c, h, w)
         return {"latents": [one.tobytes() for one in torch.stack(each, 1).half().cpu().numpy()]}
 
     table = datasets.Dataset.from_dict({"row": range(len(images))}).map(
-        both, batched=True, batch_size=BATCH, remove_columns=["row"], new_fingerprint=key, desc="Encoding images",
+        ways, batched=True, batch_size=BATCH, remove_columns=["row"], new_fingerprint=key, desc="Encoding images",
         cache_file_name=data.cache_file(cache_dir, "latents", key),
         features=datasets.Features({"latents": datasets.Value("binary")}))  # fmt: skip
     pixels = images.images[[0]].to(device).float() / 127.5 - 1
-    return Latents(table, tuple(posterior(vae, pixels)[0].shape[1:]), vae.config)
+    return Latents(table, tuple(posterior(vae, pixels)[0].shape[1:]), vae.config, 1 + mirrored)

@@ -112,6 +112,11 @@ def pipeline(config: Config, unet: UNet2DConditionModel, tokenizer, encoder, whi
 def adapt(network: UNet2DConditionModel, lora: LoraConfig) -> UNet2DConditionModel:
     """The network frozen, with low-rank adapters that train; their first product is zero. Weights from torch's generator."""
     network.requires_grad_(False)
+    names = [name for name, _ in network.named_modules()]
+    if unknown := [target for target in lora.targets if not any(f".{name}".endswith(f".{target}") for name in names)]:
+        known = sorted({last for name in names if (last := name.rpartition(".")[2]) and not last.isdigit()})
+        raise ConfigError(f"lora.targets has {', '.join(unknown)}, which no layer's name ends in: take names from "
+                          f"{', '.join(known)}")  # fmt: skip
     try:
         network.add_adapter(peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha or lora.rank, target_modules=list(lora.targets)))
     except ValueError as error:  # peft's, for names that no layer has

@@ -115,7 +115,7 @@ class Run:
         """
         target, new = self.checkpoints / str(step), self.checkpoints / f".tmp-{step}"
         shutil.rmtree(new, ignore_errors=True)
-        self._check_room()
+        self._check_room(step)
         try:
             self._fill(new, step, write, facts)
             if target.exists():  # a torn one of the same step: a whole one would have been resumed from
@@ -126,13 +126,13 @@ class Run:
             shutil.rmtree(new, ignore_errors=True)
             raise SaveError(f"the checkpoint of step {step} could not be saved in {self.checkpoints} ({error}); those of steps "
                             f"{self.steps() or 'none'} are whole: make room, then run the same command") from error  # fmt: skip
-        for old in self.steps()[:-keep]:
+        for old in [known for known in self.steps() if known <= step][:-keep]:  # a later one is torn, or of another plan
             shutil.rmtree(self.checkpoints / str(old))
         return target
 
-    def _check_room(self) -> None:
-        """SaveError where the disk has no room for another checkpoint of the last one's size."""
-        steps = self.steps()
+    def _check_room(self, step: int) -> None:
+        """SaveError where the disk has no room for another checkpoint, of one step, of the last one's size."""
+        steps = [known for known in self.steps() if known <= step]
         last = sum(p.stat().st_size for p in (self.checkpoints / str(steps[-1])).rglob("*") if p.is_file()) if steps else 0
         free = shutil.disk_usage(self.checkpoints).free
         if free < ROOM * last:

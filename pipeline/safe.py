@@ -14,6 +14,7 @@ OURS = {"DDPMScheduler": "scheduler", "PatchAutoencoder": "patches", "CaptionWhi
 PIPELINES = ("TextToImagePipeline", "StableDiffusionPipeline")
 PARTS = ("unet", "scheduler", "text_encoder", "tokenizer", "vae", "whitening")
 NEEDED = ("unet", "scheduler")
+SD_W = 6.5  # 1 + w is 7.5, what Stable Diffusion's own pipeline guides by
 SETTINGS = ("caption_length", "caption_dropout", "w")
 BASES = {"diffusers": ("ModelMixin", "SchedulerMixin"), "transformers": ("PreTrainedModel", "PreTrainedTokenizerBase")}
 INDEX = "model_index.json"
@@ -116,6 +117,8 @@ def own(index: dict) -> dict:
     settings = {key: index[key] for key in SETTINGS if index.get(key) is not None}
     if wrong := [f"{key} {value!r}" for key, value in settings.items() if not isinstance(value, Real)]:
         raise ModelError(f"{INDEX} has {' and '.join(wrong)}, expected numbers: save it again")
+    if name != PIPELINES[0]:
+        settings.setdefault("w", SD_W)
     return settings | {part: component(part, index[part]) for part in PARTS if part in index} | {"_class_name": PIPELINES[0]}
 
 

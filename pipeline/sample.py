@@ -50,14 +50,19 @@ def opened(model: str):
 
 
 def adapted(path: Path):
-    """An adapter's folder as the pipeline that it adapts, with it; the settings beside it name that."""
+    """An adapter's folder as the pipeline that it adapts, with it; the settings beside it name that.
+
+    It draws with that model's own scheduler, as in stock diffusers; a run's comes with the run's w and caption dropout.
+    """
     from safetensors import SafetensorError
 
     from pipeline import safe
     from pipeline.config import load_file, read_yaml
 
     if (path.parent / "config.yaml").is_file():  # a run's
-        base = load_file(path.parent / "config.yaml").model.pretrained
+        config = load_file(path.parent / "config.yaml")
+        pipe = opened(config.model.pretrained)
+        pipe.register_to_config(w=config.sample.default_w, caption_dropout=config.data.caption_dropout)
     else:  # a stranger's settings may name a model of the Hub and nothing on this machine
         settings = path / "training_config.yaml"
         model = read_yaml(str(settings)).get("model") if settings.is_file() else None
@@ -65,7 +70,7 @@ def adapted(path: Path):
         if not isinstance(base, str) or Path(base).exists() or not safe.named(base):
             raise safe.ModelError(f"{path} is an adapter of {base!r}, expected one of a model of the Hub: load that model, then "
                                   f"`pipe.load_lora_weights({str(path)!r})`")  # fmt: skip
-    pipe = opened(base)
+        pipe = opened(base)
     try:
         pipe.load_lora_weights(path, weight_name=safe.ADAPTER, use_safetensors=True, local_files_only=True)
     except (OSError, SafetensorError) as error:
@@ -85,7 +90,7 @@ def files(output: Path, n: int) -> list[Path]:
 
 
 def chosen(device: str | None, double: bool = False) -> str:
-    """The device by name, or the fastest there is, `double` of those that compute in float64; ValueError for one not there."""
+    """The device by name, or the fastest there is, `double` of those that compute in float64; ValueError for any other."""
     import torch
     from accelerate import PartialState
 
@@ -96,6 +101,8 @@ def chosen(device: str | None, double: bool = False) -> str:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch's way to say that a device is unknown or not there
         raise ValueError(f"--device is {device}, expected one that this machine has: leave it out to use the fastest") from error
+    if double and torch.device(device).type == "mps":
+        raise ValueError("--device is mps, expected one that computes in float64: leave it out")
     return device
 
 

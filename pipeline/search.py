@@ -19,6 +19,8 @@ from pipeline.guidance import InputError, Weight, weights
 from pipeline.text_to_image import Step, TextToImagePipeline, noise_level
 from pipeline.verifiers import BATCH, Clip, Likelihood, Verifier
 
+STILL = "eta is {}, expected more for method paths: without new noise its copies would stay the same"
+ALIKE = 1e-5  # as far as two copies of a path are apart by rounding
 JUDGED = 4  # candidates between two looks at a search: what is asked to stop stops as soon
 
 
@@ -60,11 +62,13 @@ def searching(pipe: TextToImagePipeline, prompt: str, budget: int, verifier: Ver
     if method not in METHODS:
         raise InputError(f"method is {method!r}, expected one of {', '.join(METHODS)}: random is the plain one")
     if method == "paths" and eta == 0:
-        raise InputError("eta is 0, expected more for method paths: without new noise its copies would stay the same")
+        raise InputError(STILL.format(eta))
     w = pipe.config.w if w is None else w
     one = calls_of_sample(pipe, w, steps)
     if budget < one:
         raise InputError(f"the budget is {budget} network calls, expected {one} or more: one picture of {steps} steps takes that")
+    if isinstance(verifier, Likelihood) and budget // (one + verifier.calls) > 1:
+        verifier.plan(pipe.scheduler, (1,))  # what it cannot judge it refuses here, before anything is drawn
     call = {"w": w, "num_inference_steps": steps, "eta": eta, "negative_prompt": negative_prompt}
     return METHODS[method](pipe, prompt, budget, verifier, seed, call)
 
@@ -139,9 +143,13 @@ def walked(pipe: TextToImagePipeline, prompts: list[str], n: int, verifier: Veri
     per_step, rows = calls_of_steps(pipe, call["w"], call["num_inference_steps"]), [one for one in prompts for _ in range(n)]
     generators, steps, calls = [torch.Generator().manual_seed(s) for s in seeds], len(per_step), 0
     way = zip(pipe.denoise(rows, generator=generators, **call), per_step, strict=True)
+    copied = None  # one path, and its copy, one step ago
     for i, (step, cost) in enumerate(way, 1):
         if step.x_0_hat is None:
             raise InputError(f"{type(pipe.scheduler).__name__} tells no current x_0, expected one for method paths: use random")
+        if copied and i < steps and torch.allclose(*step.x_t[copied], rtol=0, atol=ALIKE):
+            raise InputError(STILL.format(call["eta"]) + f" by {type(pipe.scheduler).__name__}")
+        copied = None
         x_0 = step.x_t if i == steps else step.x_0_hat
         calls += cost * len(rows)
         yield x_0, None, calls
@@ -155,7 +163,7 @@ def walked(pipe: TextToImagePipeline, prompts: list[str], n: int, verifier: Veri
             if i < steps:
                 kept = scores.argsort(1, descending=True)[:, : (n + 1) // 2]
                 chosen = torch.cat([kept, kept], 1)[:, :n] + n * torch.arange(len(prompts))[:, None]
-                step.x_t = step.x_t[chosen.flatten().to(step.x_t.device)]
+                step.x_t, copied = step.x_t[chosen.flatten().to(step.x_t.device)], [0, (n + 1) // 2]
     yield x_0, scores, calls
 
 
@@ -198,7 +206,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--seed", type=int, default=0, help="candidate i draws its noise from seed + i (default: 0)")
     arguments.add_argument("--steps", type=int, default=50, help="denoising steps (default: 50)")
     arguments.add_argument("--eta", type=float, help="1 draws new noise at every step, 0 none (default: the scheduler's own)")
-    arguments.add_argument("--device", help="cpu, cuda or mps (default: the fastest there is)")
+    arguments.add_argument("--device", help="cpu, cuda, or mps for a CLIP verifier (default: the fastest there is)")
     arguments.add_argument("-o", "--out", type=Path, default=Path("best.png"), help="the picture's file (default: best.png)")
     return arguments
 
@@ -209,7 +217,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         (output,) = sample.files(arguments.out, 1)
         verifier = Likelihood(arguments.pairs) if arguments.verifier == "likelihood" else Clip(arguments.verifier)
-        pipe = sample.opened(arguments.model).to(sample.chosen(arguments.device))
+        double = isinstance(verifier, Likelihood)
+        pipe = sample.opened(arguments.model).to(sample.chosen(arguments.device, double))
         stages = searching(pipe, arguments.prompt, arguments.budget, verifier, arguments.method, w=arguments.w,
                            steps=arguments.steps, eta=arguments.eta, seed=arguments.seed)  # fmt: skip
         with tqdm(unit="call", dynamic_ncols=True) as bar:

@@ -161,6 +161,11 @@ class Studio:
     # -- the models
 
     @functools.cached_property
+    def identity(self) -> str:
+        """The name with digits of the network's weights: what draws a picture again."""
+        return self.name if self.network is None else f"{self.name} ({data.encoder_digest(self.network.unet)[:8]})"
+
+    @functools.cached_property
     def set(self) -> tuple[data.CaptionedImages, data.CaptionedImages | None]:
         """The training pictures and the held-out ones."""
         return data.load_splits(self.source)
@@ -266,7 +271,7 @@ class Studio:
 
     def _signed(self, image: PIL.Image.Image, settings: dict, denoiser: str) -> None:
         """Have a picture carry what draws it again."""
-        settings = settings | {"denoiser": denoiser, "model": self.name}
+        settings = settings | {"denoiser": denoiser, "model": self.identity if denoiser == "network" else self.name}
         image.info["parameters"] = json.dumps(settings, ensure_ascii=False)
 
     def _drawn(self, pipe, denoiser: str, settings: list[dict], **call) -> Iterator[Frame]:
@@ -306,7 +311,8 @@ class Studio:
     def forward(self, x_0: Tensor, t: int, seed: int, caption: str = "") -> dict[str, PIL.Image.Image]:
         """A picture (1, 3, H, W) noised to the lecture's t, by (5) and by t steps of (1), and what each denoiser makes of it.
 
-        The keys name the panels. `caption` is what the denoisers are told of the picture, "" nothing.
+        The keys name the panels. `caption` is what the denoisers are told of the picture, "" nothing; the exact one is not told
+        of a picture that it does not know.
         """
         pipe, generator = self.pipe, torch.Generator().manual_seed(seed)
         scheduler, z = pipe.scheduler, pipe.encode(x_0.to(pipe.device))
@@ -316,10 +322,12 @@ class Studio:
             chain = scheduler.add_noise_step(chain, noise(), k)
         panels = {"x_0": z, "(5) the jump": jump, "(1) the chain": chain}
         for denoiser in DENOISERS if self.network is not None else ("exact",):
-            chosen = self.chosen(denoiser, caption)
-            states, _ = chosen.encode_prompt(caption)
+            unknown = denoiser == "exact" and data.normalize(caption) not in (*self.known, "")
+            chosen, told = self.chosen(denoiser), "" if unknown else caption
+            states, _ = chosen.encode_prompt(told)
             output = chosen.unet(jump, t - 1, encoder_hidden_states=states, return_dict=False)[0]
-            panels[f"(15) x̂_0, {denoiser}"] = scheduler.clip(scheduler.predict_x_0(output, t - 1, jump))
+            name = f"(15) x̂_0, {denoiser}" + (", not told" if unknown else "")
+            panels[name] = scheduler.clip(scheduler.predict_x_0(output, t - 1, jump))
         return {name: pictures(pipe, x)[0] for name, x in panels.items()}
 
     def curves(self) -> dict[str, list[float]]:
@@ -388,7 +396,8 @@ class Shelf:
         places = [self.run.config] if self.run else [Path(self.model) / "config.yaml", Path(self.model).parent / "config.yaml"]
         known = [load_file(path).data for path in places if path.is_file()]
         known = [config for config in known if config.source in emoji.SETS or Path(config.source).is_dir()]
-        resolution = pipe.unet.config.sample_size * pipe.vae_scale_factor
+        size = pipe.unet.config.sample_size
+        resolution = (size if isinstance(size, int) else size[0]) * pipe.vae_scale_factor
         return Studio(pipe, self.name, known[0] if known else DataConfig(shared_set(Path(self.model)), resolution=resolution))
 
     def card(self) -> str:
@@ -466,7 +475,7 @@ def uploaded(path: str | Path, resolution: int) -> Tensor:
 
 
 def settings_of(path: str | Path, T: int) -> tuple[Request, str, str]:
-    """What a PNG of this page was drawn by: the request, the denoiser and the model's name; InputError where it carries none."""
+    """What a PNG of this page was drawn by: the request, the denoiser, the model's identity; InputError where it carries none."""
     with PIL.Image.open(io.BytesIO(opened(path, ("PNG",)))) as picture:
         try:
             picture.load()

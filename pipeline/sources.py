@@ -31,6 +31,7 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 NETWORK = (ConnectionError, TimeoutError, HTTPError)
 BUSY = frozenset({408, 429, 500, 502, 503, 504})  # answers of a Hub that may say something else later
 WAITS = (2, 8, 30, 60)  # seconds before each new attempt; the client has made six of its own in the 23 seconds before
+UNREAD = "its file cannot be read"
 FEATURES = datasets.Features({
     "image": datasets.Image(decode=False), "name": datasets.Value("string"),
     "captions": datasets.List(datasets.Value("string")), "problem": datasets.Value("string"),
@@ -141,6 +142,14 @@ def content(image: dict) -> bytes:
         return file.read()
 
 
+def content_now(image: dict) -> bytes:
+    """The file of an image; BrokenRow, which begins with UNREAD, where it cannot be read now: that says nothing about it."""
+    try:
+        return content(image)
+    except (OSError, *NETWORK) as error:
+        raise BrokenRow(f"{UNREAD}: {one_line(error)}") from error
+
+
 def fetched(row: dict) -> dict:
     """A row whose image's file is read; one that does not exist is the row's problem."""
     if row["problem"] or row["image"]["bytes"] is not None:
@@ -188,10 +197,13 @@ def folder_of_images(source: Path, split: str, caption_column: str | Sequence[st
     beside `name.png`, else from file names.
     """
     folder = split_folder(source, split, held_out)
+    for above in (source / name for name in LISTINGS if folder != source):
+        if above.is_file() and not any((folder / name).is_file() for name in LISTINGS):
+            raise DataError(f"{above} is not beside the images of {folder}: move it there, with file names as from there on")
     rows, notes = folder_rows(folder, caption_column)
     if not rows:
         raise DataError(f"{folder} holds no images: expected files ending in {', '.join(sorted(SUFFIXES))}")
-    stamp = digest([(row, stat(row["image"]["path"]) if row["image"] else None) for row in rows])
+    stamp = digest([(row, stat(row["image"]["path"] if row["image"] else None)) for row in rows])
     return Rows(datasets.Dataset.from_list(rows, features=FEATURES), same, stamp, str(folder), tuple(notes))
 
 
@@ -215,15 +227,19 @@ def no_split(source: str, split: str, known: str) -> str:
             "--data.held_out null trains without a held-out one")  # fmt: skip
 
 
-def stat(path: str) -> tuple[int, int]:
-    """Size and time of a file."""
-    found = Path(path).stat()
-    return found.st_size, found.st_mtime_ns
+def stat(path: str | None) -> tuple[int, int] | None:
+    """Size and time of a file, None for what is none."""
+    try:
+        found = Path(path or "").stat() if path else None
+    except (OSError, ValueError):  # ValueError: a name that no file can have
+        return None
+    return found and (found.st_size, found.st_mtime_ns)
 
 
 def folder_rows(folder: Path, caption_column: str | Sequence[str] | None) -> tuple[list[dict], list[str]]:
     """(rows, notes) of one folder: a row an image, sorted by name, or as metadata.jsonl or metadata.csv lists them."""
-    paths = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in SUFFIXES]
+    everything = sorted(folder.rglob("*"))
+    paths = [p for p in everything if p.suffix.lower() in SUFFIXES]
     files = {p.relative_to(folder).as_posix(): p for p in paths}
     files = {name: p for name, p in files.items() if not any(part.startswith(".") for part in name.split("/"))}
     listing = next((folder / name for name in LISTINGS if (folder / name).is_file()), None)
@@ -239,7 +255,14 @@ def folder_rows(folder: Path, caption_column: str | Sequence[str] | None) -> tup
         raise DataError(f"caption_column {caption_column!r} needs {' or '.join(LISTINGS)} in {folder}, which has neither")
     texts = {name: path.with_suffix(".txt") for name, path in files.items() if path.with_suffix(".txt").is_file()}
     rows = [beside_row(name, path, texts) for name, path in files.items()]
-    lacking = sorted(files.keys() - texts.keys()) if texts else []
+    below = [p for p in everything if p.name in LISTINGS and not any(x.startswith(".") for x in p.relative_to(folder).parts)]
+    if below and not texts:
+        raise DataError(f"{below[0]} is below {folder}, where no listing is looked for: make one of it in {folder} itself, with "
+                        "file names as from there on")  # fmt: skip
+    if rows and not texts:
+        example = next((row["captions"][0] for row in rows if row["captions"]), "")
+        return rows, [f"no {' or '.join(LISTINGS)} and no .txt files: captions are the file names, e.g. {example!r}"]
+    lacking = sorted(files.keys() - texts.keys())
     return rows, [f"{len(lacking)} images have no .txt beside them: no caption, e.g. {printable(lacking[0])}"] if lacking else []
 
 
@@ -335,12 +358,13 @@ def table(config: DataConfig, split: str) -> Rows:
                         "an image folder: convert it to one of them")  # fmt: skip
     image = image_column(config, found.features)
     captions = find_columns(config.source, found.features, config.caption_column)
+    files = [(path, stat(path)) for path in found[image][:]] if is_text(found.features[image]) and not config.streaming else []
     found = found.select_columns([image, *(c for c in captions if c != image)])
     found = found.cast_column(image, datasets.Image(decode=False))
     within = None if Path(config.source).exists() else config.source
     read = functools.partial(table_row, image=image, captions=captions, within=within)
     name = f"{config.source} ({split})"
-    return Rows(found, read, digest(str(builder.cache_dir), split, image, captions), name)
+    return Rows(found, read, digest(str(builder.cache_dir), split, image, captions, *files), name)
 
 
 def open_builder(config: DataConfig) -> datasets.DatasetBuilder:
@@ -373,7 +397,7 @@ def image_column(config: DataConfig, features: datasets.Features) -> str:
     wanted = config.image_column
     if wanted is None and len(found) == 1:
         return found[0]
-    if wanted in features and (is_image(features[wanted]) or getattr(features[wanted], "dtype", None) in ("binary", "string")):
+    if wanted in features and (is_image(features[wanted]) or is_text(features[wanted], "binary", "string")):
         return wanted
     got = f"no column of images {wanted!r}" if wanted else f"{len(found) or 'no'} columns of images"
     columns = ", ".join(f"{name} (images)" if name in found else name for name in features)
@@ -383,6 +407,11 @@ def image_column(config: DataConfig, features: datasets.Features) -> str:
 def is_image(feature: object) -> bool:
     """Does a column hold images: as `datasets` writes them, or bytes and path as other tools do?"""
     return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and feature.keys() == {"bytes", "path"})
+
+
+def is_text(feature: object, *kinds: str) -> bool:
+    """Does a column hold text, or values of other kinds?"""
+    return getattr(feature, "dtype", None) in (kinds or ("string",))
 
 
 def table_row(example: dict, number: int, image: str, captions: tuple[str, ...], within: str | None = None) -> dict:

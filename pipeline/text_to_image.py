@@ -23,7 +23,7 @@ from .layout import Layout
 
 logger = logging.get_logger(__name__)
 
-ENCODED = 8  # images that a VAE encodes at once
+ENCODED = 8  # images that a VAE encodes or decodes at once
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 CLIP = ("clip", "clip_text_model")  # text encoders that Stable Diffusion runs without an attention mask
 
@@ -154,7 +154,11 @@ class TextToImagePipeline(Layout, DiffusionPipeline, StableDiffusionLoraLoaderMi
         scale = self._guidance_scale
         changed = callback(self, i, step.t, {name: getattr(step, fields[name]) for name in names}) or {}
         for name, field in fields.items():
-            setattr(step, field, changed.get(name, getattr(step, field)))
+            had, new = getattr(step, field), changed.get(name, getattr(step, field))
+            if had is not None and new is not None and new.shape != had.shape:
+                raise InputError(f"the callback gave {name} of shape {tuple(new.shape)}, expected {tuple(had.shape)}: a row an "
+                                 "image here, and `_guidance_scale` alone switches guidance")  # fmt: skip
+            setattr(step, field, new)
         if self._guidance_scale is not scale:
             step.w = of_scale(self._guidance_scale)
 
@@ -183,7 +187,8 @@ class TextToImagePipeline(Layout, DiffusionPipeline, StableDiffusionLoraLoaderMi
         w: the weight of (17), a number, one per prompt or a function of the noise level; guidance_scale is 1 + w, and
         neither means the pipeline's own. eta: from 0 (deterministic) to 1 (ancestral), for schedulers that take it (19).
         seed: image i draws from its own seed + i on the CPU; a list of generators is one an image, a single one draws for
-        all of them jointly, as diffusers does. negative_prompt replaces the empty caption. latents: x_T (B, c, h, w) of
+        all of them jointly, as diffusers does. Without either each image's noise is new, whatever `torch.manual_seed` was
+        told. negative_prompt replaces the empty caption. latents: x_T (B, c, h, w) of
         unit variance. prompt_embeds: caption states (B, L, D) instead of a prompt. Bad requests raise InputError.
         """
         prompts = self._count(prompt, prompt_embeds)
@@ -252,7 +257,8 @@ class TextToImagePipeline(Layout, DiffusionPipeline, StableDiffusionLoraLoaderMi
         config = self.vae.config
         z = x / config.scaling_factor + (getattr(config, "shift_factor", None) or 0)
         with torch.no_grad():
-            return self.vae.decode(z.to(self.vae.dtype), return_dict=False)[0].to(x.dtype)
+            parts = [self.vae.decode(some, return_dict=False)[0] for some in z.to(self.vae.dtype).split(ENCODED)]
+        return torch.cat(parts).to(x.dtype)
 
     def encode_prompt(
         self,
@@ -362,6 +368,9 @@ class TextToImagePipeline(Layout, DiffusionPipeline, StableDiffusionLoraLoaderMi
 
     def _own_scheduler(self, n: int, timesteps: list[int] | None, device: torch.device) -> SchedulerMixin:
         """A copy of the scheduler with its plan made, so that calls cannot disturb each other."""
+        if not hasattr(self.scheduler, "init_noise_sigma"):
+            raise InputError(f"{type(self.scheduler).__name__} has no init_noise_sigma, expected a scheduler of noise as in (5), "
+                             "not of flow matching: DDPM, DDIM, PNDM, DPMSolverMultistep, …")  # fmt: skip
         scheduler = copy.deepcopy(self.scheduler)
         if timesteps is not None:
             if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:

@@ -8,7 +8,9 @@ import json
 import math
 import unicodedata
 import warnings
+from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -188,6 +190,7 @@ def test_a_report_says_what_sizes_there_are_and_which_pictures_come_again(load, 
     assert "shorter sides of 6 to 40 (median 8) pixels; 1 are below 8 and are enlarged\n" in report
     assert report.endswith("2 pictures are the same as an earlier one, e.g. b.png as a.png")
     save(tmp_path / "one" / "a.png")
+    (tmp_path / "one" / "a.txt").write_text("a")
     assert str(load(tmp_path / "one").report).endswith("1 of 1 images usable\nshorter sides of 8 pixels")
 
 
@@ -216,6 +219,54 @@ def test_listed_files_that_are_missing_and_files_that_are_not_listed_are_reporte
     assert found["gone.png"] == "its file does not exist" and found["../outside.png"] == "its file is outside the folder"
     assert "file_name must be text, got None" in found["metadata.jsonl:3"]
     assert "Expecting value" in found["metadata.jsonl:5"] and "expected an object" in found["metadata.jsonl:6"]
+
+
+def test_that_captions_are_file_names_is_said(load, tmp_path):
+    save(tmp_path / "set" / "red_heart.png")
+    assert "captions are the file names, e.g. 'red heart'" in str(load().report)
+    (tmp_path / "set" / "red_heart.txt").write_text("a heart")
+    assert load().captions == ["a heart"] and "file names" not in str(load().report)
+
+
+@pytest.mark.parametrize(("place", "says"), [
+    ("metadata.jsonl", r"metadata.jsonl is not beside the images of .*train: move it there"),
+    ("train/more/metadata.csv", r"metadata.csv is below .*train, where no listing is looked for")])  # fmt: skip
+def test_a_listing_that_would_not_be_read_is_refused(load, tmp_path, place, says):
+    save(tmp_path / "mine" / "train" / "more" / "a.png")
+    (tmp_path / "mine" / place).write_text("file_name,caption\na.png,a\n")
+    with pytest.raises(DataError, match=says):
+        load(tmp_path / "mine")
+
+
+def test_a_file_that_could_not_be_read_is_read_again_at_the_next_start(load, tmp_path):
+    for name in ("a.png", "b.png"):
+        save(tmp_path / "set" / name)
+    (tmp_path / "set" / "b.png").rename(tmp_path / "away.png")
+    (tmp_path / "set" / "b.png").symlink_to(tmp_path / "away.png")
+    (tmp_path / "away.png").rename(tmp_path / "unmounted.png")
+    images = load()
+    assert images.captions == ["a"] and "its file cannot be read: [Errno 2] No such file" in reasons(images)["b.png"]
+    (tmp_path / "unmounted.png").rename(tmp_path / "away.png")
+    assert load().captions == ["a", "b"]
+
+
+@pytest.mark.parametrize("struct", [False, True])
+def test_the_pictures_that_a_table_names_by_path_are_read_as_they_are_now(load, tmp_path, struct):
+    for name in ("a.png", "b.png"):
+        save(tmp_path / "pictures" / name)
+    paths = [str(tmp_path / "pictures" / name) for name in ("a.png", "b.png")]
+    column = [{"bytes": None, "path": path} for path in paths] if struct else paths
+    table = tmp_path / "some.parquet"
+    datasets.Dataset.from_dict({"image": column, "text": ["a", "b"]}).to_parquet(table)
+    gone = Path(paths[1]).rename(tmp_path / "gone.png")
+    more = {"image_column": "image", "max_broken": 0.5}
+    assert load(table, **more).captions == ["a"]
+    gone.rename(paths[1])
+    whole = load(table, **more)
+    assert whole.captions == ["a", "b"]
+    if not struct:
+        Image.new("RGB", (8, 8), "blue").save(paths[1])
+        assert load(table, **more).fingerprint != whole.fingerprint
 
 
 def test_a_held_out_folder_in_a_flat_one_is_not_trained_on(load, tmp_path):

@@ -128,6 +128,7 @@ def test_what_starts_from_its_own_picture_is_as_good_as_the_chain_below(run, jud
     low, high = (evaluation.from_real(judge, bank, pipe, rows, t, 0.0, 0, 50) for t in (19, 999))
     assert (low["t"], high["t"]) == (19, 999)
     assert low["first"]["share"] == 1 and high["first"]["share"] < 0.5
+    assert evaluation.from_real(judge, bank, pipe, rows, 999, 0.0, 0, 50, batch=5) == high
     with pytest.raises(evaluation.EvaluationError, match="a plan of 50 steps has no timestep up to 5: give more --steps"):
         evaluation.from_real(judge, bank, pipe, rows, 5, 0.0, 0, 50)
 
@@ -135,6 +136,9 @@ def test_what_starts_from_its_own_picture_is_as_good_as_the_chain_below(run, jud
 @pytest.mark.parametrize(("arguments", "says"), [
     (["--on", "0"], "--on is 0, expected 1 or more"), (["--choose-on", "0"], "--choose-on is 0, expected 1 or more"),
     (["--sweep", "w=0,1", "--seeds", "0", "1", "--more"], "--more and a second --seeds means nothing beside --sweep"),
+    (["--on", "9"], "--on means nothing without --sweep"),
+    (["--sweep", "w=0,1", "--choose-on", "9"], "--choose-on means nothing beside --sweep"),
+    (["--from-real", "9", "--seeds", "5"], "--seeds means nothing beside --from-real"),
     (["--from-real", "9", "--w", "0", "1"], "a second --w means nothing beside --from-real"),
     (["--from-real", "9", "--sweep", "w=0,1"], "--sweep means nothing beside --from-real")])  # fmt: skip
 def test_what_would_count_for_nothing_is_refused(run, capsys, arguments, says):

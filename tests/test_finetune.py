@@ -125,6 +125,10 @@ def test_a_full_fine_tune_leaves_what_stock_diffusers_loads(config, base, tmp_pa
     assert np.abs(draw(theirs) - draw(stock(base))).max() > 1e-3
 
 
+def test_stable_diffusion_is_guided_as_by_its_own_pipeline(base):
+    assert hub.load(base).guidance_scale == 7.5
+
+
 def test_the_scheduler_that_trained_is_the_one_that_is_saved(config, tmp_path):
     """A pretrained model's noise process is kept but for what the configuration names."""
     train(config, tmp_path, "--diffusion.prediction_type", "v_prediction", "--diffusion.rescale_betas_zero_snr", "true",
@@ -137,6 +141,8 @@ def test_the_scheduler_that_trained_is_the_one_that_is_saved(config, tmp_path):
 def test_checkpointed_gradients_are_the_same_gradients(config, tmp_path):
     for name, more in (("kept", ()), ("twice", ("--train.gradient_checkpointing", "true"))):
         train(config, tmp_path / name, "--train.steps", "2", "--train.precision", "no", *more)
+        chosen, _ = settings.load(["--config", str(config), *more])
+        assert train_text2img.prepare(chosen, None, torch.device("cpu")).unet.is_gradient_checkpointing == bool(more)
     a, b = weights(tmp_path / "kept" / "tuned"), weights(tmp_path / "twice" / "tuned")
     assert all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
 
@@ -203,9 +209,10 @@ def test_a_lora_run_resumes_in_the_same_bytes(config, adapted, tmp_path):
 
 def test_a_checkpoint_of_a_lora_run_draws_as_the_finished_one(adapted):
     checkpoint, finished = hub.load_checkpoint(Run(adapted), 4), hub.load(adapted)
-    finished.scheduler = checkpoint.scheduler
     for pipe in (checkpoint, finished):
         pipe.set_progress_bar_config(disable=True)
+    assert finished.config.w == checkpoint.config.w == 2 and finished.config.caption_dropout == checkpoint.config.caption_dropout
+    finished.scheduler = checkpoint.scheduler  # the model's own PNDM in stock diffusers' way, and what it trains with
     assert np.abs(draw(checkpoint) - draw(finished)).max() < 1e-5
 
 
@@ -254,6 +261,8 @@ def test_latents_are_encoded_once(images, tmp_path):
     once = len(calls)
     assert torch.equal(latents.encode(pictures, vae, tmp_path).sample(rows, rows < 0, z), first)
     assert once == 3 and len(calls) == once + 1  # both flips of the batch of 8, and one picture for the shape
+    alone = latents.encode(pictures, vae, tmp_path, mirrored=False)
+    assert len(calls) == once + 3 and torch.equal(alone.sample(rows, rows < 0, z), first)
 
 
 def test_every_step_draws_another_latent_of_the_same_picture(config):
@@ -282,7 +291,11 @@ def test_mirrored_examples_come_from_the_mirrored_latents(config):
 
 
 @pytest.mark.parametrize(("more", "says"), [
-    (["--train.method", "lora", "--lora.targets", "[nothing]"], "lora.targets nothing cannot be adapted"),
+    (["--train.method", "lora", "--lora.targets", "[to_q, to_kk]"], "lora.targets has to_kk, which no layer's name ends in"),
+    (["--train.method", "lora", "--lora.targets", "[norm1]"], "lora.targets norm1 cannot be adapted"),
+    (["--train.method", "lora", "--diffusion.prediction_type", "sample"], "noise process: leave diffusion.prediction_type out"),
+    (["--diffusion.rescale_betas_zero_snr", "true"], "must be sample or v_prediction with rescale_betas_zero_snr, got epsilon"),
+    (["--sample.steps", "1000"], "sample: timesteps must lie in"),
     (["--data.resolution", "18"], "data.resolution must be a multiple of 4 for"),
     (["--model.pretrained", "nowhere/at-all/x"], "model.pretrained: nowhere/at-all/x"),
     (["--model.channels", "[64, 64]"], "model.channels is the pretrained model's own: leave it out"),
@@ -290,6 +303,11 @@ def test_mirrored_examples_come_from_the_mirrored_latents(config):
 def test_what_cannot_be_fine_tuned_is_one_sentence(config, tmp_path, more, says):
     done = train(config, tmp_path / "bad", *more, check=False)
     assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_adapter_is_no_model_to_go_on_from(config, adapted, tmp_path):
+    done = train(config, tmp_path / "bad", "--model.pretrained", str(adapted), check=False)
+    assert done.returncode == 2 and "model.pretrained must be a whole model" in done.stderr and "is an adapter" in done.stderr
 
 
 def test_an_adapter_needs_a_pretrained_model():

@@ -16,6 +16,7 @@ import torch
 from test_train import ROOT, command, config, images, log, same, train, weights, whole  # noqa: F401
 
 import train_text2img
+from pipeline import run as runs
 from pipeline.run import Run
 
 KILLS = int(os.environ.get("KILLS", "3"))  # 25 for the whole loop
@@ -132,13 +133,15 @@ def test_a_skipped_step_leaves_weights_and_average_as_they_were(config, tmp_path
     run = Run(tmp_path / "tiny")
     checkpoints = [run.checkpoints / n / "unet" / "diffusion_pytorch_model.safetensors" for n in ("2", "4", "6")]
     assert len({path.read_bytes() for path in checkpoints}) == 1
+    averages = [runs.load_state(run.checkpoints / n, "trainer")["ema"]["shadow_params"] for n in ("2", "4", "6")]
+    assert all(torch.equal(a, b) for later in averages[1:] for a, b in zip(averages[0], later, strict=True))
 
 
 def test_too_many_in_a_row_end_the_run_and_keep_its_last_checkpoint(config, tmp_path, monkeypatch):
     Broken(monkeypatch, lambda step, slot: step >= 3)
     done = train(config, tmp_path, "--train.max_skipped", "2", check=False)
     assert done.returncode == 1 and "2 steps in a row, up to step 5, had no finite gradient" in done.stderr
-    assert "lower train.lr (now 0.001)" in done.stderr and "Traceback" not in done.stderr
+    assert "lower train.lr (now 0.001) in a run of another --name" in done.stderr and "Traceback" not in done.stderr
     assert Run(tmp_path / "tiny").newest().name == "4"
 
 

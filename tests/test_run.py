@@ -120,6 +120,15 @@ def test_only_the_last_few_are_kept_and_foreign_names_are_left_alone(run):
     assert {"checkpoint-old", "7.bak", "9"} < {p.name for p in run.checkpoints.iterdir()}
 
 
+def test_a_torn_checkpoint_further_on_is_no_reason_to_delete_a_whole_one(run):
+    run.save(8, write(), keep=1)
+    (run.checkpoints / "10").mkdir()
+    run.save(9, write(), keep=1)
+    assert run.steps() == [9, 10]
+    with pytest.warns(UserWarning, match="10 is skipped"):
+        assert run.newest().name == "9"
+
+
 def test_state_survives_with_its_types_and_bits(tmp_path):
     tree = {"state": {0: {"step": torch.tensor(3.0), "m": torch.randn(4, 5).to(torch.bfloat16)}},
             "groups": [{"lr": 1e-3, "betas": [0.9, 0.999], "name": None, "fused": True}], "n": 7}  # fmt: skip

@@ -86,7 +86,7 @@ def test_two_independent_steps_add_like_one_long_step():
 
 
 def test_end_state_is_noise():
-    """(6): nothing of the image is left at T, in nats per dimension."""
+    """(6): nothing of the image is left at T."""
     abar = DDPMScheduler().abar(999, normal(1))
     assert 0 < abar < 1e-4 and abs(float(DDPMScheduler().snr(999, normal(1))) - float(abar / (1 - abar))) < 1e-12
 

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from PIL import Image
 from tiny import tiny_clip, tiny_pipeline
 
@@ -89,6 +90,20 @@ def test_calls_are_two_where_guided_and_one_elsewhere(pipe):
 def test_what_cannot_be_searched_is_refused(pipe, change, says):
     with pytest.raises(InputError, match=says):  # before anything is drawn
         searching(pipe, "red heart", **{"budget": 100, "verifier": Brightness(), "steps": 4} | change)
+
+
+def test_what_cannot_judge_is_refused_before_anything_is_drawn(pipe):
+    pipe.scheduler = DDIMScheduler()
+    with pytest.raises(InputError, match="the scheduler is DDIMScheduler, expected pipeline.scheduler's"):
+        searching(pipe, "red heart", 100, Likelihood(2), steps=4)
+
+
+def test_paths_that_stay_together_are_refused(pipe):
+    """DDIM's own eta is 0."""
+    pipe.scheduler = DDIMScheduler(clip_sample=False)
+    with pytest.raises(InputError, match="eta is None, expected more for method paths: .* by DDIMScheduler"):
+        search(pipe, "red heart", 100, Brightness(), "paths", steps=6)
+    assert len(search(pipe, "red heart", 100, Brightness(), "paths", steps=6, eta=1.0).candidates) > 1
 
 
 @pytest.mark.parametrize("method", ["random", "paths"])

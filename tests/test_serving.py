@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny import tiny_pipeline
 
+import app
 from pipeline import hub, search, serving
 from pipeline.config import Config, DataConfig
 from pipeline.guidance import InputError, interval
+from pipeline.scheduler import DDPMScheduler
 from pipeline.serving import Request, Shelf, Studio
 
 COLORS = {"red heart": (250, 20, 20), "green heart": (20, 250, 20), "blue circle": (20, 20, 250), "yellow square": (250, 250, 20)}
@@ -134,7 +136,7 @@ def test_a_picture_carries_what_draws_it_again(studio, tmp_path):
     drawn = last(studio.create(request)).images
     for i, image in enumerate(drawn):
         image.save(tmp_path / "a.png", pnginfo=_text(image.info))
-        assert serving.settings_of(tmp_path / "a.png", T=1000) == (request, "network", studio.name)
+        assert serving.settings_of(tmp_path / "a.png", T=1000) == (request, "network", studio.identity)
         assert json.loads(image.info["parameters"])["image"] == i
     again = last(studio.create(serving.settings_of(tmp_path / "a.png", T=1000)[0])).images
     assert np.array_equal(pixels(drawn), pixels(again))
@@ -295,6 +297,20 @@ def test_held_out_pictures_are_not_the_exact_denoisers(studio):
     assert nearest <= 1
 
 
+def test_the_exact_denoiser_is_not_told_of_a_picture_that_it_does_not_know(studio):
+    told, untold = (studio.forward(studio.named("yellow square"), 500, 3, caption) for caption in ("yellow square", ""))
+    assert list(told)[-2:] == ["(15) x̂_0, network", "(15) x̂_0, exact, not told"]
+    assert np.array_equal(told["(15) x̂_0, exact, not told"], untold["(15) x̂_0, exact"])
+    assert not np.array_equal(told["(15) x̂_0, network"], untold["(15) x̂_0, network"])
+
+
+def test_two_models_of_one_name_are_told_apart(studio, source):
+    other = Studio(tiny_pipeline(caption_length=8), "tiny", source)
+    next(other.network.unet.parameters()).data += 1
+    assert studio.identity.startswith("tiny (") and studio.identity != other.identity
+    assert Studio(tiny_pipeline(w=2.0), "tiny", source).identity == studio.identity, "of the same weights"
+
+
 def test_an_unknown_picture_is_refused(studio):
     with pytest.raises(InputError, match="picture is 'purple', expected one of the set's 4 names"):
         studio.named("purple")
@@ -405,6 +421,18 @@ def test_a_model_with_a_stock_scheduler_shows_the_equations_of_its_own_noise(tmp
     assert np.allclose(studio.curves()["ᾱ_t (4)"], stock.alphas_cumprod, rtol=1e-5)
     assert last(studio.create(Request("red heart", steps=2, eta=0.5))).images
     assert "(1) the chain" in studio.forward(torch.zeros(1, 3, 8, 8), 3, 0)
+
+
+def test_a_model_of_few_timesteps_and_a_size_of_two_numbers_is_served(source, tmp_path):
+    pipe = tiny_pipeline(caption_length=8, scheduler=DDPMScheduler(num_train_timesteps=20))
+    pipe.unet.register_to_config(sample_size=(8, 8))
+    pipe.save_pretrained(tmp_path / "model")
+    studio = Shelf(tmp_path / "model").studio()
+    assert studio.source.resolution == 8 and studio.T == 20
+    (tmp_path / "model" / "config.yaml").write_text(Config(data=source).to_yaml())
+    blocks = app.build_demo(Shelf(tmp_path / "model")).blocks.values()
+    sliders = [block for block in blocks if getattr(block, "label", "") == "Steps"]
+    assert len(sliders) == 3 and all((slider.value, slider.maximum) == (20, 20) for slider in sliders)
 
 
 def test_of_a_large_set_the_exact_denoiser_knows_a_part(studio, monkeypatch):

@@ -234,6 +234,20 @@ def test_p15_diffusers_own_callbacks_stop_the_guidance(pipe):
     assert not np.allclose(cut, draw(pipe, w=3.0), atol=1e-3)
 
 
+def test_p15_a_callback_that_drops_a_row_is_told_what_the_rows_are(pipe):
+    """As diffusers' documentation cuts the guidance: there the rows are the unconditional and the conditional ones."""
+    halved = lambda pipe, i, t, tensors: {"prompt_embeds": tensors["prompt_embeds"].chunk(2)[-1]}
+    call = {"callback_on_step_end": halved, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    with pytest.raises(InputError, match=r"gave prompt_embeds of shape \(1, .*expected \(2, .*: a row an image here"):
+        draw(pipe, ["red heart", "cat"], **call)
+
+
+def test_a_scheduler_of_flow_matching_is_refused(pipe):
+    flow = tiny_pipeline(scheduler=diffusers.FlowMatchEulerDiscreteScheduler())
+    with pytest.raises(InputError, match="FlowMatchEulerDiscreteScheduler has no init_noise_sigma, expected a scheduler"):
+        draw(flow)
+
+
 def test_p16_variants_have_their_names(pipe, tmp_path):
     pipe.save_pretrained(tmp_path, variant="fp16")
     assert (tmp_path / "unet" / "diffusion_pytorch_model.fp16.safetensors").is_file()
@@ -352,6 +366,18 @@ def draw_jointly(pipe, **request):
     return pipe(["a cat", "a dog"], **request)[0]
 
 
+def test_in_a_stock_pipeline_our_scheduler_is_ddim_unless_eta_says_otherwise():
+    """StableDiffusionPipeline passes its own eta, 0, to every scheduler that takes one."""
+    pipe = stable_diffusion()
+    pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+    ours = TextToImagePipeline.from_pipe(pipe)
+    ours.set_progress_bar_config(disable=True)
+    for eta in (0.0, 1.0):
+        close(draw_jointly(pipe, guidance_scale=2.0, eta=eta), draw_jointly(ours, guidance_scale=2.0, eta=eta))
+    assert np.array_equal(draw_jointly(pipe, guidance_scale=2.0), draw_jointly(pipe, guidance_scale=2.0, eta=0.0))
+    assert not np.allclose(draw_jointly(ours, guidance_scale=2.0), draw_jointly(ours, guidance_scale=2.0, eta=0.0), atol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler"])
 def test_p28_schedulers_that_scale_their_input_do_so_as_in_stable_diffusion(name):
     theirs = stable_diffusion()
@@ -375,7 +401,7 @@ def stable_diffusion():
     return pipe
 
 
-def test_a_vae_encodes_a_few_images_at_a_time_and_keeps_no_graph(monkeypatch):
+def test_a_vae_takes_a_few_images_at_a_time_and_keeps_no_graph(monkeypatch):
     """Activations of a VAE at 512 pixels are 130 MB an image: a whole set at once would not fit."""
     pipe = tiny_pipeline()
     pipe.register_modules(vae=stable_diffusion().vae)
@@ -384,6 +410,11 @@ def test_a_vae_encodes_a_few_images_at_a_time_and_keeps_no_graph(monkeypatch):
     z = pipe.encode(images)
     assert sum(sizes) == 19 and max(sizes) <= 8 and not z.requires_grad
     assert torch.allclose(z, torch.cat([pipe.encode(image[None]) for image in images]), atol=1e-5)
+    sizes, decode = [], pipe.vae.decode
+    monkeypatch.setattr(pipe.vae, "decode", lambda x, **more: sizes.append(len(x)) or decode(x, **more))
+    back = pipe.decode(z)
+    assert sum(sizes) == 19 and max(sizes) <= 8
+    assert torch.allclose(back, torch.cat([pipe.decode(one[None]) for one in z]), atol=1e-5)
 
 
 @pytest.mark.parametrize("patch_size", [None, 2])
@@ -670,8 +701,8 @@ def test_what_a_scheduler_does_not_take_is_refused(pipe):
     pipe.scheduler = DDIMScheduler()
     with pytest.raises(InputError, match="DDIMScheduler takes no timesteps"):
         draw(pipe, timesteps=[10, 0])
-    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-    with pytest.raises(InputError, match="FlowMatchEulerDiscreteScheduler does not tell"):
+    pipe.scheduler = diffusers.EDMEulerScheduler()
+    with pytest.raises(InputError, match="EDMEulerScheduler does not tell"):
         draw(pipe, w=interval(2.0, 0.2, 0.8))
 
 

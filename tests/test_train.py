@@ -19,10 +19,12 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
+from tiny import tiny_unet
 
 import train_text2img
 from pipeline import config as settings
 from pipeline import hub
+from pipeline.captions import CaptionWhitening
 from pipeline.run import Run
 from pipeline.serving import Shelf
 
@@ -228,7 +230,8 @@ def test_a_run_by_muon_resumes_in_the_same_bytes(config, tmp_path):
     train(config, tmp_path / "through", *more)
     through = tmp_path / "through" / "tiny"
     run = killed_after(2, through, tmp_path / "again")
-    assert "going on from step 2" in train(config, tmp_path / "again", *more).stdout
+    said = train(config, tmp_path / "again", *more).stdout
+    assert "going on from step 2" in said and "learning rate" not in said
     assert same(weights(run), weights(through))
     train(config, tmp_path / "adamw", *more[2:])
     assert not same(weights(tmp_path / "adamw" / "tiny"), weights(through))
@@ -247,6 +250,75 @@ def test_a_finished_run_that_goes_on_is_unfinished_until_its_new_end(whole, tmp_
     assert not same(weights(tmp_path / "tiny"), weights(whole[0])) and Run(tmp_path / "tiny").finished
 
 
+def test_a_longer_run_says_where_its_learning_rate_goes_on(config, tmp_path):
+    more = ("--train.lr_schedule", "linear", "--train.lr", "0.002", "--train.warmup", "0")
+    train(config, tmp_path, *more, "--train.steps", "2")
+    said = train(config, tmp_path, *more, "--train.steps", "4").stdout
+    assert "With 4 steps the schedule goes on at a learning rate of 0.001, where it was 0\n" in said
+    assert [line["lr"] for line in log(tmp_path / "tiny") if "lr" in line] == pytest.approx([2e-3, 1e-3, 1e-3, 5e-4])
+
+
+def test_fewer_steps_than_were_made_are_refused(whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "tiny")
+    Run(tmp_path / "tiny").card.unlink()  # it was interrupted
+    done = train(whole[0] / "config.yaml", tmp_path, "--train.steps", "4", check=False)
+    assert done.returncode == 2 and "is at step 6 already, got train.steps 4: give at least 6" in done.stderr
+    assert not Run(tmp_path / "tiny").finished
+
+
+def test_a_resumed_run_reads_captions_by_its_own_whitening(whole):
+    """The data's first rows may have changed since, above all a stream's."""
+    chosen, _ = settings.load(["--config", str(whole[0] / "config.yaml")])
+    checkpoint = Run(whole[0]).newest()
+    kept = CaptionWhitening.from_pretrained(checkpoint / "whitening")
+    other = dataclasses.replace(chosen, model=dataclasses.replace(chosen.model, whitening=0.5))
+    matrix = lambda checkpoint: train_text2img.prepare(other, checkpoint, torch.device("cpu")).pipe.whitening.matrix
+    assert torch.equal(matrix(checkpoint), kept.matrix) and not torch.allclose(matrix(None), kept.matrix)
+
+
+def test_the_learning_rate_rises_stays_and_falls():
+    shape = settings.TrainConfig(steps=100, lr=2.0, lr_schedule="flat_then_linear", lr_end=0.1, decay_share=0.4, warmup=10)
+    weight = torch.nn.Parameter(torch.zeros(2, 2))
+    schedule = train_text2img.lr_schedule(torch.optim.SGD([weight], shape.lr), shape)
+    share = schedule.lr_lambdas[0]
+    assert [share(step) for step in (0, 4, 9, 30, 60)] == pytest.approx([0.1, 0.5, 1, 1, 1])
+    assert [share(step) for step in (70, 80, 100)] == pytest.approx([0.1 + 0.9 * 0.75, 0.1 + 0.9 * 0.5, 0.1])
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_the_optimiser_is_as_configured(kind):
+    chosen = settings.TrainConfig(optimizer=kind, lr=0.3, matrix_lr=0.7 if kind == "muon" else None, betas=(0.8, 0.9),
+                                  weight_decay=0.2)  # fmt: skip
+    groups = train_text2img.optimizer_of(tiny_unet(4, 8), chosen).param_groups
+    assert [group["lr"] for group in groups] == ([0.7, 0.3] if kind == "muon" else [0.3])
+    assert all((tuple(group["betas"]), group["weight_decay"]) == ((0.8, 0.9), 0.2) for group in groups)
+
+
+def test_the_logged_learning_rate_is_the_steps_own_and_its_gradient_is_clipped(config, tmp_path):
+    more = ("--train.steps", "2", "--train.lr_schedule", "linear", "--train.weight_decay", "0", "--train.precision", "no")
+    for name, clip in (("free", "1.0"), ("held", "1e-14")):
+        train(config, tmp_path / name, *more, "--train.clip", clip)
+    assert [line["lr"] for line in log(tmp_path / "free" / "tiny") if "lr" in line] == pytest.approx([1e-3, 5e-4])
+    free, held = (load_file(Run(tmp_path / name / "tiny").checkpoints / "2" / "unet" / "diffusion_pytorch_model.safetensors")
+                  for name in ("free", "held"))  # fmt: skip
+    chosen, _ = settings.load(["--config", str(config)])
+    first = train_text2img.prepare(chosen, None, torch.device("cpu")).unet.state_dict()
+    moved = lambda weights: max(float((weights[name] - first[name]).abs().max()) for name in weights)
+    assert moved(held) < 1e-6 < 1e-4 < moved(free)  # AdamW's eps 1e-8 is far above a gradient of norm 1e-14
+
+
+def test_a_gpu_without_memory_for_the_samples_trains_on(config, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr(train_text2img, "draw", full)
+    monkeypatch.setattr(train_text2img.card, "plot_strips", full)
+    monkeypatch.setattr(train_text2img.tqdm, "write", (said := []).append)
+    done = train(config, tmp_path, "--train.steps", "1")
+    assert len(said) == 2 and "000001.png is not drawn (CUDA out of memory. Tried to allocate 2.00 GiB.)" in said[0]
+    assert "strips.png is not drawn" in said[1] and Run(tmp_path / "tiny").finished and "000001.png" not in done.stdout
+
+
 def test_how_often_it_logs_checks_and_saves_does_not_change_what_it_learns(whole, tmp_path):
     train(whole[0] / "config.yaml", tmp_path, "--train.log_every", "4", "--train.validate_every", "5",
           "--train.save_every", "5", "--sample.every", "2")  # fmt: skip
@@ -256,8 +328,9 @@ def test_how_often_it_logs_checks_and_saves_does_not_change_what_it_learns(whole
 def test_nothing_is_left_on_another_device(config, monkeypatch):
     """torch's meta device in a GPU's place: it computes no values, and refuses operands of two devices as a GPU does."""
     chosen, _ = settings.load(["--config", str(config), "--data.flip", "true"])
+    train_text2img.prepare(chosen, None, torch.device("cpu"))  # which leaves the captions' states in the cache
     parts = train_text2img.prepare(chosen, None, torch.device("meta"))
-    assert {parts.states.device.type, parts.held_states.device.type, parts.empty.device.type} == {"meta"}
+    assert (parts.states.device.type, parts.held_states.device.type, parts.empty.device.type) == ("cpu", "cpu", "meta")
     each = train_text2img.batch_loss(parts.unet, parts, chosen, 0, torch.arange(4))
     assert each.shape == (4,) and each.device.type == "meta"
     monkeypatch.setattr(torch.Tensor, "item", lambda self: float(self.device.type == "meta"))
@@ -371,8 +444,8 @@ def test_a_dry_run_says_what_would_happen_and_keeps_nothing(config, tmp_path):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc is meant")
 def test_the_script_keeps_freed_memory_so_that_a_step_costs_no_page_faults(config, tmp_path):
-    code = ("import resource, sys, torch, train_text2img\n"
-            "if sys.argv[1:]: assert train_text2img.main(sys.argv[1:]) == 0\n"
+    code = ("import resource, sys, torch\n"
+            "if sys.argv[1:]: import train_text2img; assert train_text2img.main(sys.argv[1:]) == 0\n"
             "for _ in range(3): torch.ones(2**26)\n"
             "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
             "for _ in range(5): torch.ones(2**26)\n"
