@@ -308,7 +308,7 @@ def test_the_logged_learning_rate_is_the_steps_own_and_its_gradient_is_clipped(c
 
 
 def test_a_gpu_without_memory_for_the_samples_trains_on(config, tmp_path, monkeypatch):
-    def full(*_):
+    def full(*_args, **_more):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
     monkeypatch.setattr(train_text2img, "draw", full)
