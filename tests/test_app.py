@@ -301,7 +301,7 @@ def test_memory_stays_where_it_is(url):
         gc.collect()
         return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
-    for i in range(120):
+    for i in range(80):
         assert call(url, "create", *(GOOD | {"seed": i}).values())[1] == "complete"
         if i == 20:
             before = resident()
