@@ -462,7 +462,7 @@ def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Pa
                     if sound:
                         ema.step(weights)
                 optimizer.zero_grad()
-        lr = schedule.get_last_lr()[-1]
+        lr = optimizer.param_groups[-1]["lr"]  # what this step took
         schedule.step()
         state["in_a_row"] = 0 if sound else state["in_a_row"] + 1
         state["skipped"] += not sound
