@@ -29,7 +29,6 @@ from tqdm.auto import tqdm
 from pipeline import card, data, emoji, hub, latents, losses, models, muon
 from pipeline import config as settings
 from pipeline import run as runs
-from pipeline.captions import CaptionWhitening
 from pipeline.config import Config, ConfigError
 from pipeline.patches import PatchAutoencoder
 from pipeline.scheduler import DDPMScheduler
@@ -93,9 +92,8 @@ def prepare(config: Config, checkpoint: Path | None, device: torch.device) -> Pa
     images = images.measured(tokenizer, length)
     encode = lambda captions: data.encode_captions(captions, tokenizer, encoder, length, config.data.cache, device)
     states = encode(images.all_captions)
-    if checkpoint and (checkpoint / "whitening").is_dir():
-        whitening = CaptionWhitening.from_pretrained(checkpoint / "whitening", use_safetensors=True)
-    else:
+    whitening = models.saved_whitening(checkpoint) if checkpoint else None
+    if whitening is None:
         whitening = base.whitening if base else models.whitening(config.model, states)
     white = whitening or (lambda raw: raw)
     held = white(encode(held_out.all_captions)) if held_out else None

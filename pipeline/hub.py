@@ -22,7 +22,6 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFound
 
 from pipeline import card, models, safe, sample
 from pipeline import run as runs
-from pipeline.captions import CaptionWhitening
 from pipeline.config import Config, load_file, repository_problems
 from pipeline.layout import FILE, additions, plain_card
 from pipeline.run import Run
@@ -71,8 +70,7 @@ def load_checkpoint(run: Run, step: int) -> TextToImagePipeline:
         unet, whitening = models.adapt(base.unet, config.lora), base.whitening
     else:
         unet = UNet2DConditionModel.from_pretrained(folder / "unet", use_safetensors=True)
-        held = (folder / "whitening").is_dir()
-        whitening = CaptionWhitening.from_pretrained(folder / "whitening", use_safetensors=True) if held else None
+        whitening = models.saved_whitening(folder)
     average = models.moving_average(unet, config.train.ema)
     average.load_state_dict(runs.load_state(folder, "trainer")["ema"])
     average.copy_to(models.trainable(unet))

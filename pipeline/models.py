@@ -63,6 +63,12 @@ def whitening(model: ModelConfig, states: torch.Tensor) -> CaptionWhitening | No
     return None if model.whitening is None else CaptionWhitening.fit(states, model.whitening)
 
 
+def saved_whitening(checkpoint: Path) -> CaptionWhitening | None:
+    """A checkpoint's own whitening; None where it has none."""
+    folder = checkpoint / "whitening"
+    return CaptionWhitening.from_pretrained(folder, use_safetensors=True) if folder.is_dir() else None
+
+
 def unet(config: Config, caption_width: int) -> UNet2DConditionModel:
     """The denoiser of a configuration, for caption states (B, L, caption_width); weights from torch's global generator."""
     model, patch = config.model, config.model.patch_size or 1

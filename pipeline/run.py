@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -126,13 +127,13 @@ class Run:
             shutil.rmtree(new, ignore_errors=True)
             raise SaveError(f"the checkpoint of step {step} could not be saved in {self.checkpoints} ({error}); those of steps "
                             f"{self.steps() or 'none'} are whole: make room, then run the same command") from error  # fmt: skip
-        for old in [known for known in self.steps() if known <= step][:-keep]:  # a later one is torn, or of another plan
+        for old in self.steps(step)[:-keep]:  # a later one is torn, or of another plan
             shutil.rmtree(self.checkpoints / str(old))
         return target
 
     def _check_room(self, step: int) -> None:
         """SaveError where the disk has no room for another checkpoint, of one step, of the last one's size."""
-        steps = [known for known in self.steps() if known <= step]
+        steps = self.steps(step)
         last = sum(p.stat().st_size for p in (self.checkpoints / str(steps[-1])).rglob("*") if p.is_file()) if steps else 0
         free = shutil.disk_usage(self.checkpoints).free
         if free < ROOM * last:
@@ -149,11 +150,12 @@ class Run:
         for path in (*files.values(), new / MANIFEST, *(p for p in new.rglob("*") if p.is_dir()), new):
             sync(path)
 
-    def steps(self) -> list[int]:
-        """The steps of all checkpoints, oldest first; other names in the folder are nobody's business."""
+    def steps(self, last: float = math.inf) -> list[int]:
+        """The steps of all checkpoints, up to `last`, oldest first; other names in the folder are nobody's business."""
         if not self.checkpoints.is_dir():
             return []
-        return sorted(int(p.name) for p in self.checkpoints.iterdir() if p.is_dir() and p.name.isdecimal())
+        found = (int(p.name) for p in self.checkpoints.iterdir() if p.is_dir() and p.name.isdecimal())
+        return sorted(step for step in found if step <= last)
 
     def newest(self) -> Path | None:
         """The newest checkpoint that verifies, None where there is none; RunError if all that exist are damaged."""

@@ -229,11 +229,13 @@ def no_split(source: str, split: str, known: str) -> str:
 
 def stat(path: str | None) -> tuple[int, int] | None:
     """Size and time of a file, None for what is none."""
+    if not path:
+        return None
     try:
-        found = Path(path or "").stat() if path else None
+        found = Path(path).stat()
     except (OSError, ValueError):  # ValueError: a name that no file can have
         return None
-    return found and (found.st_size, found.st_mtime_ns)
+    return found.st_size, found.st_mtime_ns
 
 
 def folder_rows(folder: Path, caption_column: str | Sequence[str] | None) -> tuple[list[dict], list[str]]:
@@ -358,7 +360,8 @@ def table(config: DataConfig, split: str) -> Rows:
                         "an image folder: convert it to one of them")  # fmt: skip
     image = image_column(config, found.features)
     captions = find_columns(config.source, found.features, config.caption_column)
-    files = [(path, stat(path)) for path in found[image][:]] if is_text(found.features[image]) and not config.streaming else []
+    by_path = kind_of(found.features[image]) == "string" and not config.streaming
+    files = [(path, stat(path)) for path in found[image][:]] if by_path else []
     found = found.select_columns([image, *(c for c in captions if c != image)])
     found = found.cast_column(image, datasets.Image(decode=False))
     within = None if Path(config.source).exists() else config.source
@@ -397,7 +400,7 @@ def image_column(config: DataConfig, features: datasets.Features) -> str:
     wanted = config.image_column
     if wanted is None and len(found) == 1:
         return found[0]
-    if wanted in features and (is_image(features[wanted]) or is_text(features[wanted], "binary", "string")):
+    if wanted in features and (is_image(features[wanted]) or kind_of(features[wanted]) in ("binary", "string")):
         return wanted
     got = f"no column of images {wanted!r}" if wanted else f"{len(found) or 'no'} columns of images"
     columns = ", ".join(f"{name} (images)" if name in found else name for name in features)
@@ -409,9 +412,9 @@ def is_image(feature: object) -> bool:
     return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and feature.keys() == {"bytes", "path"})
 
 
-def is_text(feature: object, *kinds: str) -> bool:
-    """Does a column hold text, or values of other kinds?"""
-    return getattr(feature, "dtype", None) in (kinds or ("string",))
+def kind_of(feature: object) -> str | None:
+    """The type of a column's plain values, None where it holds none."""
+    return getattr(feature, "dtype", None)
 
 
 def table_row(example: dict, number: int, image: str, captions: tuple[str, ...], within: str | None = None) -> dict:
