@@ -398,7 +398,7 @@ def walk_tab(shelf: Shelf, studio: Studio, checkpoint: gr.Slider, demo: gr.Block
     noise.click(forward, [picture, t, seed, tell, upload, checkpoint], panels, preprocess=False, api_name="forward",
                 concurrency_id="model", concurrency_limit=1)  # fmt: skip
     plotted = answering(lambda t: plot_curves(studio, t))
-    gr.on([demo.load, t.release], plotted, t, plot, **QUIET)
+    gr.on([demo.load, t.release], plotted, t, plot, **QUIET | {"queue": True}, concurrency_id="curves", concurrency_limit=1)
     clicked([prompt.submit, go.click], go, stop, backward, [prompt, w, steps, eta, seed, denoiser, checkpoint],
             [noisy, clean], "backward")  # fmt: skip
 

@@ -10,6 +10,7 @@ import ctypes
 import math
 import os
 import platform
+import re
 import resource
 import sys
 import time
@@ -17,13 +18,15 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import LoggerType, broadcast_object_list, gather_object, parse_flag_from_env
 from diffusers import UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.utils import make_image_grid
+from PIL import Image
 from tqdm.auto import tqdm
 
 from pipeline import card, data, emoji, hub, latents, losses, models, muon
@@ -39,6 +42,7 @@ FREE = ("name", "output", "report_to", "hub", "sample", "data.cache", "train.ste
         "train.validate_every", "train.save_every", "train.keep", "data.max_broken", "train.max_skipped", "train.accumulation",
         "train.gradient_checkpointing")  # fmt: skip  # what a resumed run may change
 PREPARING = timedelta(hours=12)  # for which processes wait for the one that prepares the data; torch's own limit is minutes
+DRAWING = timedelta(hours=2)  # and for the one that checks, draws and saves
 GRID = 8  # timesteps of the validation grid
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 HELD = 16  # images of each split on it
@@ -81,14 +85,19 @@ class Parts:
 
 
 def prepare(config: Config, checkpoint: Path | None, device: torch.device) -> Parts:
-    """Read the data, encode its captions, build or load the models."""
+    """Load or build the models, read the data, encode its captions: what may be misspelt is looked for before what takes long."""
     noise = [f"diffusion.{name}" for name, value in vars(config.diffusion).items() if value is not None]
     if config.train.method == "lora" and noise and checkpoint is None:
         raise ConfigError(f"an adapter is drawn with its model's own noise process: leave {', '.join(noise)} out")
-    images, held_out = data.load_splits(config.data)
     base = None if config.model.pretrained is None else pretrained(config)
     tokenizer, encoder = (base.tokenizer, base.text_encoder) if base else models.text_encoder(config.model.text_encoder)
     length = (base.config.caption_length or tokenizer.model_max_length) if base else config.data.caption_length
+    if length > (limit := getattr(encoder.config, "max_position_embeddings", None) or length):
+        raise ConfigError(f"data.caption_length must be at most {limit}, the text encoder's positions, got {length}")
+    if config.train.method == "lora":
+        torch.manual_seed(config.seed)  # the adapter's first weights
+        models.adapt(base.unet, config.lora)
+    images, held_out = data.load_splits(config.data, again=checkpoint is None)
     images = images.measured(tokenizer, length)
     encode = lambda captions: data.encode_captions(captions, tokenizer, encoder, length, config.data.cache, device)
     states = encode(images.all_captions)
@@ -100,10 +109,8 @@ def prepare(config: Config, checkpoint: Path | None, device: torch.device) -> Pa
     states, empty = white(states), white(encode([""]))
     torch.manual_seed(config.seed)  # the network's first weights
     unet = base.unet if base else models.unet(config, empty.shape[-1]) if checkpoint is None else None
-    if config.train.method == "lora":
-        models.adapt(unet, config.lora)
-        if checkpoint:
-            models.load_adapter(unet, checkpoint / "lora")
+    if config.train.method == "lora" and checkpoint:
+        models.load_adapter(unet, checkpoint / "lora")
     elif checkpoint:
         unet = UNet2DConditionModel.from_pretrained(checkpoint / "unet", use_safetensors=True)
     if config.train.gradient_checkpointing:
@@ -209,7 +216,7 @@ def batch_loss(unet, parts: Parts, config: Config, step: int, slots: torch.Tenso
     """The training loss of the examples at `slots` of the global batch of one step, one value each (B,)."""
     seed, train, device = config.seed, config.train, parts.empty.device
     x_0, states = examples(parts, config, step, slots)
-    t = data.timesteps(seed, step, slots, train.batch_size, parts.scheduler.config.num_train_timesteps).to(device)
+    t = data.timesteps(seed, step, slots, train.batch_size, len(parts.scheduler)).to(device)
     eps = data.noise(seed, step, slots, x_0.shape[1:]).to(device)
     x_t = parts.scheduler.add_noise(x_0, eps, t)  # (5)
     keep = data.keep_caption(seed, step, slots, config.data.caption_dropout).to(device)
@@ -221,7 +228,7 @@ def batch_loss(unet, parts: Parts, config: Config, step: int, slots: torch.Tenso
 @torch.no_grad()
 def validate(unet, parts: Parts, config: Config, stop) -> dict:
     """Loss and x_0 error by timestep on a fixed grid of (image, t, eps), for the training and the held-out split."""
-    T, record = parts.scheduler.config.num_train_timesteps, {}
+    T, record = len(parts.scheduler), {}
     for split, images, states in [("train", parts.images, parts.states), ("held_out", parts.held_out, parts.held_states)]:
         if images is None:
             continue
@@ -254,20 +261,66 @@ def draw(pipe: TextToImagePipeline, config: Config, path: Path, stop) -> None:
     """Each prompt (a column) at each w (a row) from the same noise, written as one picture."""
     pipe.set_progress_bar_config(disable=True)
     sample, images = config.sample, []
+
+    def ask(pipe, *_):
+        pipe._interrupt = bool(stop)
+        return {}
+
     for w in sample.w:
+        images += pipe(list(sample.prompts), w=w, seed=sample.seed, num_inference_steps=sample.steps, eta=sample.eta,
+                       callback_on_step_end=ask).images  # fmt: skip
         if stop:
             return
-        images += pipe(list(sample.prompts), w=w, seed=sample.seed, num_inference_steps=sample.steps, eta=sample.eta).images
     make_image_grid(images, rows=len(sample.w), cols=len(sample.prompts)).save(path)
 
 
 @contextlib.contextmanager
-def spared(path: Path):
-    """Say that a GPU has no memory for a picture of samples: training fits, and shall not end for them."""
+def spared(what: object):
+    """Say that there is no memory or no room for what only shows how training goes: training fits, and shall not end for it."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        tqdm.write(f"{path} is not drawn ({str(error).splitlines()[0]}): give fewer sample.prompts")
+    except (RuntimeError, OSError) as error:  # torch.OutOfMemoryError is a RuntimeError, MPS and cuDNN have none of their own
+        reason = str(error).splitlines()[0]
+        if isinstance(error, OSError):
+            tqdm.write(f"{what} is not there ({reason}): training goes on")
+        elif isinstance(error, torch.OutOfMemoryError) or re.search("out of memory|ALLOC_FAILED", reason):
+            tqdm.write(f"{what} is not there ({reason}): give fewer sample.prompts")
+        else:
+            raise
+
+
+class Trackers:
+    """What `report_to` names; one that fails once, on its network say, is told and left, and training goes on."""
+
+    def __init__(self, accelerator: Accelerator, config: Config):
+        self.accelerator, self.open = accelerator, config.report_to is not None
+        self.ask(lambda: accelerator.init_trackers(config.name, config=trackable(config)))
+
+    def ask(self, request) -> None:
+        """Do something with the trackers, if there are any."""
+        try:
+            if self.open:
+                request()
+        except Exception as error:  # every tracker has errors of its own
+            self.open = False
+            tqdm.write(f"report_to has failed ({type(error).__name__}: {' '.join(str(error).split())}): training goes on without")
+
+    def log(self, step: int, record: dict) -> None:
+        """Send a record's numbers, those by timestep under a name each."""
+        flat = {name.replace(".", "/"): value for name, value in settings.flatten(record).items()}
+        self.ask(lambda: self.accelerator.log(flat, step=step))
+
+    def show(self, step: int, path: Path) -> None:
+        """Send a picture of samples, where there is one and the tracker takes pictures."""
+        pixels = np.asarray(Image.open(path).convert("RGB"))[None] if self.open and path.is_file() else None
+        for tracker in self.accelerator.trackers if pixels is not None else ():
+            more = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            if hasattr(tracker, "log_images"):
+                self.ask(lambda tracker=tracker, more=more: tracker.log_images({"samples": pixels}, step=step, **more))
+
+    def end(self) -> None:
+        """Have them send what they still hold."""
+        self.ask(self.accelerator.end_training)
 
 
 @contextlib.contextmanager
@@ -306,9 +359,21 @@ def keep_freed_memory() -> None:
 
 
 def resume_point(run: runs.Run, config: Config) -> Path | None:
-    """The checkpoint to go on from, None for a new run; RunError where the settings changed in between."""
+    """The checkpoint to go on from, None for a new run; RunError where settings changed, or what lies there would be lost."""
     checkpoint = run.newest()
-    if checkpoint and (changed := settings.differences(settings.load_file(run.config), config, FREE)):
+    if checkpoint is None and (run.drawable or (run.card.is_file() and not (run.folder / card.FACTS).is_file())):
+        held = "a model, and no checkpoint to go on from" if run.drawable else f"a {run.card.name} that no run has written"
+        raise runs.RunError(f"{run.folder} holds {held}, expected a new folder or a run's: give the new run another --name, or "
+                            "move the folder away")  # fmt: skip
+    if checkpoint is None:
+        return None
+    try:
+        before = settings.load_file(run.config)
+    except ConfigError as error:
+        reasons = "; ".join(str(error).splitlines())
+        raise runs.RunError(f"{run.config}, which the run was begun with, does not fit this version ({reasons}): mend it there, "
+                            "or give the new run another --name") from error  # fmt: skip
+    if changed := settings.differences(before, config, FREE):
         raise runs.RunError(f"{run.folder} was begun with other settings: {'; '.join(changed)}. "
                             "Undo that, or give the new run another --name")  # fmt: skip
     return checkpoint
@@ -316,10 +381,14 @@ def resume_point(run: runs.Run, config: Config) -> Path | None:
 
 def train(config: Config, dry_run: bool = False) -> int:
     """Train as configured, from the newest checkpoint if there is one; the exit code."""
-    if config.report_to and config.report_to not in [str(t.value) for t in get_available_trackers()]:
+    known = [str(tracker.value) for tracker in LoggerType if tracker != LoggerType.ALL]
+    if config.report_to and config.report_to not in known:
+        raise ConfigError(f"report_to must be one of {', '.join(known)}, got {config.report_to!r}")
+    if config.report_to and config.report_to not in [str(tracker.value) for tracker in get_available_trackers()]:
         raise ConfigError(f"report_to {config.report_to!r} is not installed here: pip install {config.report_to}")
-    cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())  # told, torchrun's ranks find each other
-    device = PartialState(cpu=cpu).device
+    wanted = parse_flag_from_env("ACCELERATE_USE_CPU")  # of accelerate launch --cpu
+    cpu = wanted or not (torch.cuda.is_available() or torch.backends.mps.is_available())  # told, torchrun's ranks find each other
+    device = PartialState(cpu=cpu, timeout=DRAWING).device
     precision = models.precision(config.train.precision, device)
     if precision == "fp16" and device.type == "cpu":
         raise ConfigError("train.precision must be auto, no or bf16 on a CPU, got fp16")
@@ -371,6 +440,7 @@ def local_main_first(accelerator: Accelerator):
 def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Path | None, stop, stream: Stream | None) -> int:
     """The training loop, from a checkpoint or from nothing to the last step; the exit code."""
     main, share, steps = accelerator.is_main_process, config.train.batch_size // config.train.accumulation, config.train.steps
+    trackers = Trackers(accelerator, config)
     with stop.at_once(), local_main_first(accelerator):  # what it has prepared the others find in the cache
         parts = prepare(config, checkpoint, accelerator.device)
     read = None if stream is not None else parts.images.fingerprint
@@ -394,7 +464,7 @@ def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Pa
         if stream is not None:
             stream.load_state_dict(saved["streams"][accelerator.process_index % len(saved["streams"])])
     if main:
-        run.card.unlink(missing_ok=True)  # until it is finished again
+        run.card.unlink(missing_ok=True)  # a run's own: until it is finished again
         run.rewind(state["step"])
         runs.replace(run.config, config.to_yaml())
         print(f"{parts.images.report}\n{models.count(models.trainable(parts.unet)) / 1e6:.1f} M weights to train;",
@@ -407,8 +477,6 @@ def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Pa
     unet, optimizer = accelerator.prepare(parts.unet, optimizer)
     weights = models.trainable(parts.unet)
     ema.to(accelerator.device)
-    if config.report_to:
-        accelerator.init_trackers(config.name, config=trackable(config))
     pipe, clock, busy, counted = parts.pipe, runs.Clock(state["seconds"]), 0.0, 0  # steps, and their seconds, since the last line
     bar = tqdm(total=steps, initial=state["step"], disable=not main, desc=config.name, unit="step", dynamic_ncols=True)
 
@@ -483,26 +551,29 @@ def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Pa
             bar.set_postfix(loss=f"{mean:.4f}")
             if main:
                 run.log(**record)
-            accelerator.log(record, step=step)
+            trackers.log(step, record)
         last, ended = step == steps, stopped(stop, accelerator)
         if main and not ended and (step % config.train.validate_every == 0 or last):
-            with averaged(ema, parts.unet):
-                run.log(step=step, **validate(parts.unet, parts, config, stop))
+            with averaged(ema, parts.unet), spared(f"the check of step {step}"):
+                run.log(step=step, **(record := validate(parts.unet, parts, config, stop)))
+                trackers.log(step, record)
         if main and not ended and (step % config.sample.every == 0 or last):
             path = run.samples / f"{step:06d}.png"
             with averaged(ema, parts.unet), spared(path):
                 draw(pipe, config, path, stop)
+            trackers.show(step, path)
         ended = ended or stopped(stop, accelerator)
         if ended or last or step % config.train.save_every == 0:
             save()
         if ended:
             bar.close()
+            trackers.end()
             accelerator.print(f"Stopped ({stop.reason}) after step {step} of {steps}; run the same command to go on.")
             return stop.exit_code
     bar.close()
     if main:
         finish(config, run, parts, ema, pipe, clock())
-    accelerator.end_training()
+    trackers.end()
     return hub.publish(config, run) if main else 0
 
 
@@ -516,7 +587,7 @@ def tell(parts: Parts, config: Config, step: int, seen: list[tuple[torch.Tensor,
     """Say which examples of a skipped step, of (slots, losses) each, had no finite loss, or that only the gradient had none."""
     bad = [int(slot) for slots, each in seen for slot in slots[~each.isfinite().cpu()]]
     if bad:
-        size, T = config.train.batch_size, parts.scheduler.config.num_train_timesteps
+        size, T = config.train.batch_size, len(parts.scheduler)
         t = data.timesteps(config.seed, step, bad, size, T).tolist()
         names = [f"the batch's image {slot}" for slot in bad]  # of a stream
         if parts.stream is None:
@@ -543,7 +614,8 @@ def finish(config: Config, run: runs.Run, parts: Parts, ema, pipe: TextToImagePi
         run.publish(run.adapter, lambda folder: models.save_adapter(parts.unet, folder))
     else:
         run.publish(run.pipeline, lambda folder: pipe.save_pretrained(folder, safe_serialization=True))
-    card.plot_run(run, parts.images, pipe)
+    with spared(run.figures / "training.png"):
+        card.plot_run(run, parts.images, pipe)
     sample, strips, last = config.sample, run.figures / "strips.png", run.samples / f"{config.train.steps:06d}.png"
     with spared(strips):
         card.plot_strips(pipe, list(sample.prompts), set(parts.images.all_captions), strips, w=sample.default_w,
@@ -602,6 +674,10 @@ def main(argv: list[str] | None = None) -> int:
     except (ConfigError, data.DataError, emoji.EmojiError, runs.RunError, hub.HubError) as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return getattr(error, "exit_code", 2)
+    except OSError as error:  # a disk that is full or gone, wherever it was written to
+        print(f"error: {error.filename or 'the system'}: {error.strerror or error}, expected room and leave to write: mend that, "
+              "then run the same command, which goes on from its newest checkpoint", file=sys.stderr)  # fmt: skip
+        return 1
 
 
 if __name__ == "__main__":

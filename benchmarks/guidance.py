@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.quick:
         args.captions, args.steps = 6, 2
     bench.prepare()
-    model = args.model or hub.newest()
+    model = args.model or hub.newest(finished=True)
     if model is None:
         print("There is no run to judge, so guidance is not compared: make train, or --model RUN.")
         return

@@ -32,7 +32,7 @@ SEED = 2000  # of the judged drawings: neither of those that choose or report w 
 
 def opened(model: str | None, config: str) -> tuple[TextToImagePipeline, str]:
     """The pipeline of a run or the newest one, else of a configuration with random weights; and what it is."""
-    model = model or hub.newest()
+    model = model or hub.newest(finished=True)
     if model is not None:
         pipe, name = hub.load(model), f"`{model}`"
     else:
@@ -238,7 +238,7 @@ def main(argv: list[str] | None = None) -> None:
               f"{bench.where(some.ours)}.")  # fmt: skip
     paragraphs = [f"{name}; w = {args.w:g}; the timed calls take {args.steps} steps. Medians of {args.repeats} turns, with the "
                   "least and the greatest; k is a doubled call's time over a single one's.", timed, "\n".join(goals), limits]
-    model = args.model or hub.newest()
+    model = args.model or hub.newest(finished=True)
     if args.captions and model is not None:
         rows, goals, picture = judged(Path(model), args.captions, args.w, 8 if args.quick else 50, 32, args)
         paragraphs += [f"Cheaper ways to draw {args.captions} training captions, 32 at a time, which every way draws before "

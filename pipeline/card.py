@@ -1,5 +1,6 @@
 """What a model is shown with: its card, the pictures on it, its curves."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from PIL import Image
 
@@ -57,6 +59,8 @@ def describe(config: Config, run: Run, pipe: TextToImagePipeline, images, second
     logged = [record for record in run.history() if record.get("loss") is not None]
     last = {"loss": logged[-1]["loss"], "step": logged[-1]["step"]} if logged else {}
     known = facts(str(images.report), seconds, stock=pipe.is_stable_diffusion(), **base)
+    names = {config.data.source, base.get("base_model")} - {None}
+    known["of_hub"] = [name for name in sorted(names) if published(name)]  # a folder of that name may come and go later
     runs.replace(run.folder / FACTS, json.dumps(known | last, indent=1))
     illustrate(config, run)
     refresh(run.folder, str(run.adapter if run.adapted else run.pipeline))
@@ -90,16 +94,25 @@ def illustrate(config: Config, run: Run) -> None:
         shutil.copyfile(figure, target / figure.name)
 
 
-def read(folder: Path, model: str) -> ModelCard:
+def on_base(config: Config, base: str) -> Config:
+    """The settings of an adapter's run by the name that its base has on the Hub."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, pretrained=base))
+
+
+def read(folder: Path, model: str, base: str | None = None) -> ModelCard:
     """The card of a described run's folder, or of one that keeps its files: config.yaml, training.json, images/, metrics.json.
 
     A notes.md there, what somebody has seen by looking, becomes a part of it.
 
-    model: where the card says to load it from, a folder or a repository.
+    model: where the card says to load it from, a folder or a repository. base: the Hub's name of the base of an adapter, where
+    its settings name a folder.
     """
     metrics, notes = folder / "metrics.json", folder / "notes.md"
-    return build(load_file(folder / "config.yaml"), json.loads((folder / FACTS).read_text(encoding="utf-8")),
-                 sorted(path.name for path in (folder / IMAGES).glob("*.png")), model,
+    config, known = load_file(folder / "config.yaml"), json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    if base is not None:
+        config = on_base(config, base)
+        known |= {"base_model": base, "of_hub": [*known.get("of_hub", []), base]}
+    return build(config, known, sorted(path.name for path in (folder / IMAGES).glob("*.png")), model,
                  json.loads(metrics.read_text(encoding="utf-8")) if metrics.is_file() else {},
                  notes.read_text(encoding="utf-8").strip() if notes.is_file() else "")  # fmt: skip
 
@@ -112,15 +125,17 @@ def build(config: Config, known: dict, pictures: list[str] = (), model: str = "U
     metadata goes through YAML, and what users wrote is quoted in the body, so that it stays text.
     """
     embedded, sample, base = config.data.source in emoji.SETS, config.sample, known.get("base_model")
+    of_hub = [name for name in (config.data.source, base) if name and (name in known["of_hub"] if "of_hub" in known
+                                                                       else published(name))]  # fmt: skip
     shown = [i for i in range(len(sample.prompts)) if f"prompt-{i}.png" in pictures]
     data = ModelCardData(
         license=known.get("base_license") or ("cc-by-4.0" if embedded and not base else "other"),
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=TAGS,
-        datasets=[config.data.source] if published(config.data.source) else None,
-        base_model=base if base and published(base) else None,
-        base_model_relation=known["base_model_relation"] if base and published(base) else None,
+        datasets=[config.data.source] if config.data.source in of_hub else None,
+        base_model=base if base in of_hub else None,
+        base_model_relation=known["base_model_relation"] if base in of_hub else None,
         widget=[{"text": sample.prompts[i], "output": {"url": f"{IMAGES}/prompt-{i}.png"}} for i in shown] or None,
         model_name=config.name,
         eval_results=results(config, metrics or {}) or None,
@@ -150,9 +165,18 @@ def build(config: Config, known: dict, pictures: list[str] = (), model: str = "U
 
 
 def license_of(model: str) -> str | None:
-    """The licence that a model's own card names, where the card lies in a folder here; None where it is not known."""
+    """The licence that a model's own card names, where the card lies in a folder here; None where it is not known.
+
+    A card that cannot be read names none: somebody else's mistake in it shall not end a training.
+    """
     path = Path(model) / "README.md"
-    return ModelCard.load(path).data.to_dict().get("license") if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        found = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict().get("license")
+    except (ValueError, yaml.YAMLError):
+        return None
+    return ", ".join(map(str, found)) if isinstance(found, list) else None if found is None else str(found)
 
 
 def adapting(base: str, adapter: str, prompt: str) -> str:

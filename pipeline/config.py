@@ -308,7 +308,7 @@ class Config:
     def problems(self) -> list[str]:
         """Every value out of its range, a sentence each; empty for a usable configuration."""
         found = [p for group in groups() for p in getattr(self, group).problems()]
-        if not self.name or Path(self.name).name != self.name:
+        if self.name in ("", "..") or Path(self.name).name != self.name:
             found.append(f"name must be one folder's name, got {self.name!r}")
         if not 0 <= self.seed < 2**63:
             found.append(f"seed must be in [0, 2**63), got {self.seed}")

@@ -133,17 +133,18 @@ class CaptionedImages:
 # ---- reading
 
 
-def load_splits(config: DataConfig) -> tuple[CaptionedImages, CaptionedImages | None]:
+def load_splits(config: DataConfig, again: bool = False) -> tuple[CaptionedImages, CaptionedImages | None]:
     """The training split and the held-out one, if any, of a source; a named emoji set is written first.
 
-    Of a stream they are the first rows, PREVIEW at most.
+    Of a stream they are the first rows, PREVIEW at most. again: whether files that could not be read are tried anew; a run that
+    goes on, and what measures it, keeps the pictures that it began with.
     """
     if config.source in emoji.SETS:
         folder = Path(config.cache) / f"{config.source}-{config.resolution}"
         written = emoji.write(folder, name=config.source, size=config.resolution)
         config = dataclasses.replace(config, source=str(written))
     held_out = dataclasses.replace(config, crop="center")  # what is measured is the same whatever is trained on
-    return read(config, config.split), read(held_out, config.held_out) if config.held_out else None
+    return read(config, config.split, again), read(held_out, config.held_out, again) if config.held_out else None
 
 
 def load_images(source: str | Path, split: str = "train", resolution: int = 64, cache_dir: str | Path | None = None,
@@ -157,10 +158,10 @@ def load_images(source: str | Path, split: str = "train", resolution: int = 64, 
     return read(DataConfig(str(source), resolution=resolution, cache=cache, **settings), split)
 
 
-def read(config: DataConfig, split: str) -> CaptionedImages:
+def read(config: DataConfig, split: str, again: bool = True) -> CaptionedImages:
     """One split, prepared."""
     rows = sources.open_rows(config, split)
-    return prepare(preview(rows) if config.streaming else rows, config)
+    return prepare(preview(rows) if config.streaming else rows, config, again)
 
 
 def preview(rows: sources.Rows) -> sources.Rows:
@@ -178,7 +179,7 @@ def preview(rows: sources.Rows) -> sources.Rows:
 # ---- pixels
 
 
-def prepare(rows: sources.Rows, config: DataConfig) -> CaptionedImages:
+def prepare(rows: sources.Rows, config: DataConfig, again: bool = True) -> CaptionedImages:
     """Decode a table's images once, keep them in the cache by stamp and resolution, and leave the broken rows out.
 
     Rows without a caption get the empty one, or are left out too (`missing_caption`).
@@ -190,7 +191,7 @@ def prepare(rows: sources.Rows, config: DataConfig) -> CaptionedImages:
         "side": datasets.Value("int32"), "hash": datasets.Value("string")})  # fmt: skip
     kept = cache_file(config.cache, "images", key)
     first = os.environ.get("LOCAL_RANK", "0") == "0"  # of a machine's processes; the others read what it has written
-    if first and Path(kept).is_file() and readable_again(datasets.Dataset.from_file(kept), rows):
+    if again and first and Path(kept).is_file() and readable_again(datasets.Dataset.from_file(kept), rows):
         Path(kept).unlink()
     prepared = rows.table.map(
         prepare_row, with_indices=True, fn_kwargs={"read": rows.read, "resolution": config.resolution, "crop": config.crop},

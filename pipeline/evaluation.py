@@ -151,8 +151,11 @@ def drawings(folder: Path, model: str, steps: int, what: str, w: float, seed: in
 
 
 def identity(pipe: TextToImagePipeline, bank: Bank) -> str:
-    """What drawings of a bank's captions depend on beside the call: the network's weights, and the captions."""
-    return f"{data.encoder_digest(pipe.unet)[:8]}-{hashlib.sha256(json.dumps(bank.captions).encode()).hexdigest()[:8]}"
+    """What drawings of a bank's captions depend on beside the call: the pipeline's networks and settings, and the captions."""
+    networks = {name: data.encoder_digest(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    process = sorted((name, str(value)) for name, value in pipe.scheduler.config.items())
+    drawn_by = digest(sorted(networks.items()), type(pipe.scheduler).__name__, process, pipe.config.caption_length)
+    return f"{drawn_by[:8]}-{digest(bank.captions)[:8]}"
 
 
 def record(folder: Path, model: str, **found) -> dict:
@@ -282,14 +285,14 @@ def evaluate(folder: Path, ws: list[float], seeds: list[int], choose_seed: int, 
             scores = {kind: measures.mean(clip_scores(clip, some, bank.captions))
                       for kind, some in (("drawn", images), ("real", bank.images))}  # fmt: skip
             by_seed[seed]["clip"] = {"model": Path(clip).name if Path(clip).exists() else clip} | scores
-        prompted = draw(pipe, free, w, seed, steps, place("free", w, seed), batch)
+        prompted = draw(pipe, free, w, seed, steps, place(f"free-{digest(free)[:8]}", w, seed), batch)
         copies[seed] = copy_rate(prompted, bank.train, threshold)
         if seed == seeds[0]:
             sheet(prompted, free, folder / IMAGES / "free.png")
     if deep:
         images_of = lambda rows, w, seed: draw(pipe, [bank.captions[i] for i in rows], w, seed, steps,
                                                place(f"some{len(rows)}", w, seed), batch)  # fmt: skip
-        extra["more"] = more(bank, pipe, network, images_of, ws)
+        extra["more"] = more(bank, pipe, network, images_of, ws) | {"num_inference_steps": steps}
     choices = {"seed": choose_seed, "captions": len(some), "by_w": choice}
     return record(folder, model, w=w, num_inference_steps=steps, seeds=seeds, by_seed=by_seed, free_prompt_copies=copies,
                   choice=choices, references=references(network, bank, threshold), **extra)  # fmt: skip
@@ -329,7 +332,8 @@ def of_more(found: dict) -> list[str]:
         lines += [f"held-out pictures: at most {likely(bits['model'])} bits per dimension by the bound; as PNG "
                   f"{likely(bits['png'])}, as lossless WebP {likely(bits['webp'])}"]  # fmt: skip
     each = [f"w = {w} {likely(by_w)}" for w, by_w in found["diversity"].items()]
-    return [*lines, f"diversity, the judge's distance between seeds: {', '.join(each)}"]
+    taken = f" in {found['num_inference_steps']} steps" if "num_inference_steps" in found else ""
+    return [*lines, f"diversity, the judge's distance between seeds{taken}: {', '.join(each)}"]
 
 
 def of_sweep(found: dict) -> list[str]:

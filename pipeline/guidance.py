@@ -25,7 +25,7 @@ def guide(eps_c: Tensor, eps_u: Tensor, w: Tensor | float) -> Tensor:
     return eps_c + w * (eps_c - eps_u)
 
 
-def interval(w: Real | Sequence[Real], lo: float, hi: float) -> Callable[[float], Real | Sequence[Real]]:
+def interval(w: Real | Sequence[Real] | Tensor, lo: float, hi: float) -> Callable[[float], Real | Sequence[Real] | Tensor]:
     """Guidance at w where the noise level is in [lo, hi], none elsewhere.
 
     The noise level is sqrt(1 - abar_t), the standard deviation of the noise in x_t: 0 is the clean image, 1 pure noise.
@@ -33,7 +33,7 @@ def interval(w: Real | Sequence[Real], lo: float, hi: float) -> Callable[[float]
     """
     if not 0 <= lo <= hi <= 1:
         raise InputError(f"interval got the noise levels lo={lo}, hi={hi}, expected 0 <= lo <= hi <= 1: swap or clip them")
-    none = 0.0 if isinstance(w, Real) else [0.0] * len(w)
+    none = [0.0] * len(w) if isinstance(w, Sequence) or (isinstance(w, Tensor) and w.ndim) else 0.0
     return lambda level: w if lo <= level <= hi else none
 
 

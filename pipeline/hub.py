@@ -25,6 +25,7 @@ from pipeline import run as runs
 from pipeline.config import Config, load_file, repository_problems
 from pipeline.layout import FILE, additions, plain_card
 from pipeline.run import Run
+from pipeline.sources import one_line
 from pipeline.text_to_image import TextToImagePipeline
 
 ROOT = Path(__file__).parent.parent
@@ -38,13 +39,14 @@ class HubError(ValueError):
     """A push or a check before it that failed: what happened, and how to go on."""
 
 
-def newest(root: str | Path = "runs", shipped: str | Path = "pretrained/emoji", pinned: str | Path = PINNED) -> Path | str | None:
+def newest(root: str | Path = "runs", shipped: str | Path = "pretrained/emoji", pinned: str | Path = PINNED,
+           finished: bool = False) -> Path | str | None:  # fmt: skip
     """What draws where nobody names a model: the one that a Space is pinned to, the run that was last written to and can be
-    drawn with, the shipped model, else None.
+    drawn with, the shipped model, else None. finished: whether a run has to be, or may have checkpoints alone.
     """
     if Path(pinned).is_file():
         return Path(pinned).read_text(encoding="utf-8").strip()
-    found = [run for run in map(Run, Path(root).glob("*")) if run.drawable or run.steps()]
+    found = [run for run in map(Run, Path(root).glob("*")) if (run.finished if finished else run.drawable or run.steps())]
     if found:
         return max(found, key=lambda run: run.metrics.stat().st_mtime if run.metrics.exists() else 0).folder
     return Path(shipped) if (Path(shipped) / safe.INDEX).is_file() else None
@@ -88,6 +90,8 @@ def check(config: Config) -> None:
     if config.hub.repo_id is None:
         return
     api, dry = HfApi(token=config.hub.token), card.build(config, card.facts("", 0.0))
+    if config.train.method == "lora":
+        shareable(config.model.pretrained)
     with told("hub.repo_id", config.hub.repo_id):
         if api.whoami().get("auth", {}).get("accessToken", {}).get("role") == "read":
             raise HubError("the token of this machine may only read, expected one that may write: make one at "
@@ -109,19 +113,21 @@ def publish(config: Config, run: Run) -> int:
     return 0
 
 
-def push(source: str | Path, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+def push(source: str | Path, repo_id: str, *, private: bool = False, token: str | None = None, base: str | None = None) -> str:
     """Upload the model of a run or of a saved pipeline in one commit, and return its address; none where nothing has changed.
 
+    base: of an adapter, the Hub's name of the model that it was trained from, where its settings name a folder.
     HubError says what went wrong and which command tries again: the source is as complete as it was.
     """
     if problems := repository_problems("the repository", repo_id):
         raise HubError("; ".join(problems))
-    again = f"`python -m pipeline.hub push {shlex.quote(str(source))} {repo_id}{' --private' if private else ''}`"
+    options = f"{' --private' if private else ''}{f' --base {base}' if base else ''}"
+    again = f"`python -m pipeline.hub push {shlex.quote(str(source))} {repo_id}{options}`"
     api = HfApi(token=token)
     with told("the push", repo_id, f"; {source} is complete, push it again with {again}"):
         repo = patiently(lambda: api.create_repo(repo_id, private=private, exist_ok=True).repo_id)
         with tempfile.TemporaryDirectory() as folder:
-            assemble(source, Path(folder), repo)
+            assemble(source, Path(folder), repo, base)
             return commit(api, Path(folder), repo, "model", f"Upload {Path(source).resolve().name}")
 
 
@@ -137,26 +143,41 @@ def commit(api: HfApi, folder: Path, repo: str, kind: str, message: str) -> str:
 def patiently(request: Callable):
     """What a request to the Hub returns, made again where no answer came, the Hub is busy or somebody has just committed.
 
-    A commit whose answer was lost is not made twice: every try asks anew what is there already.
+    A commit whose answer was lost is not made twice: every try asks anew what is there already. What the client raises where a
+    file does not get through, RuntimeError and OSError, comes as the answer that it had, or as ConnectionError.
     """
     for wait in (*WAITS, None):
         try:
             return request()
-        except HTTPError as error:
-            answer = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+        except (LocalTokenNotFoundError, PermissionError, FileNotFoundError):
+            raise
+        except (HTTPError, OSError, RuntimeError) as error:
+            cause = error if isinstance(error, HTTPError) else error.__cause__
+            answer = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
             if wait is None or not (answer is None or answer in (408, 412, 429) or answer >= 500):
-                raise
+                raise cause if isinstance(cause, HTTPError) else ConnectionError(one_line(error)) from error
             time.sleep(wait)
 
 
-def assemble(source: str | Path, target: Path, repo: str) -> None:
+def shareable(base: str, of_hub: list[str] | None = None) -> None:
+    """HubError where nobody else could load an adapter's base, a folder of this machine; of_hub: what was the Hub's."""
+    if not (card.published(base) if of_hub is None else base in of_hub):
+        raise HubError(f"the adapter is one of {base}, expected one of a model of the Hub, which whoever gets it has: push that "
+                       "model, then the adapter by `python -m pipeline.hub push` with --base USER/NAME")  # fmt: skip
+
+
+def assemble(source: str | Path, target: Path, repo: str, base: str | None = None) -> None:
     """What a repository holds, made in an empty folder: a pipeline with its code and text encoder, or an adapter; then its card.
 
-    Files that are complete as they lie are linked, so that no weights are copied.
+    Files that are complete as they lie are linked, so that no weights are copied. base: as for `push`.
     """
     run = Run(source)
+    if base is not None and not run.adapted:
+        raise HubError(f"{source} is no run of an adapter, got --base {base}: leave it out")
     if run.adapted:
         folder, stock = run.adapter, False
+        known = safe.read(run.folder / card.FACTS) if (run.folder / card.FACTS).is_file() else {}
+        shareable(*([base] if base else [load_file(run.config).model.pretrained, known.get("of_hub")]))
         for path in folder.glob("*.safetensors"):
             (target / path.name).symlink_to(path.resolve())
     else:
@@ -166,11 +187,13 @@ def assemble(source: str | Path, target: Path, repo: str) -> None:
     for path in (folder / "training_config.yaml", notes / "config.yaml", notes / "metrics.json"):
         if path.is_file():
             shutil.copyfile(path, target / {"config.yaml": "training_config.yaml"}.get(path.name, path.name))
+    if base is not None:
+        (target / "training_config.yaml").write_text(card.on_base(load_file(run.config), base).to_yaml(), encoding="utf-8")
     for path in (notes / card.IMAGES).glob("*.png"):
         (target / card.IMAGES).mkdir(exist_ok=True)
         shutil.copyfile(path, target / card.IMAGES / path.name)
     if (notes / card.FACTS).is_file() and (notes / "config.yaml").is_file():
-        text = str(card.read(notes, repo))
+        text = str(card.read(notes, repo, base))
     elif (folder / "README.md").is_file():
         text = (folder / "README.md").read_text(encoding="utf-8")
     else:
@@ -181,6 +204,7 @@ def assemble(source: str | Path, target: Path, repo: str) -> None:
 def assemble_pipeline(folder: Path, target: Path) -> bool:
     """A saved pipeline as a stranger can load it, in an empty folder; whether its index is Stable Diffusion's."""
     raw, code = safe.read(folder / safe.INDEX), folder / f"{FILE}.py"
+    safe.refuse_pickles(folder, safe.own(raw))
     parts = [part for part, value in safe.own(raw).items() if part in safe.PARTS and value[0] is not None]
     if {"text_encoder", "tokenizer"} <= set(parts) and code.is_file():
         files = [folder / safe.INDEX, code, *(folder / f"{name}.py" for name in get_relative_imports(code))]
@@ -240,7 +264,7 @@ def space(repo_id: str, model: str, *, private: bool = False, token: str | None 
     """Upload this project's page as a Space that draws with one commit of a model of the Hub; the address of the Space."""
     if problems := repository_problems("the Space", repo_id):
         raise HubError("; ".join(problems))
-    name, revision = safe.revision_of(model, token)
+    name, revision, hidden = safe.revision_of(model, token)
     api = HfApi(token=token)
     with told("the Space", repo_id), tempfile.TemporaryDirectory() as scratch:
         repo = patiently(lambda: api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private,
@@ -251,7 +275,10 @@ def space(repo_id: str, model: str, *, private: bool = False, token: str | None 
             shutil.copyfile(path, folder / path.relative_to(ROOT))
         (folder / PINNED).write_text(f"{name}@{revision}\n", encoding="utf-8")
         (folder / "README.md").write_text(front_page(name, revision), encoding="utf-8")
-        return commit(api, folder, repo, "space", f"Serve {name} at {revision[:7]}")
+        address = commit(api, folder, repo, "space", f"Serve {name} at {revision[:7]}")
+    if hidden:
+        print(f"{name} is not for everybody: the Space needs a secret HF_TOKEN that may read it, {address}/settings")
+    return address
 
 
 def front_page(model: str, revision: str) -> str:
@@ -279,11 +306,16 @@ def told(what: str, repo_id: str, cure: str = "") -> Iterator[None]:
         reasons = {401: "there is no valid token: `hf auth login`, or set HF_TOKEN",
                    403: f"this account may not write to {repo_id}: name a repository of your own, with a token that may write",
                    404: f"there is no {repo_id}: check its name"}  # fmt: skip
-        reason = reasons.get(status, "the Hub is busy or will not have it: try again later")
-        raise HubError(f"{what} {repo_id} got the answer {status}, expected 200: {reason}{cure}") from error
-    except HTTPError as error:
-        raise HubError(f"{what} {repo_id} got no answer ({type(error).__name__}), expected the Hub's: connect and try "
-                       f"again{cure}") from error  # fmt: skip
+        busy = status in (408, 412, 429) or status >= 500
+        reason = reasons.get(status, "the Hub is busy: try again later" if busy else "the Hub will not have it: see what it says")
+        says = f" ({' '.join(error.server_message.split())[:200]})" if error.server_message else ""
+        raise HubError(f"{what} {repo_id} got the answer {status}, expected 200: {reason}{says}{cure}") from error
+    except (HTTPError, ConnectionError) as error:
+        raise HubError(f"{what} {repo_id} got no answer ({type(error).__name__}: {one_line(error)}), expected the Hub's: connect "
+                       f"and try again{cure}") from error  # fmt: skip
+    except OSError as error:
+        raise HubError(f"{what} {repo_id} failed ({one_line(error)}), expected leave to read and to send: mend that"
+                       f"{cure}") from error  # fmt: skip
     except ValueError as error:
         if isinstance(error, HubError | safe.ModelError):
             raise
@@ -292,12 +324,13 @@ def told(what: str, repo_id: str, cure: str = "") -> Iterator[None]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line: 0 done, 1 the Hub did not take it, 2 bad input."""
+    """The command line: 0 done, 1 not done, 2 a model that is not what was named; each is told in one sentence."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.hub", description="Share models through the Hugging Face Hub.",
                                      allow_abbrev=False)  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True)
     pushing = commands.add_parser("push", help="upload a run or a saved pipeline")
     pushing.add_argument("source", metavar="RUN_OR_PATH", help="a run's folder (runs/NAME) or a saved pipeline's")
+    pushing.add_argument("--base", metavar="USER/NAME", help="of an adapter: the name on the Hub of the model that it adapts")
     pulling = commands.add_parser("pull", help="download a model, without code")
     pulling.add_argument("model", metavar="USER/NAME[@REVISION]")
     pulling.add_argument("folder", type=Path, help="a new folder")
@@ -312,7 +345,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         if args.command == "push":
-            print(push(args.source, args.repo_id, private=args.private))
+            print(push(args.source, args.repo_id, private=args.private, base=args.base))
         elif args.command == "ship":
             print(ship(args.source, args.folder))
         elif args.command == "pull":

@@ -67,6 +67,7 @@ pipe = DiffusionPipeline.from_pretrained({model!r}, custom_pipeline={model!r}, t
 picture = pipe({prompt!r}, w={w:g}, seed=0).images[0]
 ```
 """
+SD_W = 6.5  # 1 + w is 7.5, what Stable Diffusion's own pipeline guides by
 DOWNLOADING = ("revision", "token", "cache_dir", "force_download", "local_files_only")  # options of loading that are a download's
 
 
@@ -84,6 +85,13 @@ class Layout:
             options = {name: kwargs.pop(name) for name in DOWNLOADING if name in kwargs}
             pretrained_model_name_or_path = safe().download(str(pretrained_model_name_or_path), kwargs.get("variant"), **options)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def from_pipe(cls, pipeline, **kwargs):
+        """The pipeline over the parts of another one, which guides by default as that one does; the rest is diffusers' own."""
+        if not isinstance(pipeline, Layout):
+            kwargs.setdefault("w", SD_W)
+        return super().from_pipe(pipeline, **kwargs)
 
     @classmethod
     def load_config(cls, *args, **kwargs):
@@ -118,27 +126,33 @@ class Layout:
                 path.write_text(json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args, push_to_hub: bool = False, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, safe_serialization: bool = True, variant: str | None = None,
+                        max_shard_size: int | str | None = None, push_to_hub: bool = False, **kwargs) -> None:  # fmt: skip
         """The pipeline in a folder, and with push_to_hub on the Hub too; the rest is diffusers' own."""
         known = ("repo_id", "commit_message", "private", "token", "create_pr")
         pushing = {name: kwargs.pop(name) for name in known if name in kwargs}
-        super().save_pretrained(save_directory, *args, **kwargs)
+        weights = {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
+        super().save_pretrained(save_directory, **weights, **kwargs)
         if push_to_hub:
-            self.push_to_hub(**{"repo_id": Path(save_directory).name} | pushing)
+            self.push_to_hub(**{"repo_id": Path(save_directory).name} | pushing, **weights)
 
     def push_to_hub(self, repo_id: str, commit_message: str | None = None, private: bool | None = None, token: str | None = None,
-                    create_pr: bool = False) -> CommitInfo:  # fmt: skip
+                    create_pr: bool = False, safe_serialization: bool = True, variant: str | None = None,
+                    max_shard_size: int | str | None = None) -> CommitInfo:  # fmt: skip
         """Upload the whole pipeline in one commit, with a short card where the repository has none; files as they are make none.
 
-        repo_id: `user/name`, or `name` for one's own. ValueError where a stranger could not draw with what it would hold.
+        repo_id: `user/name`, or `name` for one's own. variant, max_shard_size: as `save_pretrained` has them. ValueError where
+        a stranger could not draw with what it would hold, pickled weights among it.
         """
+        if not safe_serialization:
+            raise ValueError("safe_serialization is False, expected True in what is shared: a pickle may run code")
         if self.text_encoder is None or self.tokenizer is None:
             raise ValueError("this pipeline has no text encoder, expected one in what is shared: load it with pipeline.hub.load, "
                              "which supplies the one that its config.yaml names")  # fmt: skip
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
+            self.save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
             if not api.file_exists(repo_id, "README.md"):
                 plain_card(repo_id, self.is_stable_diffusion()).save(Path(folder) / "README.md")
             return api.create_commit(repo_id, additions(Path(folder)), create_pr=create_pr,
@@ -153,7 +167,8 @@ class Layout:
         known = "scheduler" not in self._own_modules() or type(scheduler).__name__ == "DDPMScheduler"
         settings = scheduler.config  # StableDiffusionPipeline puts clip_sample to False and steps_offset to 1, whatever they are
         offset = settings.get("steps_offset", 1) if settings.get("timestep_spacing") == "leading" else 1
-        kept = not settings.get("clip_sample") and offset == 1
+        ours = not str(settings.get("variance_type")).startswith("fixed_large")  # diffusers' adds such noise to the last step too
+        kept = not settings.get("clip_sample") and offset == 1 and (ours or "scheduler" not in self._own_modules())
         return (known and kept and unet.config.addition_embed_type is None and unet.config.class_embed_type is None
                 and not vae.config.shift_factor and self.config.caption_length in (None, tokenizer.model_max_length))  # fmt: skip
 

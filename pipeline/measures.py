@@ -258,8 +258,8 @@ def errors(pipe, splits: dict[str, tuple[Tensor, list[str]]], grid: int = 10, se
 def importance(scheduler: DDPMScheduler) -> Tensor:
     """How often the bound asks library time t = 1 ... T - 1, (T - 1,), sums to 1: as log((1 - abar_t) / (1 - abar_{t-1})).
 
-    That is the divergence at t for data of unit variance and a perfect network. At even odds the few divergences next to the
-    image, which are most of the sum, would be met by few images.
+    To first order that is the divergence at t for data of unit variance and a perfect network. At even odds the few divergences
+    next to the image, which are most of the sum, would be met by few images.
     """
     abar = scheduler.abar(torch.arange(len(scheduler)), torch.zeros(1, dtype=torch.float64))
     gain = ((1 - abar[1:]) / (1 - abar[:-1])).log()

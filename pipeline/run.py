@@ -95,13 +95,19 @@ class Run:
 
         Whoever has it clears away what one that was killed had only half saved.
         """
-        with open(self.folder / ".lock", "a+") as file:
+        try:
+            file = open(self.folder / ".lock", "a+")  # noqa: SIM115
+        except OSError as error:
+            raise RunError(f"cannot write in the run folder {self.folder}: {error.strerror}") from error
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 file.seek(0)
                 raise RunError(f"{self.folder} is in use by process {file.read().strip()}: "
                                "wait for it, or give this run another --name") from error  # fmt: skip
+            except OSError as error:  # some network file systems have no locks
+                warnings.warn(f"{self.folder} cannot be locked ({error.strerror}): start no second run in it", stacklevel=2)
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()

@@ -14,7 +14,6 @@ OURS = {"DDPMScheduler": "scheduler", "PatchAutoencoder": "patches", "CaptionWhi
 PIPELINES = ("TextToImagePipeline", "StableDiffusionPipeline")
 PARTS = ("unet", "scheduler", "text_encoder", "tokenizer", "vae", "whitening")
 NEEDED = ("unet", "scheduler")
-SD_W = 6.5  # 1 + w is 7.5, what Stable Diffusion's own pipeline guides by
 SETTINGS = ("caption_length", "caption_dropout", "w")
 BASES = {"diffusers": ("ModelMixin", "SchedulerMixin"), "transformers": ("PreTrainedModel", "PreTrainedTokenizerBase")}
 INDEX = "model_index.json"
@@ -25,6 +24,10 @@ VARIANTS = "*.*.safetensors"  # half precision, weights without an average, ...:
 
 class ModelError(ValueError):
     """A model that is not loaded: what was found, what is expected, how to mend it."""
+
+
+class VariantError(ModelError):
+    """A model whose weights are of a variant alone, such as fp16."""
 
 
 def named(model: str) -> tuple[str, str | None] | None:
@@ -45,7 +48,7 @@ def download(model: str, variant: str | None = None, **options) -> Path:
     huggingface_hub.snapshot_download's. The index is read first, so a
     model that is refused is not downloaded.
     """
-    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError
 
     if (found := named(model)) is None:
@@ -61,8 +64,25 @@ def download(model: str, variant: str | None = None, **options) -> Path:
         patterns = [INDEX, *BESIDE, *(f"{part}/{kind}" for part in parts for kind in FILES)]
         pinned = options | {"revision": index.parent.name}  # of all files, whatever is pushed meanwhile
         folder = Path(snapshot_download(repo, allow_patterns=patterns, ignore_patterns=None if variant else VARIANTS, **pinned))
-    refuse_pickles(folder, own(read(folder / INDEX)), model)
+    try:
+        refuse_pickles(folder, own(read(folder / INDEX)), model, variant)
+    except VariantError:
+        raise
+    except ModelError:
+        with told(model):  # what was left out may be the reason
+            names = [file.rfilename for file in HfApi().model_info(repo, revision=pinned["revision"]).siblings]
+        refuse_variants(repo, [name for name in names if name.split("/")[0] in parts])
+        raise
     return folder
+
+
+def refuse_variants(model: str, names: list[str]) -> None:
+    """VariantError where, of some weights' file names, those of safetensors are all variants, such as fp16."""
+    found = [Path(name) for name in names if name.endswith(".safetensors")]
+    if found and all(path.match(VARIANTS) for path in found):
+        kind = found[0].stem.rpartition(".")[2].partition("-")[0]
+        raise VariantError(f"{model} has its weights as {kind} alone, expected plain ones: TextToImagePipeline.from_pretrained("
+                           f"{model!r}, variant={kind!r}) loads it, and its save_pretrained makes a folder that loads everywhere")
 
 
 def download_adapter(repo: str, missing: Exception, **options) -> Path:
@@ -78,14 +98,21 @@ def download_adapter(repo: str, missing: Exception, **options) -> Path:
     return Path(snapshot_download(repo, allow_patterns=[ADAPTER, *BESIDE], **pinned))
 
 
-def revision_of(model: str, token: str | None = None) -> tuple[str, str]:
-    """(repository, 40-hex commit) of a model of the Hub as it is now."""
-    from huggingface_hub import HfApi
+def revision_of(model: str, token: str | None = None) -> tuple[str, str, bool]:
+    """(repository, 40-hex commit, whether it is kept from strangers) of a model of the Hub as it is now.
+
+    ModelError for one that is neither a pipeline to be loaded here nor an adapter.
+    """
+    from huggingface_hub import HfApi, hf_hub_download
 
     if (found := named(model)) is None:
         raise ModelError(f"{model} is not a model of the Hub, expected user/name or user/name@revision: push it first")
     with told(model):
-        return found[0], HfApi(token=token).model_info(found[0], revision=found[1]).sha
+        info = HfApi(token=token).model_info(found[0], revision=found[1])
+        names = [file.rfilename for file in info.siblings]
+        if INDEX in names or ADAPTER not in names:
+            own(read(Path(hf_hub_download(found[0], INDEX, revision=info.sha, token=token))))
+    return found[0], info.sha, bool(info.private or info.gated)
 
 
 def read(index: Path) -> dict:
@@ -108,7 +135,7 @@ def own(index: dict) -> dict:
     name = kind[-1] if isinstance(kind, list) and kind else kind
     if name not in PIPELINES:
         raise ModelError(f"this model is a {name}, expected a {' or a '.join(PIPELINES)}: load it with its own library")
-    from pipeline.layout import PRIVATE  # imports diffusers, which a mistyped path need not wait for
+    from pipeline.layout import PRIVATE, SD_W  # imports diffusers, which a mistyped path need not wait for
 
     private = index.get(PRIVATE, {})
     index = index | (private if isinstance(private, dict) else {})
@@ -139,15 +166,17 @@ def component(part: str, value: object) -> list[str | None]:
                      "of a model is not run here, so read it and load it by diffusers' trust_remote_code")  # fmt: skip
 
 
-def refuse_pickles(folder: Path, index: dict, name: str | None = None) -> None:
+def refuse_pickles(folder: Path, index: dict, name: str | None = None, variant: str | None = None) -> None:
     """ModelError where a network of a saved pipeline has no safetensors: whatever else its weights are in may run code.
 
-    name: what to call the model, if not by its folder.
+    name: what to call the model, if not by its folder. variant: which weights are wanted; None are the plain ones.
     """
     networks = [part for part in PARTS if index.get(part, [None])[0] and (folder / part / "config.json").is_file()]
     if unsafe := [part for part in networks if not any((folder / part).glob("*.safetensors"))]:
         raise ModelError(f"{name or folder} cannot be loaded: its {' and '.join(unsafe)} has no safetensors, expected them, "
                          "since a pickle may run code: have it saved again with safe_serialization=True")  # fmt: skip
+    for part in networks if variant is None else ():
+        refuse_variants(name or str(folder), [path.name for path in (folder / part).glob("*.safetensors")])
 
 
 @contextlib.contextmanager
@@ -171,3 +200,6 @@ def told(model: str) -> Iterator[None]:
     except (errors.HTTPError, errors.EntryNotFoundError) as error:
         reason = next(words for kind, words in reasons.items() if isinstance(error, kind))
         raise ModelError(f"{model} {reason}") from error
+    except (OSError, RuntimeError, errors.XetDownloadError) as error:  # a full disk, or files that do not get through
+        said = " ".join(str(error).split())
+        raise ModelError(f"{model} could not be downloaded ({said}), expected all of it: mend that and try again") from error

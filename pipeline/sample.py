@@ -38,6 +38,9 @@ def folder(model: str) -> Path:
         held = "its training has not finished: run the training command again" if (Path(model) / "config.yaml").is_file() else (
             "pass a run's folder or a saved pipeline's")  # fmt: skip
         raise ValueError(f"{model} holds no pipeline, expected {Path(model) / 'pipeline' / safe.INDEX}: {held}")
+    if Path(model).is_file():
+        raise ValueError(f"{model} is a file, expected the folder of a saved pipeline: make one of a checkpoint by diffusers' "
+                         f"StableDiffusionPipeline.from_single_file({model!r}).save_pretrained(FOLDER)")  # fmt: skip
     if safe.named(model):
         return safe.download(model)
     raise ValueError(f"{model} does not exist, expected the folder of a run or of a saved pipeline, or a model of the Hub "

@@ -174,12 +174,19 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
     def transition(
         self, x_0: Tensor, x_t: Tensor, t: int | Tensor, s: int | Tensor, eta: float = 1.0
     ) -> tuple[Tensor, Tensor]:
-        """Mean and variance of p(x_s | x_t): (10) with the configured variance at eta = 1, (19) below it."""
+        """Mean and variance of p(x_s | x_t): (10) with the configured variance at eta = 1, (19) below it; ValueError for other
+        eta, and for any but 1 where the variance is no posterior's.
+        """
         return tensors(*self._transition(x_0, x_t, t, s, eta))
 
     def _transition(
         self, x_0: Tensor, x_t: Tensor, t: int | Tensor, s: int | Tensor, eta: float
     ) -> tuple[Tensor, np.floating | Tensor]:
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta must be in [0, 1] (0 is DDIM, 1 is ancestral), got {eta}")
+        if eta != 1 and self.config.variance_type.startswith("fixed_large"):
+            raise ValueError(f"eta={eta} needs variance_type='fixed_small', got {self.config.variance_type!r}: "
+                             "(19) interpolates the posterior's own variance")  # fmt: skip
         mean, variance = self._posterior(x_0, x_t, t, s)
         if self.config.variance_type.startswith("fixed_large"):
             abar_t, abar_s = self._factor(t, x_t), self._factor(s, x_t)
@@ -210,11 +217,6 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         """
         t = one(timestep)
         s = self._following(t) if previous_timestep is None else one(previous_timestep)
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta must be in [0, 1] (0 is DDIM, 1 is ancestral), got {eta}")
-        if eta != 1 and self.config.variance_type.startswith("fixed_large"):
-            raise ValueError(f"eta={eta} needs variance_type='fixed_small', got {self.config.variance_type!r}: "
-                             "(19) interpolates the posterior's own variance")  # fmt: skip
         if model_output.shape != sample.shape:
             raise ValueError(f"model_output must have the sample's shape {tuple(sample.shape)}, got "
                              f"{tuple(model_output.shape)}; learned variances are not implemented")  # fmt: skip
@@ -340,6 +342,8 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         if not ((beta > 0) & (beta < 1))[:-1].all() or not 0 < beta[-1] <= 1:  # beta_T = 1: zero terminal SNR
             raise ValueError(f"every beta must lie in (0, 1), got {beta.min():.3g} … {beta.max():.3g} "
                              f"from beta_start={beta_start}, beta_end={beta_end}")  # fmt: skip
+        if rescale_betas_zero_snr and len(beta) < 2:
+            raise ValueError("rescale_betas_zero_snr needs at least 2 timesteps, got 1: no signal at the last leaves none at all")
         if rescale_betas_zero_snr:
             beta = zero_terminal_snr(beta)
         self._abar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - beta).cumprod(0)])  # [t + 1] is abar at t
@@ -359,8 +363,8 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
             warnings.warn("zero terminal SNR with prediction_type='epsilon': at the last timestep abar = 0 and the "
                           "noise says nothing about x_0; use v_prediction or sample.", stacklevel=4)  # fmt: skip
         if config.thresholding and config.sample_max_value is not None and config.sample_max_value <= 1:
-            warnings.warn(f"thresholding=True with sample_max_value={config.sample_max_value} is a plain clamp to "
-                          "[-1, 1]; sample_max_value=None sets no maximum.", stacklevel=4)  # fmt: skip
+            warnings.warn(f"thresholding=True with sample_max_value={config.sample_max_value} is a plain clamp, and no "
+                          "dynamic threshold; sample_max_value=None sets no maximum.", stacklevel=4)  # fmt: skip
         if last > NOISE_FLOOR and config.trained_betas is None:
             scale = 1.01 * math.log(NOISE_FLOOR) / math.log(last)
             start, end = scale * config.beta_start, scale * config.beta_end

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from pipeline import sample
 from pipeline.guidance import InputError, Weight, weights
-from pipeline.text_to_image import Step, TextToImagePipeline, noise_level
+from pipeline.text_to_image import Step, TextToImagePipeline, generators, noise_level
 from pipeline.verifiers import BATCH, Clip, Likelihood, Verifier
 
 STILL = "eta is {}, expected more for method paths: without new noise its copies would stay the same"
@@ -64,6 +64,7 @@ def searching(pipe: TextToImagePipeline, prompt: str, budget: int, verifier: Ver
     if method == "paths" and eta == 0:
         raise InputError(STILL.format(eta))
     w = pipe.config.w if w is None else w
+    w = w if callable(w) else float(weights(w, 1))
     one = calls_of_sample(pipe, w, steps)
     if budget < one:
         raise InputError(f"the budget is {budget} network calls, expected {one} or more: one picture of {steps} steps takes that")
@@ -117,6 +118,7 @@ def path_search(pipe, prompt: str, budget: int, verifier: Verifier, seed: int, c
     if n < 2:
         yield from random_search(pipe, prompt, 0, verifier, seed, call)
         return
+    generators(n, seed, None)  # which refuses what is no seed
     nothing = torch.full((n,), torch.nan)
     for x_0, scores, calls in walked(pipe, [prompt], n, verifier, range(seed, seed + n), call):  # noqa: B007
         yield Found(x_0, nothing, torch.arange(n), [], calls, n * each)
@@ -140,15 +142,18 @@ def walked(pipe: TextToImagePipeline, prompts: list[str], n: int, verifier: Veri
 
     seeds: P n, one a path. `batch` paths are judged at once.
     """
+    name, memory = type(pipe.scheduler).__name__, pipe.scheduler.order > 1 or hasattr(pipe.scheduler, "derivatives")
+    if memory:  # of the steps before, by row
+        raise InputError(f"{name} remembers the steps before, expected a scheduler without memory for method paths: use random")
     per_step, rows = calls_of_steps(pipe, call["w"], call["num_inference_steps"]), [one for one in prompts for _ in range(n)]
     generators, steps, calls = [torch.Generator().manual_seed(s) for s in seeds], len(per_step), 0
     way = zip(pipe.denoise(rows, generator=generators, **call), per_step, strict=True)
     copied = None  # one path, and its copy, one step ago
     for i, (step, cost) in enumerate(way, 1):
         if step.x_0_hat is None:
-            raise InputError(f"{type(pipe.scheduler).__name__} tells no current x_0, expected one for method paths: use random")
+            raise InputError(f"{name} tells no current x_0, expected one for method paths: use random")
         if copied and i < steps and torch.allclose(*step.x_t[copied], rtol=0, atol=ALIKE):
-            raise InputError(STILL.format(call["eta"]) + f" by {type(pipe.scheduler).__name__}")
+            raise InputError(STILL.format(call["eta"]) + f" by {name}")
         copied = None
         x_0 = step.x_t if i == steps else step.x_0_hat
         calls += cost * len(rows)

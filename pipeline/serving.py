@@ -4,6 +4,7 @@ Whatever takes long is a generator, so that its reader can stop it between two n
 """
 
 import contextlib
+import copy
 import dataclasses
 import difflib
 import functools
@@ -214,7 +215,7 @@ class Studio:
     @property
     def T(self) -> int:
         """The number of timesteps."""
-        return self.pipe.scheduler.config.num_train_timesteps
+        return len(self.pipe.scheduler)
 
     def chosen(self, denoiser: str, *prompts: str) -> TextToImagePipeline:
         """The pipeline of a denoiser's name, once it can draw these prompts."""
@@ -339,9 +340,14 @@ class Studio:
                  "SNR = ᾱ_t / (1 - ᾱ_t)": scheduler.snr(t, one), "β̃_t (9)": variance}  # fmt: skip
         return {name: values.flatten().tolist() for name, values in found.items()}
 
+    @functools.cached_property
+    def _counting(self):
+        """A tokenizer of its own: one that two threads share forgets in one how the other wants its captions padded."""
+        return copy.deepcopy(self.pipe.tokenizer)
+
     def tokens(self, prompt: str | None) -> str:
         """How many tokens a prompt has, and what is cut off it."""
-        tokenizer, length = self.pipe.tokenizer, self.pipe.config.caption_length or self.pipe.tokenizer.model_max_length
+        tokenizer, length = self._counting, self.pipe.config.caption_length or self.pipe.tokenizer.model_max_length
         ids = tokenizer(data.normalize((prompt or "")[:CHARACTERS]), add_special_tokens=False, verbose=False).input_ids
         room = length - tokenizer.num_special_tokens_to_add()
         cut = f"; left out: {tokenizer.decode(ids[room:])}" if len(ids) > room else ""
@@ -362,7 +368,7 @@ class Shelf:
         self.model, self.run = model, None
         if model is not None and (Path(model) / "config.yaml").is_file() and not (Path(model) / "model_index.json").is_file():
             self.run = Run(model)
-            self.follows = not self.run.drawable
+            self.follows = not self.run.finished and bool(self.run.steps() or not self.run.drawable)  # one may be trained on
         else:
             self.follows = False
         if self.follows and not self.steps():
@@ -402,8 +408,9 @@ class Shelf:
 
     def card(self) -> str:
         """The model card, Markdown; a word on the exact denoiser where there is none."""
-        places = [] if self.model is None else [Path(self.model) / "README.md", Path(self.model).parent / "README.md"]
-        found = next((path for path in places if path.is_file()), None)
+        folders = [] if self.model is None else [Path(self.model), *(above for above in [Path(self.model).parent]
+                                                                     if (above / "config.yaml").is_file())]  # fmt: skip
+        found = next((path for path in (folder / "README.md" for folder in folders) if path.is_file()), None)
         return found.read_text(encoding="utf-8") if found else f"# {self.name}\n\nThere is no model card."
 
 

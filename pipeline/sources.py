@@ -24,7 +24,8 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError  # HTTPError: the c
 
 from pipeline.config import DataConfig
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff"})
+TEXTS = (".txt", ".caption")  # a caption's file beside its picture
 TABLES = {".parquet": "parquet", ".tar": "webdataset"}  # a file's ending -> the builder of `datasets` that reads it
 CAPTION_COLUMNS = ("caption", "text")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -32,6 +33,7 @@ NETWORK = (ConnectionError, TimeoutError, HTTPError)
 BUSY = frozenset({408, 429, 500, 502, 503, 504})  # answers of a Hub that may say something else later
 WAITS = (2, 8, 30, 60)  # seconds before each new attempt; the client has made six of its own in the 23 seconds before
 UNREAD = "its file cannot be read"
+PATHS = ("string", "large_string")  # the types of a column that names files
 FEATURES = datasets.Features({
     "image": datasets.Image(decode=False), "name": datasets.Value("string"),
     "captions": datasets.List(datasets.Value("string")), "problem": datasets.Value("string"),
@@ -133,13 +135,20 @@ def same(row: dict, number: int) -> dict:
 
 
 def content(image: dict) -> bytes:
-    """The file of an image, wherever it is."""
+    """The file of an image, wherever it is; of NETWORK where a network may have it later, any other OSError where it will not."""
     if image["bytes"] is not None:
         return image["bytes"]
     if "://" not in image["path"]:
         return Path(image["path"]).read_bytes()
-    with fsspec.open(image["path"], "rb") as file:
-        return file.read()
+    try:
+        with fsspec.open(image["path"], "rb") as file:
+            return file.read()
+    except (FileNotFoundError, *NETWORK):
+        raise
+    except Exception as error:  # every file system has errors of its own; those of aiohttp have the answer's status
+        answer = getattr(error, "status", None)
+        for_good = isinstance(error, ImportError | PermissionError | ValueError) or (answer is not None and answer not in BUSY)
+        raise (OSError if for_good else ConnectionError)(one_line(error)) from error
 
 
 def content_now(image: dict) -> bytes:
@@ -151,13 +160,17 @@ def content_now(image: dict) -> bytes:
 
 
 def fetched(row: dict) -> dict:
-    """A row whose image's file is read; one that does not exist is the row's problem."""
+    """A row whose image's file is read; one that cannot be read, while the network works, is the row's problem."""
     if row["problem"] or row["image"]["bytes"] is not None:
         return row
     try:
         return row | {"image": row["image"] | {"bytes": content(row["image"])}}
     except FileNotFoundError as error:
         return row | {"image": None, "problem": f"its file does not exist: {one_line(error)}"}
+    except NETWORK:
+        raise
+    except OSError as error:
+        return row | {"image": None, "problem": f"{UNREAD}: {one_line(error)}"}
 
 
 # ---- which source
@@ -181,10 +194,15 @@ def open_rows(config: DataConfig, split: str) -> Rows:
 
 
 def is_table(source: Path) -> bool:
-    """Is this a parquet or WebDataset file, or a folder of them?"""
+    """Is this a parquet or WebDataset file, or a folder of them, with no more pictures beside them than there are tables?
+
+    A folder of pictures that a metadata.parquet lists is one of `datasets`.
+    """
     if source.is_file():
         return source.suffix.lower() in TABLES
-    return any(path.suffix.lower() in TABLES for pattern in ("*", "*/*") for path in source.glob(pattern))
+    found = [path for pattern in ("*", "*/*") for path in source.glob(pattern)]
+    tables, pictures = (sum(path.suffix.lower() in kinds for path in found) for kinds in (TABLES, SUFFIXES))
+    return tables > 0 and (tables >= pictures or any(path.name == "metadata.parquet" for path in found))
 
 
 # ---- image folders
@@ -193,8 +211,8 @@ def is_table(source: Path) -> bool:
 def folder_of_images(source: Path, split: str, caption_column: str | Sequence[str] | None, held_out: str | None) -> Rows:
     """The images of one split of a folder, with their captions.
 
-    Captions come from `metadata.jsonl` or `metadata.csv` (`caption` or `text`, or `caption_column`), else from `name.txt`
-    beside `name.png`, else from file names.
+    Captions come from `metadata.jsonl` or `metadata.csv` (`caption` or `text`, or `caption_column`), else from `name.txt` or
+    `name.caption` beside `name.png`, else from file names.
     """
     folder = split_folder(source, split, held_out)
     for above in (source / name for name in LISTINGS if folder != source):
@@ -255,7 +273,8 @@ def folder_rows(folder: Path, caption_column: str | Sequence[str] | None) -> tup
         return rows, [f"{len(unlisted)} images have no row in {listing}, e.g. {printable(unlisted[0])}"] if unlisted else []
     if caption_column is not None:
         raise DataError(f"caption_column {caption_column!r} needs {' or '.join(LISTINGS)} in {folder}, which has neither")
-    texts = {name: path.with_suffix(".txt") for name, path in files.items() if path.with_suffix(".txt").is_file()}
+    beside = {name: [path.with_suffix(kind) for kind in TEXTS] for name, path in files.items()}
+    texts = {name: next(p for p in known if p.is_file()) for name, known in beside.items() if any(p.is_file() for p in known)}
     rows = [beside_row(name, path, texts) for name, path in files.items()]
     below = [p for p in everything if p.name in LISTINGS and not any(x.startswith(".") for x in p.relative_to(folder).parts)]
     if below and not texts:
@@ -263,9 +282,12 @@ def folder_rows(folder: Path, caption_column: str | Sequence[str] | None) -> tup
                         "file names as from there on")  # fmt: skip
     if rows and not texts:
         example = next((row["captions"][0] for row in rows if row["captions"]), "")
-        return rows, [f"no {' or '.join(LISTINGS)} and no .txt files: captions are the file names, e.g. {example!r}"]
+        places = f"no {' or '.join(LISTINGS)} and no {' or '.join(TEXTS)} files"
+        return rows, [f"{places}: captions are the file names, e.g. {example!r}"]
     lacking = sorted(files.keys() - texts.keys())
-    return rows, [f"{len(lacking)} images have no .txt beside them: no caption, e.g. {printable(lacking[0])}"] if lacking else []
+    kinds = " or ".join(TEXTS)
+    notes = [f"{len(lacking)} images have no {kinds} beside them: no caption, e.g. {printable(lacking[0])}"] if lacking else []
+    return rows, notes
 
 
 def read_jsonl(path: Path) -> list[dict | BrokenRow]:
@@ -314,11 +336,11 @@ def listed_row(listing: Path, line: int, entry: dict | BrokenRow, columns: tuple
 
 
 def beside_row(name: str, path: Path, texts: dict[str, Path]) -> dict:
-    """One row from an image, its caption from the .txt beside it or, where no image has any, from its own name."""
+    """One row from an image, its caption from the text beside it or, where no image has any, from its own name."""
     if not texts:
         return as_row(name, on_disk(path), [path.stem.replace("_", " ")])
     try:
-        return as_row(name, on_disk(path), [texts[name].read_text(encoding="utf-8")] if name in texts else [])
+        return as_row(name, on_disk(path), [texts[name].read_text(encoding="utf-8-sig")] if name in texts else [])
     except UnicodeDecodeError:
         return as_row(name, None, [], f"{texts[name].name} is not UTF-8")
 
@@ -360,7 +382,7 @@ def table(config: DataConfig, split: str) -> Rows:
                         "an image folder: convert it to one of them")  # fmt: skip
     image = image_column(config, found.features)
     captions = find_columns(config.source, found.features, config.caption_column)
-    by_path = kind_of(found.features[image]) == "string" and not config.streaming
+    by_path = kind_of(found.features[image]) in PATHS and not config.streaming
     files = [(path, stat(path)) for path in found[image][:]] if by_path else []
     found = found.select_columns([image, *(c for c in captions if c != image)])
     found = found.cast_column(image, datasets.Image(decode=False))
@@ -400,7 +422,7 @@ def image_column(config: DataConfig, features: datasets.Features) -> str:
     wanted = config.image_column
     if wanted is None and len(found) == 1:
         return found[0]
-    if wanted in features and (is_image(features[wanted]) or kind_of(features[wanted]) in ("binary", "string")):
+    if wanted in features and (is_image(features[wanted]) or kind_of(features[wanted]) in ("binary", "large_binary", *PATHS)):
         return wanted
     got = f"no column of images {wanted!r}" if wanted else f"{len(found) or 'no'} columns of images"
     columns = ", ".join(f"{name} (images)" if name in found else name for name in features)

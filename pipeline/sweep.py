@@ -18,7 +18,9 @@ from pipeline import evaluation, guidance, judge, measures, search
 from pipeline.measures import EvaluationError
 from pipeline.run import Run
 from pipeline.scheduler import DDPMScheduler
+from pipeline.text_to_image import step_options
 
+LEAST = 4  # captions, for the interval of a KID
 ALWAYS = (0.0, 1.0)  # the guidance interval that is all noise levels
 WEIGHTS = ("averaged", "raw")  # the pipeline's, and those that the newest checkpoint trains on with
 
@@ -114,6 +116,8 @@ def sweep(folder: Path, words: list[str], w: list[float] | None, seed: int, on: 
     points = list(dict.fromkeys([base, *(point for curve in curves.values() for _, point in curve)]))
 
     rows = torch.linspace(0, len(bank.captions) - 1, min(on, len(bank.captions))).long()
+    if len(rows) < LEAST:
+        raise EvaluationError(f"--on is {on} of {len(bank.captions)} captions, expected {LEAST} or more: leave it out")
     prompts, what = [bank.captions[i] for i in rows], "all" if len(rows) == len(bank.captions) else f"sweep{len(rows)}"
     unets = {"averaged": pipe.unet}
     if any(point.weights == "raw" for point in points):
@@ -123,6 +127,7 @@ def sweep(folder: Path, words: list[str], w: list[float] | None, seed: int, on: 
         pipe.unet = unets[point.weights]
         drawn_by = evaluation.identity(pipe, bank)
         places[point] = evaluation.drawings(folder, drawn_by, point.steps, what + point.name, point.w, seed)
+        step_options(pipe.scheduler, None, point.eta)  # which refuses, before anything is drawn, what it does not take
         calls[point] = search.calls_of_sample(pipe, point.guidance, point.steps)
     left = sum(calls[point] * len(rows) for point in points if not places[point].is_file())
     with tqdm(total=left, desc=f"{len(points)} points", unit="call", dynamic_ncols=True) as bar:

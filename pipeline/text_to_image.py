@@ -1,5 +1,6 @@
 """From a prompt to an image: captions, the sampling loop of (16) under guidance (17), the picture."""
 
+import contextlib
 import copy
 import inspect
 import unicodedata
@@ -13,7 +14,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
-from diffusers.utils import logging
+from diffusers.utils import logging, scale_lora_layers, unscale_lora_layers
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -189,7 +190,8 @@ class TextToImagePipeline(Layout, DiffusionPipeline, StableDiffusionLoraLoaderMi
         seed: image i draws from its own seed + i on the CPU; a list of generators is one an image, a single one draws for
         all of them jointly, as diffusers does. Without either each image's noise is new, whatever `torch.manual_seed` was
         told. negative_prompt replaces the empty caption. latents: x_T (B, c, h, w) of
-        unit variance. prompt_embeds: caption states (B, L, D) instead of a prompt. Bad requests raise InputError.
+        unit variance. prompt_embeds: caption states (B, L, D) instead of a prompt. cross_attention_kwargs: scale is that of
+        LoRA layers, in the network and in the text encoder. Bad requests raise InputError.
         """
         prompts = self._count(prompt, prompt_embeds)
         if not whole(num_images_per_prompt) or num_images_per_prompt < 1:
@@ -202,9 +204,11 @@ class TextToImagePipeline(Layout, DiffusionPipeline, StableDiffusionLoraLoaderMi
         generator = generators(B, seed, generator)
         step_kwargs = step_options(scheduler, generator, eta)
         x_t = self._noise(B, height, width, generator, latents, device) * scheduler.init_noise_sigma
-        captions, empty = self.encode_prompt(
-            prompt, device, num_images_per_prompt, guided or self.text_encoder is not None, negative_prompt,
-            prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds)  # fmt: skip
+        both = guided or negative_prompt_embeds is not None or (prompt_embeds is None and self.text_encoder is not None)
+        with scaled(self.text_encoder, (cross_attention_kwargs or {}).get("scale")):
+            captions, empty = self.encode_prompt(
+                prompt, device, num_images_per_prompt, both, negative_prompt, prompt_embeds=prompt_embeds,
+                negative_prompt_embeds=negative_prompt_embeds)  # fmt: skip
         if guided and self.config.caption_dropout == 0:
             logger.warning("This model was trained without caption dropout, so its unconditional prediction means nothing: "
                            "w is best left at 0.")  # fmt: skip
@@ -288,7 +292,7 @@ class TextToImagePipeline(Layout, DiffusionPipeline, StableDiffusionLoraLoaderMi
             if len(negative) != prompts:
                 raise InputError(f"negative_prompt has {len(negative)} texts for {prompts} prompts, expected one for each: "
                                  f"pass {prompts} or a single text")  # fmt: skip
-            negative_prompt_embeds = self._caption_states(negative, device, "negative_prompt_embeds")
+            negative_prompt_embeds = self._caption_states(negative, device, "negative_prompt_embeds", prompt_embeds.shape[1])
         self._check_states("prompt_embeds", prompt_embeds)
         if negative_prompt_embeds is not None and negative_prompt_embeds.shape != prompt_embeds.shape:
             raise InputError(f"negative_prompt_embeds is {tuple(negative_prompt_embeds.shape)}, expected the shape of "
@@ -299,7 +303,8 @@ class TextToImagePipeline(Layout, DiffusionPipeline, StableDiffusionLoraLoaderMi
         return prompt_embeds, negative_prompt_embeds
 
     @torch.no_grad()
-    def _caption_states(self, captions: list[str], device: torch.device, instead: str = "prompt_embeds") -> Tensor:
+    def _caption_states(self, captions: list[str], device: torch.device, instead: str = "prompt_embeds",
+                        length: int | None = None) -> Tensor:  # fmt: skip
         """Last hidden states (B, L, D) of captions, padded to one length L, and whitened if the model was trained so.
 
         A CLIP encoder sees its padding, as in Stable Diffusion; others do not, and their padded positions are zero.
@@ -308,7 +313,7 @@ class TextToImagePipeline(Layout, DiffusionPipeline, StableDiffusionLoraLoaderMi
             raise InputError(f"this pipeline has no text encoder to read {captions} with, expected one: load it with "
                              f"pipeline.hub.load, which supplies the one that config.yaml names, or pass {instead}")  # fmt: skip
         captions = [normalize(caption) for caption in captions]
-        length = self._caption_length(captions)
+        length = self._caption_length(captions, length)
         tokens = self.tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt",
                                 return_attention_mask=True).to(device)  # fmt: skip
         if self.text_encoder.config.model_type in CLIP:
@@ -318,9 +323,9 @@ class TextToImagePipeline(Layout, DiffusionPipeline, StableDiffusionLoraLoaderMi
             states = states * tokens.attention_mask[..., None]
         return states if self.whitening is None else self.whitening(states)
 
-    def _caption_length(self, captions: list[str]) -> int:
-        """L, having warned of every caption that is longer."""
-        length = self.config.caption_length or self.tokenizer.model_max_length
+    def _caption_length(self, captions: list[str], other: int | None = None) -> int:
+        """L, having warned of every caption that is longer; `other`: that of the states that go with these, if any."""
+        length = self.config.caption_length or other or self.tokenizer.model_max_length
         if length > 2**20:
             raise InputError("caption_length is None and the tokenizer names no length either: build the pipeline with one")
         room = length - self.tokenizer.num_special_tokens_to_add()
@@ -377,7 +382,7 @@ class TextToImagePipeline(Layout, DiffusionPipeline, StableDiffusionLoraLoaderMi
                 raise InputError(f"{type(scheduler).__name__} takes no timesteps, expected none: pass num_inference_steps")
             scheduler.set_timesteps(timesteps=timesteps, device=device)
             return scheduler
-        T = scheduler.config.num_train_timesteps
+        T = len(scheduler)
         if not whole(n) or not 1 <= n <= T:
             raise InputError(f"num_inference_steps is {n!r}, expected a whole number from 1 to {T}: 50 is a good start")
         scheduler.set_timesteps(n, device=device)
@@ -439,6 +444,19 @@ def generators(B: int, seed: int | None, generator: Generator | list[Generator] 
     return own
 
 
+@contextlib.contextmanager
+def scaled(encoder: PreTrainedModel | None, scale: float | None) -> Iterator[None]:
+    """A text encoder whose LoRA layers count `scale` as much, as Stable Diffusion's pipeline scales them."""
+    if encoder is None or scale is None:
+        yield
+        return
+    scale_lora_layers(encoder, scale)
+    try:
+        yield
+    finally:
+        unscale_lora_layers(encoder, scale)
+
+
 def step_options(scheduler: SchedulerMixin, generator: Generator | list[Generator], eta: float | None) -> dict:
     """What of generator and eta the scheduler's step takes; an eta that it does not take is refused."""
     takes = inspect.signature(scheduler.step).parameters
@@ -449,7 +467,8 @@ def step_options(scheduler: SchedulerMixin, generator: Generator | list[Generato
         raise InputError(f"{type(scheduler).__name__} takes no eta, expected none: leave it out")
     if isinstance(eta, bool) or not isinstance(eta, int | float) or not 0 <= eta <= 1:
         raise InputError(f"eta is {eta!r}, expected a number from 0 (deterministic) to 1 (ancestral): pass 1 for (16)")
-    variance = scheduler.config.get("variance_type")
-    if eta != 1 and variance and variance.startswith("fixed_large"):
+    reads = "variance_type" in inspect.signature(type(scheduler).__init__).parameters  # others keep what they do not read
+    variance = scheduler.config.variance_type if reads else ""
+    if eta != 1 and variance.startswith("fixed_large"):
         raise InputError(f"eta is {eta}, expected 1 with the scheduler's variance_type {variance}: leave it out")
     return options | {"eta": eta}

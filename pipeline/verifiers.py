@@ -31,7 +31,8 @@ class Likelihood:
 
     The difference of the two variational bounds: the sum over t = 2 ... T of the weight of (12) times
     |eps - eps(x_t, t, 0)|^2 - |eps - eps(x_t, t, c)|^2, estimated as T - 1 times a mean over one t of each of `pairs` strata,
-    and the decoder's term, a density. All candidates are judged by the same pairs. Nats.
+    and the decoder's term, a density. All candidates are judged by the same pairs. Nats. The variance is the posterior's own,
+    as with variance_type fixed_small.
 
     levels: the noise levels sqrt(1 - abar_t) whose part of the sum this is; the decoder's belongs to those that begin at 0.
     weight: "bound" is all of that; "steps" leaves the decoder's term out, whose variance is so small that it may outweigh the
@@ -60,7 +61,7 @@ class Likelihood:
             raise InputError(f"the scheduler is {type(scheduler).__name__}, expected pipeline.scheduler's, whose bound is known: "
                              "judge by a CLIP model")  # fmt: skip
         one = torch.zeros(1, dtype=torch.float64)
-        t = torch.arange(1, scheduler.config.num_train_timesteps)  # library time 1 ... T - 1 is the lecture's 2 ... T
+        t = torch.arange(1, len(scheduler))  # library time 1 ... T - 1 is the lecture's 2 ... T
         level, (low, high) = (1 - scheduler.abar(t, one)).sqrt(), self.levels
         t = t[(low <= level) & (level <= high) & (level < 1)]  # where abar = 0 no error in the noise tells of x_0
         if not len(t):
@@ -141,7 +142,7 @@ class Clip:
 def clip_scores(model: str, images: Tensor, captions: list[str], batch: int = 32) -> Tensor:
     """100 max(cos(image, caption), 0) by a CLIP model's folder or Hub id, of uint8 images (N, 3, H, W), (N,).
 
-    Hessel et al. 2021. InputError where there is no such model.
+    As torchmetrics scales it; Hessel et al. 2021 have 2.5 in the place of 100. InputError where there is no such model.
     """
     clip, pictures = Clip(model), [image.permute(1, 2, 0).numpy() for image in images]
     parts = [slice(i, i + batch) for i in range(0, len(pictures), batch)]

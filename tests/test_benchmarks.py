@@ -23,6 +23,12 @@ train: {steps: 6, batch_size: 2, lr: 1e-3, weighting: min_velocity, gamma: 5, th
 """
 
 
+@pytest.fixture(autouse=True)
+def threads(monkeypatch):
+    """The benchmarks take every core; the tests beside them on this machine shall not wait for that."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda _n: None)
+
+
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
     """28 coloured shapes of 16 x 16, some held out."""

@@ -80,7 +80,10 @@ def test_captions_from_text_files_and_from_file_names(load, tmp_path):
     (folder / "b.txt").write_text("a blue\n  whale\n", encoding="utf-8")
     images = load()
     assert images.captions == ["a blue whale", ""]
-    assert "1 images have no .txt beside them" in str(images.report) and "1 images have an empty caption" in str(images.report)
+    report = str(images.report)
+    assert "1 images have no .txt or .caption beside them" in report and "1 images have an empty caption" in report
+    (folder / "red_heart.caption").write_bytes("\ufeffa heart".encode())
+    assert load().captions == ["a blue whale", "a heart"]
 
 
 def test_splits_are_folders(load, tmp_path):
@@ -236,6 +239,32 @@ def test_a_listing_that_would_not_be_read_is_refused(load, tmp_path, place, says
     (tmp_path / "mine" / place).write_text("file_name,caption\na.png,a\n")
     with pytest.raises(DataError, match=says):
         load(tmp_path / "mine")
+
+
+@pytest.mark.parametrize("suffix", [".avif", ".jfif", ".jpe"])
+def test_less_usual_endings_are_pictures_too(suffix, load, tmp_path):
+    (tmp_path / "set").mkdir(exist_ok=True)
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "set" / f"a{suffix}")
+    assert load().captions == ["a"]
+
+
+def test_a_run_that_goes_on_keeps_the_pictures_that_it_began_with(tmp_path, monkeypatch):
+    """One that can be read again would be other data."""
+    for name in ("a.png", "b.png"):
+        save(tmp_path / "set" / "train" / name)
+    config = DataConfig(str(tmp_path / "set"), held_out=None, resolution=8, cache=str(tmp_path / "cache"), max_broken=0.9)
+    real = sources.content
+
+    def stale(image):
+        if image["path"].endswith("b.png"):
+            raise OSError(116, "Stale file handle")
+        return real(image)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(sources, "content", stale)
+        begun = data.load_splits(config, again=True)[0]
+    assert begun.captions == ["a"] and data.load_splits(config)[0].fingerprint == begun.fingerprint
+    assert data.load_splits(config, again=True)[0].captions == ["a", "b"]
 
 
 def test_a_file_that_could_not_be_read_is_read_again_at_the_next_start(load, tmp_path):

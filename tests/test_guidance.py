@@ -75,6 +75,11 @@ def test_interval_takes_one_weight_per_prompt():
     assert weights(w, 2, 0.9).tolist() == [0, 0]
 
 
+def test_interval_takes_tensors():
+    assert [interval(torch.tensor(2.0), 0.2, 0.8)(level) for level in (0.5, 0.9)] == [2, 0]
+    assert [weights(interval(torch.tensor([1.0, 3.0]), 0.2, 0.8), 2, level).tolist() for level in (0.5, 0.9)] == [[1, 3], [0, 0]]
+
+
 @pytest.mark.parametrize("bounds", [(0.8, 0.2), (-0.1, 0.5), (0.1, 1.5), (float("nan"), 1.0)])
 def test_interval_refuses_what_is_not_an_interval_of_noise_levels(bounds):
     with pytest.raises(InputError, match=r"expected 0 <= lo <= hi <= 1"):

@@ -4,6 +4,7 @@ import contextlib
 import json
 import pickle
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -280,7 +281,7 @@ def test_a_stable_diffusion_loads_in_stock_diffusers_and_ours_lies_beside_it(wor
     scheduler = DDPMScheduler(clip_sample=False, steps_offset=1)
     pipe = TextToImagePipeline(tiny_unet(4, text=False), scheduler, encoder, tokenizer, vae, w=3.0)
     assert pipe.is_stable_diffusion()
-    for other in ({"clip_sample": True}, {"steps_offset": 0}):  # which that pipeline would change
+    for other in ({"clip_sample": True}, {"steps_offset": 0}, {"variance_type": "fixed_large"}):  # which it would change, or draw
         pipe.scheduler = DDPMScheduler.from_config(scheduler.config, **other)
         assert not pipe.is_stable_diffusion()
     pipe.scheduler = scheduler
@@ -333,6 +334,28 @@ def test_a_variant_is_downloaded_where_it_is_asked_for(world, owner, place):
           "assert pipe('cat', seed=0, num_inference_steps=2, output_type='np').images.shape == (1, 8, 8, 3)")  # fmt: skip
 
 
+def test_a_variant_alone_is_said_to_be_one(world, owner):
+    said = refused(owner, "hub.load('tester/half')")
+    assert "tester/half has its weights as fp16 alone" in said and "variance" not in said, said
+    assert "from_pretrained('tester/half', variant='fp16') loads it" in said
+
+
+def test_a_push_has_the_variant_and_the_shards_that_were_saved(world, owner):
+    owner("pipe.save_pretrained('shards', variant='fp16', max_shard_size='100KB', push_to_hub=True, repo_id='tester/shards')\n"
+          "pipe.push_to_hub('tester/variant', variant='fp16')")  # fmt: skip
+    kept = {path.relative_to(owner.cwd / "shards").as_posix() for path in (owner.cwd / "shards").rglob("*") if path.is_file()}
+    assert kept == world.files("models", "tester/shards").keys() - {"README.md"}
+    assert len([name for name in kept if name.startswith("unet/") and ".fp16" in name and name.endswith(".safetensors")]) > 1
+    assert "unet/diffusion_pytorch_model.fp16.safetensors" in world.files("models", "tester/variant")
+    assert "a pickle may run code" in refused(owner, "pipe.push_to_hub('tester/variant', safe_serialization=False)")
+
+
+def test_a_model_whose_weights_are_missing_or_pickled_is_not_pushed(world, owner, place):
+    tiny_pipeline(w=1.0).save_pretrained(place / "pickled", safe_serialization=False)
+    assert "has no safetensors, expected them" in refused(owner, f"hub.push({str(place / 'pickled')!r}, 'tester/pickled')")
+    assert world.files("models", "tester/pickled") == {}
+
+
 def test_no_code_of_a_model_is_downloaded_or_run(world, owner, pushed, place):
     evil = f"open({str(place / 'ran')!r}, 'w')\n".encode()
     files = world.files("models", pushed)
@@ -372,6 +395,49 @@ def test_an_adapter_is_pushed_alone_and_drawn_with_on_its_base(world, owner, pus
     owner("adapted.unload_lora_weights()")
     close(drawn(owner, "adapted"), expected)
     assert np.abs(with_it - expected).max() > 1e-2
+
+
+def test_an_adapter_of_a_folder_is_pushed_with_the_name_that_its_base_has_on_the_hub(world, owner, pushed, place, tmp_path):
+    run = Run(place / "runs" / "local")
+    shutil.copytree(place / "runs" / "adapter", run.folder)
+    config = load_file(run.config)
+    run.config.write_text(card.on_base(config, "pretrained/emoji").to_yaml())
+    known = json.loads((run.folder / card.FACTS).read_text()) | {"base_model": "pretrained/emoji", "of_hub": []}
+    (run.folder / card.FACTS).write_text(json.dumps(known))
+    said = owner(f"print(hub.main(['push', {str(run.folder)!r}, 'tester/local']))")
+    assert "the adapter is one of pretrained/emoji, expected one of a model of the Hub" in said and said.endswith("1\n")
+    assert owner(f"print(hub.main(['push', {str(run.folder)!r}, 'tester/local', '--base', {pushed!r}]))").endswith("0\n")
+    files = world.files("models", "tester/local")
+    assert ModelCard(files["README.md"].decode()).data.base_model == pushed and b"pretrained/emoji" not in files["README.md"]
+    assert yaml.safe_load(files["training_config.yaml"])["model"]["pretrained"] == pushed
+    owner("sample.opened('tester/local')")
+    local = Config(model=ModelConfig(pretrained=str(tmp_path)), train=TrainConfig(method="lora"), hub=HubConfig("tester/x"))
+    with pytest.raises(hub.HubError, match=f"the adapter is one of {tmp_path}"):
+        hub.check(local)
+    with pytest.raises(hub.HubError, match="is no run of an adapter, got --base a/b: leave it out"):
+        hub.assemble(place / "runs" / "tiny", tmp_path / "new", "tester/x", "a/b")
+
+
+def test_a_folder_that_is_gone_does_not_become_a_name_of_the_hub(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "mine").mkdir(parents=True)
+    config, made = Config(name="x", data=DataConfig("data/mine")), Run(tmp_path / "x")
+    made.create()
+    made.config.write_text(config.to_yaml())
+    card.describe(config, made, sample.load(run.pipeline), SimpleNamespace(report=""), 1.0, base_model="data/mine")
+    (tmp_path / "data" / "mine").rmdir()
+    data = card.read(made.folder, "a/b").data
+    assert data.datasets is None and data.base_model is None
+    assert card.build(config, card.facts("", 1.0)).data.datasets == ["data/mine"], "nothing was noted of it"
+
+
+@pytest.mark.parametrize(("readme", "licence"), [
+    ("---\nlicense: [mit, other]\n---\n", "mit, other"), ("---\nlicense: mit\nmodel-index: [{}]\n---\n", "mit"),
+    ("---\na: [\n---\n", None), ("# no metadata", None), (None, None)])  # fmt: skip
+def test_a_card_of_somebody_else_that_is_damaged_ends_nothing(readme, licence, tmp_path):
+    if readme is not None:
+        (tmp_path / "README.md").write_text(readme)
+    assert card.license_of(str(tmp_path)) == licence
 
 
 def test_an_adapter_of_what_is_on_another_machine_is_refused(tmp_path):
@@ -526,6 +592,36 @@ def test_a_push_that_fails_says_how_to_do_it_again(world, owner, run):
     sample.load(run.pipeline)
 
 
+def test_a_file_that_does_not_get_through_is_one_sentence_with_the_command(world, owner, run):
+    """The client wraps the Hub's answer in a RuntimeError of its own."""
+    world.lfs.clear()
+    world.faults += [("PUT", "/_lfs/", 400)] * 50
+    said = owner(f"print(hub.main(['push', {str(run.folder)!r}, 'tester/stuck']))")
+    world.faults.clear()
+    assert "got the answer 400, expected 200: the Hub will not have it: see what it says (injected fault)" in said, said
+    assert said.endswith("tester/stuck`\n1\n") and "Traceback" not in said
+    assert world.files("models", "tester/stuck") == {}
+
+
+@pytest.mark.parametrize(("error", "words"), [
+    (RuntimeError("Xet: connection reset"), r"got no answer \(ConnectionError: Xet: connection reset\), expected the Hub's"),
+    (PermissionError("Xet: token expired"), r"failed \(Xet: token expired\), expected leave to read and to send")])  # fmt: skip
+def test_what_xet_raises_is_told_too(error, words, monkeypatch):
+    """Its transfers need a service that no test has; its errors are RuntimeError and OSError."""
+    monkeypatch.setattr(hub, "WAITS", (0, 0))
+    asked = []
+
+    def request():
+        asked.append(1)
+        raise error
+
+    with pytest.raises(hub.HubError, match=words), hub.told("the push", "a/b"):
+        hub.patiently(request)
+    assert len(asked) == (3 if isinstance(error, RuntimeError) else 1)
+    with pytest.raises(safe.ModelError, match=f"a/b could not be downloaded .{error}.,"), safe.told("a/b"):
+        raise error
+
+
 def test_a_push_that_is_killed_is_whole_after_the_next(world, owner, place, run, pushed):
     world.lfs.clear()
     command = [sys.executable, "-m", "pipeline.hub", "push", str(run.folder), "tester/killed"]
@@ -620,6 +716,18 @@ def test_a_card_needs_neither_pictures_nor_measurements(run):
 
 
 # ---- the Space
+
+
+def test_a_space_that_could_not_start_is_not_made(world, owner, pushed):
+    index = json.loads(world.files("models", pushed)["model_index.json"])
+    world.add("tester/flux", {"model_index.json": json.dumps(index | {"_class_name": "FluxPipeline"}).encode()})
+    world.add("tester/nothing", {"README.md": b""})
+    for model, words in (("tester/flux", "is a FluxPipeline, expected"), ("tester/nothing", "holds no model_index.json")):
+        assert words in refused(owner, f"hub.space('tester/broken', {model!r})")
+    assert ("spaces", "tester/broken") not in world.repos
+    world.add("tester/hidden", world.files("models", pushed), private=True)
+    said = owner("print(hub.main(['space', 'tester/hidden-page', '--model', 'tester/hidden']))")
+    assert "tester/hidden is not for everybody: the Space needs a secret HF_TOKEN" in said and said.endswith("hidden-page\n0\n")
 
 
 def test_a_space_serves_the_model_that_it_is_pinned_to(world, owner, place, pushed):

@@ -1,5 +1,6 @@
 """A run's folder: a checkpoint is whole or it is not there."""
 
+import errno
 import json
 import os
 import resource
@@ -12,6 +13,7 @@ import time
 import pytest
 import torch
 
+from pipeline import run as runs
 from pipeline.run import MANIFEST, Run, RunError, SaveError, Stopped, StopRequest, load_state, save_state, verify
 
 
@@ -160,6 +162,19 @@ def test_a_file_in_the_way_is_one_clear_error(tmp_path):
     (tmp_path / "runs").write_text("")
     with pytest.raises(RunError, match="cannot make the run folder"):
         Run(tmp_path / "runs" / "a").create()
+    (tmp_path / "b" / ".lock").mkdir(parents=True)
+    with pytest.raises(RunError, match="cannot write in the run folder"), Run(tmp_path / "b").lock():
+        pytest.fail("it was locked")
+
+
+def test_a_file_system_without_locks_is_told_and_used(run, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(runs.fcntl, "flock", no_locks)
+    with pytest.warns(UserWarning, match=r"cannot be locked \(No locks available\): start no second run in it"), run.lock():
+        held = (run.folder / ".lock").read_text()
+    assert held == str(os.getpid())
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 143)])

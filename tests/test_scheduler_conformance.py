@@ -383,5 +383,9 @@ def test_eta_outside_its_range_is_refused(options, message):
 def test_what_step_cannot_use_is_refused():
     with pytest.raises(ValueError, match="fixed_small"):
         make(variance_type="fixed_large").step(ramp(), 5, ramp(), eta=0.5)
+    with pytest.raises(ValueError, match="needs variance_type='fixed_small', got 'fixed_large'"):
+        make(variance_type="fixed_large").transition(ramp(), ramp(), 1, 0, eta=0.99)
+    with pytest.raises(ValueError, match="rescale_betas_zero_snr needs at least 2 timesteps"):
+        make(num_train_timesteps=1, rescale_betas_zero_snr=True)
     with pytest.raises(ValueError, match="learned variances"):
         make().step(torch.cat([ramp(), ramp()], 1), 5, ramp())

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, HeunDiscreteScheduler, LMSDiscreteScheduler
 from PIL import Image
 from tiny import tiny_clip, tiny_pipeline
 
@@ -86,7 +86,8 @@ def test_calls_are_two_where_guided_and_one_elsewhere(pipe):
 
 @pytest.mark.parametrize(("change", "says"), [
     ({"budget": 7}, "the budget is 7 network calls, expected 8 or more"), ({"method": "luck"}, "expected one of random, paths"),
-    ({"method": "paths", "eta": 0}, "eta is 0, expected more for method paths")])  # fmt: skip
+    ({"method": "paths", "eta": 0}, "eta is 0, expected more for method paths"),
+    ({"w": [1.0, 2.0]}, "w has 2 values for 1 prompts")])  # fmt: skip
 def test_what_cannot_be_searched_is_refused(pipe, change, says):
     with pytest.raises(InputError, match=says):  # before anything is drawn
         searching(pipe, "red heart", **{"budget": 100, "verifier": Brightness(), "steps": 4} | change)
@@ -104,6 +105,26 @@ def test_paths_that_stay_together_are_refused(pipe):
     with pytest.raises(InputError, match="eta is None, expected more for method paths: .* by DDIMScheduler"):
         search(pipe, "red heart", 100, Brightness(), "paths", steps=6)
     assert len(search(pipe, "red heart", 100, Brightness(), "paths", steps=6, eta=1.0).candidates) > 1
+
+
+@pytest.mark.parametrize("kind", [HeunDiscreteScheduler, LMSDiscreteScheduler])
+def test_paths_of_a_scheduler_that_remembers_other_rows_are_refused(pipe, kind):
+    pipe.scheduler = kind()
+    with pytest.raises(InputError, match=f"{kind.__name__} remembers the steps before, .* use random"):
+        search(pipe, "red heart", 100, Brightness(), "paths", steps=6)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, 1.5])
+def test_what_is_no_seed_is_refused_by_both_methods(pipe, seed):
+    for method in ("random", "paths"):
+        with pytest.raises(InputError, match="expected a whole number from 0"):
+            search(pipe, "red heart", 100, Brightness(), method, steps=4, seed=seed)
+
+
+def test_one_weight_may_come_as_a_list_or_a_tensor(pipe):
+    plain = search(pipe, "red heart", 24, Brightness(), steps=4, w=2.0)
+    for w in ([2.0], torch.tensor(2.0), torch.tensor([2.0])):
+        assert torch.equal(search(pipe, "red heart", 24, Brightness(), steps=4, w=w).candidates, plain.candidates)
 
 
 @pytest.mark.parametrize("method", ["random", "paths"])

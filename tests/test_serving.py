@@ -332,6 +332,15 @@ def test_the_strip_goes_from_noise_to_the_picture(studio):
     assert np.array_equal(pixels([strip[-1][1]]), pixels(picture))
 
 
+def test_tokens_are_counted_apart_from_what_is_being_drawn(studio):
+    """The fast tokenizer keeps how its last caller padded."""
+    tokenizer = studio.pipe.tokenizer
+    tokenizer("a", padding="max_length", max_length=8, truncation=True)
+    before = tokenizer.backend_tokenizer.padding, tokenizer.backend_tokenizer.truncation
+    studio.tokens("red heart")
+    assert before[0] and before == (tokenizer.backend_tokenizer.padding, tokenizer.backend_tokenizer.truncation)
+
+
 def test_tokens_are_counted_as_the_pipeline_cuts_them(studio):
     assert studio.tokens("red heart") == "2 of 6 tokens"
     assert studio.tokens("a very long red heart a very green cat") == "9 of 6 tokens; left out: very green cat"
@@ -450,6 +459,14 @@ def test_a_model_whose_pictures_are_elsewhere_is_compared_to_the_embedded_ones(t
     config = Config(data=DataConfig(source=str(tmp_path / "gone"), resolution=8))
     (tmp_path / "model" / "config.yaml").write_text(config.to_yaml())
     assert Shelf(tmp_path / "model").studio().source == DataConfig(resolution=8)
+
+
+def test_a_folder_above_is_not_taken_for_the_models_own(tmp_path):
+    tiny_pipeline(caption_length=8).save_pretrained(tmp_path / "mine")
+    (tmp_path / "README.md").write_text("# somebody else's")
+    assert "There is no model card" in Shelf(tmp_path / "mine").card()
+    (tmp_path / "config.yaml").write_text("")
+    assert Shelf(tmp_path / "mine").card() == "# somebody else's"
 
 
 def test_a_model_that_is_not_there_is_refused(tmp_path):

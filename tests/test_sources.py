@@ -101,6 +101,28 @@ def test_images_that_another_tool_wrote_are_found(load, tmp_path):
     assert images.captions == ["seven"] and reds(images) == [7] and images.metadata == [{"file_name": "seven.png"}]
     pa.parquet.write_table(pa.table({"raw": [png(9)], "caption": ["nine"]}), tmp_path / "raw.parquet")
     assert reds(load(tmp_path / "raw.parquet", image_column="raw")) == [9]
+    large = pa.table({"raw": pa.array([png(3)], pa.large_binary()), "caption": pa.array(["three"], pa.large_string())})
+    pa.parquet.write_table(large, tmp_path / "large.parquet")
+    assert reds(load(tmp_path / "large.parquet", image_column="raw")) == [3]
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
+def test_pictures_may_be_named_by_path(kind, load, tmp_path):
+    (tmp_path / "four.png").write_bytes(png(4))
+    named = pa.table({"file": pa.array([str(tmp_path / "four.png")], kind), "caption": ["four"]})
+    pa.parquet.write_table(named, tmp_path / "named.parquet")
+    assert reds(load(tmp_path / "named.parquet", image_column="file")) == [4]
+
+
+def test_a_table_among_pictures_does_not_make_a_table_of_their_folder(load, tmp_path):
+    for i in range(3):
+        (tmp_path / "set" / "train").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / "train" / f"{i}.png").write_bytes(png(i))
+    write(tmp_path / "set" / "all.parquet", squares(5, 9))
+    assert reds(load(tmp_path / "set")) == [0, 1, 2]
+    write(tmp_path / "table" / "train.parquet", squares(5, 9))
+    (tmp_path / "table" / "preview.png").write_bytes(png())
+    assert reds(load(tmp_path / "table")) == [5, 6, 7, 8]
 
 
 @pytest.mark.parametrize(("settings", "says"), [
@@ -305,7 +327,37 @@ def test_a_warm_cache_is_enough_without_a_network_and_a_cold_one_is_one_sentence
     assert "\n" not in offline["cold"]
 
 
-# ---- a network that fails
+# ---- files that cannot be had, and a network that fails
+
+
+class Answer(Exception):
+    """What aiohttp raises, with the status of the answer."""
+
+    def __init__(self, status=None):
+        super().__init__(f"the answer is {status}")
+        self.status = status
+
+
+@pytest.mark.parametrize(("error", "problem"), [
+    (Answer(403), "its file cannot be read: the answer is 403"), (Answer(503), None), (Answer(), None),
+    (FileNotFoundError("gone"), "its file does not exist: gone"), (ConnectionError("down"), None),
+    (ImportError("install aiohttp"), "its file cannot be read: install aiohttp")])  # fmt: skip
+def test_a_file_that_will_never_come_is_its_rows_problem_and_a_network_that_fails_is_not(error, problem, monkeypatch):
+    def opened(*_):
+        raise error
+
+    monkeypatch.setattr(sources.fsspec, "open", opened)
+    row = sources.as_row("x", {"path": "https://somewhere/x.png", "bytes": None}, ["x"])
+    if problem is None:
+        with pytest.raises(ConnectionError):
+            sources.fetched(row)
+    else:
+        assert sources.fetched(row)["problem"] == problem and sources.fetched(row)["image"] is None
+
+
+def test_a_picture_that_the_disk_does_not_give_is_its_rows_problem(tmp_path):
+    row = sources.fetched(sources.as_row("x", {"path": str(tmp_path), "bytes": None}, ["x"]))
+    assert row["problem"].startswith("its file cannot be read: [Errno 21]") and row["image"] is None
 
 
 def failing(errors):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from test_sources import png, squares, write
-from test_train import ROOT, TINY, killed_after, same, train, weights
+from test_train import ROOT, TINY, encoder, killed_after, same, train, weights  # noqa: F401
 
 from pipeline import sources
 from pipeline.config import DataConfig
@@ -179,14 +179,14 @@ def test_closing_ends_a_wait_for_the_network(stream, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def config(table, tmp_path_factory):
+def config(table, encoder, tmp_path_factory):
     """test_train's run on the table, with every setting that draws something at each step; 'both' has two captions a row."""
     folder = tmp_path_factory.mktemp("run")
     rows = [{"image": big(i), "text": f"square {i}", "other": "red" if i % 2 else None} for i in range(12)]
     path = write(folder / "both.parquet", rows)
     more = "streaming: true, flip: true, shuffle_buffer: 5, caption_column: [text, other], "
     text = TINY.replace("{source: SOURCE, held_out: HELD, ", f"{{source: {path}, held_out: train, {more}")
-    (folder / "tiny.yaml").write_text(text.replace("CACHE", str(folder / "cache")))
+    (folder / "tiny.yaml").write_text(text.replace("ENCODER", str(encoder)).replace("CACHE", str(folder / "cache")))
     return folder / "tiny.yaml"
 
 

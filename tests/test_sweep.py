@@ -109,7 +109,15 @@ def test_a_sweep_that_cannot_be_read_is_refused(words):
     (["--sweep", "interval=0.3:0.9"], "at w = 0 there is none"),
     (["--sweep", "weights=raw"], "holds no checkpoint of a network"),
     (["--sweep", "w=1", "--w", "0", "1"], "expected one number that the sweep starts from"),
+    (["--sweep", "w=0,1", "--on", "3"], "--on is 3 of "),
     (["--sweep", "steps=2000"], "expected a whole number from 1 to 1000")])  # fmt: skip
 def test_a_sweep_that_cannot_be_drawn_is_refused_before_it_begins(run, calls, capsys, arguments, message):
     assert evaluation.main([str(run), *arguments]) == 2
     assert message in capsys.readouterr().err and not calls
+
+
+def test_an_eta_that_the_scheduler_does_not_take_is_refused_before_anything_is_drawn(run, calls, capsys):
+    place = run / "pipeline" / "scheduler" / "scheduler_config.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"variance_type": "fixed_large"}))
+    assert evaluation.main([str(run), "--sweep", "eta=0,1"]) == 2
+    assert "expected 1 with the scheduler's variance_type fixed_large" in capsys.readouterr().err and not calls

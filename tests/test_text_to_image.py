@@ -15,6 +15,7 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import is_torchsde_available, logging
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig
 from tiny import WIDTH, WORDS, tiny_pipeline, tiny_text, tiny_unet
 
 from pipeline import data
@@ -354,10 +355,57 @@ def test_p28_stable_diffusions_parts_draw_the_same_picture_in_both():
     ours.set_progress_bar_config(disable=True)
     assert ours.unet is theirs.unet and ours.vae is theirs.vae and ours.text_encoder is theirs.text_encoder
     assert dict(theirs.config) == before
+    close(*(draw_jointly(p) for p in (theirs, ours)))  # each by its own default, which is s = 7.5 = 1 + w
+    assert (ours.config.w, TextToImagePipeline.from_pipe(theirs, w=1.0).config.w) == (6.5, 1.0)
+    assert TextToImagePipeline.from_pipe(tiny_pipeline(w=2.0)).config.w == 2.0
     again = StableDiffusionPipeline.from_pipe(ours, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     assert again.components == theirs.components
     for scale in (1.0, 7.5):
         close(*(draw_jointly(p, guidance_scale=scale, num_images_per_prompt=2) for p in (theirs, ours)))
+
+
+def test_states_of_another_length_than_the_tokenizers_draw_as_in_stable_diffusion():
+    """Fewer tokens bring an empty caption of as few; unguided, more tokens bring none."""
+    theirs = stable_diffusion()
+    ours = TextToImagePipeline.from_pipe(theirs)
+    ours.set_progress_bar_config(disable=True)
+    states = torch.randn(1, 5, WIDTH, generator=torch.Generator().manual_seed(3))
+    for embeds, scale in ((states, 3.0), (states.repeat(1, 3, 1), 1.0)):
+        close(*(p(prompt_embeds=embeds, guidance_scale=scale, num_inference_steps=STEPS, output_type="np",
+                  generator=torch.Generator().manual_seed(0)).images for p in (theirs, ours)))  # fmt: skip
+
+
+def test_lora_layers_of_the_text_encoder_are_scaled_with_the_networks():
+    theirs = stable_diffusion()
+    theirs.text_encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    ours = TextToImagePipeline.from_pipe(theirs)
+    ours.set_progress_bar_config(disable=True)
+    full, half = ([draw_jointly(p, cross_attention_kwargs={"scale": scale}) for p in (theirs, ours)] for scale in (1.0, 0.5))
+    close(*full), close(*half)
+    assert np.abs(full[1] - half[1]).max() > 1e-3 and np.array_equal(draw_jointly(ours), full[1])
+
+
+def test_given_states_of_the_empty_caption_wait_for_a_callback_that_guides():
+    pipe = tiny_pipeline()
+    states, empty = pipe.encode_prompt("red heart")
+    pipe.register_modules(text_encoder=None, tokenizer=None)
+    guided = lambda pipe, *_: setattr(pipe, "_guidance_scale", 3.0) or {}
+    given = {"prompt_embeds": states, "negative_prompt_embeds": empty}
+    changed = draw(pipe, None, w=0.0, callback_on_step_end=guided, **given)
+    assert np.abs(changed - draw(pipe, None, w=0.0, **given)).max() > 1e-3
+
+
+def test_a_stock_scheduler_is_not_asked_for_what_it_does_not_read():
+    """from_config keeps foreign settings."""
+    pipe = tiny_pipeline(scheduler=DDIMScheduler.from_config(DDPMScheduler(variance_type="fixed_large").config))
+    assert pipe.scheduler.config.variance_type == "fixed_large" and draw(pipe, eta=0).shape == (1, 8, 8, 3)
+
+
+def test_a_chain_of_trained_betas_is_as_long_as_they_are():
+    pipe = tiny_pipeline(scheduler=DDPMScheduler(trained_betas=[0.1, 0.2, 0.9], timestep_spacing="trailing"))
+    assert draw(pipe, num_inference_steps=3).shape == (1, 8, 8, 3)
+    with pytest.raises(InputError, match="expected a whole number from 1 to 3"):
+        draw(pipe, num_inference_steps=4)
 
 
 def draw_jointly(pipe, **request):
@@ -484,8 +532,12 @@ def test_an_empty_prompt_is_the_same_at_every_weight(pipe, w):
     close(draw(pipe, "", w=w), draw(pipe, "", w=0.0))
 
 
-def test_a_huge_weight_stays_finite(pipe):
-    assert draw(pipe, w=1e6, output_type="latent").isfinite().all()
+def test_a_huge_weight_is_the_lectures_combination_still():
+    """One step is affine in the prediction where nothing is clipped: x_0(w) = x_0(0) + w (x_0(0) - x_0(-1))."""
+    pipe = tiny_pipeline(scheduler=DDPMScheduler(timestep_spacing="trailing", clip_sample=False, prediction_type="sample"))
+    plain, empty, huge = (draw(pipe, w=w, num_inference_steps=1, output_type="latent") for w in (0.0, -1.0, 1e6))
+    torch.testing.assert_close(huge, plain + 1e6 * (plain - empty), rtol=1e-4, atol=1.0)
+    assert huge.abs().max() > 1e3 and draw(tiny_pipeline(), w=1e6, output_type="latent").isfinite().all()
 
 
 def test_the_pipelines_own_weight_is_the_default():

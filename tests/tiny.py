@@ -40,11 +40,11 @@ def tiny_unet(channels: int = 3, sample_size: int | tuple = 8, text: bool = True
         addition_embed_type_num_heads=2), seed)  # fmt: skip
 
 
-def tiny_text(kind: str = "bert", length: int = 8) -> tuple:
-    """(tokenizer, encoder): WordPiece and BERT over `WORDS`, or byte-level BPE and CLIP, for at most `length` tokens."""
-    small = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+def tiny_text(kind: str = "bert", length: int = 8, words: tuple[str, ...] = WORDS, width: int = WIDTH) -> tuple:
+    """(tokenizer, encoder): WordPiece and BERT over `words`, or byte-level BPE and CLIP, for at most `length` tokens."""
+    small = {"hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     if kind == "bert":
-        tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+        tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
         tokenizer = BertTokenizer(vocab={token: i for i, token in enumerate(tokens)}, model_max_length=length)
         config = BertConfig(vocab_size=len(tokens), max_position_embeddings=length, **small)
         return tokenizer, seeded(lambda: BertModel(config))
