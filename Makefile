@@ -4,6 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: train app test lint mutants bench
+.DELETE_ON_ERROR:
 
 train: .venv/.runtime
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no train_text2img.py $(ARGS)
@@ -26,10 +27,12 @@ bench: .venv/.dev
 	for name in scheduler sampling guidance training growth muon; do $(BIN)/python benchmarks/$$name.py $(ARGS) || exit 1; done
 
 .venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: $(PYTHON) is Python " + sys.version.split()[0] + \
+	    ", expected 3.11 or newer: make PYTHON=python3.12, say")'
 	$(PYTHON) -m venv .venv
 
 .venv/.runtime: requirements.txt | .venv/bin/python
-	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install -r requirements.txt
 	touch $@
 
 .venv/.dev: requirements-dev.txt requirements.txt | .venv/bin/python

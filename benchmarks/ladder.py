@@ -143,7 +143,7 @@ def climb(rung: str, seed: int, args) -> dict:
         if checks[-1][1] >= GOAL:
             break
     return {"images": config.train.steps * config.train.batch_size, "minutes": minutes_to_goal(checks), "first_five": at_end,
-            "held_out": shares(pipe, judge, bank, held, args.steps)["first"]}  # fmt: skip
+            "held_out": shares(pipe, judge, bank, held, args.steps)["first"], "taken": max(clock.values())}  # fmt: skip
 
 
 # ---- the peer
@@ -191,7 +191,8 @@ def peer(width: int, seed: int, args) -> dict:
             ema.step(network.parameters())
         spent += time.perf_counter() - began
     at_end = judged_peer(diffusion, ema, judge, bank, rows, bf16)
-    return {"images": 16 * step, "minutes": args.minutes if at_end >= GOAL else None, "first_five": at_end, "held_out": None}
+    return {"images": 16 * step, "minutes": args.minutes if at_end >= GOAL else None, "first_five": at_end, "held_out": None,
+            "taken": spent / 60}  # fmt: skip
 
 
 @torch.no_grad()
@@ -225,7 +226,8 @@ def row(rung: str, change: str, found: list[dict], minutes: float) -> list[str]:
     shown = lambda values: f"{mean(values):.0%} ({min(values):.0%} to {max(values):.0%})" if values else "-"
     taken = [f"{one['minutes']:.1f}" if one["minutes"] is not None else f"not in {minutes:g}" for one in found]
     seeds = ", ".join(str(one["seed"]) for one in found)
-    return [rung, change, seeds, f"{mean(over('images')):,.0f}", ", ".join(taken), shown(over("first_five")),
+    clock = ", ".join(f"{one['taken']:.0f}" if "taken" in one else "?" for one in found)
+    return [rung, change, seeds, f"{mean(over('images')):,.0f}", clock, ", ".join(taken), shown(over("first_five")),
             shown(over("held_out"))]  # fmt: skip
 
 
@@ -260,13 +262,15 @@ def main(argv: list[str] | None = None) -> None:
         change = ", ".join(f"{name} {value}" for name, value in RUNGS.get(rung, {}).items())
         change = change or (f"width {PEERS[rung]}, captions as classes, in pixels" if rung in PEERS else START)
         lines.append(row(rung, change, some, args.minutes))
-    head = ["rung", "change", "seeds", "images", f"minutes to {GOAL:.0%}, each seed", "first five at the end", "held-out first"]
+    head = ["rung", "change", "seeds", "images", "minutes taken", f"minutes to {GOAL:.0%}, each seed", "first five at the end",
+            "held-out first"]  # fmt: skip
     goals = []
     if (theirs := [rung for rung in found if rung in PEERS]) and (ours := [rung for rung in found if rung in RUNGS]):
         rate = lambda rung: mean(one["first_five"] for one in found[rung])
         best = max(theirs, key=rate)  # where it has none at all, one picture is counted
         goals = [target(f"{ours[-1]}'s first five over {best}'s", rate(ours[-1]) / max(rate(best), 1 / args.captions), 2)]
-    said = (f"Each run trains for {args.minutes:g} minutes from {CONFIG}'s data; {args.captions} training captions in "
+    said = (f"Each run has as many steps as fit in {args.minutes:g} minutes by one timed step, the peer as fit by the clock; "
+            f"{CONFIG}'s data; {args.captions} training captions in "
             f"{args.steps} steps, w = 1, averaged weights, {precision()}. A row of one or two seeds is a lead. What encoding "
             "anew at every step costs is in the section on training.")  # fmt: skip
     bench.publish(args, __file__, bench.command_line(argv), "Ladder", said, table(head, lines), "\n".join(goals))

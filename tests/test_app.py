@@ -181,7 +181,7 @@ def test_what_is_no_request_is_no_server_error(url, body):
     ("sweep", ("red heart", 3, 171, "network", 0), "6 pictures of 171 steps"),
     ("forward", ("red heart", 1001, 0, False, None, 0), "t is 1001, expected a whole number from 1 to 1000"),
     ("forward", ("purple", 5, 0, False, None, 0), "expected one of the set"),
-    ("forward", ("red heart", 5, 0, False, {"path": "/etc/passwd"}, 0), ""),
+    ("forward", ("red heart", 5, 0, False, {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}, 0), ""),
     ("backward", ("red heart", 1.0, 20, 1.0, 0.5, "network", 0), "seed is 0.5"),
 ])  # fmt: skip
 def test_bad_requests_to_the_other_endpoints(url, name, data, message):
@@ -189,6 +189,15 @@ def test_bad_requests_to_the_other_endpoints(url, name, data, message):
     assert status < 500 and event in (None, "error")
     assert message in json.dumps(said)
     assert "root:" not in json.dumps(said)
+
+
+def test_a_picture_elsewhere_on_the_machine_is_not_read(url, tmp_path_factory):
+    """Only what was uploaded is; this one would be drawn."""
+    path = tmp_path_factory.mktemp("elsewhere") / "picture.png"
+    Image.new("RGB", (16, 16), "red").save(path)
+    upload = {"path": str(path), "meta": {"_type": "gradio.FileData"}}
+    status, event, _said = call(url, "forward", "red heart", 5, 0, False, upload, 0)
+    assert status < 500 and event in (None, "error")
 
 
 def test_a_huge_body_is_refused_before_it_is_read(url):

@@ -238,7 +238,7 @@ def test_minutes_to_the_goal_are_between_the_checks_around_it():
 
 
 def test_a_rung_that_is_done_is_not_run_again(tmp_path, monkeypatch):
-    found = dict(enumerate([{"images": 320 * (i + 1), "minutes": minutes, "first_five": share, "held_out": 0.1}
+    found = dict(enumerate([{"images": 320 * (i + 1), "minutes": minutes, "first_five": share, "held_out": 0.1, "taken": 20 + i}
              for i, (minutes, share) in enumerate([(7.0, 0.5), (None, 0.3)])]))  # fmt: skip
     argv = ["--rungs", "muon", "--seeds", "0", "1", "--folder", str(tmp_path), "--output", str(tmp_path / "b.md")]
     monkeypatch.setattr(ladder, "climb", lambda rung, seed, args: found.pop(seed))
@@ -249,7 +249,7 @@ def test_a_rung_that_is_done_is_not_run_again(tmp_path, monkeypatch):
     (tmp_path / ladder.RESULTS).write_text(json.dumps(elsewhere))
     ladder.main(argv)
     text = (tmp_path / "b.md").read_text()
-    assert "| 0, 1 | 480 | 7.0, not in 20 | 40% (30% to 50%) | 10% (10% to 10%) |" in text and "| bf16 |" not in text
+    assert "| 0, 1 | 480 | 20, 21 | 7.0, not in 20 | 40% (30% to 50%) | 10% (10% to 10%) |" in text and "| bf16 |" not in text
 
 
 def test_the_ladder_holds_its_last_rung_against_the_better_peer(tmp_path, monkeypatch):
@@ -261,7 +261,7 @@ def test_the_ladder_holds_its_last_rung_against_the_better_peer(tmp_path, monkey
     ladder.main(argv)
     text = (tmp_path / "b.md").read_text()
     assert f"- muon's first five over {ladder.PEER}-32's: 4.00, the goal is ≥ 2: **met**." in text
-    assert "| width 32, captions as classes, in pixels | 0 | 16 | not in 20 | 10% (10% to 10%) | - |" in text
+    assert "| width 32, captions as classes, in pixels | 0 | 16 | ? | not in 20 | 10% (10% to 10%) | - |" in text
 
 
 def test_the_peer_is_told_how_to_be_installed(tmp_path):

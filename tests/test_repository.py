@@ -90,10 +90,22 @@ def test_the_readmes_table_names_what_exists():
 
 def test_the_readme_names_only_files_that_exist():
     text = (ROOT / "README.md").read_text()
-    for name in re.findall(r"`((?:pipeline|configs|tests|docs)/[\w./-]+)`", text) + re.findall(r"\]\(([\w/.]+)\)", text):
+    for name in re.findall(r"`((?:pipeline|configs|tests|docs)/[\w./-]+)`", text):
         assert (ROOT / name).exists(), name
     for target in re.findall(r"`?make (\w+)", text):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), target
+
+
+def test_every_link_of_the_documents_leads_to_a_file_and_a_heading_that_are_there():
+    links, documents = 0, [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    for document in (*documents, *(ROOT / "pretrained").rglob("*.md")):
+        for target, anchor in re.findall(r"\]\(((?!\w+:)[^)#\s]*)#?([^)\s]*)\)", document.read_text()):
+            place = document.parent / target if target else document
+            assert place.exists(), (document, target)
+            headings = re.findall(r"^#+ (.*)$", place.read_text(), re.M) if anchor else []
+            assert not anchor or anchor in {re.sub(r"[^\w -]", "", h).strip().lower().replace(" ", "-") for h in headings}, anchor
+            links += 1
+    assert links > 20
 
 
 def test_the_readmes_tree_and_contributing_name_every_module():
