@@ -106,6 +106,20 @@ def test_an_evaluation_goes_on_where_it_stopped(run, monkeypatch, capsys):
     assert Image.open(run / "images" / "free.png").size == (825, 660)  # five columns of the 20 prompts
 
 
+def test_drawings_are_another_samplers_no_more(run, monkeypatch):
+    """What a change of the sampler, or of the free prompts, draws is drawn anew."""
+    drawn, real = [], evaluation.drawn
+    counted = lambda pipe, prompts, **call: drawn.append(len(prompts)) or real(pipe, prompts, **call)
+    monkeypatch.setattr(evaluation, "drawn", counted)
+    command, settings = [str(run), "--w", "0", *STEPS], run / "pipeline" / "scheduler" / "scheduler_config.json"
+    measure = lambda: (drawn.clear(), evaluation.main(command), sum(drawn))[1:]
+    assert measure() == (0, 28 + 20) and measure() == (0, 0)
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"timestep_spacing": "leading"}))
+    assert measure() == (0, 28 + 20)
+    monkeypatch.setattr(evaluation.variations, "FREE", evaluation.variations.FREE[:3])
+    assert measure() == (0, 3)
+
+
 @pytest.mark.parametrize("chosen", ["bf16", "no"])
 def test_drawings_are_computed_in_the_precision_of_training(chosen, monkeypatch, tmp_path):
     pipe, seen = tiny_pipeline(caption_length=8), set()
