@@ -35,6 +35,7 @@ from pipeline import run as runs
 from pipeline.config import Config, ConfigError
 from pipeline.patches import PatchAutoencoder
 from pipeline.scheduler import DDPMScheduler
+from pipeline.sources import one_line
 from pipeline.stream import Stream
 from pipeline.text_to_image import TextToImagePipeline
 
@@ -280,7 +281,7 @@ def spared(what: object):
     try:
         yield
     except (RuntimeError, OSError) as error:  # torch.OutOfMemoryError is a RuntimeError, MPS and cuDNN have none of their own
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         if isinstance(error, OSError):
             tqdm.write(f"{what} is not there ({reason}): training goes on")
         elif isinstance(error, torch.OutOfMemoryError) or re.search("out of memory|ALLOC_FAILED", reason):
@@ -303,7 +304,7 @@ class Trackers:
                 request()
         except Exception as error:  # every tracker has errors of its own
             self.open = False
-            tqdm.write(f"report_to has failed ({type(error).__name__}: {' '.join(str(error).split())}): training goes on without")
+            tqdm.write(f"report_to has failed ({type(error).__name__}: {one_line(error)}): training goes on without")
 
     def log(self, step: int, record: dict) -> None:
         """Send a record's numbers, those by timestep under a name each."""
