@@ -7,6 +7,7 @@ global batch), so running the same command again after an interruption repeats w
 
 import contextlib
 import ctypes
+import errno
 import math
 import os
 import platform
@@ -44,6 +45,8 @@ FREE = ("name", "output", "report_to", "hub", "sample", "data.cache", "train.ste
         "train.gradient_checkpointing")  # fmt: skip  # what a resumed run may change
 PREPARING = timedelta(hours=12)  # for which processes wait for the one that prepares the data; torch's own limit is minutes
 DRAWING = timedelta(hours=2)  # and for the one that checks, draws and saves
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)  # what a disk says that takes no more
+FEWER = ": give fewer sample.prompts"
 GRID = 8  # timesteps of the validation grid
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 HELD = 16  # images of each split on it
@@ -85,8 +88,11 @@ class Parts:
         return losses.training_loss(self.scheduler, output, x_0, eps, t, config.train.weighting, config.train.gamma)
 
 
-def prepare(config: Config, checkpoint: Path | None, device: torch.device) -> Parts:
-    """Load or build the models, read the data, encode its captions: what may be misspelt is looked for before what takes long."""
+def prepare(config: Config, checkpoint: Path | None, device: torch.device, again: bool = False) -> Parts:
+    """Load or build the models, read the data, encode its captions: what may be misspelt is looked for before what takes long.
+
+    again: whether pictures that could not be read are tried anew.
+    """
     noise = [f"diffusion.{name}" for name, value in vars(config.diffusion).items() if value is not None]
     if config.train.method == "lora" and noise and checkpoint is None:
         raise ConfigError(f"an adapter is drawn with its model's own noise process: leave {', '.join(noise)} out")
@@ -94,11 +100,12 @@ def prepare(config: Config, checkpoint: Path | None, device: torch.device) -> Pa
     tokenizer, encoder = (base.tokenizer, base.text_encoder) if base else models.text_encoder(config.model.text_encoder)
     length = (base.config.caption_length or tokenizer.model_max_length) if base else config.data.caption_length
     if length > (limit := getattr(encoder.config, "max_position_embeddings", None) or length):
-        raise ConfigError(f"data.caption_length must be at most {limit}, the text encoder's positions, got {length}")
+        where = "data.caption_length" if base is None else f"the tokenizer's model_max_length of {config.model.pretrained}"
+        raise ConfigError(f"{where} must be at most {limit}, the text encoder's positions, got {length}")
     if config.train.method == "lora":
         torch.manual_seed(config.seed)  # the adapter's first weights
         models.adapt(base.unet, config.lora)
-    images, held_out = data.load_splits(config.data, again=checkpoint is None)
+    images, held_out = data.load_splits(config.data, again)
     images = images.measured(tokenizer, length)
     encode = lambda captions: data.encode_captions(captions, tokenizer, encoder, length, config.data.cache, device)
     states = encode(images.all_captions)
@@ -276,22 +283,22 @@ def draw(pipe: TextToImagePipeline, config: Config, path: Path, stop) -> None:
 
 
 @contextlib.contextmanager
-def spared(what: object):
+def spared(what: object, advice: str = ""):
     """Say that there is no memory or no room for what only shows how training goes: training fits, and shall not end for it."""
     try:
         yield
     except (RuntimeError, OSError) as error:  # torch.OutOfMemoryError is a RuntimeError, MPS and cuDNN have none of their own
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        if isinstance(error, OSError):
-            tqdm.write(f"{what} is not there ({reason}): training goes on")
-        elif isinstance(error, torch.OutOfMemoryError) or re.search("out of memory|ALLOC_FAILED", reason):
-            tqdm.write(f"{what} is not there ({reason}): give fewer sample.prompts")
-        else:
+        full = isinstance(error, torch.OutOfMemoryError) or re.search("out of memory|allocate memory|ALLOC_FAILED", reason)
+        if not full and not isinstance(error, OSError):
             raise
+        tqdm.write(f"{what} is left out ({reason}){advice if full else ''}")
 
 
 class Trackers:
     """What `report_to` names; one that fails once, on its network say, is told and left, and training goes on."""
+
+    PICTURES = ("tensorboard", "wandb", "swanlab")  # those whose log_images takes a batch of them
 
     def __init__(self, accelerator: Accelerator, config: Config):
         self.accelerator, self.open = accelerator, config.report_to is not None
@@ -313,15 +320,21 @@ class Trackers:
 
     def show(self, step: int, path: Path) -> None:
         """Send a picture of samples, where there is one and the tracker takes pictures."""
-        pixels = np.asarray(Image.open(path).convert("RGB"))[None] if self.open and path.is_file() else None
-        for tracker in self.accelerator.trackers if pixels is not None else ():
+
+        def pictured(tracker):
+            pixels = np.asarray(Image.open(path).convert("RGB"))[None]
             more = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            if hasattr(tracker, "log_images"):
-                self.ask(lambda tracker=tracker, more=more: tracker.log_images({"samples": pixels}, step=step, **more))
+            tracker.log_images({"samples": pixels}, step=step, **more)
+
+        for tracker in self.accelerator.trackers if path.is_file() else ():
+            if tracker.name in self.PICTURES:
+                self.ask(lambda tracker=tracker: pictured(tracker))
 
     def end(self) -> None:
-        """Have them send what they still hold."""
-        self.ask(self.accelerator.end_training)
+        """Have them send what they still hold, and the processes part."""
+        for tracker in self.accelerator.trackers:
+            self.ask(tracker.finish)
+        self.accelerator.state.destroy_process_group()
 
 
 @contextlib.contextmanager
@@ -441,9 +454,8 @@ def local_main_first(accelerator: Accelerator):
 def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Path | None, stop, stream: Stream | None) -> int:
     """The training loop, from a checkpoint or from nothing to the last step; the exit code."""
     main, share, steps = accelerator.is_main_process, config.train.batch_size // config.train.accumulation, config.train.steps
-    trackers = Trackers(accelerator, config)
     with stop.at_once(), local_main_first(accelerator):  # what it has prepared the others find in the cache
-        parts = prepare(config, checkpoint, accelerator.device)
+        parts = prepare(config, checkpoint, accelerator.device, again=checkpoint is None)
     read = None if stream is not None else parts.images.fingerprint
     if checkpoint and (was := runs.manifest(checkpoint).get("data", read)) != read:
         raise runs.RunError(f"{run.folder} was begun on other pictures or captions: the fingerprint of {config.data.source} "
@@ -478,6 +490,7 @@ def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Pa
     unet, optimizer = accelerator.prepare(parts.unet, optimizer)
     weights = models.trainable(parts.unet)
     ema.to(accelerator.device)
+    trackers = Trackers(accelerator, config)
     pipe, clock, busy, counted = parts.pipe, runs.Clock(state["seconds"]), 0.0, 0  # steps, and their seconds, since the last line
     bar = tqdm(total=steps, initial=state["step"], disable=not main, desc=config.name, unit="step", dynamic_ncols=True)
 
@@ -555,12 +568,14 @@ def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Pa
             trackers.log(step, record)
         last, ended = step == steps, stopped(stop, accelerator)
         if main and not ended and (step % config.train.validate_every == 0 or last):
+            record = {}
             with averaged(ema, parts.unet), spared(f"the check of step {step}"):
-                run.log(step=step, **(record := validate(parts.unet, parts, config, stop)))
-                trackers.log(step, record)
+                record = validate(parts.unet, parts, config, stop)
+            run.log(step=step, **record)
+            trackers.log(step, record)
         if main and not ended and (step % config.sample.every == 0 or last):
             path = run.samples / f"{step:06d}.png"
-            with averaged(ema, parts.unet), spared(path):
+            with averaged(ema, parts.unet), spared(path, FEWER):
                 draw(pipe, config, path, stop)
             trackers.show(step, path)
         ended = ended or stopped(stop, accelerator)
@@ -618,7 +633,7 @@ def finish(config: Config, run: runs.Run, parts: Parts, ema, pipe: TextToImagePi
     with spared(run.figures / "training.png"):
         card.plot_run(run, parts.images, pipe)
     sample, strips, last = config.sample, run.figures / "strips.png", run.samples / f"{config.train.steps:06d}.png"
-    with spared(strips):
+    with spared(strips, FEWER):
         card.plot_strips(pipe, list(sample.prompts), set(parts.images.all_captions), strips, w=sample.default_w,
                          seed=sample.seed, steps=sample.steps, eta=sample.eta, columns=min(8, sample.steps))  # fmt: skip
     card.describe(config, run, pipe, parts.images, seconds, **base_of(config))
@@ -675,9 +690,11 @@ def main(argv: list[str] | None = None) -> int:
     except (ConfigError, data.DataError, emoji.EmojiError, runs.RunError, hub.HubError) as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return getattr(error, "exit_code", 2)
-    except OSError as error:  # a disk that is full or gone, wherever it was written to
-        print(f"error: {error.filename or 'the system'}: {error.strerror or error}, expected room and leave to write: mend that, "
-              "then run the same command, which goes on from its newest checkpoint", file=sys.stderr)  # fmt: skip
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        print(f"error: {error.filename or 'a file'}: {error.strerror}, expected room and leave to write: mend that, then run the "
+              "same command, which goes on from its newest checkpoint", file=sys.stderr)  # fmt: skip
         return 1
 
 

@@ -59,7 +59,7 @@ def describe(config: Config, run: Run, pipe: TextToImagePipeline, images, second
     logged = [record for record in run.history() if record.get("loss") is not None]
     last = {"loss": logged[-1]["loss"], "step": logged[-1]["step"]} if logged else {}
     known = facts(str(images.report), seconds, stock=pipe.is_stable_diffusion(), **base)
-    names = {config.data.source, base.get("base_model")} - {None}
+    names = {config.data.source, (base.get("base_model") or "").partition("@")[0]}
     known["of_hub"] = [name for name in sorted(names) if published(name)]  # a folder of that name may come and go later
     runs.replace(run.folder / FACTS, json.dumps(known | last, indent=1))
     illustrate(config, run)
@@ -111,7 +111,7 @@ def read(folder: Path, model: str, base: str | None = None) -> ModelCard:
     config, known = load_file(folder / "config.yaml"), json.loads((folder / FACTS).read_text(encoding="utf-8"))
     if base is not None:
         config = on_base(config, base)
-        known |= {"base_model": base, "of_hub": [*known.get("of_hub", []), base]}
+        known |= {"base_model": base, "of_hub": [*known.get("of_hub", []), base.partition("@")[0]]}
     return build(config, known, sorted(path.name for path in (folder / IMAGES).glob("*.png")), model,
                  json.loads(metrics.read_text(encoding="utf-8")) if metrics.is_file() else {},
                  notes.read_text(encoding="utf-8").strip() if notes.is_file() else "")  # fmt: skip
@@ -125,17 +125,18 @@ def build(config: Config, known: dict, pictures: list[str] = (), model: str = "U
     metadata goes through YAML, and what users wrote is quoted in the body, so that it stays text.
     """
     embedded, sample, base = config.data.source in emoji.SETS, config.sample, known.get("base_model")
-    of_hub = [name for name in (config.data.source, base) if name and (name in known["of_hub"] if "of_hub" in known
-                                                                       else published(name))]  # fmt: skip
+    base_name, licence = (base or "").partition("@")[0], known.get("base_license")
+    on_hub = known["of_hub"].__contains__ if "of_hub" in known else published
+    of_hub = [name for name in (config.data.source, base_name) if on_hub(name)]
     shown = [i for i in range(len(sample.prompts)) if f"prompt-{i}.png" in pictures]
     data = ModelCardData(
-        license=known.get("base_license") or ("cc-by-4.0" if embedded and not base else "other"),
+        license=("other" if "," in licence else licence) if licence else "cc-by-4.0" if embedded and not base else "other",
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=TAGS,
         datasets=[config.data.source] if config.data.source in of_hub else None,
-        base_model=base if base in of_hub else None,
-        base_model_relation=known["base_model_relation"] if base in of_hub else None,
+        base_model=base_name if base_name in of_hub else None,
+        base_model_relation=known["base_model_relation"] if base_name in of_hub else None,
         widget=[{"text": sample.prompts[i], "output": {"url": f"{IMAGES}/prompt-{i}.png"}} for i in shown] or None,
         model_name=config.name,
         eval_results=results(config, metrics or {}) or None,

@@ -153,7 +153,7 @@ def drawings(folder: Path, model: str, steps: int, what: str, w: float, seed: in
 def identity(pipe: TextToImagePipeline, bank: Bank) -> str:
     """What drawings of a bank's captions depend on beside the call: the pipeline's networks and settings, and the captions."""
     networks = {name: data.encoder_digest(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-    process = sorted((name, str(value)) for name, value in pipe.scheduler.config.items())
+    process = sorted((name, str(value)) for name, value in pipe.scheduler.config.items() if not name.startswith("_"))
     drawn_by = digest(sorted(networks.items()), type(pipe.scheduler).__name__, process, pipe.config.caption_length)
     return f"{drawn_by[:8]}-{digest(bank.captions)[:8]}"
 

@@ -33,8 +33,7 @@ def interval(w: Real | Sequence[Real] | Tensor, lo: float, hi: float) -> Callabl
     """
     if not 0 <= lo <= hi <= 1:
         raise InputError(f"interval got the noise levels lo={lo}, hi={hi}, expected 0 <= lo <= hi <= 1: swap or clip them")
-    none = [0.0] * len(w) if isinstance(w, Sequence) or (isinstance(w, Tensor) and w.ndim) else 0.0
-    return lambda level: w if lo <= level <= hi else none
+    return lambda level: w if lo <= level <= hi else 0.0
 
 
 def weights(w: Weight, prompts: int, level: float | None = None, name: str = "w") -> Tensor:

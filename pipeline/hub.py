@@ -143,25 +143,24 @@ def commit(api: HfApi, folder: Path, repo: str, kind: str, message: str) -> str:
 def patiently(request: Callable):
     """What a request to the Hub returns, made again where no answer came, the Hub is busy or somebody has just committed.
 
-    A commit whose answer was lost is not made twice: every try asks anew what is there already. What the client raises where a
-    file does not get through, RuntimeError and OSError, comes as the answer that it had, or as ConnectionError.
+    A commit whose answer was lost is not made twice: every try asks anew what is there already. Where a file does not get
+    through the client raises RuntimeError, which comes as the answer that it had, or as ConnectionError.
     """
     for wait in (*WAITS, None):
         try:
             return request()
-        except (LocalTokenNotFoundError, PermissionError, FileNotFoundError):
-            raise
-        except (HTTPError, OSError, RuntimeError) as error:
-            cause = error if isinstance(error, HTTPError) else error.__cause__
+        except (HTTPError, ConnectionError, TimeoutError, RuntimeError) as error:
+            cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
             answer = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
             if wait is None or not (answer is None or answer in (408, 412, 429) or answer >= 500):
-                raise cause if isinstance(cause, HTTPError) else ConnectionError(one_line(error)) from error
+                raise cause if isinstance(cause, HTTPError) else ConnectionError(one_line(cause)) from error
             time.sleep(wait)
 
 
 def shareable(base: str, of_hub: list[str] | None = None) -> None:
     """HubError where nobody else could load an adapter's base, a folder of this machine; of_hub: what was the Hub's."""
-    if not (card.published(base) if of_hub is None else base in of_hub):
+    name = base.partition("@")[0]
+    if not (card.published(name) if of_hub is None else name in of_hub):
         raise HubError(f"the adapter is one of {base}, expected one of a model of the Hub, which whoever gets it has: push that "
                        "model, then the adapter by `python -m pipeline.hub push` with --base USER/NAME")  # fmt: skip
 

@@ -154,7 +154,7 @@ class Layout:
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
             if not api.file_exists(repo_id, "README.md"):
-                plain_card(repo_id, self.is_stable_diffusion()).save(Path(folder) / "README.md")
+                plain_card(repo_id, self.is_stable_diffusion(), variant).save(Path(folder) / "README.md")
             return api.create_commit(repo_id, additions(Path(folder)), create_pr=create_pr,
                                      commit_message=commit_message or f"Upload {type(self).__name__}")  # fmt: skip
 
@@ -209,15 +209,17 @@ def additions(folder: Path) -> list[CommitOperationAdd]:
     return [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in sorted(folder.rglob("*")) if path.is_file()]
 
 
-def plain_card(repo_id: str, stock: bool) -> ModelCard:
+def plain_card(repo_id: str, stock: bool, variant: str | None = None) -> ModelCard:
     """A model card that says no more than how to load the repository."""
     data = ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=TAGS)
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {repo_id.rpartition('/')[2]}\n\n{loading(repo_id, stock)}")
+    use = loading(repo_id, stock, variant=variant)
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {repo_id.rpartition('/')[2]}\n\n{use}")
 
 
-def loading(model: str, stock: bool, prompt: str = "red heart", w: float = 2.0) -> str:
+def loading(model: str, stock: bool, prompt: str = "red heart", w: float = 2.0, variant: str | None = None) -> str:
     """How a process without this package draws with a saved model, a folder or a repository, as Markdown.
 
-    stock: whether its index is Stable Diffusion's.
+    stock: whether its index is Stable Diffusion's. variant: of its weights, such as fp16; None are plain ones.
     """
-    return (LOADING_STOCK if stock else LOADING).format(model=model, prompt=prompt, w=w, s=1 + w)
+    text = (LOADING_STOCK if stock else LOADING).format(model=model, prompt=prompt, w=w, s=1 + w)
+    return text if variant is None else text.replace("use_safetensors=True)", f"use_safetensors=True, variant={variant!r})")

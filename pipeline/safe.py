@@ -69,17 +69,19 @@ def download(model: str, variant: str | None = None, **options) -> Path:
     except VariantError:
         raise
     except ModelError:
-        with told(model):  # what was left out may be the reason
-            names = [file.rfilename for file in HfApi().model_info(repo, revision=pinned["revision"]).siblings]
-        refuse_variants(repo, [name for name in names if name.split("/")[0] in parts])
+        with contextlib.suppress(OSError):  # what was left out may be the reason, if the Hub can be asked
+            info = HfApi(token=options.get("token")).model_info(repo, revision=pinned["revision"])
+            refuse_variants(repo, [file.rfilename for file in info.siblings])
         raise
     return folder
 
 
 def refuse_variants(model: str, names: list[str]) -> None:
-    """VariantError where, of some weights' file names, those of safetensors are all variants, such as fp16."""
-    found = [Path(name) for name in names if name.endswith(".safetensors")]
-    if found and all(path.match(VARIANTS) for path in found):
+    """VariantError where, of a model's file names, the safetensors of any component are all variants, such as fp16."""
+    for part in PARTS:
+        found = [Path(name) for name in names if name.startswith(f"{part}/") and name.endswith(".safetensors")]
+        if not found or not all(path.match(VARIANTS) for path in found):
+            continue
         kind = found[0].stem.rpartition(".")[2].partition("-")[0]
         raise VariantError(f"{model} has its weights as {kind} alone, expected plain ones: TextToImagePipeline.from_pretrained("
                            f"{model!r}, variant={kind!r}) loads it, and its save_pretrained makes a folder that loads everywhere")
@@ -112,6 +114,7 @@ def revision_of(model: str, token: str | None = None) -> tuple[str, str, bool]:
         names = [file.rfilename for file in info.siblings]
         if INDEX in names or ADAPTER not in names:
             own(read(Path(hf_hub_download(found[0], INDEX, revision=info.sha, token=token))))
+            refuse_variants(found[0], names)
     return found[0], info.sha, bool(info.private or info.gated)
 
 
@@ -175,8 +178,8 @@ def refuse_pickles(folder: Path, index: dict, name: str | None = None, variant: 
     if unsafe := [part for part in networks if not any((folder / part).glob("*.safetensors"))]:
         raise ModelError(f"{name or folder} cannot be loaded: its {' and '.join(unsafe)} has no safetensors, expected them, "
                          "since a pickle may run code: have it saved again with safe_serialization=True")  # fmt: skip
-    for part in networks if variant is None else ():
-        refuse_variants(name or str(folder), [path.name for path in (folder / part).glob("*.safetensors")])
+    if variant is None:
+        refuse_variants(name or str(folder), [f"{path.parent.name}/{path.name}" for path in folder.glob("*/*.safetensors")])
 
 
 @contextlib.contextmanager

@@ -142,8 +142,8 @@ def walked(pipe: TextToImagePipeline, prompts: list[str], n: int, verifier: Veri
 
     seeds: P n, one a path. `batch` paths are judged at once.
     """
-    name, memory = type(pipe.scheduler).__name__, pipe.scheduler.order > 1 or hasattr(pipe.scheduler, "derivatives")
-    if memory:  # of the steps before, by row
+    name = type(pipe.scheduler).__name__
+    if getattr(pipe.scheduler, "order", 1) > 1 or hasattr(pipe.scheduler, "derivatives"):  # of the steps before, by row
         raise InputError(f"{name} remembers the steps before, expected a scheduler without memory for method paths: use random")
     per_step, rows = calls_of_steps(pipe, call["w"], call["num_inference_steps"]), [one for one in prompts for _ in range(n)]
     generators, steps, calls = [torch.Generator().manual_seed(s) for s in seeds], len(per_step), 0

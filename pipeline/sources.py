@@ -5,6 +5,7 @@ good row) and metadata (JSON).
 """
 
 import csv
+import errno
 import functools
 import hashlib
 import json
@@ -42,6 +43,10 @@ FEATURES = datasets.Features({
 
 class DataError(ValueError):
     """Data that cannot be trained on, with what was found and what to do."""
+
+
+class Unavailable(OSError):
+    """A file that will not be had, however often it is asked for."""
 
 
 class BrokenRow(ValueError):
@@ -135,7 +140,7 @@ def same(row: dict, number: int) -> dict:
 
 
 def content(image: dict) -> bytes:
-    """The file of an image, wherever it is; of NETWORK where a network may have it later, any other OSError where it will not."""
+    """The file of an image, wherever it is; ConnectionError where a network may have it later, Unavailable where it will not."""
     if image["bytes"] is not None:
         return image["bytes"]
     if "://" not in image["path"]:
@@ -145,10 +150,11 @@ def content(image: dict) -> bytes:
             return file.read()
     except (FileNotFoundError, *NETWORK):
         raise
-    except Exception as error:  # every file system has errors of its own; those of aiohttp have the answer's status
+    except Exception as error:  # every file system has errors of its own; some of aiohttp's have the answer's status
         answer = getattr(error, "status", None)
-        for_good = isinstance(error, ImportError | PermissionError | ValueError) or (answer is not None and answer not in BUSY)
-        raise (OSError if for_good else ConnectionError)(one_line(error)) from error
+        broke_off = type(error).__module__.startswith("aiohttp") or (isinstance(error, OSError) and error.errno != errno.EACCES)
+        later = broke_off if answer is None else answer in BUSY
+        raise (ConnectionError if later else Unavailable)(one_line(error)) from error
 
 
 def content_now(image: dict) -> bytes:
@@ -160,16 +166,14 @@ def content_now(image: dict) -> bytes:
 
 
 def fetched(row: dict) -> dict:
-    """A row whose image's file is read; one that cannot be read, while the network works, is the row's problem."""
+    """A row whose image's file is read; one that is not there, or not for us, is the row's problem."""
     if row["problem"] or row["image"]["bytes"] is not None:
         return row
     try:
         return row | {"image": row["image"] | {"bytes": content(row["image"])}}
     except FileNotFoundError as error:
         return row | {"image": None, "problem": f"its file does not exist: {one_line(error)}"}
-    except NETWORK:
-        raise
-    except OSError as error:
+    except (PermissionError, IsADirectoryError, Unavailable) as error:
         return row | {"image": None, "problem": f"{UNREAD}: {one_line(error)}"}
 
 
@@ -180,7 +184,7 @@ def open_rows(config: DataConfig, split: str) -> Rows:
     """The rows of one split of `config.source`: a folder of images, a table on disk, or a data set of the Hub."""
     source = Path(config.source)
     local = source.exists()
-    if not (is_table(source) if local else HUB_ID.fullmatch(config.source)):
+    if not (is_table(source, split) if local else HUB_ID.fullmatch(config.source)):
         unused = [name for name in ("subset", "revision", "image_column") if getattr(config, name) is not None]
         if config.streaming or unused:
             names = " and ".join(f"data.{name}" for name in unused or ["streaming"])
@@ -193,16 +197,18 @@ def open_rows(config: DataConfig, split: str) -> Rows:
     return table(config, split)
 
 
-def is_table(source: Path) -> bool:
-    """Is this a parquet or WebDataset file, or a folder of them, with no more pictures beside them than there are tables?
+def is_table(source: Path, split: str) -> bool:
+    """Is this a parquet or WebDataset file, or a folder of them?
 
-    A folder of pictures that a metadata.parquet lists is one of `datasets`.
+    It is no such folder where a listing of pictures lies in it, or its split's own folder holds pictures and no table.
     """
     if source.is_file():
         return source.suffix.lower() in TABLES
-    found = [path for pattern in ("*", "*/*") for path in source.glob(pattern)]
-    tables, pictures = (sum(path.suffix.lower() in kinds for path in found) for kinds in (TABLES, SUFFIXES))
-    return tables > 0 and (tables >= pictures or any(path.name == "metadata.parquet" for path in found))
+    kinds = lambda folder, *patterns: {path.suffix.lower() for pattern in patterns for path in folder.glob(pattern)}
+    listed = any((folder / name).is_file() for folder in (source, source / split) for name in LISTINGS)
+    inside = kinds(source / split, "*")
+    pictured = bool(inside & SUFFIXES) and not inside & TABLES.keys()
+    return bool(kinds(source, "*", "*/*") & TABLES.keys()) and not (listed or pictured)
 
 
 # ---- image folders

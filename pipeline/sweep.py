@@ -117,7 +117,8 @@ def sweep(folder: Path, words: list[str], w: list[float] | None, seed: int, on: 
 
     rows = torch.linspace(0, len(bank.captions) - 1, min(on, len(bank.captions))).long()
     if len(rows) < LEAST:
-        raise EvaluationError(f"--on is {on} of {len(bank.captions)} captions, expected {LEAST} or more: leave it out")
+        raise EvaluationError(f"{len(rows)} captions would be drawn, --on {on} of {len(bank.captions)}, expected {LEAST} or more "
+                              "for the error of a KID: leave --on out")  # fmt: skip
     prompts, what = [bank.captions[i] for i in rows], "all" if len(rows) == len(bank.captions) else f"sweep{len(rows)}"
     unets = {"averaged": pipe.unet}
     if any(point.weights == "raw" for point in points):

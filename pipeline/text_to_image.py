@@ -14,7 +14,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
-from diffusers.utils import logging, scale_lora_layers, unscale_lora_layers
+from diffusers.utils import USE_PEFT_BACKEND, logging, scale_lora_layers, unscale_lora_layers
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -325,7 +325,8 @@ class TextToImagePipeline(Layout, DiffusionPipeline, StableDiffusionLoraLoaderMi
 
     def _caption_length(self, captions: list[str], other: int | None = None) -> int:
         """L, having warned of every caption that is longer; `other`: that of the states that go with these, if any."""
-        length = self.config.caption_length or other or self.tokenizer.model_max_length
+        most = self.tokenizer.model_max_length
+        length = self.config.caption_length or min(other or most, most)
         if length > 2**20:
             raise InputError("caption_length is None and the tokenizer names no length either: build the pipeline with one")
         room = length - self.tokenizer.num_special_tokens_to_add()
@@ -382,7 +383,7 @@ class TextToImagePipeline(Layout, DiffusionPipeline, StableDiffusionLoraLoaderMi
                 raise InputError(f"{type(scheduler).__name__} takes no timesteps, expected none: pass num_inference_steps")
             scheduler.set_timesteps(timesteps=timesteps, device=device)
             return scheduler
-        T = len(scheduler)
+        T = len(scheduler) if hasattr(scheduler, "__len__") else scheduler.config.num_train_timesteps
         if not whole(n) or not 1 <= n <= T:
             raise InputError(f"num_inference_steps is {n!r}, expected a whole number from 1 to {T}: 50 is a good start")
         scheduler.set_timesteps(n, device=device)
@@ -447,7 +448,7 @@ def generators(B: int, seed: int | None, generator: Generator | list[Generator] 
 @contextlib.contextmanager
 def scaled(encoder: PreTrainedModel | None, scale: float | None) -> Iterator[None]:
     """A text encoder whose LoRA layers count `scale` as much, as Stable Diffusion's pipeline scales them."""
-    if encoder is None or scale is None:
+    if encoder is None or scale is None or not USE_PEFT_BACKEND:
         yield
         return
     scale_lora_layers(encoder, scale)

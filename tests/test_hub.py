@@ -346,7 +346,10 @@ def test_a_push_has_the_variant_and_the_shards_that_were_saved(world, owner):
     kept = {path.relative_to(owner.cwd / "shards").as_posix() for path in (owner.cwd / "shards").rglob("*") if path.is_file()}
     assert kept == world.files("models", "tester/shards").keys() - {"README.md"}
     assert len([name for name in kept if name.startswith("unet/") and ".fp16" in name and name.endswith(".safetensors")]) > 1
-    assert "unet/diffusion_pytorch_model.fp16.safetensors" in world.files("models", "tester/variant")
+    files = world.files("models", "tester/variant")
+    assert "unet/diffusion_pytorch_model.fp16.safetensors" in files
+    assert files["README.md"].count(b"use_safetensors=True, variant='fp16')") == 2
+    assert "as fp16 alone" in refused(owner, "hub.space('tester/broken', 'tester/variant')")
     assert "a pickle may run code" in refused(owner, "pipe.push_to_hub('tester/variant', safe_serialization=False)")
 
 
@@ -414,6 +417,7 @@ def test_an_adapter_of_a_folder_is_pushed_with_the_name_that_its_base_has_on_the
     local = Config(model=ModelConfig(pretrained=str(tmp_path)), train=TrainConfig(method="lora"), hub=HubConfig("tester/x"))
     with pytest.raises(hub.HubError, match=f"the adapter is one of {tmp_path}"):
         hub.check(local)
+    hub.shareable("a/b@v1"), hub.shareable("a/b@v1", ["a/b"])
     with pytest.raises(hub.HubError, match="is no run of an adapter, got --base a/b: leave it out"):
         hub.assemble(place / "runs" / "tiny", tmp_path / "new", "tester/x", "a/b")
 
@@ -438,6 +442,9 @@ def test_a_card_of_somebody_else_that_is_damaged_ends_nothing(readme, licence, t
     if readme is not None:
         (tmp_path / "README.md").write_text(readme)
     assert card.license_of(str(tmp_path)) == licence
+    made = card.build(Config(), card.facts("", 1.0, base_model="a/b@v1", base_license=licence))
+    assert made.data.license == {"mit": "mit"}.get(licence, "other") and made.data.base_model == "a/b"
+    assert f"it: {f'`{licence}`' if licence else 'see'}" in made.text.replace("for them", "it")
 
 
 def test_an_adapter_of_what_is_on_another_machine_is_refused(tmp_path):
@@ -605,6 +612,7 @@ def test_a_file_that_does_not_get_through_is_one_sentence_with_the_command(world
 
 @pytest.mark.parametrize(("error", "words"), [
     (RuntimeError("Xet: connection reset"), r"got no answer \(ConnectionError: Xet: connection reset\), expected the Hub's"),
+    (OSError("No space left"), r"failed \(No space left\), expected leave to read and to send"),
     (PermissionError("Xet: token expired"), r"failed \(Xet: token expired\), expected leave to read and to send")])  # fmt: skip
 def test_what_xet_raises_is_told_too(error, words, monkeypatch):
     """Its transfers need a service that no test has; its errors are RuntimeError and OSError."""

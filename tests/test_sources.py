@@ -120,9 +120,14 @@ def test_a_table_among_pictures_does_not_make_a_table_of_their_folder(load, tmp_
         (tmp_path / "set" / "train" / f"{i}.png").write_bytes(png(i))
     write(tmp_path / "set" / "all.parquet", squares(5, 9))
     assert reds(load(tmp_path / "set")) == [0, 1, 2]
-    write(tmp_path / "table" / "train.parquet", squares(5, 9))
-    (tmp_path / "table" / "preview.png").write_bytes(png())
+    write(tmp_path / "table" / "data" / "train.parquet", squares(5, 9))
+    for name in ("a.png", "assets/b.png", "assets/c.png"):
+        (tmp_path / "table" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "table" / name).write_bytes(png())
     assert reds(load(tmp_path / "table")) == [5, 6, 7, 8]
+    (tmp_path / "set" / "train" / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "one"}')
+    write(tmp_path / "set" / "train" / "train.parquet", squares(5, 9))
+    assert reds(load(tmp_path / "set")) == [1]
 
 
 @pytest.mark.parametrize(("settings", "says"), [
@@ -339,7 +344,8 @@ class Answer(Exception):
 
 
 @pytest.mark.parametrize(("error", "problem"), [
-    (Answer(403), "its file cannot be read: the answer is 403"), (Answer(503), None), (Answer(), None),
+    (Answer(403), "its file cannot be read: the answer is 403"), (Answer(503), None), (OSError(104, "reset"), None),
+    (EOFError("cut short"), "its file cannot be read: cut short"), (OSError(13, "no"), "its file cannot be read: [Errno 13] no"),
     (FileNotFoundError("gone"), "its file does not exist: gone"), (ConnectionError("down"), None),
     (ImportError("install aiohttp"), "its file cannot be read: install aiohttp")])  # fmt: skip
 def test_a_file_that_will_never_come_is_its_rows_problem_and_a_network_that_fails_is_not(error, problem, monkeypatch):

@@ -109,7 +109,7 @@ def test_a_sweep_that_cannot_be_read_is_refused(words):
     (["--sweep", "interval=0.3:0.9"], "at w = 0 there is none"),
     (["--sweep", "weights=raw"], "holds no checkpoint of a network"),
     (["--sweep", "w=1", "--w", "0", "1"], "expected one number that the sweep starts from"),
-    (["--sweep", "w=0,1", "--on", "3"], "--on is 3 of "),
+    (["--sweep", "w=0,1", "--on", "3"], "3 captions would be drawn, --on 3 of 28, expected 4 or more"),
     (["--sweep", "steps=2000"], "expected a whole number from 1 to 1000")])  # fmt: skip
 def test_a_sweep_that_cannot_be_drawn_is_refused_before_it_begins(run, calls, capsys, arguments, message):
     assert evaluation.main([str(run), *arguments]) == 2

@@ -373,6 +373,8 @@ def test_states_of_another_length_than_the_tokenizers_draw_as_in_stable_diffusio
     for embeds, scale in ((states, 3.0), (states.repeat(1, 3, 1), 1.0)):
         close(*(p(prompt_embeds=embeds, guidance_scale=scale, num_inference_steps=STEPS, output_type="np",
                   generator=torch.Generator().manual_seed(0)).images for p in (theirs, ours)))  # fmt: skip
+    with pytest.raises(InputError, match=r"negative_prompt_embeds is \(1, 8, 16\), expected the shape of .*, \(1, 15, 16\)"):
+        ours(prompt_embeds=states.repeat(1, 3, 1), guidance_scale=3.0)
 
 
 def test_lora_layers_of_the_text_encoder_are_scaled_with_the_networks():
