@@ -60,7 +60,7 @@ MUTANTS = [
     (LOSSES, "variance_hat + ratio - 1 - ratio.log()", "variance_hat", "test_losses.py::test_step_is_torch_s_own_gaussian_divergence"),
     (GUIDANCE, "return eps_c + w * (eps_c - eps_u)", "return eps_u + w * (eps_c - eps_u)",
      "test_guidance.py::test_guidance_is_the_lectures_combination"),
-    (GUIDANCE, "w if lo <= level <= hi else 0.0", "w if lo <= level else none", "test_guidance.py::test_interval_guides_inside_only"),
+    (GUIDANCE, "w if lo <= level <= hi else 0.0", "w if lo <= level else 0.0", "test_guidance.py::test_interval_guides_inside_only"),
     (DATA, 'return uniform(seed, step, slots, "dropout") >= p', 'return uniform(seed, step, slots, "dropout") > 1 - p',
      "test_data.py::test_dropout_is_exactly_p"),
     (DATA, 'f"{what} {seed} {step} {slot}"', 'f"{what} {seed} {slot}"', "test_data.py::test_seed_step_slot_and_purpose_each_give_another_stream"),
