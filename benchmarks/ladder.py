@@ -223,7 +223,8 @@ def precision() -> str:
 def row(rung: str, change: str, found: list[dict], minutes: float) -> list[str]:
     """A rung's line: its seeds, every seed's minutes, means with the least and the greatest."""
     over = lambda key: [one[key] for one in found if one[key] is not None]
-    shown = lambda values: f"{mean(values):.0%} ({min(values):.0%} to {max(values):.0%})" if values else "-"
+    spread = lambda values: f" ({min(values):.0%} to {max(values):.0%})" if len(values) > 1 else ""
+    shown = lambda values: f"{mean(values):.0%}{spread(values)}" if values else "-"
     taken = [f"{one['minutes']:.1f}" if one["minutes"] is not None else f"not in {minutes:g}" for one in found]
     seeds = ", ".join(str(one["seed"]) for one in found)
     clock = ", ".join(f"{one['taken']:.0f}" if "taken" in one else "?" for one in found)
@@ -271,7 +272,8 @@ def main(argv: list[str] | None = None) -> None:
         goals = [target(f"{ours[-1]}'s first five over {best}'s", rate(ours[-1]) / max(rate(best), 1 / args.captions), 2)]
     said = (f"Each run has as many steps as fit in {args.minutes:g} minutes by one timed step, the peer as fit by the clock; "
             f"{CONFIG}'s data; {args.captions} training captions in "
-            f"{args.steps} steps, w = 1, averaged weights, {precision()}. A row of one or two seeds is a lead. What encoding "
+            f"{args.steps} steps, w = 1, averaged weights, {precision()}. A row of one or two seeds is a lead. A row's "
+            "change comes on top of those of all rungs before it, measured or not, bf16 where the machine has it. What encoding "
             "anew at every step costs is in the section on training.")  # fmt: skip
     bench.publish(args, __file__, bench.command_line(argv), "Ladder", said, table(head, lines), "\n".join(goals))
 
