@@ -332,7 +332,7 @@ MUTANTS = [
     (HUB, "    safe.refuse_pickles(folder, safe.own(raw))\n", "", "test_hub.py::test_a_model_whose_weights_are_missing_or_pickled_is_not_pushed"),
     (HUB, "cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error", "cause = error",
      "test_hub.py::test_a_file_that_does_not_get_through_is_one_sentence_with_the_command"),
-    (HUB, "name in of_hub)", "True)", "test_hub.py::test_an_adapter_of_a_folder_is_pushed_with_the_name_that_its_base_has_on_the_hub"),
+    (HUB, "name in of_hub)", "True)", "test_hub.py::test_an_adapter_of_a_folder_is_pushed_with_the_name_of_its_base_on_the_hub"),
     (CARD, 'if "of_hub" in known', "if False", "test_hub.py::test_a_folder_that_is_gone_does_not_become_a_name_of_the_hub"),
     (SAFE, "    if variant is None:\n        refuse_variants", "    if False:\n        refuse_variants", "test_hub.py::test_a_variant_alone_is_said_to_be_one"),
     (SERVING, "not self.run.finished and", "not self.run.drawable and", "test_train.py::test_a_page_follows_a_run_that_is_trained_on"),

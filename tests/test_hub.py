@@ -325,16 +325,23 @@ def test_a_model_of_the_hub_is_drawn_with_by_its_name_alone(owner, pushed, expec
     owner(f"assert type(TextToImagePipeline.from_pretrained({pushed!r}).vae).__module__ == 'pipeline.patches'")
 
 
-def test_a_variant_is_downloaded_where_it_is_asked_for(world, owner, place):
+@pytest.fixture(scope="module")
+def half(world, place):
+    """A model of the Hub whose weights are fp16 alone."""
     folder = place / "half"
     tiny_pipeline(w=1.0).save_pretrained(folder, variant="fp16")
     files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     world.add("tester/half", files)
+    return "tester/half"
+
+
+def test_a_variant_is_downloaded_where_it_is_asked_for(owner, half):
     owner("pipe = TextToImagePipeline.from_pretrained('tester/half', variant='fp16', use_safetensors=True)\n"
           "assert pipe('cat', seed=0, num_inference_steps=2, output_type='np').images.shape == (1, 8, 8, 3)")  # fmt: skip
 
 
-def test_a_variant_alone_is_said_to_be_one(world, owner):
+def test_a_variant_alone_is_said_to_be_one(owner, half, place):
+    assert "half has its weights as fp16 alone" in refused(owner, f"hub.load({str(place / 'half')!r})")
     said = refused(owner, "hub.load('tester/half')")
     assert "tester/half has its weights as fp16 alone" in said and "variance" not in said, said
     assert "from_pretrained('tester/half', variant='fp16') loads it" in said
@@ -374,7 +381,9 @@ def test_no_code_of_a_model_is_downloaded_or_run(world, owner, pushed, place):
     assert "choose another" in owner("assert hub.main(['pull', 'mallory/same', 'pulled']) == 1")
 
 
-def test_an_adapter_is_pushed_alone_and_drawn_with_on_its_base(world, owner, pushed, place, expected):
+@pytest.fixture(scope="module")
+def adapter(pushed, place):
+    """The run of an adapter of the pushed model."""
     run = Run(place / "runs" / "adapter")
     run.create()
     config = Config(name="adapter", output=str(place / "runs"), data=DataConfig("emoji-small", resolution=16),
@@ -387,7 +396,11 @@ def test_an_adapter_is_pushed_alone_and_drawn_with_on_its_base(world, owner, pus
             weight.normal_(generator=torch.Generator().manual_seed(weight.numel()))
     models.save_adapter(network, run.adapter)
     card.describe(config, run, pipe, SimpleNamespace(report="425 images"), 60.0, base_model=pushed, base_model_relation="adapter")
-    assert owner(f"print(hub.main(['push', {str(run.folder)!r}, 'tester/adapter']))").endswith("tester/adapter\n0\n")
+    return run
+
+
+def test_an_adapter_is_pushed_alone_and_drawn_with_on_its_base(world, owner, pushed, adapter, expected):
+    assert owner(f"print(hub.main(['push', {str(adapter.folder)!r}, 'tester/adapter']))").endswith("tester/adapter\n0\n")
     files = world.files("models", "tester/adapter")
     assert set(files) >= {"pytorch_lora_weights.safetensors", "README.md", "training_config.yaml"}
     assert not [name for name in files if name.endswith(".py") or name.startswith("unet/")]
@@ -400,9 +413,9 @@ def test_an_adapter_is_pushed_alone_and_drawn_with_on_its_base(world, owner, pus
     assert np.abs(with_it - expected).max() > 1e-2
 
 
-def test_an_adapter_of_a_folder_is_pushed_with_the_name_that_its_base_has_on_the_hub(world, owner, pushed, place, tmp_path):
-    run = Run(place / "runs" / "local")
-    shutil.copytree(place / "runs" / "adapter", run.folder)
+def test_an_adapter_of_a_folder_is_pushed_with_the_name_of_its_base_on_the_hub(world, owner, pushed, adapter, run, tmp_path):
+    whole, run = run, Run(adapter.folder.with_name("local"))
+    shutil.copytree(adapter.folder, run.folder)
     config = load_file(run.config)
     run.config.write_text(card.on_base(config, "pretrained/emoji").to_yaml())
     known = json.loads((run.folder / card.FACTS).read_text()) | {"base_model": "pretrained/emoji", "of_hub": []}
@@ -419,7 +432,7 @@ def test_an_adapter_of_a_folder_is_pushed_with_the_name_that_its_base_has_on_the
         hub.check(local)
     hub.shareable("a/b@v1"), hub.shareable("a/b@v1", ["a/b"])
     with pytest.raises(hub.HubError, match="is no run of an adapter, got --base a/b: leave it out"):
-        hub.assemble(place / "runs" / "tiny", tmp_path / "new", "tester/x", "a/b")
+        hub.assemble(whole.folder, tmp_path / "new", "tester/x", "a/b")
 
 
 def test_a_folder_that_is_gone_does_not_become_a_name_of_the_hub(run, tmp_path, monkeypatch):
