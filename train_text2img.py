@@ -375,11 +375,12 @@ def keep_freed_memory() -> None:
 def resume_point(run: runs.Run, config: Config) -> Path | None:
     """The checkpoint to go on from, None for a new run; RunError where settings changed, or what lies there would be lost."""
     checkpoint = run.newest()
-    if checkpoint is None and (run.drawable or (run.card.is_file() and not (run.folder / card.FACTS).is_file())):
-        held = "a model, and no checkpoint to go on from" if run.drawable else f"a {run.card.name} that no run has written"
-        raise runs.RunError(f"{run.folder} holds {held}, expected a new folder or a run's: give the new run another --name, or "
-                            "move the folder away")  # fmt: skip
     if checkpoint is None:
+        foreign = run.card.is_file() and not (run.folder / card.FACTS).is_file()
+        if run.drawable or foreign:
+            held = "a model, and no checkpoint to go on from" if run.drawable else f"a {run.card.name} that no run has written"
+            raise runs.RunError(f"{run.folder} holds {held}, expected a new folder or a run's: give the new run another --name, "
+                                "or move the folder away")  # fmt: skip
         return None
     try:
         before = settings.load_file(run.config)

@@ -93,7 +93,7 @@ def measure(judge: Judge, bank: Bank, images: Tensor, rows: Tensor, threshold: f
     if held.any():
         found["held_out"] = summary(ranks[held]) | {"copies": copy_rate(images[held], bank.train, threshold)}
         found["grids"] = {name: where(some) for name, some in bank.grids().items()}
-    if len(rows) >= 4:
+    if len(rows) >= measures.LEAST:
         found["distances"] = {NAME: {"kid": measures.kid(bank.features[bank.own[rows]], features)}}
     return found | {"seam_ratio": measures.seam_ratio(images, patch) / measures.seam_ratio(bank.images, patch)}
 

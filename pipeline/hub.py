@@ -140,6 +140,11 @@ def commit(api: HfApi, folder: Path, repo: str, kind: str, message: str) -> str:
     return f"{api.endpoint}/{'spaces/' if kind == 'space' else ''}{repo}"
 
 
+def busy(answer: int) -> bool:
+    """Whether the Hub, which gave this answer, may give another one later."""
+    return answer in (408, 412, 429) or answer >= 500
+
+
 def patiently(request: Callable):
     """What a request to the Hub returns, made again where no answer came, the Hub is busy or somebody has just committed.
 
@@ -152,7 +157,7 @@ def patiently(request: Callable):
         except (HTTPError, ConnectionError, TimeoutError, RuntimeError) as error:
             cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
             answer = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
-            if wait is None or not (answer is None or answer in (408, 412, 429) or answer >= 500):
+            if wait is None or not (answer is None or busy(answer)):
                 raise cause if isinstance(cause, HTTPError) else ConnectionError(one_line(cause)) from error
             time.sleep(wait)
 
@@ -175,8 +180,11 @@ def assemble(source: str | Path, target: Path, repo: str, base: str | None = Non
         raise HubError(f"{source} is no run of an adapter, got --base {base}: leave it out")
     if run.adapted:
         folder, stock = run.adapter, False
-        known = safe.read(run.folder / card.FACTS) if (run.folder / card.FACTS).is_file() else {}
-        shareable(*([base] if base else [load_file(run.config).model.pretrained, known.get("of_hub")]))
+        if base is None:
+            known = safe.read(run.folder / card.FACTS) if (run.folder / card.FACTS).is_file() else {}
+            shareable(load_file(run.config).model.pretrained, known.get("of_hub"))
+        else:
+            shareable(base)
         for path in folder.glob("*.safetensors"):
             (target / path.name).symlink_to(path.resolve())
     else:
@@ -305,8 +313,8 @@ def told(what: str, repo_id: str, cure: str = "") -> Iterator[None]:
         reasons = {401: "there is no valid token: `hf auth login`, or set HF_TOKEN",
                    403: f"this account may not write to {repo_id}: name a repository of your own, with a token that may write",
                    404: f"there is no {repo_id}: check its name"}  # fmt: skip
-        busy = status in (408, 412, 429) or status >= 500
-        reason = reasons.get(status, "the Hub is busy: try again later" if busy else "the Hub will not have it: see what it says")
+        other = "the Hub is busy: try again later" if busy(status) else "the Hub will not have it: see what it says"
+        reason = reasons.get(status, other)
         says = f" ({' '.join(error.server_message.split())[:200]})" if error.server_message else ""
         raise HubError(f"{what} {repo_id} got the answer {status}, expected 200: {reason}{says}{cure}") from error
     except (HTTPError, ConnectionError) as error:

@@ -21,6 +21,7 @@ from pipeline import losses
 from pipeline.patches import PatchAutoencoder
 from pipeline.scheduler import DDPMScheduler
 
+LEAST = 4  # rows of a distance, whose error is read from halves
 HALVES = 50  # random halves that an error is read from
 RESAMPLES = 1000  # of a bootstrap
 FILES = {"png": {"format": "PNG", "optimize": True}, "webp": {"format": "WEBP", "lossless": True, "quality": 100, "method": 6}}
@@ -161,9 +162,9 @@ def inception() -> nn.Module:
 
 def equally_many(real: Tensor, drawn: Tensor) -> int:
     """N of two feature sets (N, D); EvaluationError unless it is the same, and 4 or more."""
-    if real.shape != drawn.shape or real.ndim != 2 or len(real) < 4:
+    if real.shape != drawn.shape or real.ndim != 2 or len(real) < LEAST:
         raise EvaluationError(f"features are {tuple(real.shape)} and {tuple(drawn.shape)}, expected twice the same (N, D) with "
-                              "N >= 4: distances of sets are compared at equal N only")  # fmt: skip
+                              f"N >= {LEAST}: distances of sets are compared at equal N only")  # fmt: skip
     return len(real)
 
 

@@ -20,7 +20,6 @@ from pipeline.run import Run
 from pipeline.scheduler import DDPMScheduler
 from pipeline.text_to_image import step_options
 
-LEAST = 4  # captions, for the interval of a KID
 ALWAYS = (0.0, 1.0)  # the guidance interval that is all noise levels
 WEIGHTS = ("averaged", "raw")  # the pipeline's, and those that the newest checkpoint trains on with
 
@@ -116,18 +115,18 @@ def sweep(folder: Path, words: list[str], w: list[float] | None, seed: int, on: 
     points = list(dict.fromkeys([base, *(point for curve in curves.values() for _, point in curve)]))
 
     rows = torch.linspace(0, len(bank.captions) - 1, min(on, len(bank.captions))).long()
-    if len(rows) < LEAST:
-        raise EvaluationError(f"{len(rows)} captions would be drawn, --on {on} of {len(bank.captions)}, expected {LEAST} or more "
-                              "for the error of a KID: leave --on out")  # fmt: skip
+    if len(rows) < measures.LEAST:
+        raise EvaluationError(f"{len(rows)} captions would be drawn, --on {on} of {len(bank.captions)}, expected "
+                              f"{measures.LEAST} or more for the error of a KID: leave --on out")  # fmt: skip
     prompts, what = [bank.captions[i] for i in rows], "all" if len(rows) == len(bank.captions) else f"sweep{len(rows)}"
     unets = {"averaged": pipe.unet}
     if any(point.weights == "raw" for point in points):
         unets["raw"] = raw(folder).to(pipe.device)
-    model, places, calls, found = evaluation.identity(pipe, bank), {}, {}, {}
+    drawn_by, places, calls, found = {}, {}, {}, {}
+    for name, pipe.unet in unets.items():
+        drawn_by[name] = evaluation.identity(pipe, bank)
     for point in points:
-        pipe.unet = unets[point.weights]
-        drawn_by = evaluation.identity(pipe, bank)
-        places[point] = evaluation.drawings(folder, drawn_by, point.steps, what + point.name, point.w, seed)
+        places[point] = evaluation.drawings(folder, drawn_by[point.weights], point.steps, what + point.name, point.w, seed)
         step_options(pipe.scheduler, None, point.eta)  # which refuses, before anything is drawn, what it does not take
         calls[point] = search.calls_of_sample(pipe, point.guidance, point.steps)
     left = sum(calls[point] * len(rows) for point in points if not places[point].is_file())
@@ -142,7 +141,7 @@ def sweep(folder: Path, words: list[str], w: list[float] | None, seed: int, on: 
               "curves": {knob: [{"at": at} | found[point] for at, point in some] for knob, some in curves.items()}}  # fmt: skip
     (folder / evaluation.IMAGES).mkdir(exist_ok=True)
     figure(result).savefig(folder / evaluation.IMAGES / "sweep.png", dpi=110)
-    return evaluation.record(folder, model, sweep=result)
+    return evaluation.record(folder, drawn_by["averaged"], sweep=result)
 
 
 def judged(network: judge.Judge, bank: evaluation.Bank, images: torch.Tensor, rows: torch.Tensor) -> dict:

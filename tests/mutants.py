@@ -297,7 +297,7 @@ MUTANTS = [
      "test_sweep.py::test_an_eta_that_the_scheduler_does_not_take_is_refused_before_anything_is_drawn"),
     (EVALUATION, "type(pipe.scheduler).__name__, process,", "", "test_evaluation.py::test_drawings_are_another_samplers_no_more"),
     (EVALUATION, 'f"free-{digest(free)[:8]}"', '"free"', "test_evaluation.py::test_drawings_are_another_samplers_no_more"),
-    (TRAIN, "if checkpoint is None and (run.drawable or", "if checkpoint is None and (False or",
+    (TRAIN, "if run.drawable or foreign:", "if foreign:",
      "test_train.py::test_what_lies_in_a_runs_folder_and_cannot_go_on_is_not_overwritten"),
     (TRAIN, "not (run.folder / card.FACTS).is_file()", "False",
      "test_train.py::test_what_lies_in_a_runs_folder_and_cannot_go_on_is_not_overwritten"),
@@ -339,6 +339,11 @@ MUTANTS = [
     (SERVING, 'if (above / "config.yaml").is_file())]', ")]", "test_serving.py::test_a_folder_above_is_not_taken_for_the_models_own"),
     (SERVING, "return copy.deepcopy(self.pipe.tokenizer)", "return self.pipe.tokenizer",
      "test_serving.py::test_tokens_are_counted_apart_from_what_is_being_drawn"),
+    (EVALUATION, ' if not name.startswith("_"))', ")", "test_evaluation.py::test_drawings_are_known_again_by_another_process"),
+    (PIPELINE, " or not USE_PEFT_BACKEND", "", "test_text_to_image.py::test_without_peft_there_is_nothing_to_scale"),
+    (TRAIN, "            run.log(step=step, **record)\n            trackers.log(step, record)\n        if main and not ended and",
+     "            with spared('x'):\n                run.log(step=step, **record)\n        if main and not ended and",
+     "test_train.py::test_a_disk_that_is_full_anywhere_is_one_sentence"),
     (SCHEDULER, "if rescale_betas_zero_snr and len(beta) < 2:", "if False:", "test_scheduler_conformance.py::test_what_step_cannot_use_is_refused"),
 ]  # fmt: skip
 

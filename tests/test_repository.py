@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import warnings
@@ -106,6 +107,20 @@ def test_every_link_of_the_documents_leads_to_a_file_and_a_heading_that_are_ther
             assert not anchor or anchor in {re.sub(r"[^\w -]", "", h).strip().lower().replace(" ", "-") for h in headings}, anchor
             links += 1
     assert links > 20
+
+
+@pytest.mark.parametrize(("version", "says"), [((3, 10, 9), "is Python 3.10.9, expected 3.11 or newer"), (None, "")])
+def test_an_old_python_is_told_before_anything_is_installed(version, says, tmp_path):
+    """A stand-in answers with its version and makes no environment."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    old = "" if version is None else f"import sys; sys.version_info, sys.version = {version}, {'.'.join(map(str, version))!r}; "
+    python = tmp_path / "python3"
+    asked, made = f'[ "$1" = -c ] && exec {sys.executable} -c "{old}$2"', "mkdir -p .venv/bin && touch .venv/bin/python"
+    python.write_text(f"#!/bin/sh\n{asked}\n{made}\n")
+    python.chmod(0o755)
+    done = subprocess.run(["make", "PYTHON=./python3", ".venv/bin/python"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode != 0, (tmp_path / ".venv").exists()) == ((True, False) if says else (False, True)), done.stderr
+    assert says in done.stderr
 
 
 def test_the_readmes_tree_and_contributing_name_every_module():

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 from tiny import WIDTH, WORDS, tiny_pipeline, tiny_text, tiny_unet
 
-from pipeline import data
+from pipeline import data, text_to_image
 from pipeline.captions import CaptionWhitening
 from pipeline.guidance import InputError, interval
 from pipeline.scheduler import DDPMScheduler
@@ -385,6 +385,14 @@ def test_lora_layers_of_the_text_encoder_are_scaled_with_the_networks():
     full, half = ([draw_jointly(p, cross_attention_kwargs={"scale": scale}) for p in (theirs, ours)] for scale in (1.0, 0.5))
     close(*full), close(*half)
     assert np.abs(full[1] - half[1]).max() > 1e-3 and np.array_equal(draw_jointly(ours), full[1])
+
+
+def test_without_peft_there_is_nothing_to_scale(monkeypatch):
+    """diffusers' own scaling imports it at once, for any scale."""
+    monkeypatch.setattr(text_to_image, "USE_PEFT_BACKEND", False)
+    monkeypatch.setattr(text_to_image, "scale_lora_layers", lambda *_: pytest.fail("peft would be imported"))
+    with text_to_image.scaled(tiny_text()[1], 1.0):
+        pass
 
 
 def test_given_states_of_the_empty_caption_wait_for_a_callback_that_guides():

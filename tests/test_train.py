@@ -393,9 +393,15 @@ def test_a_request_to_stop_ends_a_drawing_within_a_step(whole, tmp_path):
     assert len(calls) == 3 and not list(tmp_path.iterdir())
 
 
-def test_a_disk_that_is_full_anywhere_is_one_sentence(config, tmp_path, monkeypatch):
-    def full(self, **_record):
-        raise OSError(28, "No space left on device", str(self.metrics))
+@pytest.mark.parametrize("line", ["loss", "train_loss"])
+def test_a_disk_that_is_full_anywhere_is_one_sentence(line, config, tmp_path, monkeypatch):
+    """A line of the log that is cut is the last one: the run may not go on after it."""
+    log = Run.log
+
+    def full(self, **record):
+        if line in record:
+            raise OSError(28, "No space left on device", str(self.metrics))
+        log(self, **record)
 
     monkeypatch.setattr(Run, "log", full)
     done = train(config, tmp_path, check=False)
