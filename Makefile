@@ -7,7 +7,7 @@ BIN := .venv/bin
 .DELETE_ON_ERROR:
 
 train: .venv/.runtime
-	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no train_text2img.py $(ARGS)
+	$(BIN)/python train_text2img.py $(ARGS)
 
 app: .venv/.runtime
 	$(BIN)/python app.py $(ARGS)

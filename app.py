@@ -5,6 +5,7 @@ request is checked there, because a browser or a script may send anything.
 """
 
 import argparse
+import contextlib
 import functools
 import inspect
 import logging
@@ -12,18 +13,27 @@ import os
 import random
 import re
 import secrets
+import shutil
+import signal
+import socket
 import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # Gradio reads it when it is imported
 os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "1")
 
 import gradio as gr
 from fastapi.exceptions import RequestValidationError
+from gradio.components.plot import PlotData
+from gradio.processing_utils import encode_plot_to_base64
 from matplotlib.figure import Figure  # pyplot would keep every figure it makes
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
-from pipeline import hub, serving
+from pipeline import hub, sample, serving
 from pipeline.card import ATTRIBUTION, fenced
 from pipeline.guidance import InputError
 from pipeline.serving import BUDGET, DENOISERS, IMAGES, SEEDS, SWEEP, THINK, UPLOAD, Request, Shelf, Studio
@@ -33,12 +43,16 @@ log = logging.getLogger("app")
 EXAMPLES = ("red heart", "green cat", "hot dog", "cat face", "woman astronaut", "blue apple", "rocket", "purple dog face",
             "red apple", "two hearts", "snowman", "yellow star")  # fmt: skip
 QUEUE = 20  # requests that may wait; more hear "Queue is full"
+SESSIONS = 200  # browsers and scripts whose components Gradio remembers, 150 kB each; no event here needs more than its inputs
 BODY = UPLOAD + 100_000  # bytes of one HTTP request
+AGE, ROUND = 3600, 600  # seconds that a file of the page is kept, and between two looks at them
+DRAWING = threading.Lock()  # matplotlib is not made for threads
 THEME = gr.themes.Soft(primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 CSS = """
 .gradio-container { max-width: 1080px !important; margin: auto; }
 #title h1 { margin-bottom: 0; }
 .pixels img { image-rendering: pixelated; }
+#gallery .caption-label { display: none; }
 .strip, .strip .grid-wrap { min-height: 0 !important; height: auto !important; max-height: none !important; }
 @media (max-width: 640px) {
   .strip .grid-container { grid-template-columns: repeat(3, 1fr) !important; }
@@ -135,7 +149,7 @@ class BodyLimit:
 def build_demo(shelf: Shelf) -> gr.Blocks:
     """The page of a model, or of the checkpoints of a run in progress."""
     studio = shelf.studio()
-    with gr.Blocks(title=f"Direct Jump · {shelf.name}", analytics_enabled=False, delete_cache=(600, 3600)) as demo:
+    with gr.Blocks(title=f"Direct Jump · {shelf.name}", analytics_enabled=False) as demo:
         gr.Markdown(f"# Direct Jump\nText-to-image diffusion from the equations. {about_model(shelf, studio)}", elem_id="title")
         checkpoint = checkpoints(shelf, demo)
         with gr.Tab("Create"):
@@ -143,7 +157,7 @@ def build_demo(shelf: Shelf) -> gr.Blocks:
         with gr.Tab("What w does"):
             sweep_tab(shelf, studio, checkpoint)
         with gr.Tab("Walk the equations"):
-            walk_tab(shelf, studio, checkpoint, demo)
+            walk_tab(shelf, studio, checkpoint)
         with gr.Tab("About"):
             gr.Markdown(card(shelf))
     demo.queue(max_size=QUEUE, api_open=False, default_concurrency_limit=1)
@@ -175,10 +189,13 @@ def checkpoints(shelf: Shelf, demo: gr.Blocks) -> gr.Slider:
     def refresh(value, follow):
         found = shelf.steps()
         first, last = ends(found)  # a value below first, of a checkpoint that is gone, would be refused
-        return gr.Slider(minimum=first, maximum=last, value=max(found, default=0) if follow else min(max(value, first), last))
+        value = max(found, default=0) if follow else serving.number("checkpoint", value, 0, SEEDS, True, [])
+        if value is None:  # an emptied box stays so
+            return gr.Slider(minimum=first, maximum=last)
+        return gr.Slider(minimum=first, maximum=last, value=min(max(value, first), last))
 
     if shelf.follows:
-        gr.on([gr.Timer(5).tick, demo.load], answering(refresh), [slider, newest], slider, **QUIET)
+        gr.on([gr.Timer(5).tick, demo.load], answering(refresh), [slider, newest], slider, preprocess=False, **QUIET)
     return slider
 
 
@@ -247,7 +264,10 @@ def create_tab(shelf: Shelf, studio: Studio, checkpoint: gr.Slider) -> None:
         request = Request.read({"prompt": prompt, "negative_prompt": negative_prompt, "w": w, "steps": steps, "eta": eta,
                                 "images": images, "seed": seed, "low": low, "high": high, "think": think}, studio.T)  # fmt: skip
         for frame in studio.create(request, denoiser):
-            yield frame.images, progress(frame, request.seed), request.seed, *thoughts(frame)
+            shown = frame.images
+            if frame.last:  # told to who cannot see them
+                shown = [(image, f"{request.prompt or '∅'}, seed {request.seed + i}") for i, image in enumerate(shown)]
+            yield shown, progress(frame, request.seed), request.seed, *thoughts(frame)
 
     @answering
     def reuse(path, checkpoint):
@@ -260,7 +280,7 @@ def create_tab(shelf: Shelf, studio: Studio, checkpoint: gr.Slider) -> None:
 
     inputs = [prompt, negative, w, steps, eta, images, seed, randomise, low, high, denoiser, checkpoint, think]
     clicked([prompt.submit, go.click], go, stop, create, inputs, [gallery, status, seed, curve, discarded], "create")
-    think.change(lambda n: gr.Accordion(visible=n > 1), think, thought, **QUIET)
+    think.change(lambda n: gr.Accordion(visible=isinstance(n, int | float) and n > 1), think, thought, preprocess=False, **QUIET)
     prompt.change(answering(studio.tokens), prompt, counter, trigger_mode="always_last", **QUIET)
     settings = [prompt, negative, w, steps, eta, images, seed, randomise, low, high, think, denoiser]
     dropped.upload(reuse, [dropped, checkpoint], [*settings, status], **QUIET)
@@ -297,7 +317,13 @@ def thoughts(frame: serving.Frame) -> tuple:
     ax.plot(*zip(*frame.found.curve, strict=True), "o-", color="#4f46e5", drawstyle="steps-post")
     ax.set(xlabel="network calls", ylabel="best score, nats")
     scores = frame.found.scores[1:].tolist()
-    return figure, [(image, f"{score:.4g}") for image, score in zip(frame.discarded, scores, strict=False)]
+    return drawn(figure), [(image, f"{score:.4g}") for image, score in zip(frame.discarded, scores, strict=False)]
+
+
+def drawn(figure: Figure) -> PlotData:
+    """A figure as gr.Plot shows it; Gradio itself would draw those of several visitors at once."""
+    with DRAWING:
+        return PlotData(type="matplotlib", plot=encode_plot_to_base64(figure))
 
 
 def strip(label: str, columns: int, name: str) -> gr.Gallery:
@@ -342,23 +368,23 @@ def known_caption(studio: Studio) -> str:
     return next((e for e in EXAMPLES if e in captions), captions[0])
 
 
-def walk_tab(shelf: Shelf, studio: Studio, checkpoint: gr.Slider, demo: gr.Blocks) -> None:
+def walk_tab(shelf: Shelf, studio: Studio, checkpoint: gr.Slider) -> None:
     """The lecture's equations on a picture: forwards, and back again."""
     captions = studio.known + (studio.set[1].captions[:1000] if studio.set[1] else [])
-    T = studio.T
+    T, curves = studio.T, studio.curves()
     gr.Markdown("### Forwards: the direct jump (5) and the chain (1)\nBoth give x_t the same distribution. Beside them, what "
                 "each denoiser takes the picture for, (15): where the network agrees with the exact one it has memorised, where "
                 "it departs from it, it generalises.")  # fmt: skip
     with gr.Row():
         picture = gr.Dropdown(captions, value=known_caption(studio), label="Picture of the set", scale=3, min_width=200)
-        t = gr.Slider(1, T, value=T // 4, step=1, label="t", scale=3, min_width=200)
+        t = gr.Slider(1, T, value=max(T // 4, 1), step=1, label="t", scale=3, min_width=200)
         seed = gr.Number(0, label="Seed", scale=1, min_width=100)
     tell = gr.Checkbox(False, label="Tell the denoisers the caption")
     with gr.Accordion("Or a picture of your own", open=False):
         upload = gr.File(label="PNG or JPEG, 2 MB at most", file_types=[".png", ".jpg", ".jpeg"], height=100)
     noise = gr.Button("Noise it", variant="primary", elem_id="noise")
     panels = strip("x_0, x_t and what is made of it", 5, "forward-gallery")
-    plot = gr.Plot(label="The schedule", show_label=False, format="png")
+    plot = gr.Plot(plot_curves(curves, t.value), label="The schedule", show_label=False, format="png", elem_id="schedule")
     gr.Markdown("### Backwards: the film strip of (16)\nFrom noise to a picture by x_s = mean(x_t, x̂_0) + √variance · z.")
     with gr.Row():
         prompt = gr.Textbox(label="Prompt", value=known_caption(studio), scale=3, min_width=200, max_length=serving.CHARACTERS)
@@ -397,26 +423,26 @@ def walk_tab(shelf: Shelf, studio: Studio, checkpoint: gr.Slider, demo: gr.Block
 
     noise.click(forward, [picture, t, seed, tell, upload, checkpoint], panels, preprocess=False, api_name="forward",
                 concurrency_id="model", concurrency_limit=1)  # fmt: skip
-    plotted = answering(lambda t: plot_curves(studio, t))
-    gr.on([demo.load, t.release], plotted, t, plot, **QUIET | {"queue": True}, concurrency_id="curves", concurrency_limit=1)
+    plotted = answering(lambda t: gr.skip() if t is None else plot_curves(curves, t))  # None is the number's emptied box
+    t.change(plotted, t, plot, trigger_mode="always_last", preprocess=False, **QUIET)
     clicked([prompt.submit, go.click], go, stop, backward, [prompt, w, steps, eta, seed, denoiser, checkpoint],
             [noisy, clean], "backward")  # fmt: skip
 
 
-def plot_curves(studio: Studio, t: int):
-    """The schedule's four curves with one t marked."""
-    problems = []
-    t = serving.number("t", t, 1, studio.T, True, problems)
+def plot_curves(curves: dict[str, list[float]], t: int) -> PlotData:
+    """The schedule's four curves, each of T values, with one t marked."""
+    T, problems = min(map(len, curves.values())), []
+    t = serving.number("t", t, 1, T, True, problems)
     if problems:
         raise InputError(problems[0])
     figure = Figure(figsize=(11, 2.4), layout="constrained")
-    for ax, (name, values) in zip(figure.subplots(1, 4), studio.curves().items(), strict=True):
-        ax.plot(range(1, studio.T + 1), values, color="#4f46e5")
+    for ax, (name, values) in zip(figure.subplots(1, 4), curves.items(), strict=True):
+        ax.plot(range(1, T + 1), values, color="#4f46e5")
         ax.plot([t], [values[t - 1]], "o", color="#be185d")
         ax.set_title(f"{name}\n{values[t - 1]:.3g} at t = {t}", fontsize=10)
         if name.startswith("SNR"):
             ax.set_yscale("log")
-    return figure
+    return drawn(figure)
 
 
 def card(shelf: Shelf) -> str:
@@ -424,6 +450,52 @@ def card(shelf: Shelf) -> str:
     text = re.sub(r"\A---\n.*?\n---\n", "", shelf.card(), flags=re.S)
     text = re.sub(r"!\[[^\]]*\](\([^)]*\)|\[[^\]]*\])?|<img\b[^>]*>|<Gallery />", "", text, flags=re.I)  # nobody else's pictures
     return f"{text}\n\n---\nDirect Jump is Apache-2.0. {ATTRIBUTION}"
+
+
+# ---- its files
+
+
+def tidy(folder: str, before: float) -> None:
+    """Delete the files under a folder that were last changed before a time, and the folders within it that this leaves empty."""
+    for path, _folders, names in os.walk(folder, topdown=False):
+        old = os.stat(path).st_ctime < before  # of a younger one the file may be still to come
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # an upload's first name
+                file = os.path.join(path, name)
+                if os.lstat(file).st_ctime < before:
+                    os.remove(file)
+        if old and path != folder and not os.listdir(path):
+            os.rmdir(path)
+
+
+def tidying(folder: str, over: threading.Event) -> None:
+    """`tidy` in rounds until it is over; an error is logged and the next round tries again."""
+    while not over.wait(ROUND):
+        try:
+            tidy(folder, time.time() - AGE)
+        except Exception:
+            log.exception("the page's old files in %s were not all deleted", folder)
+
+
+@contextlib.contextmanager
+def own_files() -> Iterator[str]:
+    """Have Gradio keep its files in a folder of this page's own, tidied while it is open and then deleted.
+
+    Its usual one is that of every Gradio app of the machine. It is asked for when a page is built.
+    """
+    parent, over = os.environ.get("GRADIO_TEMP_DIR"), threading.Event()
+    if parent:
+        os.makedirs(parent, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="direct-jump-", dir=parent or None, ignore_cleanup_errors=True) as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        threading.Thread(target=tidying, args=(folder, over), daemon=True).start()
+        try:
+            yield folder
+        finally:
+            over.set()
+            os.environ.pop("GRADIO_TEMP_DIR")
+            if parent is not None:
+                os.environ["GRADIO_TEMP_DIR"] = parent
 
 
 # ---- the server
@@ -434,12 +506,25 @@ async def not_a_request(_request, _error: Exception) -> PlainTextResponse:
     return PlainTextResponse('the body is not what this API takes, expected {"data": [...]}', 422)
 
 
+def try_address(host: str, port: int | None) -> None:
+    """ValueError where nothing can listen there; without a port Gradio looks for a free one."""
+    if port is not None and not 1 <= port <= 65535:
+        raise ValueError(f"--port is {port}, expected 1 to 65535: leave it out for 7860 or the next free one")
+    try:
+        family, *_, address = socket.getaddrinfo(host.strip("[]"), port or 0, type=socket.SOCK_STREAM)[0]
+        socket.create_server(address[:2], family=family).close()
+    except (OSError, UnicodeError) as error:  # UnicodeError: what can be no name
+        raise ValueError(f"--host {host} {'' if port is None else f'--port {port} '}cannot be listened to ({error}), expected an "
+                         "address of this machine and a free port that you may open: choose others") from error  # fmt: skip
+
+
 def serve(demo: gr.Blocks, host: str = "127.0.0.1", port: int | None = None, **options):
     """Start the page's server."""
     kwargs = {"middleware": [Middleware(BodyLimit, limit=BODY)], "exception_handlers": {RequestValidationError: not_a_request}}
     return demo.launch(
         server_name=host, server_port=port, share=False, show_error=False, enable_monitoring=False, ssr_mode=False,
-        max_file_size=UPLOAD, app_kwargs=kwargs, theme=THEME, css=CSS, footer_links=["api", "settings"], **options)  # fmt: skip
+        max_file_size=UPLOAD, state_session_capacity=SESSIONS, app_kwargs=kwargs, theme=THEME, css=CSS,
+        footer_links=["api", "settings"], **options)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -447,15 +532,19 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python app.py", description="Serve the web page of a model.", allow_abbrev=False)
     parser.add_argument("--model", help="a run's folder, a saved pipeline's, or a model of the Hub, user/name[@revision] "
                                         "(default: the newest run, else pretrained/emoji, else the exact denoiser)")  # fmt: skip
-    parser.add_argument("--host", default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"),  # a Space sets it
+    parser.add_argument("--host", default=os.environ.get("GRADIO_SERVER_NAME") or "127.0.0.1",  # a Space sets it
                         help="0.0.0.0 lets other machines in (default: 127.0.0.1)")  # fmt: skip
     parser.add_argument("--port", type=int, help="default: 7860, or the next free one")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one, else cpu)")
     args = parser.parse_args(argv)
     try:
+        try_address(args.host, args.port)
         shelf = Shelf(args.model or hub.newest(), args.device)
-        demo = build_demo(shelf)
-        serve(demo, args.host, args.port)
+        with own_files() as folder:
+            demo = build_demo(shelf)
+            # SIGTERM leaves no files either; Gradio's own way out would wait for open pages
+            signal.signal(signal.SIGTERM, lambda *_: (shutil.rmtree(folder, ignore_errors=True), os._exit(143)))
+            serve(demo, args.host, args.port)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -463,4 +552,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(sample.stoppable(main, "no page was served yet"))

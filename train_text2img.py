@@ -76,12 +76,13 @@ class Parts:
         """The noise process."""
         return self.pipe.scheduler
 
-    def encoded(self, images: data.CaptionedImages, rows, flip: torch.Tensor | None = None) -> torch.Tensor:
-        """Images by row as the network sees them, (B, c, h, w), mirrored where `flip` (B,) says so."""
+    def encoded(self, images: data.CaptionedImages, rows, flip: torch.Tensor | None = None,
+                noise: torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip
+        """Images by row as the network sees them, (B, c, h, w), mirrored where `flip` (B,) says so; noise: as `encode` has it."""
         pixels = images.images[rows].to(self.empty.device).float() / 127.5 - 1
         if flip is not None:
             pixels = torch.where(flip.to(pixels.device)[:, None, None, None], pixels.flip(-1), pixels)
-        return self.pipe.encode(pixels)
+        return self.pipe.encode(pixels, noise)
 
     def loss(self, config: Config, output, x_0, eps, t) -> torch.Tensor:
         """The configured loss of a batch, one value each (B,)."""
@@ -128,10 +129,16 @@ def prepare(config: Config, checkpoint: Path | None, device: torch.device, again
     if process.prediction_type == "epsilon" and process.rescale_betas_zero_snr:
         raise ConfigError("diffusion.prediction_type must be sample or v_prediction with rescale_betas_zero_snr, got epsilon: "
                           "at SNR = 0 the noise says nothing about the image")  # fmt: skip
-    costly = pipe.vae is not None and not isinstance(pipe.vae, PatchAutoencoder)
-    keep = costly and not config.data.streaming
+    if process.rescale_betas_zero_snr and config.train.weighting in settings.WEIGHTED_BY_SNR:
+        raise ConfigError(settings.unweighted(config.train.weighting))
+    keep = costly(pipe.vae) and not config.data.streaming
     kept = latents.encode(images, pipe.vae, config.data.cache, mirrored=config.data.flip) if keep else None
     return Parts(images, held_out, states, held, empty.to(device), pipe, kept, data.CaptionStates(tokenizer, encoder, length))
+
+
+def costly(vae: torch.nn.Module | None) -> bool:
+    """Whether an autoencoder is a network, which is worth asking only once an image, and says a distribution of it."""
+    return vae is not None and not isinstance(vae, PatchAutoencoder)
 
 
 def pretrained(config: Config) -> TextToImagePipeline:
@@ -217,7 +224,9 @@ def examples(parts: Parts, config: Config, step: int, slots: torch.Tensor) -> tu
     batch = parts.stream.take(len(slots))
     choice = data.caption_choice(seed, step, slots, [len(captions) for captions in batch.alternatives]).tolist()
     states = parts.encode([captions[i] for captions, i in zip(batch.alternatives, choice, strict=True)]).to(device)
-    return parts.encoded(batch, slice(None), flip), states if parts.pipe.whitening is None else parts.pipe.whitening(states)
+    shape = (parts.unet.config.in_channels, *[parts.unet.config.sample_size] * 2)
+    z = data.noise(seed, step, slots, shape, "posterior") if costly(parts.pipe.vae) else None
+    return parts.encoded(batch, slice(None), flip, z), states if parts.pipe.whitening is None else parts.pipe.whitening(states)
 
 
 def batch_loss(unet, parts: Parts, config: Config, step: int, slots: torch.Tensor) -> torch.Tensor:
@@ -282,14 +291,20 @@ def draw(pipe: TextToImagePipeline, config: Config, path: Path, stop) -> None:
     make_image_grid(images, rows=len(sample.w), cols=len(sample.prompts)).save(path)
 
 
+def of_memory(error: Exception) -> bool:
+    """Whether an error says that there is no memory: torch.OutOfMemoryError where there is one; MPS and cuDNN have none."""
+    said = re.search("out of memory|allocate memory|ALLOC_FAILED", str(error).partition("\n")[0])
+    return isinstance(error, torch.OutOfMemoryError) or said is not None
+
+
 @contextlib.contextmanager
 def spared(what: object, advice: str = ""):
     """Say that there is no memory or no room for what only shows how training goes: training fits, and shall not end for it."""
     try:
         yield
-    except (RuntimeError, OSError) as error:  # torch.OutOfMemoryError is a RuntimeError, MPS and cuDNN have none of their own
+    except (RuntimeError, OSError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        full = isinstance(error, torch.OutOfMemoryError) or re.search("out of memory|allocate memory|ALLOC_FAILED", reason)
+        full = of_memory(error)
         if not full and not isinstance(error, OSError):
             raise
         tqdm.write(f"{what} is left out ({reason}){advice if full else ''}")
@@ -526,68 +541,68 @@ def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Pa
             save()
             raise data.DataError(f"{error}\nstep {state['step']} is saved: the same command goes on from it") from error
 
-    while state["step"] < steps:
-        step, began, seen, place = state["step"], time.perf_counter(), [], stream and stream.place
-        for micro in range(config.train.accumulation):
-            mine = torch.arange(accelerator.process_index, share, accelerator.num_processes) + micro * share
-            with accelerator.accumulate(unet):
-                with kept(place):
-                    each = batch_loss(unet, parts, config, step, mine)
-                accelerator.backward(each.mean())
-                seen.append((mine, each.detach()))
-                if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(weights, config.train.clip)
-                    sound = bool(torch.isfinite(norm))  # of the gradients of all processes
-                    if sound or accelerator.scaler is not None:  # a scaler skips by itself, and lowers its scale
-                        optimizer.step()
-                    if sound:
-                        ema.step(weights)
-                optimizer.zero_grad()
-        lr = optimizer.param_groups[-1]["lr"]  # what this step took
-        schedule.step()
-        state["in_a_row"] = 0 if sound else state["in_a_row"] + 1
-        state["skipped"] += not sound
-        state["losses"] += [each.mean().item() for _, each in seen if each.isfinite().all()]
-        state["step"] = step = step + 1
-        if not sound:
-            tell(parts, config, step - 1, seen, main)
-            if state["in_a_row"] >= config.train.max_skipped:
-                raise runs.Diverged(f"{state['in_a_row']} steps in a row, up to step {step}, had no finite gradient; the last "
-                                    f"checkpoint is kept: lower train.lr (now {config.train.lr:g}) in a run of another "
-                                    "--name")  # fmt: skip
-        busy, counted = busy + time.perf_counter() - began, counted + 1
-        bar.update()
-        if step % config.train.log_every == 0 or step == steps:
-            mean = accelerator.reduce(torch.tensor(state["losses"], device=accelerator.device).mean(), "mean").item()
-            record = {"step": step, "loss": mean if math.isfinite(mean) else None,
-                      "grad_norm": norm.item() if sound else None, "lr": lr, "skipped": state["skipped"],
-                      "images_per_s": config.train.batch_size * counted / busy, "seconds": clock()}  # fmt: skip
-            state["losses"], busy, counted = [], 0.0, 0
-            bar.set_postfix(loss=f"{mean:.4f}")
-            if main:
-                run.log(**record)
-            trackers.log(step, record)
-        last, ended = step == steps, stopped(stop, accelerator)
-        if main and not ended and (step % config.train.validate_every == 0 or last):
-            record = {}
-            with averaged(ema, parts.unet), spared(f"the check of step {step}"):
-                record = validate(parts.unet, parts, config, stop)
-            run.log(step=step, **record)
-            trackers.log(step, record)
-        if main and not ended and (step % config.sample.every == 0 or last):
-            path = run.samples / f"{step:06d}.png"
-            with averaged(ema, parts.unet), spared(path, FEWER):
-                draw(pipe, config, path, stop)
-            trackers.show(step, path)
-        ended = ended or stopped(stop, accelerator)
-        if ended or last or step % config.train.save_every == 0:
-            save()
-        if ended:
-            bar.close()
-            trackers.end()
-            accelerator.print(f"Stopped ({stop.reason}) after step {step} of {steps}; run the same command to go on.")
-            return stop.exit_code
-    bar.close()
+    with bar:
+        while state["step"] < steps:
+            step, began, seen, place = state["step"], time.perf_counter(), [], stream and stream.place
+            for micro in range(config.train.accumulation):
+                mine = torch.arange(accelerator.process_index, share, accelerator.num_processes) + micro * share
+                with accelerator.accumulate(unet):
+                    with kept(place):
+                        each = batch_loss(unet, parts, config, step, mine)
+                    accelerator.backward(each.mean())
+                    seen.append((mine, each.detach()))
+                    if accelerator.sync_gradients:
+                        norm = accelerator.clip_grad_norm_(weights, config.train.clip)
+                        sound = bool(torch.isfinite(norm))  # of the gradients of all processes
+                        if sound or accelerator.scaler is not None:  # a scaler skips by itself, and lowers its scale
+                            optimizer.step()
+                        if sound:
+                            ema.step(weights)
+                    optimizer.zero_grad()
+            lr = optimizer.param_groups[-1]["lr"]  # what this step took
+            schedule.step()
+            state["in_a_row"] = 0 if sound else state["in_a_row"] + 1
+            state["skipped"] += not sound
+            state["losses"] += [each.mean().item() for _, each in seen if each.isfinite().all()]
+            state["step"] = step = step + 1
+            if not sound:
+                tell(parts, config, step - 1, seen, main)
+                if state["in_a_row"] >= config.train.max_skipped:
+                    raise runs.Diverged(f"{state['in_a_row']} steps in a row, up to step {step}, had no finite gradient; the "
+                                        f"last checkpoint is kept: lower train.lr (now {config.train.lr:g}) in a run of another "
+                                        "--name")  # fmt: skip
+            busy, counted = busy + time.perf_counter() - began, counted + 1
+            bar.update()
+            if step % config.train.log_every == 0 or step == steps:
+                mean = accelerator.reduce(torch.tensor(state["losses"], device=accelerator.device).mean(), "mean").item()
+                record = {"step": step, "loss": mean if math.isfinite(mean) else None,
+                          "grad_norm": norm.item() if sound else None, "lr": lr, "skipped": state["skipped"],
+                          "images_per_s": config.train.batch_size * counted / busy, "seconds": clock()}  # fmt: skip
+                state["losses"], busy, counted = [], 0.0, 0
+                bar.set_postfix(loss=f"{mean:.4f}")
+                if main:
+                    run.log(**record)
+                trackers.log(step, record)
+            last, ended = step == steps, stopped(stop, accelerator)
+            if main and not ended and (step % config.train.validate_every == 0 or last):
+                record = {}
+                with averaged(ema, parts.unet), spared(f"the check of step {step}"):
+                    record = validate(parts.unet, parts, config, stop)
+                run.log(step=step, **record)
+                trackers.log(step, record)
+            if main and not ended and (step % config.sample.every == 0 or last):
+                path = run.samples / f"{step:06d}.png"
+                with averaged(ema, parts.unet), spared(path, FEWER):
+                    draw(pipe, config, path, stop)
+                trackers.show(step, path)
+            ended = ended or stopped(stop, accelerator)
+            if ended or last or step % config.train.save_every == 0:
+                save()
+            if ended:
+                bar.close()
+                trackers.end()
+                accelerator.print(f"Stopped ({stop.reason}) after step {step} of {steps}; run the same command to go on.")
+                return stop.exit_code
     if main:
         finish(config, run, parts, ema, pipe, clock())
     trackers.end()
@@ -696,6 +711,13 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"error: {error.filename or 'a file'}: {error.strerror}, expected room and leave to write: mend that, then run the "
               "same command, which goes on from its newest checkpoint", file=sys.stderr)  # fmt: skip
+        return 1
+    except RuntimeError as error:
+        if not of_memory(error):
+            raise
+        print(f"error: a step needs more memory than there is ({str(error).splitlines()[0]}), expected room for one micro-batch: "
+              "raise train.accumulation or set train.gradient_checkpointing true; the same command goes on from its newest "
+              "checkpoint", file=sys.stderr)  # fmt: skip
         return 1
 
 

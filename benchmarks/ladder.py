@@ -271,10 +271,10 @@ def main(argv: list[str] | None = None) -> None:
         best = max(theirs, key=rate)  # where it has none at all, one picture is counted
         goals = [target(f"{ours[-1]}'s first five over {best}'s", rate(ours[-1]) / max(rate(best), 1 / args.captions), 2)]
     said = (f"Each run has as many steps as fit in {args.minutes:g} minutes by one timed step, the peer as fit by the clock; "
-            f"{CONFIG}'s data; {args.captions} training captions in "
-            f"{args.steps} steps, w = 1, averaged weights, {precision()}. A row of one or two seeds is a lead. A row's "
-            "change comes on top of those of all rungs before it, measured or not, bf16 where the machine has it. What encoding "
-            "anew at every step costs is in the section on training.")  # fmt: skip
+            f"{CONFIG}'s data; {args.captions} training captions in {args.steps} steps, w = 1, averaged weights, {precision()}. "
+            "Brackets hold the lowest and the highest seed; a row of one or two is a lead. Minutes taken are the clock's, "
+            "whatever else ran. A row's change comes on top of those of all rungs before it, measured or not, bf16 where the "
+            "machine has it. What encoding anew at every step costs is in the section on training.")  # fmt: skip
     bench.publish(args, __file__, bench.command_line(argv), "Ladder", said, table(head, lines), "\n".join(goals))
 
 

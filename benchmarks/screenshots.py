@@ -35,9 +35,9 @@ def walk(page) -> None:
 
 def main() -> None:
     """Serve the model, and take each picture from a page of its own."""
-    demo = app.build_demo(Shelf(ROOT / "pretrained" / "emoji"))
-    _app, address, _share = app.serve(demo, prevent_thread_lock=True, quiet=True)
-    with sync_playwright() as playwright:
+    with app.own_files(), sync_playwright() as playwright:
+        demo = app.build_demo(Shelf(ROOT / "pretrained" / "emoji"))
+        _app, address, _share = app.serve(demo, prevent_thread_lock=True, quiet=True)
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         for name, show, whole in (("page-create", create, False), ("page-walk", walk, True)):
             page = browser.new_page(viewport={"width": WIDTH, "height": 860}, color_scheme="light")
@@ -47,7 +47,7 @@ def main() -> None:
             page.screenshot(path=FIGURES / f"{name}.png", full_page=whole)
             page.close()
         browser.close()
-    demo.close()
+        demo.close()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from PIL import Image
 
-from pipeline import emoji, evaluation
+from pipeline import emoji, evaluation, safe
 from pipeline import run as runs
 from pipeline.config import Config, load_file
 from pipeline.evaluation import IMAGES
@@ -28,9 +28,12 @@ HUB_ID = r"\w[\w-]*/\w[\w.-]*"  # what the Hub takes for the name of a model or 
 
 
 def commit() -> str:
-    """The project's commit, or "unknown" outside a git checkout."""
+    """The project's commit, or "unknown" outside a git checkout and where there is no git."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
     return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
@@ -47,7 +50,8 @@ def facts(report: str, seconds: float, *, base_model: str | None = None, base_mo
 
     report: what the data set said of itself.
     base_model: the Hub's name or the folder of the model that was tuned. base_model_relation: `finetune` or `adapter`.
-    base_license: the base model's, as the Hub names licences. stock: whether stock diffusers loads the result without code.
+    base_license: the base model's, as the Hub names licences. stock: whether stock diffusers loads the result, or what an
+    adapter adapts, without code.
     """
     found = {"images": report, "seconds": seconds, "hardware": hardware(), "commit": commit(), "stock": stock}
     base = {"base_model": base_model, "base_model_relation": base_model_relation, "base_license": base_license}
@@ -79,13 +83,18 @@ def refresh(folder: Path, model: str | None = None, **more) -> None:
 
 
 def illustrate(config: Config, run: Run) -> None:
-    """The pictures of a card, `images/`: the newest samples, each prompt's own one of them, and the figures."""
-    target = run.folder / IMAGES
+    """The pictures of a card, `images/`: the newest samples, each prompt's own of those at the default w, and the figures.
+
+    The prompts' own are shown above code that draws at the default w: where the samples have none at it, there are none.
+    """
+    target, sample = run.folder / IMAGES, config.sample
     target.mkdir(exist_ok=True)
+    for old in target.glob("prompt-*.png"):
+        old.unlink()
     if grids := sorted(run.samples.glob("*.png")):
         shutil.copyfile(grids[-1], target / "samples.png")
-        sample = config.sample
-        row = min(range(len(sample.w)), key=lambda i: abs(sample.w[i] - sample.default_w))
+    if grids and sample.default_w in sample.w:
+        row = sample.w.index(sample.default_w)
         with Image.open(grids[-1]) as grid:
             width, height = grid.width // len(sample.prompts), grid.height // len(sample.w)
             for i in range(len(sample.prompts)):
@@ -108,12 +117,12 @@ def read(folder: Path, model: str, base: str | None = None) -> ModelCard:
     its settings name a folder.
     """
     metrics, notes = folder / "metrics.json", folder / "notes.md"
-    config, known = load_file(folder / "config.yaml"), json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    config, known = load_file(folder / "config.yaml"), safe.read(folder / FACTS)
     if base is not None:
         config = on_base(config, base)
         known |= {"base_model": base, "of_hub": [*known.get("of_hub", []), base.partition("@")[0]]}
     return build(config, known, sorted(path.name for path in (folder / IMAGES).glob("*.png")), model,
-                 json.loads(metrics.read_text(encoding="utf-8")) if metrics.is_file() else {},
+                 safe.read(metrics) if metrics.is_file() else {},
                  notes.read_text(encoding="utf-8").strip() if notes.is_file() else "")  # fmt: skip
 
 
@@ -125,6 +134,7 @@ def build(config: Config, known: dict, pictures: list[str] = (), model: str = "U
     metadata goes through YAML, and what users wrote is quoted in the body, so that it stays text.
     """
     embedded, sample, base = config.data.source in emoji.SETS, config.sample, known.get("base_model")
+    adapter = known.get("base_model_relation") == "adapter"
     base_name, licence = (base or "").partition("@")[0], known.get("base_license")
     on_hub = known["of_hub"].__contains__ if "of_hub" in known else published
     of_hub = [name for name in (config.data.source, base_name) if on_hub(name)]
@@ -148,7 +158,7 @@ def build(config: Config, known: dict, pictures: list[str] = (), model: str = "U
         picture("samples.png", pictures, f"Columns: {', '.join(f'`{fenced(p)}`' for p in sample.prompts)}. Rows: "
                                          f"{' · '.join(f'w = {w:g}' for w in sample.w)}, the same noise."),
         "## Use\n\nIt needs diffusers 0.42 and transformers 5.3, or newer.\n\n"
-        + (adapting(base, model, sample.prompts[0]) if known.get("base_model_relation") == "adapter"
+        + (adapting(base, model, sample.prompts[0], sample.default_w, known["stock"]) if adapter
            else shipping(model, sample.prompts[0], sample.default_w) if known.get("shipped") and model == known["model"]
            else loading(model, known["stock"], sample.prompts[0], sample.default_w)),
         "## Training\n\n" + training(config, known),
@@ -180,17 +190,27 @@ def license_of(model: str) -> str | None:
     return ", ".join(map(str, found)) if isinstance(found, list) else None if found is None else str(found)
 
 
-def adapting(base: str, adapter: str, prompt: str) -> str:
-    """How to draw with an adapter on the model that it adapts, as Markdown."""
-    return f"""```python
+def adapting(base: str, adapter: str, prompt: str, w: float, stock: bool) -> str:
+    """How to draw with an adapter on the model that it adapts, as Markdown; stock: whether stock diffusers loads that one."""
+    if stock:
+        name, revision = safe.named(base) or (base, None)
+        at = "" if revision is None else f", revision={revision!r}"
+        return f"""```python
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained({base!r}, use_safetensors=True)
-pipe.load_lora_weights({adapter!r})
-picture = pipe({prompt!r}).images[0]
+pipe = DiffusionPipeline.from_pretrained({name!r}{at}, use_safetensors=True)
+pipe.load_lora_weights({adapter!r}, use_safetensors=True)
+picture = pipe({prompt!r}, guidance_scale={1 + w:g}).images[0]
+```"""
+    return f"""```python
+from pipeline import hub
+
+pipe = hub.load({base!r})
+pipe.load_lora_weights({adapter!r}, use_safetensors=True)
+picture = pipe({prompt!r}, w={w:g}, seed=0).images[0]
 ```
 
-A base model of Direct Jump needs `trust_remote_code=True` there, or Direct Jump's own `pipeline.hub.load`."""
+`pipeline` is Direct Jump. Without it, load the base as its own card says, then go on as above."""
 
 
 def shipping(model: str, prompt: str, w: float) -> str:

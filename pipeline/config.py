@@ -2,7 +2,10 @@
 
 import dataclasses
 import difflib
+import functools
+import inspect
 import math
+import re
 import sys
 import typing
 from dataclasses import dataclass, field
@@ -17,12 +20,17 @@ PREDICTIONS = ("epsilon", "sample", "v_prediction")
 SPACINGS = ("leading", "linspace", "trailing")
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
 WEIGHTINGS = ("simple", "min_snr", "velocity", "min_velocity", "x_0")
+WEIGHTED_BY_SNR = ("simple", "min_snr")  # nothing where SNR = 0, unless the network predicts epsilon
 METHODS = ("full", "lora")
 OPTIMIZERS = ("adamw", "muon")
 LR_SCHEDULES = ("constant", "linear", "cosine", "flat_then_linear")
 PRECISIONS = ("auto", "no", "bf16", "fp16")
-MISSING_CAPTIONS = ("empty", "skip")
-CROPS = ("center", "random")
+CHOICES = {
+    "data.missing_caption": ("empty", "skip"), "data.crop": ("center", "random"), "diffusion.beta_schedule": SCHEDULES,
+    "diffusion.prediction_type": PREDICTIONS, "diffusion.variance_type": VARIANCES, "diffusion.timestep_spacing": SPACINGS,
+    "train.method": METHODS, "train.optimizer": OPTIMIZERS, "train.lr_schedule": LR_SCHEDULES, "train.weighting": WEIGHTINGS,
+    "train.precision": PRECISIONS,
+}  # fmt: skip
 
 
 class ConfigError(ValueError):
@@ -37,7 +45,7 @@ class DataConfig:
     file, or a folder of them), or the id of a data set on the Hub.
     """
 
-    source: str = "emoji-small"
+    source: str = "emoji-small"  # a named set, a folder of images, a table's file or folder, or the id of a data set on the Hub
     subset: str | None = None  # of a Hub data set that has several
     revision: str | None = None  # of a Hub data set: a branch, a tag or a commit
     split: str = "train"  # a table's may be a slice: train[:95%]
@@ -49,11 +57,11 @@ class DataConfig:
     shuffle_buffer: int = 1000  # rows of a stream that are mixed at a time
     flip: bool = False  # show every second example mirrored, drawn anew every step
     crop: str = "center"  # the square that is kept of a picture: its middle, or one anywhere (random), the same at every start
-    resolution: int = 64
+    resolution: int = 64  # pixels a side; pictures are cropped to a square and scaled to it
     caption_length: int = 16  # tokens; longer captions are cut, and counted
     caption_dropout: float = 0.1  # (14): the share of captions replaced by the empty one, drawn anew every step
     max_broken: float = 0.05  # more unreadable rows than this share end the run before it starts
-    cache: str = "data"
+    cache: str = "data"  # where prepared data and embedded sets are kept, for all runs
 
     def problems(self):
         """What is out of range, a sentence each."""
@@ -63,8 +71,8 @@ class DataConfig:
             *at_least("data.shuffle_buffer", self.shuffle_buffer, 1),
             *in_range("data.caption_dropout", self.caption_dropout, 0, 1),
             *in_range("data.max_broken", self.max_broken, 0, 1),
-            *one_of("data.missing_caption", self.missing_caption, MISSING_CAPTIONS),
-            *one_of("data.crop", self.crop, CROPS),
+            *one_of("data.missing_caption", self.missing_caption),
+            *one_of("data.crop", self.crop),
         ]
         columns = (self.caption_column,) if isinstance(self.caption_column, str) else self.caption_column
         if columns is not None and (not columns or not all(columns) or len(set(columns)) < len(columns)):
@@ -80,13 +88,13 @@ class ModelConfig:
 
     pretrained: str | None = None  # a folder or Hub id to go on from, Stable Diffusion's format or ours; it brings all of these
     patch_size: int | None = None  # None: pixels; p: lossless p x p patches (PatchAutoencoder)
-    channels: tuple[int, ...] = (64, 128, 256)
-    layers: int = 1
-    attention: tuple[bool, ...] = (False, False, True)
-    heads: int = 8
+    channels: tuple[int, ...] = (64, 128, 256)  # of each level of the UNet, at half the resolution of the one before
+    layers: int = 1  # residual blocks a level on the way down, one more on the way up
+    attention: tuple[bool, ...] = (False, False, True)  # which levels attend to the caption and to themselves
+    heads: int = 8  # of each attention
     norm_groups: int = 32  # of the group norms: fewer are as good here, and faster on a CPU
     text_in_time: bool = True  # captions also steer the time embedding (addition_embed_type="text")
-    time_scale_shift: bool = True
+    time_scale_shift: bool = True  # the time embedding scales and shifts (FiLM); false: it is added
     time_embedding_dim: int | None = None  # None: 4 x the first of channels
     whitening: float | None = None  # caption states are whitened, with this added to every variance; None: as they are
     text_encoder: str = "minilm"  # the embedded all-MiniLM-L6-v2, or a transformers folder or id
@@ -124,17 +132,17 @@ NOISE = {  # the noise process of a new model: the slides', but for `trailing`, 
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """The noise process, as DDPMScheduler takes it. None is the pretrained model's own value, for a new model that of NOISE."""
+    """The noise process, as DDPMScheduler takes it. None is the pretrained model's own value; a new model has that of NOISE."""
 
-    num_train_timesteps: int | None = None
-    beta_schedule: str | None = None
-    beta_start: float | None = None
-    beta_end: float | None = None
-    prediction_type: str | None = None
-    variance_type: str | None = None
-    timestep_spacing: str | None = None
-    rescale_betas_zero_snr: bool | None = None
-    clip_sample: bool | None = None
+    num_train_timesteps: int | None = None  # T, the steps of the chain (1)
+    beta_schedule: str | None = None  # how beta grows from beta_start to beta_end
+    beta_start: float | None = None  # beta_1, the variance that the first step adds
+    beta_end: float | None = None  # beta_T
+    prediction_type: str | None = None  # what the network predicts: the noise, the image (sample), or v between them
+    variance_type: str | None = None  # of (10): the posterior's, (9), or beta itself (fixed_large)
+    timestep_spacing: str | None = None  # which timesteps fewer steps take; trailing begins at T
+    rescale_betas_zero_snr: bool | None = None  # move abar_T to 0, pure noise (Lin et al. 2024)
+    clip_sample: bool | None = None  # keep the predicted x_0 in [-1, 1]; never for latents
 
     def values(self, pretrained: dict | None = None) -> dict:
         """DDPMScheduler's arguments: what is given here, over a pretrained model's, over NOISE."""
@@ -145,10 +153,10 @@ class DiffusionConfig:
         got = self.values()
         found = [
             *at_least("diffusion.num_train_timesteps", got["num_train_timesteps"], 1),
-            *one_of("diffusion.beta_schedule", got["beta_schedule"], SCHEDULES),
-            *one_of("diffusion.prediction_type", got["prediction_type"], PREDICTIONS),
-            *one_of("diffusion.variance_type", got["variance_type"], VARIANCES),
-            *one_of("diffusion.timestep_spacing", got["timestep_spacing"], SPACINGS),
+            *one_of("diffusion.beta_schedule", got["beta_schedule"]),
+            *one_of("diffusion.prediction_type", got["prediction_type"]),
+            *one_of("diffusion.variance_type", got["variance_type"]),
+            *one_of("diffusion.timestep_spacing", got["timestep_spacing"]),
         ]
         if not 0 < got["beta_start"] <= got["beta_end"] < 1:
             found.append("diffusion.beta_start and diffusion.beta_end must satisfy 0 < start <= end < 1, "
@@ -160,31 +168,31 @@ class DiffusionConfig:
 class TrainConfig:
     """The optimisation. One step is one optimiser step on `batch_size` examples, all ranks and micro-steps together."""
 
-    method: str = "full"  # or lora: adapters alone are trained and saved
-    steps: int = 1000
-    batch_size: int = 32
+    method: str = "full"  # full trains every weight; lora trains adapters, and saves them alone
+    steps: int = 1000  # of the whole run; raise it later to go on further
+    batch_size: int = 32  # images a step, over all processes and micro-steps
     accumulation: int = 1  # micro-steps a step
-    optimizer: str = "adamw"  # or muon: orthogonalised momentum for the matrices
-    lr: float = 1e-4
+    optimizer: str = "adamw"  # muon: orthogonalised momentum for the matrices, AdamW for the rest
+    lr: float = 1e-4  # the learning rate
     matrix_lr: float | None = None  # of the matrices under muon; None: lr
-    lr_schedule: str = "constant"
+    lr_schedule: str = "constant"  # after the warm-up
     lr_end: float = 0.0  # the last learning rate, as a share of lr
     decay_share: float = 0.4  # flat_then_linear: the share of the run in which lr falls
-    warmup: int = 0
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.01
-    clip: float = 1.0
+    warmup: int = 0  # steps in which lr rises from 0
+    betas: tuple[float, float] = (0.9, 0.999)  # of AdamW's two moving averages
+    weight_decay: float = 0.01  # decoupled, each step a share lr times it of every weight
+    clip: float = 1.0  # the largest norm of a step's gradient
     max_skipped: int = 10  # steps in a row without a finite gradient end the run; each is skipped
     weighting: str = "simple"  # losses.WEIGHTS; (13) by default
     gamma: float | None = None  # where min_snr and min_velocity clip
-    ema: float = 0.999
+    ema: float = 0.999  # decay of the averaged weights that are saved, after a warm-up; 0: the last weights
     gradient_checkpointing: bool = False  # compute activations twice instead of keeping them
-    precision: str = "auto"  # bf16 where the machine computes in it
+    precision: str = "auto"  # bf16 where the machine computes in it, fp16 on other CUDA cards, else no
     threads: int | None = None  # CPU threads a process; None: cores / local processes
-    log_every: int = 20
-    validate_every: int = 250
-    save_every: int = 250
-    keep: int = 2
+    log_every: int = 20  # steps between two lines of metrics.jsonl
+    validate_every: int = 250  # steps between two losses on the same grid of images, timesteps and noise
+    save_every: int = 250  # steps between two checkpoints
+    keep: int = 2  # checkpoints
 
     def problems(self):
         """What is out of range, a sentence each."""
@@ -196,14 +204,14 @@ class TrainConfig:
             *(above_zero("train.matrix_lr", self.matrix_lr) if self.matrix_lr is not None else []),
             *above_zero("train.clip", self.clip),
             *at_least("train.max_skipped", self.max_skipped, 1),
-            *one_of("train.method", self.method, METHODS),
-            *one_of("train.optimizer", self.optimizer, OPTIMIZERS),
-            *one_of("train.lr_schedule", self.lr_schedule, LR_SCHEDULES),
+            *one_of("train.method", self.method),
+            *one_of("train.optimizer", self.optimizer),
+            *one_of("train.lr_schedule", self.lr_schedule),
             *in_range("train.lr_end", self.lr_end, 0, 1),
             *in_range("train.decay_share", self.decay_share, 0, 1),
             *in_range("train.ema", self.ema, 0, 1),
-            *one_of("train.weighting", self.weighting, WEIGHTINGS),
-            *one_of("train.precision", self.precision, PRECISIONS),
+            *one_of("train.weighting", self.weighting),
+            *one_of("train.precision", self.precision),
             *at_least("train.log_every", self.log_every, 1),
             *at_least("train.validate_every", self.validate_every, 1),
             *at_least("train.save_every", self.save_every, 1),
@@ -235,7 +243,7 @@ class TrainConfig:
 class LoraConfig:
     """Low-rank adapters (Hu et al. 2021), for train.method lora: each target's weight moves by alpha / rank times B A."""
 
-    rank: int = 8
+    rank: int = 8  # of the two factors
     alpha: float | None = None  # None: rank
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")  # layers of the denoiser, by the end of their names
 
@@ -252,12 +260,12 @@ class LoraConfig:
 class SampleConfig:
     """What is drawn while training and at its end: each prompt at each w, from the same noise."""
 
-    prompts: tuple[str, ...] = ("red heart", "cat face", "hot dog", "green cat")
-    w: tuple[float, ...] = (0.0, 2.0)
-    steps: int = 50
-    eta: float = 1.0
-    seed: int = 0
-    every: int = 500  # steps
+    prompts: tuple[str, ...] = ("red heart", "cat face", "hot dog", "green cat")  # columns of the picture
+    w: tuple[float, ...] = (0.0, 2.0)  # its rows: guidance as in (17), guidance_scale is 1 + w
+    steps: int = 50  # denoising steps
+    eta: float = 1.0  # 1 draws new noise at every step, 0 is DDIM
+    seed: int = 0  # of the noise
+    every: int = 500  # training steps
     default_w: float = 2.0  # saved with the pipeline
 
     def problems(self):
@@ -288,9 +296,9 @@ class HubConfig:
 class Config:
     """Everything that a run depends on."""
 
-    name: str = "emoji-small"
-    output: str = "runs"
-    seed: int = 0
+    name: str = "emoji-small"  # of the run, which lives in output/name
+    output: str = "runs"  # the folder of all runs
+    seed: int = 0  # of everything random in a run
     report_to: str | None = None  # an accelerate tracker beside metrics.jsonl: tensorboard, wandb, ...
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -327,6 +335,8 @@ class Config:
         if new and noise["rescale_betas_zero_snr"] and noise["prediction_type"] == "epsilon":
             found.append("diffusion.rescale_betas_zero_snr needs prediction_type sample or v_prediction: "
                          "at SNR = 0 the noise says nothing about the image")  # fmt: skip
+        elif new and noise["rescale_betas_zero_snr"] and self.train.weighting in WEIGHTED_BY_SNR:
+            found.append(unweighted(self.train.weighting))
         if new and self.train.method == "lora":
             found.append("train.method lora adapts a pretrained model: set model.pretrained, or train.method full")
         return found
@@ -355,9 +365,15 @@ def above_zero(name, value):
     return [] if 0 < value < math.inf else [f"{name} must be a finite number above 0, got {value}"]
 
 
-def one_of(name, value, known):
-    """A problem where a name is not one of those known."""
-    return [] if value in known else [f"{name} must be one of {', '.join(known)}, got {value!r}"]
+def one_of(name, value):
+    """A problem where the value of a setting is not one of its CHOICES."""
+    return [] if value in CHOICES[name] else [f"{name} must be one of {', '.join(CHOICES[name])}, got {value!r}"]
+
+
+def unweighted(weighting: str) -> str:
+    """The problem of a weighting that leaves out the timestep at which drawing starts."""
+    return ("train.weighting must be velocity, min_velocity or x_0 with diffusion.rescale_betas_zero_snr, got "
+            f"{weighting}: at SNR = 0, where drawing starts, its weight is 0")  # fmt: skip
 
 
 def repository_problems(name: str, repo_id: str) -> list[str]:
@@ -394,12 +410,29 @@ def flatten(tree: dict, prefix: str = "") -> dict:
     return flat
 
 
+@functools.cache
+def explained() -> dict[str, str]:
+    """Setting -> what its comment in this file says, and its choices: the text of --help."""
+    kinds = [("", Config), *((f"{f.name}.", f.default_factory) for f in dataclasses.fields(Config) if f.name in groups())]
+    found = {prefix + name: words for prefix, kind in kinds
+             for name, words in re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(kind), re.M)}  # fmt: skip
+    of_new = {f"diffusion.{name}": f"; of a new model {value}" for name, value in NOISE.items()}
+    choices = {name: f"; one of {', '.join(known)}" for name, known in CHOICES.items()}
+    return {name: words + choices.get(name, "") + of_new.get(name, "") for name, words in found.items()}
+
+
 def parser() -> ArgumentParser:
     """The command line that Config describes; `--config FILE` first, then single settings override it."""
-    out = ArgumentParser(prog="train_text2img.py", exit_on_error=False)
+    out = ArgumentParser(prog="train_text2img.py", exit_on_error=False, description=(
+        "Train a text-to-image diffusion model, or fine-tune one. A YAML file holds the settings, and those of the command line "
+        f"override it; without --config it is {DEFAULT}, and --print_config shows what then holds. The same command after an "
+        "interruption goes on from the newest checkpoint."))  # fmt: skip
     out.add_argument("--config", action="config", help=f"a YAML file (default: {DEFAULT})")
     out.add_argument("--dry_run", type=bool, default=False, help="print the plan from one timed step and stop")
     out.add_class_arguments(Config, nested_key=None)
+    words = explained()
+    for action in out._actions:
+        action.help = words.get(action.dest, action.help)
     return out
 
 

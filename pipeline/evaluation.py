@@ -25,9 +25,10 @@ from pipeline import data, losses, measures, models, sample, variations
 from pipeline import run as runs
 from pipeline.judge import NAME, Judge
 from pipeline.measures import EvaluationError, as_float, augment, centred, copy_rate, copy_threshold, retrieval_ranks, summary
+from pipeline.scheduler import DDPMScheduler
 from pipeline.sources import digest
 from pipeline.text_to_image import TextToImagePipeline
-from pipeline.verifiers import clip_scores
+from pipeline.verifiers import Clip, clip_scores
 
 IMAGES = "images"  # of a card
 STRIDE = 1_000_000  # image i of seed s is drawn from s * STRIDE + i: no two seeds share a draw
@@ -181,13 +182,14 @@ def finished(folder: Path) -> tuple[settings.Config, Judge, Bank, TextToImagePip
     return config, network, bank, pipe
 
 
-def distances(name: str, bank: Bank, images: Tensor, cache: str) -> dict:
+def distances(name: str, bank: Bank, images: Tensor, cache: str, network: nn.Module | None = None) -> dict:
     """KID and Fréchet distance between drawings (N, 3, H, W) of all captions and the real pictures, by a feature network.
 
+    network: what `name` makes, where it is there already.
     The Fréchet distance is that of half the drawings from the other half's real pictures, `real` that of real pictures in
     the drawings' place.
     """
-    network = NETWORKS[name]()
+    network = network or NETWORKS[name]()
     real = kept(cache, "features", name, bank.images, lambda: measures.features(network, bank.images))
     found, (a, b) = measures.features(network, images), measures.halves(len(real))
     apart = kept(cache, "halves", name, bank.images, lambda: torch.tensor(measures.frechet(real[a], real[b])))
@@ -204,6 +206,9 @@ def more(bank: Bank, pipe: TextToImagePipeline, network: Judge, images_of: Calla
     spread = lambda start, stop, n: torch.linspace(start, stop - 1, min(n, stop - start)).long()
     texts = lambda rows: [bank.captions[i] for i in rows]
     n, held = len(bank.captions), torch.arange(bank.n_train, len(bank.captions))
+    if not isinstance(pipe.scheduler, DDPMScheduler):  # an adapter draws by its base's own, which has no equations
+        pipe = copy.copy(pipe)
+        pipe.register_modules(scheduler=models.noise_process(settings.DiffusionConfig(), pipe.scheduler))
     splits = {"train": spread(0, bank.n_train, 64)} | ({"held_out": spread(bank.n_train, n, 64)} if len(held) else {})
     found = {"errors": measures.errors(pipe, {name: (bank.images[rows], texts(rows)) for name, rows in splits.items()})}
     if len(held) and measures.space(pipe) in losses.SPACES:
@@ -223,8 +228,12 @@ def from_real(judge: Judge, bank: Bank, pipe: TextToImagePipeline, rows: Tensor,
               batch: int = 32) -> dict:  # fmt: skip
     """How drawings of some rows rank that start at t, from their own picture noised by (5): what is lost below t.
 
-    The timesteps are those of a plan of `steps` from t down; `batch` pictures are drawn at once.
+    The timesteps are those of a plan of `steps` from t down; `batch` pictures are drawn at once. EvaluationError for schedulers
+    that do not start on the way.
     """
+    if not isinstance(pipe.scheduler, DDPMScheduler):
+        raise EvaluationError(f"this model draws by {type(pipe.scheduler).__name__}, expected a DDPMScheduler to start from real "
+                              "pictures: leave --from-real out")  # fmt: skip
     scheduler = copy.deepcopy(pipe.scheduler)
     scheduler.set_timesteps(steps)
     plan = [k for k in scheduler.timesteps.tolist() if k <= t]
@@ -257,8 +266,10 @@ def evaluate(folder: Path, ws: list[float], seeds: list[int], choose_seed: int, 
 
     deep: also `more` and, by the judge, `distances`. features: other networks for those. clip: a CLIP model for its score.
     """
-    if choose_seed in seeds:
+    if len(ws) > 1 and choose_seed in seeds:
         raise EvaluationError(f"seed {choose_seed} chooses w and may not report it: give other --seeds or --choose-seed")
+    clip = clip and (clip, Clip(clip))  # what may be misspelt, or not installed, says so before anything is drawn
+    by_name = {name: NETWORKS[name]() for name in dict.fromkeys([*([NAME] if deep else []), *features])}
     config, network, bank, pipe = finished(folder)
     patch = config.model.patch_size or 1
     model = identity(pipe, bank)
@@ -279,12 +290,13 @@ def evaluate(folder: Path, ws: list[float], seeds: list[int], choose_seed: int, 
     for seed in seeds:
         images = draw(pipe, bank.captions, w, seed, steps, place("all", w, seed), batch)
         by_seed[seed] = judged(images, rows)
-        for name in dict.fromkeys([*([NAME] if deep else []), *features]):
-            by_seed[seed].setdefault("distances", {})[name] = distances(name, bank, images, config.data.cache)
+        for name, by in by_name.items():
+            by_seed[seed].setdefault("distances", {})[name] = distances(name, bank, images, config.data.cache, by)
         if clip:
-            scores = {kind: measures.mean(clip_scores(clip, some, bank.captions))
+            called, by = clip
+            scores = {kind: measures.mean(clip_scores(by, some, bank.captions))
                       for kind, some in (("drawn", images), ("real", bank.images))}  # fmt: skip
-            by_seed[seed]["clip"] = {"model": Path(clip).name if Path(clip).exists() else clip} | scores
+            by_seed[seed]["clip"] = {"model": Path(called).name if Path(called).exists() else called} | scores
         prompted = draw(pipe, free, w, seed, steps, place(f"free-{digest(free)[:8]}", w, seed), batch)
         copies[seed] = copy_rate(prompted, bank.train, threshold)
         if seed == seeds[0]:
@@ -385,13 +397,17 @@ def check(args: argparse.Namespace) -> None:
             raise EvaluationError(f"--{name.replace('_', '-')} is {value}, expected 1 or more: leave it out")
     real, mode = bool(args.from_real), "--from-real" if args.from_real else "--sweep" if args.sweep else None
     on, several = args.on is not None, len(args.seeds or []) > 1
+    choosing = {"--choose-on": args.choose_on is not None, "--choose-seed": args.choose_seed is not None}
     if mode is None:
         unused = ["--on"] if on else []
+        if not unused and len(args.w or []) == 1 and any(choosing.values()):
+            given = " and ".join(name for name, value in choosing.items() if value)
+            raise EvaluationError(f"{given} means nothing with one --w, expected several to choose from: leave it out")
     else:
         given = {"--sweep": real and args.sweep, "--more": args.more, "--features": args.features, "--clip": args.clip,
                  "--seeds": real and args.seeds, "a second --seeds": several and not real, "--on": real and on,
-                 "a second --w": real and len(args.w or []) > 1, "--choose-on": not real and args.choose_on is not None,
-                 "--choose-seed": not real and args.choose_seed is not None}  # fmt: skip
+                 "a second --w": real and len(args.w or []) > 1,
+                 **{name: value and not real for name, value in choosing.items()}}  # fmt: skip
         unused = [name for name, value in given.items() if value]
     if unused:
         beside = f"beside {mode}" if mode else "without --sweep"
@@ -403,7 +419,8 @@ def check(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0 done, 2 refused."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.evaluation", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m pipeline.evaluation", allow_abbrev=False,
+                                     description=__doc__.splitlines()[0])  # fmt: skip
     parser.add_argument("run", type=Path, help="a run's folder, or a saved pipeline's with its config.yaml")
     parser.add_argument("--w", type=float, nargs="+",
                         help="guidance to choose from (default: 0 1 2), or one to use; of --sweep and --from-real the one that "
@@ -411,8 +428,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", help="each draws every caption once, and reports (default: 0)")
     parser.add_argument("--choose-seed", type=int, help="the seed that w is chosen on (default: 1000)")
     parser.add_argument("--choose-on", type=int, help="how many training captions w is chosen on (default: 96)")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=50, help="denoising steps (default: 50)")
+    parser.add_argument("--batch", type=int, default=32, help="pictures that are drawn at once (default: 32)")
     parser.add_argument("--from-real", type=int, nargs="+", metavar="T",
                         help="instead: start from the real pictures of the --choose-on captions, noised to each of these "
                              "timesteps, and see where on the way quality is lost")  # fmt: skip
@@ -454,4 +471,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(sample.stoppable(main, "what is drawn is kept, and the same command goes on from there"))

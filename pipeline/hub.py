@@ -19,6 +19,8 @@ from diffusers import UNet2DConditionModel
 from diffusers.utils.dynamic_modules_utils import get_relative_imports
 from huggingface_hub import CommitOperationAdd, HfApi, RepoCard, SpaceCardData
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError  # HTTPError: of its own HTTP client
+from safetensors import SafetensorError
+from safetensors.torch import load_file as load_tensors
 
 from pipeline import card, models, safe, sample
 from pipeline import run as runs
@@ -117,18 +119,21 @@ def push(source: str | Path, repo_id: str, *, private: bool = False, token: str 
     """Upload the model of a run or of a saved pipeline in one commit, and return its address; none where nothing has changed.
 
     base: of an adapter, the Hub's name of the model that it was trained from, where its settings name a folder.
-    HubError says what went wrong and which command tries again: the source is as complete as it was.
+    ValueError says what is wrong with the source, and then nothing is sent; HubError what went wrong with the Hub and which
+    command tries again: the source is as complete as it was.
     """
     if problems := repository_problems("the repository", repo_id):
         raise HubError("; ".join(problems))
     options = f"{' --private' if private else ''}{f' --base {base}' if base else ''}"
     again = f"`python -m pipeline.hub push {shlex.quote(str(source))} {repo_id}{options}`"
-    api = HfApi(token=token)
-    with told("the push", repo_id, f"; {source} is complete, push it again with {again}"):
-        repo = patiently(lambda: api.create_repo(repo_id, private=private, exist_ok=True).repo_id)
-        with tempfile.TemporaryDirectory() as folder:
-            assemble(source, Path(folder), repo, base)
-            return commit(api, Path(folder), repo, "model", f"Upload {Path(source).resolve().name}")
+    with on_disk(f"gathering {source}"), tempfile.TemporaryDirectory() as scratch:
+        folder, api = Path(scratch), HfApi(token=token)
+        front = assemble(source, folder, base, token)
+        front(repo_id)  # a card that cannot be made is told before the Hub hears of it
+        with told("the push", repo_id, f"; {source} is complete, push it again with {again}"):
+            repo = patiently(lambda: api.create_repo(repo_id, private=private, exist_ok=True).repo_id)
+            (folder / "README.md").write_text(front(repo), encoding="utf-8")
+            return commit(api, folder, repo, "model", f"Upload {Path(source).resolve().name}")
 
 
 def commit(api: HfApi, folder: Path, repo: str, kind: str, message: str) -> str:
@@ -170,10 +175,35 @@ def shareable(base: str, of_hub: list[str] | None = None) -> None:
                        "model, then the adapter by `python -m pipeline.hub push` with --base USER/NAME")  # fmt: skip
 
 
-def assemble(source: str | Path, target: Path, repo: str, base: str | None = None) -> None:
-    """What a repository holds, made in an empty folder: a pipeline with its code and text encoder, or an adapter; then its card.
+def fitting(run: Run, base: str, token: str | None = None) -> None:
+    """HubError where an adapter does not fit a model of the Hub; one whose weights are not those it was trained on is told."""
+    trained_on = load_file(run.config).model.pretrained
+    settings, there = safe.network_of(base, token)
+    with torch.device("meta"):
+        layers = dict(UNet2DConditionModel.from_config(settings).named_modules())
+    tensors = load_tensors(run.adapter / safe.ADAPTER)
+    for name in (name for name in tensors if ".lora_B." in name):
+        layer = name.removeprefix("unet.").partition(".lora_")[0]
+        wanted = (len(tensors[name]), *tensors[name.replace(".lora_B.", ".lora_A.")].shape[1:])
+        found = tuple(layers[layer].weight.shape) if layer in layers else "missing"
+        if found != wanted:
+            raise HubError(f"the adapter does not fit {base}, whose {layer} is {found}, expected {wanted}: name the model that "
+                           f"it was trained on, {trained_on}, or a push of it")  # fmt: skip
+    here = {}
+    if Path(trained_on).is_dir():
+        with tempfile.TemporaryDirectory() as scratch:
+            assemble_pipeline(sample.folder(trained_on), Path(scratch))
+            here = {path.name: runs.describe(path)["sha256"] for path in Path(scratch).glob("unet/*.safetensors")}
+    if base != trained_on and here != there:
+        what = "has other weights than" if here else "cannot be compared with"
+        print(f"warning: {base} {what} {trained_on}, which the adapter was trained on, and may draw otherwise", file=sys.stderr)
 
-    Files that are complete as they lie are linked, so that no weights are copied. base: as for `push`.
+
+def assemble(source: str | Path, target: Path, base: str | None = None, token: str | None = None) -> Callable[[str], str]:
+    """What a repository holds, made in an empty folder: a pipeline with its code and text encoder, or an adapter.
+
+    Files that are complete as they lie are linked, so that no weights are copied. base: as for `push`. What is returned is its
+    card, by the repository's name. ValueError where a stranger could not draw with it.
     """
     run = Run(source)
     if base is not None and not run.adapted:
@@ -185,11 +215,14 @@ def assemble(source: str | Path, target: Path, repo: str, base: str | None = Non
             shareable(load_file(run.config).model.pretrained, known.get("of_hub"))
         else:
             shareable(base)
+            fitting(run, base, token)
         for path in folder.glob("*.safetensors"):
             (target / path.name).symlink_to(path.resolve())
     else:
         folder = sample.folder(str(source))
-        stock = assemble_pipeline(folder, target)
+        if not (folder / safe.INDEX).is_file():
+            raise HubError(f"{source} is an adapter without its run, expected a run's folder or a saved pipeline's: pass that")
+        stock = assemble_pipeline(folder, target, with_code=Path(source).is_dir())
     notes = next((place for place in (folder, folder.parent) if (place / "config.yaml").is_file()), folder)
     for path in (folder / "training_config.yaml", notes / "config.yaml", notes / "metrics.json"):
         if path.is_file():
@@ -200,20 +233,23 @@ def assemble(source: str | Path, target: Path, repo: str, base: str | None = Non
         (target / card.IMAGES).mkdir(exist_ok=True)
         shutil.copyfile(path, target / card.IMAGES / path.name)
     if (notes / card.FACTS).is_file() and (notes / "config.yaml").is_file():
-        text = str(card.read(notes, repo, base))
-    elif (folder / "README.md").is_file():
+        return lambda repo: str(card.read(notes, repo, base))
+    if (folder / "README.md").is_file():
         text = (folder / "README.md").read_text(encoding="utf-8")
-    else:
-        text = str(plain_card(repo, stock))
-    (target / "README.md").write_text(text, encoding="utf-8")
+        return lambda repo: text
+    w = safe.own(safe.read(target / safe.INDEX)).get("w", 0.0)
+    return lambda repo: str(plain_card(repo, stock, w))
 
 
-def assemble_pipeline(folder: Path, target: Path) -> bool:
-    """A saved pipeline as a stranger can load it, in an empty folder; whether its index is Stable Diffusion's."""
+def assemble_pipeline(folder: Path, target: Path, with_code: bool = True) -> bool:
+    """A saved pipeline as a stranger can load it, in an empty folder; whether its index is Stable Diffusion's.
+
+    with_code: whether the code that lies in the folder may go along; the cache of the Hub's models may hold anybody's.
+    """
     raw, code = safe.read(folder / safe.INDEX), folder / f"{FILE}.py"
     safe.refuse_pickles(folder, safe.own(raw))
     parts = [part for part, value in safe.own(raw).items() if part in safe.PARTS and value[0] is not None]
-    if {"text_encoder", "tokenizer"} <= set(parts) and code.is_file():
+    if {"text_encoder", "tokenizer"} <= set(parts) and with_code and code.is_file():
         files = [folder / safe.INDEX, code, *(folder / f"{name}.py" for name in get_relative_imports(code))]
         files += [path for part in parts for kind in (*safe.FILES, f"{raw[part][0]}.py") for path in (folder / part).glob(kind)]
         for path in files:
@@ -226,7 +262,7 @@ def assemble_pipeline(folder: Path, target: Path) -> bool:
             raise HubError(f"{folder} has no text encoder, expected one in what is shared: put the config.yaml beside it that "
                            "names it")  # fmt: skip
         pipe.save_pretrained(target)
-    return safe.read(target / safe.INDEX)["_class_name"] == "StableDiffusionPipeline"
+    return safe.of_stable_diffusion(target)
 
 
 # ---- ship, pull, space
@@ -237,17 +273,14 @@ def ship(source: str | Path, folder: Path) -> Path:
 
     `load` supplies that encoder, from its pip package by its hash or from the Hub; `push` adds it, and the code.
     """
-    if folder.exists():
-        raise HubError(f"{folder} exists, expected the name of a new folder: choose another")
+    vacant(folder)
     run = Run(source)
     if not (run.config.is_file() and (run.pipeline / safe.INDEX).is_file()):
         raise HubError(f"{source} is no finished run, expected {run.pipeline / safe.INDEX} and {run.config}: train first")
     pipe = load(source)
     pipe.unet.to(torch.bfloat16)
     pipe.register_modules(text_encoder=None, tokenizer=None)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        new = Path(scratch) / folder.name
+    with whole(folder) as new:
         pipe.save_pretrained(new, safe_serialization=True, max_shard_size=SHARD)
         for code in new.rglob("*.py"):
             code.unlink()
@@ -255,16 +288,36 @@ def ship(source: str | Path, folder: Path) -> Path:
             shutil.copyfile(path, new / path.name)
         shutil.copytree(run.folder / card.IMAGES, new / card.IMAGES)
         card.refresh(new, str(folder), shipped=True)
-        new.rename(folder)
     return folder
 
 
 def pull(model: str, folder: Path) -> Path:
     """A copy of a model of the Hub in a new folder, to draw with: no code, no pickles."""
+    vacant(folder)
+    source = safe.download(model)
+    with whole(folder) as new:
+        for path in safe.downloaded(source):
+            (new / path.relative_to(source)).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, new / path.relative_to(source))
+    return folder
+
+
+def vacant(folder: Path) -> None:
+    """HubError where a new folder's name is taken."""
     if folder.exists():
         raise HubError(f"{folder} exists, expected the name of a new folder: choose another")
-    shutil.copytree(safe.download(model), folder)
-    return folder
+
+
+@contextlib.contextmanager
+def whole(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which gets its name once it is whole; HubError where it cannot be written."""
+    with on_disk(f"making {folder}"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            new = Path(scratch) / folder.name
+            new.mkdir()
+            yield new
+            new.rename(folder)
 
 
 def space(repo_id: str, model: str, *, private: bool = False, token: str | None = None) -> str:
@@ -297,7 +350,17 @@ def front_page(model: str, revision: str) -> str:
     return f"---\n{data.to_yaml()}\n---\n\n# {model}\n\nThe page of Direct Jump for `{model}` at commit `{revision}`.\n"
 
 
-# ---- what the Hub says, and the command line
+# ---- what the disk and the Hub say, and the command line
+
+
+@contextlib.contextmanager
+def on_disk(what: str) -> Iterator[None]:
+    """Whatever this machine's disk says, in one sentence."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise HubError(f"{what} failed ({one_line(error)}), expected room, and leave to read and write: mend that and try "
+                       "again") from error  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -366,4 +429,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(sample.stoppable(main, "a commit is whole or not there, and the same command tries again"))

@@ -41,7 +41,8 @@ picture = pipe({prompt!r}, w={w:g}, seed=0).images[0]
 ```
 
 w = 0 follows the prompt unguided, -1 ignores it. `trust_remote_code` runs `pipeline.py` and the files that it names: read
-them first. The parts load without it, and any stock scheduler fits once the pipeline is there:
+them first. The parts load without it, and stock schedulers but EDM's fit once the pipeline is there (PNDM, KDPM2 and the
+ancestral ones only where the network predicts epsilon or v):
 
 ```python
 from diffusers import DDIMScheduler, UNet2DConditionModel
@@ -84,7 +85,11 @@ class Layout:
         if at_home() and not os.path.isdir(pretrained_model_name_or_path):
             options = {name: kwargs.pop(name) for name in DOWNLOADING if name in kwargs}
             pretrained_model_name_or_path = safe().download(str(pretrained_model_name_or_path), kwargs.get("variant"), **options)
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        stable = at_home() and safe().of_stable_diffusion(Path(pretrained_model_name_or_path))
+        if stable and pipe.scheduler.config.get("clip_sample"):
+            pipe.scheduler.register_to_config(clip_sample=False)  # as its own pipeline does, whatever was saved
+        return pipe
 
     @classmethod
     def from_pipe(cls, pipeline, **kwargs):
@@ -154,7 +159,7 @@ class Layout:
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
             if not api.file_exists(repo_id, "README.md"):
-                plain_card(repo_id, self.is_stable_diffusion(), variant).save(Path(folder) / "README.md")
+                plain_card(repo_id, self.is_stable_diffusion(), self.config.w, variant).save(Path(folder) / "README.md")
             return api.create_commit(repo_id, additions(Path(folder)), create_pr=create_pr,
                                      commit_message=commit_message or f"Upload {type(self).__name__}")  # fmt: skip
 
@@ -209,14 +214,14 @@ def additions(folder: Path) -> list[CommitOperationAdd]:
     return [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in sorted(folder.rglob("*")) if path.is_file()]
 
 
-def plain_card(repo_id: str, stock: bool, variant: str | None = None) -> ModelCard:
-    """A model card that says no more than how to load the repository."""
+def plain_card(repo_id: str, stock: bool, w: float, variant: str | None = None) -> ModelCard:
+    """A model card that says no more than how to draw with the repository, at w."""
     data = ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=TAGS)
-    use = loading(repo_id, stock, variant=variant)
+    use = loading(repo_id, stock, "a cat", w, variant)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {repo_id.rpartition('/')[2]}\n\n{use}")
 
 
-def loading(model: str, stock: bool, prompt: str = "red heart", w: float = 2.0, variant: str | None = None) -> str:
+def loading(model: str, stock: bool, prompt: str, w: float, variant: str | None = None) -> str:
     """How a process without this package draws with a saved model, a folder or a repository, as Markdown.
 
     stock: whether its index is Stable Diffusion's. variant: of its weights, such as fp16; None are plain ones.

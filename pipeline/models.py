@@ -94,11 +94,14 @@ def unet(config: Config, caption_width: int) -> UNet2DConditionModel:
 def noise_process(diffusion: DiffusionConfig, pretrained: SchedulerMixin | None = None) -> DDPMScheduler:
     """The scheduler that a run trains with and saves: the configuration's values over those of a pretrained model's own.
 
-    A pretrained model that says nothing of clip_sample drew without it, as latents must be.
+    A pretrained model that says nothing of clip_sample drew without it, as latents must be. Its own list of betas goes where the
+    configuration asks for others. ConfigError where the values make no noise process.
     """
     known = inspect.signature(DDPMScheduler.__init__).parameters
     theirs = {} if pretrained is None else {"clip_sample": False} | {
-        name: value for name, value in pretrained.config.items() if name in known}  # fmt: skip
+        name: value for name, value in pretrained.config.items() if name in known and (name, value) != ("variance_type", None)}
+    if any(getattr(diffusion, name) is not None for name in ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")):
+        theirs["trained_betas"] = None
     try:
         return DDPMScheduler(**diffusion.values(theirs))
     except ValueError as error:
@@ -170,7 +173,7 @@ def count(weights: list[torch.nn.Parameter]) -> int:
 
 
 def precision(choice: str, device: torch.device) -> str:
-    """accelerate's `mixed_precision`: "auto" is bf16 where the machine multiplies matrices in it, no elsewhere."""
+    """accelerate's `mixed_precision`: "auto" is bf16 where the machine multiplies in it, fp16 on other CUDA cards, else no."""
     if choice != "auto":
         return choice
     if device.type == "cuda":

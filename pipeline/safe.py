@@ -60,10 +60,9 @@ def download(model: str, variant: str | None = None, **options) -> Path:
             index = Path(hf_hub_download(repo, INDEX, **options))
         except EntryNotFoundError as error:
             return download_adapter(repo, error, **options)
-        parts = [name for name, value in own(read(index)).items() if name in PARTS and value[0] is not None]
-        patterns = [INDEX, *BESIDE, *(f"{part}/{kind}" for part in parts for kind in FILES)]
+        wanted = patterns(index.parent)
         pinned = options | {"revision": index.parent.name}  # of all files, whatever is pushed meanwhile
-        folder = Path(snapshot_download(repo, allow_patterns=patterns, ignore_patterns=None if variant else VARIANTS, **pinned))
+        folder = Path(snapshot_download(repo, allow_patterns=wanted, ignore_patterns=None if variant else VARIANTS, **pinned))
     try:
         refuse_pickles(folder, own(read(folder / INDEX)), model, variant)
     except VariantError:
@@ -97,7 +96,20 @@ def download_adapter(repo: str, missing: Exception, **options) -> Path:
     except EntryNotFoundError:
         raise missing from None
     pinned = options | {"revision": found.parent.name}
-    return Path(snapshot_download(repo, allow_patterns=[ADAPTER, *BESIDE], **pinned))
+    return Path(snapshot_download(repo, allow_patterns=patterns(found.parent), **pinned))
+
+
+def patterns(folder: Path) -> list[str]:
+    """What is had of a pipeline whose index lies in a folder, or of an adapter, which has none: no code and no pickles."""
+    if not (folder / INDEX).is_file():
+        return [ADAPTER, *BESIDE]
+    parts = [name for name, value in own(read(folder / INDEX)).items() if name in PARTS and value[0] is not None]
+    return [INDEX, *BESIDE, *(f"{part}/{kind}" for part in parts for kind in FILES)]
+
+
+def downloaded(folder: Path) -> list[Path]:
+    """The files of a folder that `download` puts there, whatever another tool has put beside them."""
+    return [path for pattern in patterns(folder) for path in folder.glob(pattern) if not path.match(VARIANTS)]
 
 
 def revision_of(model: str, token: str | None = None) -> tuple[str, str, bool]:
@@ -118,14 +130,26 @@ def revision_of(model: str, token: str | None = None) -> tuple[str, str, bool]:
     return found[0], info.sha, bool(info.private or info.gated)
 
 
+def network_of(model: str, token: str | None = None) -> tuple[dict, dict[str, str]]:
+    """(settings, sha256 of each file of the weights) of the UNet of a pipeline of the Hub; no weights are downloaded."""
+    from huggingface_hub import HfApi, hf_hub_download
+
+    repo, revision, _ = revision_of(model, token)
+    with told(model):
+        settings = read(Path(hf_hub_download(repo, "unet/config.json", revision=revision, token=token)))
+        tree = HfApi(token=token).list_repo_tree(repo, "unet", revision=revision)
+        sums = {Path(file.path).name: file.lfs and file.lfs.sha256 for file in tree if file.path.endswith(".safetensors")}
+    return settings, sums
+
+
 def read(index: Path) -> dict:
-    """What a model_index.json holds."""
+    """What a JSON file of names and values holds, such as a model_index.json."""
     try:
         found = json.loads(index.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ModelError(f"{index} is damaged ({error}), expected JSON: save the pipeline again") from error
     if not isinstance(found, dict):
-        raise ModelError(f"{index} holds a {type(found).__name__}, expected a pipeline's components: save the pipeline again")
+        raise ModelError(f"{index} holds a {type(found).__name__}, expected names and values: save the pipeline again")
     return found
 
 
@@ -150,6 +174,11 @@ def own(index: dict) -> dict:
     if name != PIPELINES[0]:
         settings.setdefault("w", SD_W)
     return settings | {part: component(part, index[part]) for part in PARTS if part in index} | {"_class_name": PIPELINES[0]}
+
+
+def of_stable_diffusion(folder: Path) -> bool:
+    """Whether a saved pipeline's index is Stable Diffusion's."""
+    return read(folder / INDEX).get("_class_name") == PIPELINES[1]
 
 
 def component(part: str, value: object) -> list[str | None]:

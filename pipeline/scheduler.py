@@ -39,7 +39,7 @@ def squaredcos_cap_v2(T: int, start: float, end: float) -> Tensor:
 
 
 def sigmoid(T: int, start: float, end: float) -> Tensor:
-    """beta follows a logistic curve from start to end."""
+    """beta follows a logistic curve from start to end (GeoDiff, Xu et al. 2022)."""
     return torch.sigmoid(torch.linspace(-6, 6, T, dtype=torch.float64)) * (end - start) + start
 
 
@@ -64,6 +64,7 @@ def wide(x: Tensor) -> Tensor:
 
 
 SCHEDULES = {f.__name__: f for f in (linear, scaled_linear, squaredcos_cap_v2, sigmoid)}
+STOCK_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")  # which every scheduler of diffusers computes
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 SPACINGS = ("leading", "linspace", "trailing")
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
@@ -344,9 +345,14 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
                              f"from beta_start={beta_start}, beta_end={beta_end}")  # fmt: skip
         if rescale_betas_zero_snr and len(beta) < 2:
             raise ValueError("rescale_betas_zero_snr needs at least 2 timesteps, got 1: no signal at the last leaves none at all")
+        if beta_schedule not in STOCK_SCHEDULES and trained_betas is None:  # so that stock schedulers take it from this config
+            defaults = [name for name in self.config.get("_use_default_values", []) if name != "trained_betas"]
+            self.register_to_config(trained_betas=beta.tolist(), _use_default_values=defaults)
         if rescale_betas_zero_snr:
             beta = zero_terminal_snr(beta)
-        self._abar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - beta).cumprod(0)])  # [t + 1] is abar at t
+        abar = (1 - beta).cumprod(0)
+        abar = torch.where(abar > 0, abar.clamp(min=torch.finfo(torch.float32).tiny), abar)  # float32 keeps what is not 0
+        self._abar = torch.cat([torch.ones(1, dtype=torch.float64), abar])  # [t + 1] is abar at t
         self._ends_without_signal = bool(self._abar[-1] == 0)
         self._tables: dict = {}
         self._next: dict[int, int] | None = None
@@ -355,9 +361,9 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         self.custom_timesteps, self.num_inference_steps = False, None
         self.timesteps = torch.arange(len(beta) - 1, -1, -1)
         self.variance_type = variance_type
-        self._warn(beta)
+        self._warn(beta, trained=trained_betas is not None)
 
-    def _warn(self, beta: Tensor) -> None:
+    def _warn(self, beta: Tensor, trained: bool) -> None:
         config, last = self.config, float(self._abar[-1])
         if last == 0 and config.prediction_type == "epsilon":
             warnings.warn("zero terminal SNR with prediction_type='epsilon': at the last timestep abar = 0 and the "
@@ -365,7 +371,7 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         if config.thresholding and config.sample_max_value is not None and config.sample_max_value <= 1:
             warnings.warn(f"thresholding=True with sample_max_value={config.sample_max_value} is a plain clamp, and no "
                           "dynamic threshold; sample_max_value=None sets no maximum.", stacklevel=4)  # fmt: skip
-        if last > NOISE_FLOOR and config.trained_betas is None:
+        if last > NOISE_FLOOR and not trained:
             scale = 1.01 * math.log(NOISE_FLOOR) / math.log(last)
             start, end = scale * config.beta_start, scale * config.beta_end
             cure = "no range of betas below 1 ends in noise; take more timesteps or rescale_betas_zero_snr=True"

@@ -5,6 +5,7 @@ A call is one picture through the network once: a guided step is two, and what a
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ class Found:
     calls: int
     total: int  # the calls at the end
     last: bool = False
+    best: tuple[int, Tensor] | None = None  # method random on its way, once it has judged: the best one's number, and it
 
     @property
     def x_0(self) -> Tensor:
@@ -107,8 +109,14 @@ def random_search(pipe, prompt: str, budget: int, verifier: Verifier, seed: int,
             scores += some.tolist()
             curve = [((i + 1) * each, max(scores[: i + 1])) for i in range(len(scores))]
             calls += verifier.calls * len(some)
-            yield Found(step.x_t, nothing, numbers, curve, calls, total)
+            yield Found(step.x_t, nothing, numbers, curve, calls, total, best=so_far(drawn, scores))
     yield ranked(torch.cat(drawn), torch.tensor(scores), curve, total)
+
+
+def so_far(drawn: list[Tensor], scores: list[float]) -> tuple[int, Tensor]:
+    """The number of the best candidate that has been judged, and the candidate (c, h, w)."""
+    number = max(range(len(scores)), key=scores.__getitem__)
+    return number, drawn[number // BATCH][number % BATCH]
 
 
 def path_search(pipe, prompt: str, budget: int, verifier: Verifier, seed: int, call: dict) -> Iterator[Found]:
@@ -176,9 +184,9 @@ METHODS: dict[str, Callable[..., Iterator[Found]]] = {"random": random_search, "
 
 
 def judged(pipe, prompts: list[str], x_0: Tensor, verifier: Verifier, batch: int = JUDGED) -> Iterator[Tensor]:
-    """The scores of candidates (N, c, h, w), `batch` of them after `batch`."""
+    """The scores of candidates (N, c, h, w), `batch` of them after `batch`; one that is not a number is the worst."""
     for i in range(0, len(x_0), batch):
-        yield verifier(pipe, prompts[i : i + batch], x_0[i : i + batch]).cpu()
+        yield verifier(pipe, prompts[i : i + batch], x_0[i : i + batch]).cpu().nan_to_num(nan=-math.inf)
 
 
 def ranked(x_0: Tensor, scores: Tensor, curve: list[tuple[int, float]], calls: int) -> Found:
@@ -207,6 +215,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--verifier", default="likelihood",
                            help="likelihood (the model's own, the default), or a CLIP model's folder or Hub id")  # fmt: skip
     arguments.add_argument("--pairs", type=int, default=16, help="how closely likelihood looks, two calls each (default: 16)")
+    arguments.add_argument("--negative", default="", help="what to keep away from, instead of the empty prompt")
     arguments.add_argument("--w", type=float, help="guidance (default: the model's own)")
     arguments.add_argument("--seed", type=int, default=0, help="candidate i draws its noise from seed + i (default: 0)")
     arguments.add_argument("--steps", type=int, default=50, help="denoising steps (default: 50)")
@@ -217,28 +226,40 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Search, print the curve, save the best; 0 is done, 2 is bad input, told in one sentence."""
-    arguments = parser().parse_args(argv)
+    """Search, print the curve, save the best; 0 is done, 2 bad input, told in one sentence, 130 stopped with the best so far."""
+    arguments, best, stopped = parser().parse_args(argv), None, False
     try:
         (output,) = sample.files(arguments.out, 1)
         verifier = Likelihood(arguments.pairs) if arguments.verifier == "likelihood" else Clip(arguments.verifier)
         double = isinstance(verifier, Likelihood)
         pipe = sample.opened(arguments.model).to(sample.chosen(arguments.device, double))
         stages = searching(pipe, arguments.prompt, arguments.budget, verifier, arguments.method, w=arguments.w,
-                           steps=arguments.steps, eta=arguments.eta, seed=arguments.seed)  # fmt: skip
+                           negative_prompt=arguments.negative or None, steps=arguments.steps, eta=arguments.eta,
+                           seed=arguments.seed)  # fmt: skip
         with tqdm(unit="call", dynamic_ncols=True) as bar:
-            for found in stages:
-                bar.total = found.total
-                bar.update(found.calls - bar.n)
+            try:
+                for found in stages:
+                    bar.total, best = found.total, found.best or best
+                    bar.update(found.calls - bar.n)
+            except KeyboardInterrupt:
+                if best is None:
+                    raise
+                stopped = True
+        number, x_0 = best if stopped else (int(found.order[0]), found.x_0)
+        image = pipe.image_processor.postprocess(pipe.decode(x_0[None]), output_type="pil")[0]
+        alone = arguments.method == "random"  # a path's copies have noise of their own, which no seed draws alone
+        settings = sample.settings_of(pipe, arguments.model, arguments) if alone else None
+        sample.save(image, output, settings and settings | {"seed": arguments.seed + number})
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    pipe.image_processor.postprocess(pipe.decode(found.x_0[None]), output_type="pil")[0].save(output)
     for calls, score in found.curve:
         print(f"{calls} network calls: best score {score:.4g}")
-    print(f"{output}: the best of {len(found.candidates)} by {found.calls} network calls")
-    return 0
+    judged = len(found.curve) if alone and found.curve else len(found.candidates)
+    print(f"{output}: the best of {judged} by {found.calls} network calls"
+          + (f"; seed {arguments.seed + number} draws it alone" if alone else ""))  # fmt: skip
+    return 130 if stopped else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(sample.stoppable(main, "nothing was judged yet, and nothing is written"))

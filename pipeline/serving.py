@@ -9,15 +9,19 @@ import dataclasses
 import difflib
 import functools
 import io
+import itertools
 import json
+import logging
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 
 import PIL.Image
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from pipeline import data, emoji, hub, models, safe, sample, search
@@ -29,6 +33,8 @@ from pipeline.scheduler import DDPMScheduler
 from pipeline.search import x_0_of
 from pipeline.text_to_image import Step, TextToImagePipeline
 from pipeline.verifiers import Likelihood
+
+log = logging.getLogger(__name__)
 
 SWEEP = (-1.0, 0.0, 1.0, 2.0, 4.0, 8.0)  # the w of "what w does"
 DENOISERS = ("network", "exact")
@@ -150,14 +156,34 @@ class Frame:
         return self.step == self.steps if self.found is None else self.found.last
 
 
+def in_turn(draw: Callable[..., Iterator]) -> Callable[..., Iterator]:
+    """A generator of Studio's, each step of which has the networks to itself.
+
+    Gradio's Stop frees the page at once, and the step that it interrupts goes on in its thread: the next request waits for it.
+    Between steps nothing is held, so that one that is left and never closed is in nobody's way.
+    """
+
+    @functools.wraps(draw)
+    def steps(self, *args, **kwargs):
+        with contextlib.closing(draw(self, *args, **kwargs)) as found:
+            while True:
+                with self.turn:
+                    one = next(found, None)
+                if one is None:
+                    return
+                yield one
+
+    return steps
+
+
 class Studio:
-    """A pipeline with the picture set it is compared to, drawing what requests ask for.
+    """A pipeline with the picture set it is compared to, drawing what requests ask for, one step of one request at a time.
 
     pipe: None leaves the exact denoiser of the set alone. `source` names the set; it is read when first needed.
     """
 
     def __init__(self, pipe: TextToImagePipeline | None, name: str, source: DataConfig):
-        self.network, self.name, self.source = pipe, name, source
+        self.network, self.name, self.source, self.turn = pipe, name, source, threading.Lock()
 
     # -- the models
 
@@ -233,6 +259,7 @@ class Studio:
 
     # -- drawing
 
+    @in_turn
     def create(self, request: Request, denoiser: str = "network") -> Iterator[Frame]:
         """The pictures of a request, previews first; picture i draws from seed + i."""
         pipe = self.chosen(denoiser, request.prompt, request.negative_prompt)
@@ -244,6 +271,7 @@ class Studio:
                                w=request.weight, num_inference_steps=request.steps, eta=request.eta, seed=request.seed,
                                num_images_per_prompt=request.images)  # fmt: skip
 
+    @in_turn
     def sweep(self, request: Request, denoiser: str = "network") -> Iterator[Frame]:
         """One picture for each w of SWEEP, all from the same noise."""
         pipe, n = self.chosen(denoiser, request.prompt, request.negative_prompt), len(SWEEP)
@@ -258,17 +286,16 @@ class Studio:
         budget, seen = request.think * search.calls_of_sample(pipe, request.weight, request.steps), 0.0
         stages = search.searching(pipe, request.prompt, budget, VERIFIER, negative_prompt=request.negative_prompt or None,
                                   w=request.weight, steps=request.steps, eta=request.eta, seed=request.seed)  # fmt: skip
-        with calls_of(pipe.unet) as calls:
-            for _, found, seconds in timed(stages):
-                if not found.last and seconds - seen < PREVIEW:
-                    continue
-                images, seen, discarded = pictures(pipe, found.candidates), seconds, []
-                if found.last:
-                    alone = [dataclasses.replace(request, think=1, seed=request.seed + i) for i in found.order.tolist()]
-                    for image, own in zip(images, [request, *alone[1:]], strict=True):
-                        self._signed(image, dataclasses.asdict(own) | {"image": 0}, denoiser)
-                    images, discarded = images[:1], images[1:]
-                yield Frame(images, found.calls, found.total, sum(calls), seconds, found, discarded)
+        for _, found, calls, seconds in timed(stages, pipe.unet):
+            if not found.last and seconds - seen < PREVIEW:
+                continue
+            images, seen, discarded = pictures(pipe, found.candidates), seconds, []
+            if found.last:
+                alone = [dataclasses.replace(request, think=1, seed=request.seed + i) for i in found.order.tolist()]
+                for image, own in zip(images, [request, *alone[1:]], strict=True):
+                    self._signed(image, dataclasses.asdict(own) | {"image": 0}, denoiser)
+                images, discarded = images[:1], images[1:]
+            yield Frame(images, found.calls, found.total, calls, seconds, found, discarded)
 
     def _signed(self, image: PIL.Image.Image, settings: dict, denoiser: str) -> None:
         """Have a picture carry what draws it again."""
@@ -277,24 +304,25 @@ class Studio:
 
     def _drawn(self, pipe, denoiser: str, settings: list[dict], **call) -> Iterator[Frame]:
         """The frames of one call, the pictures of the last one with their settings."""
-        seen = 0.0
-        with calls_of(pipe.unet) as calls:
-            for i, step, seconds in timed(pipe.denoise(**call)):
-                last = i == pipe.num_timesteps
-                if not last and seconds - seen < PREVIEW:
-                    continue
-                images, seen = pictures(pipe, step.x_t if last else x_0_of(step)), seconds
-                for image, own in zip(images, settings if last else [], strict=last):
-                    self._signed(image, own, denoiser)
-                yield Frame(images, i, pipe.num_timesteps, sum(calls), seconds)
+        steps, seen = pipe.denoise(**call), 0.0
+        total = pipe.num_timesteps  # asked once: the next request's call has another
+        for i, step, calls, seconds in timed(steps, pipe.unet):
+            last = i == total
+            if not last and seconds - seen < PREVIEW:
+                continue
+            images, seen = pictures(pipe, step.x_t if last else x_0_of(step)), seconds
+            for image, own in zip(images, settings if last else [], strict=last):
+                self._signed(image, own, denoiser)
+            yield Frame(images, i, total, calls, seconds)
 
+    @in_turn
     def backward(self, request: Request, denoiser: str = "network") -> Iterator[list[tuple]]:
         """The film strip of one picture so far: (t, x_t, x_0 of (15)) at COLUMNS timesteps, t in the lecture's count."""
         pipe, strip = self.chosen(denoiser, request.prompt, request.negative_prompt), []
         kept = set(torch.linspace(1, request.steps, min(COLUMNS, request.steps)).round().long().tolist())
         steps = pipe.denoise(request.prompt, negative_prompt=request.negative_prompt or None, w=request.weight, seed=request.seed,
                              num_inference_steps=request.steps, eta=request.eta)  # fmt: skip
-        for i, step, _seconds in timed(steps):
+        for i, step, _calls, _seconds in timed(steps, pipe.unet):
             if i in kept:
                 strip.append((int(step.s) + 1, pictures(pipe, step.x_t)[0], pictures(pipe, x_0_of(step))[0]))
                 yield list(strip)
@@ -316,20 +344,21 @@ class Studio:
         of a picture that it does not know.
         """
         pipe, generator = self.pipe, torch.Generator().manual_seed(seed)
-        scheduler, z = pipe.scheduler, pipe.encode(x_0.to(pipe.device))
-        noise = lambda: torch.randn(z.shape, generator=generator).to(z)
-        jump, chain = scheduler.add_noise(z, noise(), t - 1), z
-        for k in range(t):
-            chain = scheduler.add_noise_step(chain, noise(), k)
-        panels = {"x_0": z, "(5) the jump": jump, "(1) the chain": chain}
-        for denoiser in DENOISERS if self.network is not None else ("exact",):
-            unknown = denoiser == "exact" and data.normalize(caption) not in (*self.known, "")
-            chosen, told = self.chosen(denoiser), "" if unknown else caption
-            states, _ = chosen.encode_prompt(told)
-            output = chosen.unet(jump, t - 1, encoder_hidden_states=states, return_dict=False)[0]
-            name = f"(15) x̂_0, {denoiser}" + (", not told" if unknown else "")
-            panels[name] = scheduler.clip(scheduler.predict_x_0(output, t - 1, jump))
-        return {name: pictures(pipe, x)[0] for name, x in panels.items()}
+        with self.turn:
+            scheduler, z = pipe.scheduler, pipe.encode(x_0.to(pipe.device))
+            noise = lambda: torch.randn(z.shape, generator=generator).to(z)
+            jump, chain = scheduler.add_noise(z, noise(), t - 1), z
+            for k in range(t):
+                chain = scheduler.add_noise_step(chain, noise(), k)
+            panels = {"x_0": z, "(5) the jump": jump, "(1) the chain": chain}
+            for denoiser in DENOISERS if self.network is not None else ("exact",):
+                unknown = denoiser == "exact" and data.normalize(caption) not in (*self.known, "")
+                chosen, told = self.chosen(denoiser), "" if unknown else caption
+                states, _ = chosen.encode_prompt(told)
+                output = chosen.unet(jump, t - 1, encoder_hidden_states=states, return_dict=False)[0]
+                name = f"(15) x̂_0, {denoiser}" + (", not told" if unknown else "")
+                panels[name] = scheduler.clip(scheduler.predict_x_0(output, t - 1, jump))
+            return {name: pictures(pipe, x)[0] for name, x in panels.items()}
 
     def curves(self) -> dict[str, list[float]]:
         """beta_t, abar_t, the SNR and the posterior's variance by the lecture's t = 1 … T, with their equations' numbers."""
@@ -345,13 +374,10 @@ class Studio:
         """A tokenizer of its own: one that two threads share forgets in one how the other wants its captions padded."""
         return copy.deepcopy(self.pipe.tokenizer)
 
-    def tokens(self, prompt: str | None) -> str:
-        """How many tokens a prompt has, and what is cut off it."""
-        tokenizer, length = self._counting, self.pipe.config.caption_length or self.pipe.tokenizer.model_max_length
-        ids = tokenizer(data.normalize((prompt or "")[:CHARACTERS]), add_special_tokens=False, verbose=False).input_ids
-        room = length - tokenizer.num_special_tokens_to_add()
-        cut = f"; left out: {tokenizer.decode(ids[room:])}" if len(ids) > room else ""
-        return f"{len(ids)} of {room} tokens{cut}"
+    @property
+    def tokens(self) -> Callable[[str | None], str]:
+        """`counted` of a prompt; whoever keeps it keeps no network."""
+        return functools.partial(counted, self._counting, self.pipe.config.caption_length)
 
 
 class Shelf:
@@ -365,7 +391,7 @@ class Shelf:
         self.name = "the exact denoiser" if model is None else Path(str(model).partition("@")[0]).name
         if model is not None and not Path(model).exists() and safe.named(str(model)):
             model = safe.download(str(model))
-        self.model, self.run = model, None
+        self.model, self.run, self._kept, self._loading = model, None, {}, threading.Lock()
         if model is not None and (Path(model) / "config.yaml").is_file() and not (Path(model) / "model_index.json").is_file():
             self.run = Run(model)
             self.follows = not self.run.finished and bool(self.run.steps() or not self.run.drawable)  # one may be trained on
@@ -379,17 +405,39 @@ class Shelf:
         return self.run.steps() if self.follows else []
 
     def studio(self, step: int | None = None) -> Studio:
-        """What draws: the one model, or the checkpoint nearest to a step (None is the newest)."""
+        """What draws: the one model, or the checkpoint nearest to a step (None is the newest).
+
+        The one before a newest that is torn takes its place, as in training; InputError where no checkpoint can be read.
+        """
         if not self.follows:
             return self._studio(None)
-        steps = self.steps()
-        wanted = steps[-1] if step is None else number("checkpoint", step, 0, SEEDS, True, problems := [])
+        wanted = SEEDS if step is None else number("checkpoint", step, 0, SEEDS, True, problems := [])
         if step is not None and problems:
             raise InputError(problems[0])
-        return self._studio(min(steps, key=lambda s: abs(s - wanted)))
+        torn, why = None, f"{self.name} has no checkpoint any more"
+        for _ in range(2):  # training may delete one while it is read
+            steps = [s for s in self.steps() if s != torn]
+            if not steps:
+                break
+            nearest = min(steps, key=lambda s: abs(s - wanted))
+            try:
+                return self._studio(nearest)
+            except (OSError, ValueError, SafetensorError) as error:
+                log.warning("step %d of %s: %s", nearest, self.name, error)
+                torn, why = nearest if nearest == steps[-1] else None, str(error).replace(str(self.run.folder), self.name)
+        raise InputError(f"{why}, expected one that is whole: choose another, or wait until the next is saved")
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019  # a page has one shelf
     def _studio(self, step: int | None) -> Studio:
+        """The studio of a checkpoint, or (None) of the one model; it is kept until another is asked for, as there may be room
+        for one network alone.
+        """
+        with self._loading:
+            if step not in self._kept:
+                self._kept.clear()
+                self._kept[step] = self._loaded(step)
+            return self._kept[step]
+
+    def _loaded(self, step: int | None) -> Studio:
         if self.model is None:
             return Studio(None, self.name, DataConfig())
         if step is not None:
@@ -425,6 +473,14 @@ def shared_set(folder: Path) -> str:
     return source if isinstance(source, str) and source in emoji.SETS else DataConfig().source
 
 
+def counted(tokenizer, length: int | None, prompt: str | None) -> str:
+    """How many tokens a prompt has, and what is cut off it for a caption of a length (None is the tokenizer's own)."""
+    ids = tokenizer(data.normalize((prompt or "")[:CHARACTERS]), add_special_tokens=False, verbose=False).input_ids
+    room = (length or tokenizer.model_max_length) - tokenizer.num_special_tokens_to_add()
+    cut = f"; left out: {tokenizer.decode(ids[room:])}" if len(ids) > room else ""
+    return f"{len(ids)} of {room} tokens{cut}"
+
+
 @contextlib.contextmanager
 def calls_of(network: torch.nn.Module) -> Iterator[list[int]]:
     """The number of pictures in each call of a network, while this is open."""
@@ -436,14 +492,21 @@ def calls_of(network: torch.nn.Module) -> Iterator[list[int]]:
         hook.remove()
 
 
-def timed(steps: Iterator[Step | search.Found]) -> Iterator[tuple[int, Step | search.Found, float]]:
-    """The steps of a sampling loop or a search, counted from 1, with the seconds so far; InputError at the deadline."""
-    began = time.monotonic()
-    for i, step in enumerate(steps, 1):
-        seconds = time.monotonic() - began
+def timed(steps: Iterator[Step | search.Found], network) -> Iterator[tuple[int, Step | search.Found, int, float]]:
+    """The steps of a sampling loop or a search, counted from 1, with the network's calls and the seconds so far.
+
+    InputError at the deadline.
+    """
+    began, calls = time.monotonic(), 0
+    for i in itertools.count(1):
+        with calls_of(network) as own:  # open for this step alone: between two of them others may draw
+            step = next(steps, None)
+        if step is None:
+            return
+        calls, seconds = calls + sum(own), time.monotonic() - began
         if seconds > DEADLINE:
             raise InputError(f"this took longer than the {DEADLINE:g} s that one request may: ask for fewer steps")
-        yield i, step, seconds
+        yield i, step, calls, seconds
 
 
 def pictures(pipe: TextToImagePipeline, x: Tensor) -> list[PIL.Image.Image]:
@@ -456,10 +519,13 @@ def pictures(pipe: TextToImagePipeline, x: Tensor) -> list[PIL.Image.Image]:
 
 def opened(path: str | Path, kinds: tuple[str, ...]) -> bytes:
     """The bytes of a picture file of one of some kinds (Pillow's names), once its header promises a reasonable size."""
-    size = Path(path).stat().st_size
-    if size > UPLOAD:
-        raise InputError(f"the file has {size / 1e6:.1f} MB, expected {UPLOAD / 1e6:g} at most: save it smaller")
-    content = Path(path).read_bytes()
+    try:
+        size = Path(path).stat().st_size
+        if size > UPLOAD:
+            raise InputError(f"the file has {size / 1e6:.1f} MB, expected {UPLOAD / 1e6:g} at most: save it smaller")
+        content = Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise InputError("the file is no longer here, expected one dropped within the hour: drop it again") from error
     try:
         with PIL.Image.open(io.BytesIO(content), formats=kinds) as picture:
             width, height = picture.size

@@ -243,15 +243,18 @@ class TextToImagePipeline(Layout, DiffusionPipeline, StableDiffusionLoraLoaderMi
         return guide(eps_c.index_copy(0, c, out[len(u) :]), eps_u.index_copy(0, u, out[: len(u)]), w)
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """What the network sees (B, c, h, w) of images (B, 3, H, W) in [-1, 1], `decode`'s inverse; a VAE's most likely.
 
-        A few at a time, since a VAE's activations are hundreds of times as large as its latents.
+        noise: (B, c, h, w), standard normal, draws from what an AutoencoderKL says instead. A few images at a time, since a
+        VAE's activations are hundreds of times as large as its latents.
         """
         if self.vae is None:
             return images
         found, config = [self.vae.encode(some) for some in images.to(self.vae.dtype).split(ENCODED)], self.vae.config
         z = torch.cat([one.latents if hasattr(one, "latents") else one.latent_dist.mode() for one in found])
+        if noise is not None and hasattr(found[0], "latent_dist"):
+            z = z + torch.cat([one.latent_dist.std for one in found]) * noise.to(z)
         return (z.to(images.dtype) - (getattr(config, "shift_factor", None) or 0)) * config.scaling_factor
 
     def decode(self, x: Tensor) -> Tensor:

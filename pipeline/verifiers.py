@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
@@ -118,7 +119,7 @@ class Clip:
             self.processor = CLIPImageProcessorPil.from_pretrained(model)  # the other one wants torchvision
         except InputError:
             raise
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             reason = " ".join(str(error).split()).rstrip(".")
             raise InputError(f"{model} is no CLIP model: it cannot be loaded ({reason}), expected a CLIP model's folder or Hub "
                              "id with safetensors: pass openai/clip-vit-large-patch14") from error  # fmt: skip
@@ -139,11 +140,11 @@ class Clip:
         return F.cosine_similarity(seen.pooler_output, said.pooler_output)
 
 
-def clip_scores(model: str, images: Tensor, captions: list[str], batch: int = 32) -> Tensor:
-    """100 max(cos(image, caption), 0) by a CLIP model's folder or Hub id, of uint8 images (N, 3, H, W), (N,).
+def clip_scores(clip: Clip, images: Tensor, captions: list[str], batch: int = 32) -> Tensor:
+    """100 max(cos(image, caption), 0) by a CLIP model, of uint8 images (N, 3, H, W), (N,).
 
-    As torchmetrics scales it; Hessel et al. 2021 have 2.5 in the place of 100. InputError where there is no such model.
+    As torchmetrics scales it; Hessel et al. 2021 have 2.5 in the place of 100.
     """
-    clip, pictures = Clip(model), [image.permute(1, 2, 0).numpy() for image in images]
+    pictures = [image.permute(1, 2, 0).numpy() for image in images]
     parts = [slice(i, i + batch) for i in range(0, len(pictures), batch)]
     return torch.cat([100 * clip.cosines(pictures[part], captions[part]).clamp(min=0) for part in parts])

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import io
 import json
+import logging
 import os
 import re
 import resource
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gradio as gr
@@ -48,13 +50,26 @@ def shelf(tmp_path_factory):
     return Shelf(folder / "tiny")
 
 
+@contextlib.contextmanager
+def served(shelf):
+    """(address, Gradio's app, the folder of its files) of a server of a model."""
+    with app.own_files() as files:
+        demo = app.build_demo(shelf)
+        server, address, _share = app.serve(demo, prevent_thread_lock=True, quiet=True)
+        yield address.rstrip("/"), server, Path(files)
+        demo.close()
+
+
 @pytest.fixture(scope="module")
-def url(shelf):
+def server(shelf):
+    with served(shelf) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def url(server):
     """The address of a server of that model."""
-    demo = app.build_demo(shelf)
-    _app, address, _share = app.serve(demo, prevent_thread_lock=True, quiet=True)
-    yield address.rstrip("/")
-    demo.close()
+    return server[0]
 
 
 def pixels(images):
@@ -73,6 +88,16 @@ def call(url, name, *data, client=None):
     return 200, events[-1][0], json.loads(events[-1][1])
 
 
+def sent(url, component, trigger, *data):
+    """What the page itself sends: (HTTP status, the answer's data) of the event of a component, found by its label or its id."""
+    config = httpx.get(f"{url}/config").json()
+    (target,) = (c["id"] for c in config["components"] if component in (c["props"].get("elem_id"), c["props"].get("label")))
+    (found,) = (d["id"] for d in config["dependencies"] if [target, trigger] in d["targets"])
+    asked = {"fn_index": found, "data": list(data), "session_hash": "a page"}
+    answer = httpx.post(f"{url}/gradio_api/run/predict", json=asked, timeout=60)
+    return answer.status_code, answer.json().get("data")
+
+
 def image_of(url, entry):
     """The picture behind a gallery's entry."""
     return Image.open(io.BytesIO(httpx.get(entry["image"]["url"]).content))
@@ -87,6 +112,7 @@ def test_page_client_and_python_give_the_same_pixels(url, shelf, tmp_path):
     status, event, (gallery, said, seed, curve, discarded) = call(url, "create", *(GOOD | {"images": 2}).values())
     assert (status, event, seed, curve, discarded) == (200, "complete", 7, None, [])
     assert np.array_equal(pixels([image_of(url, entry) for entry in gallery]), expected)
+    assert [entry["caption"] for entry in gallery] == ["red heart, seed 7", "red heart, seed 8"]
     assert re.fullmatch(r"\d+\.\d s · 16 network calls · seed 7", said)
     client = Client(url, verbose=False, download_files=tmp_path)
     gallery, *_ = client.predict(**GOOD | {"images": 2}, api_name="/create")
@@ -212,6 +238,24 @@ def test_a_huge_body_is_refused_before_it_is_read(url):
     assert call(url, "create", *GOOD.values())[1] == "complete"
 
 
+def test_a_dropped_file_that_is_deleted_meanwhile_is_told(server):
+    url, _server, files = server
+    content = io.BytesIO()
+    Image.new("RGB", (16, 16), "red").save(content, "PNG")
+    (path,) = httpx.post(f"{url}/gradio_api/upload", files={"files": ("a.png", content.getvalue())}).json()
+    upload = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    assert files in Path(path).parents and call(url, "forward", "", 5, 0, False, upload, 0)[1] == "complete"
+    Path(path).unlink()
+    _, event, said = call(url, "forward", "", 5, 0, False, upload, 0)
+    assert event == "error" and "the file is no longer here, expected one dropped within the hour" in said["error"]
+
+
+def test_an_emptied_number_box_is_no_error(url):
+    for n, visible in ((None, False), (1, False), (2, True), (99, True), ("4", False)):
+        status, data = sent(url, "think", "change", n)
+        assert status == 200 and data[0]["visible"] is visible
+
+
 def test_an_error_of_ours_is_told_by_its_number_alone(url, shelf, monkeypatch, caplog):
     def broken(*_args, **_kwargs):
         raise RuntimeError("a secret of the server")
@@ -257,6 +301,7 @@ def test_a_checkpoint_that_is_gone_is_not_asked_for(tmp_path, monkeypatch):
         app.checkpoints(shelf, demo)
     (refresh,) = (fn.fn for fn in demo.fns.values() if fn.name == "refresh")
     value = lambda *given: (found := refresh(*given), (found.minimum, found.value))[1]
+    assert "value" not in refresh(None, False).constructor_args and value(None, True) == (100, 200), "an emptied box stays so"
     assert value(100, False) == (100, 100)
     steps[:] = [250]  # alone: its two ends must not be the same
     assert value(100, False) == (0, 100) and value(100, True) == (0, 250) and app.ends(steps) == (0, 250)
@@ -276,6 +321,66 @@ def test_an_abandoned_request_frees_the_model_within_a_second(url):
     began = time.monotonic()
     assert call(url, "create", *GOOD.values())[1] == "complete"
     assert time.monotonic() - began < 2
+
+
+def test_a_request_after_stop_counts_its_own_calls_alone(url, shelf, monkeypatch):
+    """Stop frees the queue's place at once; what its request was drawing goes on in its thread until the next preview."""
+    monkeypatch.setattr(serving, "PREVIEW", 1.0)
+    network = shelf.studio().network.unet
+    slow = network.register_forward_pre_hook(lambda *_: time.sleep(0.05))
+    config = httpx.get(f"{url}/config").json()
+    (index,) = (d["id"] for d in config["dependencies"] if d["api_name"] == "create")
+    asked = {"fn_index": index, "data": list((GOOD | {"steps": 200}).values()), "session_hash": "left"}
+    begun = httpx.post(f"{url}/gradio_api/queue/join", json=asked).json()
+    with httpx.stream("GET", f"{url}/gradio_api/queue/data?session_hash=left", timeout=60) as stream:
+        next(line for line in stream.iter_lines() if "process_generating" in line)  # 20 more calls until its next preview
+        with ThreadPoolExecutor() as threads:
+            stopped = threads.submit(httpx.post, f"{url}/gradio_api/cancel", json=asked | begun, timeout=60)
+            _, event, (_gallery, said, *_) = call(url, "create", *GOOD.values())
+            assert stopped.result().status_code == 200
+    slow.remove()
+    assert event == "complete" and "· 8 network calls ·" in said
+
+
+def test_a_full_queue_leaves_the_schedules_plot_alone(url, shelf):
+    body = json.dumps({"data": list(GOOD.values())})
+    with shelf.studio().turn:  # nobody draws
+        answers = [httpx.post(f"{url}/gradio_api/call/create", content=body, headers={"content-type": "application/json"})
+                   for _ in range(app.QUEUE + 2)]  # fmt: skip
+        assert answers[-1].status_code == 503, "Queue is full"
+        status, data = sent(url, "t", "change", 250)
+    assert status == 200 and data[0]["plot"].startswith("data:image/png")
+    assert sent(url, "t", "change", None) == (200, [{"__type__": "update"}]), "of an emptied box"
+    assert sent(url, "t", "change", 1001)[0] == 500, "refused"
+    for answer in answers[:-1]:
+        if answer.status_code == 200:
+            httpx.get(f"{url}/gradio_api/call/create/{answer.json()['event_id']}", timeout=60)
+
+
+def test_plots_are_drawn_one_at_a_time(shelf, monkeypatch):
+    """matplotlib is not made for threads."""
+    draw, inside, most = app.encode_plot_to_base64, [], []
+
+    def watched(figure):
+        inside.append(1)
+        most.append(len(inside))
+        plot = draw(figure)
+        inside.pop()
+        return plot
+
+    monkeypatch.setattr(app, "encode_plot_to_base64", watched)
+    curves = shelf.studio().curves()
+    with ThreadPoolExecutor(4) as threads:
+        plots = list(threads.map(lambda t: app.plot_curves(curves, t), (1, 500, 1000, 1)))
+    assert most == [1] * 4 and plots[0] == plots[3] != plots[1]
+
+
+def test_the_oldest_of_many_sessions_is_forgotten(shelf, monkeypatch):
+    monkeypatch.setattr(app, "SESSIONS", 3)
+    with served(shelf) as (url, server, _files):
+        for seed in range(5):
+            assert call(url, "create", *(GOOD | {"seed": seed}).values())[1] == "complete"
+        assert len(server.state_holder.session_data) == 3
 
 
 @pytest.mark.slow
@@ -317,7 +422,87 @@ def test_memory_stays_where_it_is(url):
     assert resident() < 1.1 * before
 
 
+# ---- files
+
+
+def test_old_files_of_the_page_are_deleted_and_their_folders_with_them(server):
+    url, _server, files = server
+    before = set(files.rglob("*"))
+    assert call(url, "create", *(GOOD | {"seed": 4711}).values())[1] == "complete"
+    old = [path for path in files.rglob("*") if path not in before]
+    assert len(old) >= 2, "a picture in its folder"
+    now = time.time()
+    app.tidy(str(files), now - 60)
+    assert all(path.exists() for path in old), "young ones stay"
+    time.sleep(0.05)
+    (files / "empty").mkdir()
+    (files / "new").mkdir()
+    (files / "new" / "image.png").write_bytes(b"1")
+    app.tidy(str(files), now + 0.02)
+    assert not any(path.exists() for path in old)
+    assert {path.name for path in files.rglob("*")} == {"empty", "new", "image.png"}, "a folder's file may be still to come"
+    app.tidy(str(files), time.time() + 1)
+    assert files.is_dir() and not list(files.iterdir())
+    assert call(url, "create", *(GOOD | {"seed": 4711}).values())[1] == "complete"
+
+
+def test_an_error_of_one_round_is_not_the_last_round(tmp_path, monkeypatch, caplog):
+    rounds, tidy, over = [], app.tidy, threading.Event()
+
+    def failing(folder, before):
+        rounds.append(before)
+        if len(rounds) == 1:
+            raise OSError("the disk is away")
+        tidy(folder, before)
+        over.set()
+
+    (tmp_path / "old").write_text("")
+    monkeypatch.setattr(app, "tidy", failing)
+    monkeypatch.setattr(app, "ROUND", 0.01)
+    monkeypatch.setattr(app, "AGE", -1)
+    with caplog.at_level(logging.ERROR):
+        app.tidying(str(tmp_path), over)
+    assert len(rounds) == 2 and not list(tmp_path.iterdir()) and "the disk is away" in caplog.text
+
+
+def test_the_pages_folder_is_its_own_and_goes_with_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "shared"))
+    monkeypatch.setattr(app, "ROUND", 0.01)
+    monkeypatch.setattr(app, "AGE", -1)
+    with app.own_files() as folder:
+        theirs, ours = tmp_path / "shared" / "theirs.png", Path(folder) / "ours.png"
+        for path in (theirs, ours):
+            path.write_text("")
+        deadline = time.monotonic() + 20
+        while ours.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not ours.exists() and os.environ["GRADIO_TEMP_DIR"] == folder and Path(folder).parent == tmp_path / "shared"
+    assert list((tmp_path / "shared").iterdir()) == [theirs] and os.environ["GRADIO_TEMP_DIR"] == str(tmp_path / "shared")
+
+
 # ---- the command line
+
+
+@pytest.mark.parametrize("given, message", [
+    (("--port", "70000"), "--port is 70000, expected 1 to 65535: leave it out"),
+    (("--port", "-1"), "--port is -1, expected 1 to 65535: leave it out"),
+    (("--port", "0"), "--port is 0, expected 1 to 65535: leave it out"),
+    (("--host", "no such host"), "--host no such host cannot be listened to ("),
+    (("--host", "." * 300), "cannot be listened to ("),
+    (("--host", "192.0.2.1", "--port", "80"), "--host 192.0.2.1 --port 80 cannot be listened to ([Errno 99]"),
+    (("--port", "taken"), "cannot be listened to ([Errno 98] Address already in use"),
+])  # fmt: skip
+def test_an_address_that_cannot_be_listened_to_is_said_before_a_model_is_loaded(tmp_path, capsys, given, message):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        given = [str(taken.getsockname()[1]) if value == "taken" else value for value in given]
+        assert app.main(["--model", str(tmp_path / "nothing"), *given]) == 2
+    _out, err = capsys.readouterr()
+    assert err.count("\n") == 1 and message in err and err.startswith("error: ")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "localhost"])
+def test_an_address_of_this_machine_is_fine(host):
+    app.try_address(host, None)
 
 
 def test_a_model_that_is_not_there_is_said_in_one_sentence(tmp_path, capsys):
@@ -395,6 +580,13 @@ def test_a_full_disk_is_an_error_and_not_the_end(alone):
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, before)
     assert (status, event) == (200, "error") and str(files) not in json.dumps(said)
     assert call(url, "create", *(GOOD | {"seed": 99}).values())[1] == "complete"
+
+
+def test_a_page_that_is_ended_takes_its_files_with_it(alone):
+    _url, process, files = alone
+    assert list(files.glob("direct-jump-*"))
+    process.terminate()
+    assert process.wait(20) == 143 and not list(files.glob("direct-jump-*"))
 
 
 # ---- in a browser
@@ -538,6 +730,25 @@ def test_the_walk_shows_its_panels(page):
     page.locator("#forward-gallery img").nth(4).wait_for()
     page.locator("#walk").click()
     page.locator("#strip img").nth(7).wait_for()
+
+
+@needs_browser
+def test_the_schedules_plot_is_there_and_follows_the_arrow_keys(page):
+    page.get_by_role("tab", name="Walk the equations").click()
+    plot = page.locator("#schedule img")
+    before = plot.get_attribute("src")
+    page.get_by_label("range slider for t", exact=True).focus()
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function("before => document.querySelector('#schedule img').src != before", arg=before)
+
+
+@needs_browser
+def test_a_picture_is_told_to_who_cannot_see_it(page):
+    page.locator("#prompt textarea").fill("<i>red</i>")
+    page.get_by_label("Randomise").uncheck()
+    page.locator("#generate").click()
+    page.locator("#gallery img[alt='<i>red</i>, seed 0']").first.wait_for()
+    assert not page.locator("#gallery i").count()
 
 
 @needs_browser

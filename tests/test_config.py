@@ -34,6 +34,19 @@ def test_every_config_of_the_project_loads_and_is_a_difference_from_the_defaults
     assert path.read_text().startswith("#"), "a config opens with its lab note"
 
 
+def test_every_setting_is_explained_in_the_help(capsys):
+    words = settings.explained()
+    assert words.keys() == settings.flatten(dataclasses.asdict(Config())).keys()
+    with pytest.raises(SystemExit):
+        load(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"without --config it is {settings.DEFAULT}" in told
+    for name in ("data.source", "train.weighting", "hub.token"):
+        assert f"--{name}" in told and words[name] in told
+    assert words["train.weighting"].endswith("one of simple, min_snr, velocity, min_velocity, x_0")
+    assert words["diffusion.beta_end"] == "beta_T; of a new model 0.02"
+
+
 def test_the_command_line_overrides_the_file(tmp_path):
     path = yaml_file(tmp_path, "name: a\ntrain: {lr: 1e-4, steps: 7}\n")
     config, dry_run = load(["--config", path, "--train.lr", "3e-4", "--dry_run"])
@@ -106,6 +119,8 @@ def test_an_unknown_setting_is_refused_with_the_nearest_name(tmp_path, wrong, ne
     (["--data.resolution", "30"], "data.resolution must be a multiple of 16"),
     (["--train.weighting", "min_snr", "--train.gamma", "null"], "train.gamma must be a number above 0"),
     (["--diffusion.rescale_betas_zero_snr", "true", "--diffusion.prediction_type", "epsilon"], "SNR = 0"),
+    (["--diffusion.rescale_betas_zero_snr", "true", "--train.weighting", "simple", "--train.gamma", "null"],
+     "train.weighting must be velocity, min_velocity or x_0 with diffusion.rescale_betas_zero_snr, got simple"),
     (["--name", "../x"], "name must be one folder's name, got '../x'"),
     (["--sample.w", "[.inf]"], "sample.w and sample.default_w must be finite numbers"),
     (["--sample.seed", "-1"], "sample.seed must be in [0, "),

@@ -5,19 +5,22 @@ from collections import Counter
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from diffusers.configuration_utils import FrozenDict
 from PIL import Image
 from test_judge import judge  # noqa: F401
 from tiny import tiny_clip, tiny_pipeline, tiny_unet
 from torch import nn
 
-from pipeline import card, config, data, emoji, evaluation, measures
+from pipeline import card, config, data, emoji, evaluation, measures, models
 from pipeline import run as runs
 from pipeline.evaluation import Bank
 from pipeline.exact import ExactDenoiser
 from pipeline.judge import NAME
+from pipeline.text_to_image import TextToImagePipeline
 
-STEPS = ["--steps", "2", "--choose-on", "5", "--batch", "16"]
+ONE = ["--steps", "2", "--batch", "16"]  # w
+STEPS = [*ONE, "--choose-on", "5"]
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +115,7 @@ def test_drawings_are_another_samplers_no_more(run, monkeypatch):
     drawn, real = [], evaluation.drawn
     counted = lambda pipe, prompts, **call: drawn.append(len(prompts)) or real(pipe, prompts, **call)
     monkeypatch.setattr(evaluation, "drawn", counted)
-    command, settings = [str(run), "--w", "0", *STEPS], run / "pipeline" / "scheduler" / "scheduler_config.json"
+    command, settings = [str(run), "--w", "0", *ONE], run / "pipeline" / "scheduler" / "scheduler_config.json"
     measure = lambda: (drawn.clear(), evaluation.main(command), sum(drawn))[1:]
     assert measure() == (0, 28 + 20) and measure() == (0, 0)
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"timestep_spacing": "leading"}))
@@ -207,7 +210,7 @@ def colours(monkeypatch):
 
 
 def test_more_measures_the_same_drawings_by_more_and_names_every_network(run, colours, capsys):
-    command = [str(run), "--w", "1", *STEPS]
+    command = [str(run), "--w", "1", *ONE]
     assert evaluation.main(command) == 0
     plain = json.loads((run / "metrics.json").read_text())
     assert set(plain["by_seed"]["0"]["distances"]) == {NAME} and "more" not in plain
@@ -257,9 +260,45 @@ def test_a_network_that_is_not_there_is_refused(run, capsys):
 
 def test_a_clip_model_scores_drawings_beside_real_pictures(run, tmp_path, capsys):
     folder = tiny_clip(tmp_path / "tiny-clip")
-    assert evaluation.main([str(run), "--w", "1", *STEPS, "--clip", str(folder)]) == 0
+    assert evaluation.main([str(run), "--w", "1", *ONE, "--clip", str(folder)]) == 0
     found = json.loads((run / "metrics.json").read_text())["by_seed"]["0"]["clip"]
     assert found["model"] == "tiny-clip" and found["drawn"]["n"] == found["real"]["n"] == 28
     assert "CLIP score (tiny-clip)" in capsys.readouterr().out
-    assert evaluation.main([str(run), "--w", "1", *STEPS, "--clip", str(tmp_path / "none")]) == 2
-    assert "is no CLIP model" in capsys.readouterr().err
+
+
+def test_what_is_misspelt_is_said_before_anything_is_drawn(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluation, "draw", lambda *_args, **_more: pytest.fail("it draws"))
+    for more, says in ((["--clip", str(tmp_path / "none")], "is no CLIP model"),
+                       (["--features", "inception-v3"], "inception-v3 is not installed"),
+                       (["--w", "1", "--choose-on", "9", "--choose-seed", "7"],
+                        "--choose-on and --choose-seed means nothing with one --w"),
+                       (["--seeds", "1000"], "seed 1000 chooses w and may not report it")):  # fmt: skip
+        assert evaluation.main([str(run), *more]) == 2
+        assert says in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        evaluation.main([str(run), "--seed", "3"])
+
+
+def test_a_seed_that_chooses_nothing_may_report(run):
+    assert evaluation.main([str(run), "--w", "1", *ONE, "--seeds", "1000"]) == 0
+    assert list(json.loads((run / "metrics.json").read_text())["by_seed"]) == ["1000"]
+
+
+def test_a_model_that_draws_by_a_stock_scheduler_is_measured_by_its_noise_process(run, colours, capsys):
+    """As an adapter's base does: its own scheduler draws, and has no equations."""
+    pipe = TextToImagePipeline.from_pretrained(run / "pipeline")
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.save_pretrained(run / "pipeline")
+    command = [str(run), "--w", "1", *ONE]
+    assert evaluation.main([*command, "--more"]) == 0
+    more = json.loads((run / "metrics.json").read_text())["more"]
+    by_stock = more["errors"]["train"]["x_0"], more["bits_per_dimension"]["model"]["mean"]
+    pipe.scheduler = models.noise_process(config.DiffusionConfig(), pipe.scheduler)
+    pipe.save_pretrained(run / "pipeline")
+    assert evaluation.main([*command, "--more"]) == 0
+    again = json.loads((run / "metrics.json").read_text())["more"]
+    assert by_stock == (again["errors"]["train"]["x_0"], again["bits_per_dimension"]["model"]["mean"])
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.save_pretrained(run / "pipeline")
+    assert evaluation.main([str(run), "--from-real", "500", "--steps", "2"]) == 2
+    assert "this model draws by DDIMScheduler" in capsys.readouterr().err

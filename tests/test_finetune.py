@@ -1,12 +1,16 @@
 """Fine-tuning from Stable Diffusion's format and from our own: what trains, what is saved, and who can load it."""
 
+import json
+import re
 from pathlib import Path
 
+import datasets
 import numpy as np
 import peft
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, PNDMScheduler, StableDiffusionPipeline
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, DDPMScheduler, PNDMScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -129,10 +133,25 @@ def test_stable_diffusion_is_guided_as_by_its_own_pipeline(base):
     assert hub.load(base).guidance_scale == 7.5
 
 
+def test_latents_are_not_clipped_whatever_stable_diffusions_scheduler_says(tmp_path):
+    """A DDIMScheduler that says nothing clips to [-1, 1]; StableDiffusionPipeline puts that off where it is made."""
+    stable_diffusion(DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)).save_pretrained(tmp_path)
+    path = tmp_path / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"clip_sample": True}))
+    theirs, mine = StableDiffusionPipeline.from_pretrained(tmp_path, safety_checker=None), hub.load(str(tmp_path))
+    for pipe in (theirs, mine):
+        pipe.set_progress_bar_config(disable=True)
+    np.testing.assert_allclose(draw(theirs), draw(mine), rtol=0, atol=1e-4)
+    assert not models.noise_process(DiffusionConfig(), mine.scheduler).config.clip_sample
+
+
 def test_the_scheduler_that_trained_is_the_one_that_is_saved(config, tmp_path):
     """A pretrained model's noise process is kept but for what the configuration names."""
-    train(config, tmp_path, "--diffusion.prediction_type", "v_prediction", "--diffusion.rescale_betas_zero_snr", "true",
-          "--diffusion.timestep_spacing", "trailing", "--train.steps", "1")  # fmt: skip
+    zero_snr = ("--diffusion.prediction_type", "v_prediction", "--diffusion.rescale_betas_zero_snr", "true")
+    done = train(config, tmp_path, *zero_snr, check=False)
+    assert done.returncode == 2 and "train.weighting must be velocity, min_velocity or x_0" in done.stderr
+    train(config, tmp_path, *zero_snr, "--train.weighting", "velocity", "--diffusion.timestep_spacing", "trailing",
+          "--train.steps", "1")  # fmt: skip
     saved = DDPMScheduler.from_pretrained(tmp_path / "tuned" / "pipeline", subfolder="scheduler").config
     assert (saved.prediction_type, saved.rescale_betas_zero_snr, saved.timestep_spacing) == ("v_prediction", True, "trailing")
     assert (saved.beta_schedule, saved.beta_end, saved.clip_sample) == ("scaled_linear", 0.012, False)
@@ -176,6 +195,13 @@ def test_the_adapter_draws_alike_in_stock_diffusers_and_here(adapted, base):
     assert np.abs(theirs - mine).max() < 1e-4
     assert np.abs(mine - plain).max() > 1e-3
     assert np.abs(draw(ours(adapted), guidance_scale=8.0) - mine).max() > 1e-3, "w still steers"
+
+
+def test_the_lines_of_its_card_draw_in_stock_diffusers(adapted):
+    (lines,) = re.findall(r"```python\n(.*?)```", Run(adapted).card.read_text(), re.S)
+    assert "guidance_scale=3)" in lines, "1 + the w of its settings"
+    exec(lines, there := {})
+    assert type(there["pipe"]) is StableDiffusionPipeline and there["pipe"].get_list_adapters()
 
 
 def test_a_file_made_by_stock_diffusers_draws_alike_here(base, tmp_path):
@@ -274,6 +300,20 @@ def test_every_step_draws_another_latent_of_the_same_picture(config):
     first, again = drawn(0)[1], drawn(later)[slot]
     assert not torch.equal(first, again)
     assert torch.equal(first, drawn(0)[1])
+
+
+def test_a_streams_latents_are_drawn_from_what_the_autoencoder_says_too(config, images, tmp_path):
+    """As those that are kept: the same picture at two steps is two latents, as far apart as its posterior is wide."""
+    rows = [{"image": {"bytes": path.read_bytes()}, "text": path.stem} for path in sorted((images / "train").glob("*.png"))]
+    datasets.Dataset.from_list(rows[:1]).cast_column("image", datasets.Image()).to_parquet(tmp_path / "one.parquet")
+    chosen = settings.load(["--config", str(config), "--data.source", str(tmp_path / "one.parquet"), "--data.streaming", "true",
+                            "--data.cache", str(tmp_path / "cache")])[0]  # fmt: skip
+    parts, slots = train_text2img.prepare(chosen, None, torch.device("cpu")), torch.arange(4)
+    with train_text2img.open_stream(chosen, Accelerator(cpu=True)) as parts.stream:
+        drawn = torch.cat([train_text2img.examples(parts, chosen, step, slots)[0] for step in range(8)])
+    mean, std = latents.posterior(parts.pipe.vae, parts.images.images[:1].float() / 127.5 - 1)
+    z = drawn / parts.pipe.vae.config.scaling_factor - mean
+    assert (z / std).std().item() == pytest.approx(1, abs=0.05) and (z / std).mean().abs().item() < 0.05
 
 
 def test_mirrored_examples_come_from_the_mirrored_latents(config):

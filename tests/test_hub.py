@@ -1,9 +1,11 @@
 """Sharing by the real client and a Hub stand-in: each stranger is a process without this package, with caches of its own."""
 
 import contextlib
+import dataclasses
 import json
 import pickle
 import re
+import resource
 import shutil
 import socket
 import subprocess
@@ -12,6 +14,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import diffusers
 import httpx
 import numpy as np
 import pytest
@@ -108,7 +111,8 @@ def run(place):
     """The folder of a finished run: patches, whitened captions, pictures, measurements, and what must not be shared."""
     run = Run(place / "runs" / "tiny")
     run.create()
-    pipe = tiny_pipeline(patch_size=2, w=1.0, caption_length=8, caption_dropout=0.1)
+    recipe = DDPMScheduler(beta_schedule="sigmoid", prediction_type="sample", timestep_spacing="trailing")  # make train's
+    pipe = tiny_pipeline(patch_size=2, scheduler=recipe, w=1.0, caption_length=8, caption_dropout=0.1)
     pipe.register_modules(whitening=CaptionWhitening(WIDTH))
     pipe.save_pretrained(run.pipeline)
     config = Config(name="tiny", output=str(place / "runs"), data=DataConfig("emoji-small", resolution=16),
@@ -175,6 +179,22 @@ def refused(process, code):
     return said.split("refused: ")[1]
 
 
+@contextlib.contextmanager
+def full_disk():
+    """Here a write past 4096 bytes fails as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def code_of(card):
+    """The Python of a card, one piece after another."""
+    return re.findall(r"```python\n(.*?)```", card, re.S)
+
+
 def commits(world, name, kind="models"):
     return len(world.repos[kind, name].commits) - 1  # but the one that made it
 
@@ -215,9 +235,24 @@ pipe.scheduler = own""")
 
 
 def test_the_lines_of_the_card_run(world, stranger, pushed):
-    lines = re.findall(r"```python\n(.*?)```", world.files("models", pushed)["README.md"].decode(), re.S)
+    lines = code_of(world.files("models", pushed)["README.md"].decode())
     assert len(lines) == 2
     stranger("kept = pipe\n" + "\n".join(lines) + "\nassert picture.size == (16, 16)\npipe = kept")
+
+
+def test_the_stock_schedulers_that_the_card_says_fit_are_those_that_draw():
+    sentence = re.search(r"stock schedulers .*?:", card.loading("a/b", False, "cat", 1.0), re.S)[0]
+    own = DDPMScheduler(num_train_timesteps=100, beta_end=0.2, prediction_type="sample", timestep_spacing="trailing")
+    pipe, refused = tiny_pipeline(), set()
+    for name in set(own._compatibles) - {"DPMSolverSDEScheduler"}:  # which needs torchsde
+        pipe.scheduler = getattr(diffusers, name).from_config(own.config)
+        try:
+            pipe("red heart", num_inference_steps=2)
+        except (ValueError, NotImplementedError):
+            refused.add(name)
+    named = {"EDM's": {"EDMEulerScheduler"}, "PNDM": {"PNDMScheduler"}, "KDPM2": {"KDPM2DiscreteScheduler"},
+             "ancestral": {"EulerAncestralDiscreteScheduler", "KDPM2AncestralDiscreteScheduler"}}  # fmt: skip
+    assert refused == set().union(*(kinds for word, kinds in named.items() if word in sentence))
 
 
 def test_a_strangers_own_push_is_the_same_and_loads_again(world, place, stranger, pushed, expected):
@@ -227,6 +262,7 @@ def test_a_strangers_own_push_is_the_same_and_loads_again(world, place, stranger
     changed = {path for path, content in fork.items() if original[path] != content}
     assert changed <= {"README.md", "tokenizer/tokenizer.json"}, "a tokenizer's files remember how it last padded"
     assert ModelCard(fork["README.md"].decode()).data.library_name == "diffusers"
+    assert "pipe('a cat', w=1, seed=0)" in fork["README.md"].decode(), "its own w, and no picture that it may not know"
     other = Process(world.env(place / "other-home"), place / "other", "-P")
     other("import numpy as np\nfrom diffusers import DiffusionPipeline\n"
           "pipe = DiffusionPipeline.from_pretrained('tester/fork', trust_remote_code=True)")  # fmt: skip
@@ -272,22 +308,30 @@ def test_no_file_of_a_saved_pipeline_tells_where_it_was(run, tmp_path):
 # ---- Stable Diffusion's parts
 
 
-def test_a_stable_diffusion_loads_in_stock_diffusers_and_ours_lies_beside_it(world, owner, stranger, place):
+@pytest.fixture(scope="module")
+def stable(owner, place):
+    """A pipeline of Stable Diffusion's parts on the Hub."""
     tokenizer, encoder = tiny_text("clip")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         vae = AutoencoderKL(block_out_channels=(4, 8), down_block_types=("DownEncoderBlock2D",) * 2,
                             up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, scaling_factor=0.5).eval()  # fmt: skip
     scheduler = DDPMScheduler(clip_sample=False, steps_offset=1)
-    pipe = TextToImagePipeline(tiny_unet(4, text=False), scheduler, encoder, tokenizer, vae, w=3.0)
+    TextToImagePipeline(tiny_unet(4, text=False), scheduler, encoder, tokenizer, vae, w=3.0).save_pretrained(place / "stable")
+    owner(f"hub.push({str(place / 'stable')!r}, 'tester/stable')")
+    return "tester/stable"
+
+
+def test_a_stable_diffusion_loads_in_stock_diffusers_and_ours_lies_beside_it(world, stable, stranger, place):
+    pipe = sample.load(place / "stable")
+    scheduler = pipe.scheduler
     assert pipe.is_stable_diffusion()
     for other in ({"clip_sample": True}, {"steps_offset": 0}, {"variance_type": "fixed_large"}):  # which it would change, or draw
         pipe.scheduler = DDPMScheduler.from_config(scheduler.config, **other)
         assert not pipe.is_stable_diffusion()
-    pipe.scheduler = scheduler
-    pipe.save_pretrained(place / "stable")
-    owner(f"hub.push({str(place / 'stable')!r}, 'tester/stable')")
     assert not [path for path in world.files("models", "tester/stable") if re.fullmatch(r".+/.+\.py", path)]
+    text = world.files("models", "tester/stable")["README.md"].decode()
+    assert "pipe('a cat', guidance_scale=4)" in text and "pipe('a cat', w=3, seed=0)" in text
     joint = "'a cat', num_inference_steps=2, guidance_scale=2.0, output_type='np', generator=torch.Generator().manual_seed(0)"
     stranger(f"""
 before = {{name for name in sys.modules if name.startswith("diffusers_modules")}}
@@ -363,7 +407,27 @@ def test_a_push_has_the_variant_and_the_shards_that_were_saved(world, owner):
 def test_a_model_whose_weights_are_missing_or_pickled_is_not_pushed(world, owner, place):
     tiny_pipeline(w=1.0).save_pretrained(place / "pickled", safe_serialization=False)
     assert "has no safetensors, expected them" in refused(owner, f"hub.push({str(place / 'pickled')!r}, 'tester/pickled')")
-    assert world.files("models", "tester/pickled") == {}
+    assert ("models", "tester/pickled") not in world.repos
+
+
+def test_what_is_no_finished_model_is_told_before_the_hub_hears_of_it(world, owner, adapter, run, tmp_path):
+    unfinished, damaged = tmp_path / "unfinished", tmp_path / "damaged"
+    unfinished.mkdir()
+    (unfinished / "config.yaml").write_text(Config(name="unfinished").to_yaml())
+    shutil.copytree(run.folder, damaged)
+    (damaged / card.FACTS).write_text("{")
+    (damaged / card.IMAGES / "samples.png").write_bytes(bytes(5000))
+    world.requests.clear()
+    for source, words in ((tmp_path / "mistyped", "mistyped does not exist, expected the folder of a run"),
+                          (unfinished, "its training has not finished: run the training command again"),
+                          (adapter.adapter, "is an adapter without its run, expected a run's folder"),
+                          (damaged, f"{card.FACTS} is damaged")):  # fmt: skip
+        said = owner(f"print(hub.main(['push', {str(source)!r}, 'tester/never']))")
+        assert words in said and said.startswith("error: ") and said[-2] in "12" and said.count("\n") == 2, said
+        assert "is complete" not in said
+    assert world.requests == []
+    with full_disk(), pytest.raises(hub.HubError, match=r"gathering .* failed \(.*[Tt]oo large.*\), expected room"):
+        hub.push(damaged / "pipeline", "tester/never")
 
 
 def test_no_code_of_a_model_is_downloaded_or_run(world, owner, pushed, place):
@@ -379,24 +443,49 @@ def test_no_code_of_a_model_is_downloaded_or_run(world, owner, pushed, place):
     owner("hub.load('pulled')")
     assert not (place / "ran").exists()
     assert "choose another" in owner("assert hub.main(['pull', 'mallory/same', 'pulled']) == 1")
+    owner("from huggingface_hub import snapshot_download\n"
+          "assert (Path(snapshot_download('mallory/same')) / 'pipeline.py').exists()\n"
+          "hub.pull('mallory/same', Path('again'))\nhub.push('mallory/same', 'tester/republished')")  # fmt: skip
+    names = lambda folder: {path.relative_to(folder) for path in folder.rglob("*")}
+    assert names(owner.cwd / "again") == names(owner.cwd / "pulled"), "whatever other tools have put into the cache"
+    assert world.files("models", "tester/republished")["pipeline.py"] == (ROOT / "pipeline" / "text_to_image.py").read_bytes()
 
 
-@pytest.fixture(scope="module")
-def adapter(pushed, place):
-    """The run of an adapter of the pushed model."""
-    run = Run(place / "runs" / "adapter")
+def test_a_folder_that_cannot_be_written_is_one_sentence_and_leaves_nothing(owner, pushed, run, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(safe, "download", lambda model: run.pipeline)
+    for make in (lambda folder: hub.pull("tester/tiny", folder), lambda folder: hub.ship(run.folder, folder)):
+        with pytest.raises(hub.HubError, match=r"making .*/file/new failed .*File exists.*, expected room, and leave to"):
+            make(tmp_path / "file" / "new")
+        with full_disk(), pytest.raises(hub.HubError, match=r"making .*/new failed \(.*too large.*\), expected room"):
+            make(tmp_path / "new")
+        assert sorted(tmp_path.iterdir()) == [tmp_path / "file"]
+        assert make(tmp_path / "new").is_dir()
+        shutil.rmtree(tmp_path / "new")
+
+
+def adapter_of(base, pipe, folder):
+    """The run of an adapter of a base, which a pipeline holds."""
+    run = Run(folder)
     run.create()
-    config = Config(name="adapter", output=str(place / "runs"), data=DataConfig("emoji-small", resolution=16),
-                    model=ModelConfig(pretrained=pushed), train=TrainConfig(method="lora"))  # fmt: skip
+    config = Config(name=folder.name, output=str(folder.parent), data=DataConfig("emoji-small", resolution=16),
+                    model=ModelConfig(pretrained=base), train=TrainConfig(method="lora"),
+                    sample=SampleConfig(default_w=1.5))  # fmt: skip
     run.config.write_text(config.to_yaml())
-    pipe = tiny_pipeline(patch_size=2, w=1.0, caption_length=8, caption_dropout=0.1)
     network = models.adapt(pipe.unet, LoraConfig(rank=2, alpha=5))
     with torch.no_grad():
         for weight in models.trainable(network):
             weight.normal_(generator=torch.Generator().manual_seed(weight.numel()))
     models.save_adapter(network, run.adapter)
-    card.describe(config, run, pipe, SimpleNamespace(report="425 images"), 60.0, base_model=pushed, base_model_relation="adapter")
+    card.describe(config, run, pipe, SimpleNamespace(report="425 images"), 60.0, base_model=base, base_model_relation="adapter")
     return run
+
+
+@pytest.fixture(scope="module")
+def adapter(pushed, place):
+    """The run of an adapter of the pushed model."""
+    pipe = tiny_pipeline(patch_size=2, w=1.0, caption_length=8, caption_dropout=0.1)
+    return adapter_of(pushed, pipe, place / "runs" / "adapter")
 
 
 def test_an_adapter_is_pushed_alone_and_drawn_with_on_its_base(world, owner, pushed, adapter, expected):
@@ -413,26 +502,84 @@ def test_an_adapter_is_pushed_alone_and_drawn_with_on_its_base(world, owner, pus
     assert np.abs(with_it - expected).max() > 1e-2
 
 
-def test_an_adapter_of_a_folder_is_pushed_with_the_name_of_its_base_on_the_hub(world, owner, pushed, adapter, run, tmp_path):
-    whole, run = run, Run(adapter.folder.with_name("local"))
-    shutil.copytree(adapter.folder, run.folder)
-    config = load_file(run.config)
-    run.config.write_text(card.on_base(config, "pretrained/emoji").to_yaml())
-    known = json.loads((run.folder / card.FACTS).read_text()) | {"base_model": "pretrained/emoji", "of_hub": []}
-    (run.folder / card.FACTS).write_text(json.dumps(known))
-    said = owner(f"print(hub.main(['push', {str(run.folder)!r}, 'tester/local']))")
-    assert "the adapter is one of pretrained/emoji, expected one of a model of the Hub" in said and said.endswith("1\n")
-    assert owner(f"print(hub.main(['push', {str(run.folder)!r}, 'tester/local', '--base', {pushed!r}]))").endswith("0\n")
-    files = world.files("models", "tester/local")
-    assert ModelCard(files["README.md"].decode()).data.base_model == pushed and b"pretrained/emoji" not in files["README.md"]
+def test_the_lines_of_the_card_of_an_adapter_run(world, owner, stranger, stable, pushed, adapter, place):
+    owner(f"hub.push({str(adapter.folder)!r}, 'tester/adapter')")
+    (lines,) = code_of(world.files("models", "tester/adapter")["README.md"].decode())
+    assert "w=1.5" in lines
+    owner(f"{lines}\nassert picture.size == (16, 16) and pipe.get_list_adapters()")
+    then = lines[lines.index("pipe.load_lora_weights") :]  # what comes before, as the card of the base says
+    stranger(f"{then}\nassert picture.size == (16, 16) and pipe.get_list_adapters()\npipe.unload_lora_weights()")
+    pinned = f"{stable}@{world.repos['models', stable].refs['main']}"
+    run = adapter_of(pinned, sample.load(place / "stable"), place / "runs" / "of-stable")
+    owner(f"hub.push({str(run.folder)!r}, 'tester/of-stable')")
+    readme = world.files("models", "tester/of-stable")["README.md"].decode()
+    (lines,) = code_of(readme)
+    assert "guidance_scale=2.5" in lines and ModelCard(readme).data.base_model == stable
+    stranger(f"kept = pipe\n{lines}\nassert type(pipe) is diffusers.StableDiffusionPipeline and pipe.get_list_adapters()\n"
+             "pipe = kept")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def local(place):
+    """The run of an adapter of the pushed model as `ship` leaves one in a folder, without its text encoder."""
+    for part in tiny_text():
+        part.save_pretrained(place / "bert")
+    base, pipe = place / "base", tiny_pipeline(patch_size=2, caption_length=8)
+    pipe.register_modules(text_encoder=None, tokenizer=None)
+    pipe.save_pretrained(base)
+    (base / "config.yaml").write_text(Config(name="base", model=ModelConfig(text_encoder=str(place / "bert"))).to_yaml())
+    return adapter_of(str(base), pipe, place / "runs" / "local")
+
+
+def pushed_on(owner, base, run):
+    """What a push of an adapter says, on a base of the Hub or on its own."""
+    named = "" if base is None else f", '--base', {base!r}"
+    return owner(f"print(hub.main(['push', {str(run.folder)!r}, 'tester/{run.folder.name}-on'{named}]))")
+
+
+def test_the_lines_of_the_card_of_an_adapter_of_a_folder_run(local):
+    (lines,) = code_of(local.card.read_text())
+    exec(lines, there := {})
+    assert there["picture"].size == (16, 16) and there["pipe"].get_list_adapters()
+
+
+def test_an_adapter_is_not_pushed_on_a_model_that_it_does_not_fit(world, owner, pushed, adapter, local, place):
+    files = world.files("models", pushed)
+    settings, name = json.loads(files["unet/config.json"]), "unet/diffusion_pytorch_model.safetensors"
+    changed = lambda **more: files | {"unet/config.json": json.dumps(settings | more).encode()}
+    world.add("tester/wide", changed(block_out_channels=[8, 32]))
+    world.add("tester/bare", changed(down_block_types=["DownBlock2D"] * 2))
+    world.add("tester/lone", {"pytorch_lora_weights.safetensors": b""})
+    for base, words in {
+        "tester/gone": "tester/gone is not on the Hub", "tester/lone": "tester/lone holds no model_index.json",
+        "tester/wide": r"fit tester/wide, whose \S+attn1\.to_\w is \(32, 32\), expected \(16, 16\): name the model that .*/base,",
+        "tester/bare": r"fit tester/bare, whose down_blocks\.1\.attentions\S+ is missing, expected \(16, 16\)",
+    }.items():
+        said = pushed_on(owner, base, local)
+        assert re.search(words, said) and said[-2] in "12" and "warning" not in said and "is complete" not in said, said
+    assert ("models", "tester/local-on") not in world.repos
+    world.add("tester/other", files | {name: files[name][:-4] + b"1234"})
+    said = pushed_on(owner, "tester/other", local)
+    assert f"warning: tester/other has other weights than {place / 'base'}, which the adapter was trained on" in said, said
+    assert f"tester/other cannot be compared with {pushed}" in pushed_on(owner, "tester/other", adapter)
+
+
+def test_an_adapter_of_a_folder_is_pushed_with_the_name_of_its_base_on_the_hub(world, owner, pushed, local, run, place, tmp_path):
+    base = place / "base"
+    said = pushed_on(owner, None, local)
+    assert f"the adapter is one of {base}, expected one of a model of the Hub" in said and said.endswith("1\n")
+    said = pushed_on(owner, pushed, local)
+    assert said.endswith("0\n") and "warning" not in said, said
+    files = world.files("models", "tester/local-on")
+    assert ModelCard(files["README.md"].decode()).data.base_model == pushed and str(base).encode() not in files["README.md"]
     assert yaml.safe_load(files["training_config.yaml"])["model"]["pretrained"] == pushed
-    owner("sample.opened('tester/local')")
+    owner("sample.opened('tester/local-on')")
     local = Config(model=ModelConfig(pretrained=str(tmp_path)), train=TrainConfig(method="lora"), hub=HubConfig("tester/x"))
     with pytest.raises(hub.HubError, match=f"the adapter is one of {tmp_path}"):
         hub.check(local)
     hub.shareable("a/b@v1"), hub.shareable("a/b@v1", ["a/b"])
     with pytest.raises(hub.HubError, match="is no run of an adapter, got --base a/b: leave it out"):
-        hub.assemble(whole.folder, tmp_path / "new", "tester/x", "a/b")
+        hub.assemble(run.folder, tmp_path / "new", "a/b")
 
 
 def test_a_folder_that_is_gone_does_not_become_a_name_of_the_hub(run, tmp_path, monkeypatch):
@@ -570,7 +717,7 @@ def test_a_shared_pipeline_always_has_its_text_encoder(world, owner, place):
 # ---- the Hub says no, is busy, or is left in the middle
 
 
-def test_what_a_push_needs_is_tried_before_training(world, owner):
+def test_what_a_push_needs_is_tried_before_training(world, owner, run):
     def check(repo_id, token=None):
         return refused(owner, f"hub.check(Config(hub=HubConfig({repo_id!r}, token={token!r})))")
 
@@ -584,7 +731,7 @@ def test_what_a_push_needs_is_tried_before_training(world, owner):
     assert "this account may not write to somebody/old" in check("somebody/old")
     owner("kept = os.environ.pop('HF_TOKEN')")
     assert "needs a token and there is none, expected one that may write: `hf auth login`" in check("tester/checked")
-    assert "there is no valid token" in refused(owner, "hub.push('nowhere', 'tester/checked')")
+    assert "there is no valid token" in refused(owner, f"hub.push({str(run.folder)!r}, 'tester/checked')")
     owner("os.environ['HF_TOKEN'] = kept")
 
 
@@ -675,7 +822,7 @@ def test_training_checks_first_and_pushes_last(world, owner, place):
                           "text_in_time": False, "text_encoder": str(place / "bert")},
                 "diffusion": {"prediction_type": "sample", "num_train_timesteps": 100, "beta_end": 0.2},
                 "train": {"steps": 2, "batch_size": 2, "threads": 1},
-                "sample": {"prompts": ["red"], "w": [1], "steps": 2}}  # fmt: skip
+                "sample": {"prompts": ["red"], "w": [1], "default_w": 1, "steps": 2}}  # fmt: skip
     (place / "trained.yaml").write_text(yaml.safe_dump(settings))
     for part in tiny_text():
         part.save_pretrained(place / "bert")
@@ -736,6 +883,25 @@ def test_a_card_needs_neither_pictures_nor_measurements(run):
         assert np.array_equal(np.asarray(picture), np.asarray(grid)[16:, 16:])
 
 
+def test_the_gallery_shows_only_what_was_drawn_at_the_default_w(run, tmp_path):
+    """Its pictures stand above code that draws at that w."""
+    made = Run(tmp_path / "run")
+    shutil.copytree(run.folder, made.folder)
+    config = load_file(made.config)
+    between = dataclasses.replace(config.sample, default_w=0.5)
+    card.illustrate(dataclasses.replace(config, sample=between), made)
+    assert sorted(path.name for path in (made.folder / "images").iterdir()) == ["samples.png", "training.png"]
+    card.refresh(made.folder)
+    text = made.card.read_text()
+    assert "<Gallery />" not in text and "widget" not in ModelCard(text).data.to_dict() and "(images/samples.png)" in text
+
+
+def test_a_card_needs_no_git(monkeypatch, tmp_path):
+    assert card.commit() != "unknown" or not (ROOT / ".git").exists()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert card.commit() == "unknown"
+
+
 # ---- the Space
 
 
@@ -787,8 +953,8 @@ def test_a_space_serves_the_model_that_it_is_pinned_to(world, owner, place, push
     assert asked and all(f"/resolve/{revision}/" in path for path in asked) and not [p for p in asked if p.endswith(".py")]
 
 
-def test_no_token_is_told_to_anybody(world, owner, stranger, place):
-    assert "may not write to somebody/else" in refused(owner, "hub.push('nowhere', 'somebody/else')")
+def test_no_token_is_told_to_anybody(world, owner, stranger, place, run):
+    assert "may not write to somebody/else" in refused(owner, f"hub.push({str(run.folder)!r}, 'somebody/else')")
     assert CANARY not in "".join(owner.heard + stranger.heard)
     for path in (path for path in place.rglob("*") if path.is_file()):
         assert CANARY.encode() not in path.read_bytes(), path

@@ -314,7 +314,7 @@ def test_clip_scores_are_the_models_own_logits_whatever_the_batch(tmp_path):
     images = pictures(["cat face", "hot dog", "red heart", "rocket", "banana"])
     for sign in (1, -1):
         folder = tiny_clip(tmp_path / str(sign), sign)
-        found = verifiers.clip_scores(str(folder), images, captions, batch=2)
+        found = verifiers.clip_scores(verifiers.Clip(folder), images, captions, batch=2)
         network, processor = CLIPModel.from_pretrained(folder).eval(), CLIPProcessor.from_pretrained(folder)
         for i, caption in enumerate(captions):
             picture = images[i].permute(1, 2, 0).numpy()

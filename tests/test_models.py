@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler
 from diffusers.models.attention_processor import AttnProcessor
 
 from pipeline import models
-from pipeline.config import Config, ConfigError, DataConfig, ModelConfig
+from pipeline.config import Config, ConfigError, DataConfig, DiffusionConfig, ModelConfig
+from pipeline.scheduler import DDPMScheduler
 
 SMALL = Config(data=DataConfig(resolution=16), model=ModelConfig(channels=(32, 64), attention=(False, True), heads=4))
 
@@ -101,6 +103,24 @@ def test_the_moving_average_forgets_the_first_weights():
     for _ in range(300):
         ema.step(network.parameters())
     assert abs(ema.shadow_params[0].item() - 1) < 1e-2  # a plain decay of 0.999 would still be at 74
+
+
+def test_a_pretrained_schedule_goes_as_a_whole_where_the_configuration_asks_for_another():
+    """Its configuration holds its betas one by one, which would win over a new range."""
+    theirs = DDPMScheduler(beta_schedule="sigmoid", clip_sample=False)
+    kept = models.noise_process(DiffusionConfig(timestep_spacing="leading"), theirs)
+    assert torch.equal(kept.betas, theirs.betas) and kept.config.timestep_spacing == "leading"
+    for other in ({"beta_schedule": "linear"}, {"beta_end": 0.03}, {"num_train_timesteps": 2000}):
+        wanted = DDPMScheduler(**{"beta_schedule": "sigmoid"} | other)
+        assert torch.equal(models.noise_process(DiffusionConfig(**other), theirs).betas, wanted.betas), other
+
+
+def test_a_pretrained_solver_that_knows_no_variance_brings_its_schedule():
+    """DPMSolverMultistepScheduler says variance_type: null."""
+    theirs = DPMSolverMultistepScheduler(beta_schedule="scaled_linear", beta_end=0.02, prediction_type="v_prediction")
+    process = models.noise_process(DiffusionConfig(), theirs)
+    assert process.config.variance_type == "fixed_small" and process.config.prediction_type == "v_prediction"
+    torch.testing.assert_close(process.betas, theirs.betas)
 
 
 def test_bf16_is_used_exactly_where_the_cpu_kernels_have_it():

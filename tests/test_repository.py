@@ -131,11 +131,11 @@ def test_the_readmes_tree_and_contributing_name_every_module():
 
 
 def test_the_readmes_python_runs(tmp_path):
-    """As it stands, in a folder that holds a run of that name."""
+    """As it stands, in a folder that holds a model of that name."""
     text = (ROOT / "README.md").read_text()
     code = re.findall(r"```python\n(.*?)```", text, re.S)[0]
-    (run,) = re.findall(r'from_pretrained\("([^"]+)"', code)
-    tiny_pipeline().save_pretrained(tmp_path / run, safe_serialization=True)
+    (model,) = re.findall(r'hub.load\("([^"]+)"', code)
+    tiny_pipeline().save_pretrained(tmp_path / model, safe_serialization=True)
     done = subprocess.run([sys.executable, "-c", code + "print(picture.size)"], cwd=tmp_path, capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -10,7 +10,9 @@ from PIL import Image
 from tiny import tiny_pipeline
 
 from pipeline import models, sample
-from pipeline.config import Config, LoraConfig, ModelConfig, TrainConfig
+from pipeline.config import Config, DataConfig, LoraConfig, ModelConfig, TrainConfig
+from pipeline.serving import Studio, settings_of
+from pipeline.text_to_image import TextToImagePipeline
 
 ROOT = Path(__file__).parents[1]
 
@@ -65,6 +67,54 @@ def test_several_pictures_have_numbers_and_seeds_that_count_up(run, output, caps
     assert np.abs(second - alone).max() <= 1
 
 
+def test_a_batch_is_saved_before_the_next_is_drawn(run, output, capsys, monkeypatch):
+    drawn, real = [], TextToImagePipeline.__call__
+
+    def counted(self, *args, **call):
+        drawn.append((call["num_images_per_prompt"], sorted(path.name for path in output.parent.iterdir())))
+        return real(self, *args, **call)
+
+    monkeypatch.setattr(TextToImagePipeline, "__call__", counted)
+    arguments = [str(run), "red heart", "--steps", "2", "--device", "cpu", "--seed", "3", "-o", str(output)]
+    assert sample.main([*arguments, "--n", "3", "--batch", "2"]) == 0
+    assert drawn == [(2, []), (1, ["cat-0.png", "cat-1.png"])]
+    batched = [np.asarray(Image.open(output.with_stem(f"cat-{i}"))).astype(int) for i in range(3)]
+    images = tiny_pipeline(patch_size=2)("red heart", w=1.0, seed=3, num_images_per_prompt=3, num_inference_steps=2).images
+    assert max(np.abs(a - np.asarray(b)).max() for a, b in zip(batched, images, strict=True)) <= 1
+
+
+def test_a_png_carries_what_draws_it_again_on_the_page(run, output):
+    arguments = [str(run), "red héart", "--negative", "blue", "--w", "2", "--steps", "2", "--eta", "0.5", "--seed", "7",
+                 "--n", "2", "--device", "cpu", "-o", str(output)]  # fmt: skip
+    assert sample.main(arguments) == 0
+    path = output.with_stem("cat-1")
+    request, denoiser, model = settings_of(path, 1000)
+    assert (denoiser, request.seed, request.images) == ("network", 8, 1)
+    studio = Studio(sample.opened(str(run)), "tiny", DataConfig())
+    assert model == studio.identity
+    *_, frame = studio.create(request, denoiser)
+    assert np.abs(np.asarray(frame.images[0]).astype(int) - np.asarray(Image.open(path))).max() <= 1
+
+
+def test_ctrl_c_is_a_word_and_no_traceback(run, output, capsys, monkeypatch):
+    def stop(*_args, **_call):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TextToImagePipeline, "__call__", stop)
+    assert sample.stoppable(lambda: sample.main([str(run), "cat", "-o", str(output)]), "none is saved") == 130
+    assert capsys.readouterr().err == "\nstopped: none is saved\n"
+
+
+def test_a_full_disk_is_one_sentence(run, output, capsys, monkeypatch):
+    def full(*_args, **_more):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    assert sample.main([str(run), "cat", "--steps", "2", "-o", str(output)]) == 2
+    *_bar, said = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"error: {output} cannot be written (No space left on device)")
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--steps", "0"], "num_inference_steps is 0, expected a whole number from 1 to 1000"),
     (["--w", "inf"], "w is inf, expected a finite number"),
@@ -74,8 +124,12 @@ def test_several_pictures_have_numbers_and_seeds_that_count_up(run, output, caps
     (["--device", "abacus"], "--device is abacus, expected one that this machine has"),
     (["-o", "cat.txt"], "-o is cat.txt, expected a name that ends in one of .png"),
     (["-o", "no/such/cat.png"], "create no/such first"),
+    (["--batch", "0"], "--batch is 0, expected 1 or more"),
+    (["-o", "folder.png"], "-o is folder.png, which is there and no file that can be written"),
 ])  # fmt: skip
-def test_bad_settings(run, output, capsys, arguments, message):
+def test_bad_settings(run, output, capsys, arguments, message, monkeypatch):
+    monkeypatch.chdir(output.parent)
+    Path("folder.png").mkdir()
     assert message in refused(capsys, run, "cat", "--device", "cpu", "-o", output, *arguments)
     assert not output.exists()
 

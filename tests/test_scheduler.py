@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline import losses
 from pipeline.guidance import guide
 from pipeline.scheduler import PREDICTIONS, SCHEDULES, SPACINGS, DDPMScheduler
 
@@ -313,6 +314,19 @@ def test_guidance_between_two_gaussians_moves_the_mean(w):
     expected = (1 + w) * mu_c - w * mu_empty
     start = abar_of_the_linear_schedule(999) ** 0.5 * abs(expected)  # the chain starts at mean 0
     assert abs(x.mean() - expected) < 4 * (var / N) ** 0.5 + start
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+def test_a_chain_that_ends_below_float32_walks_on(prediction_type):
+    """abar = 1e-47 at its end: 0 in float32, where the ratio of two neighbours would be no number."""
+    scheduler = DDPMScheduler(beta_end=0.2, prediction_type=prediction_type)
+    x, T = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)), len(scheduler)
+    assert float((1 - scheduler.betas.double()).prod()) < 1e-40
+    for t in range(T - 1, T - 40, -1):
+        x_s = scheduler.step(torch.zeros_like(x), t, x, generator=torch.Generator().manual_seed(t)).prev_sample
+        assert x_s.isfinite().all()
+        assert t < T - 10 or (x_s - x).abs().max() < 1e-3, "pure noise stays what it is"
+    assert losses.weight(scheduler, torch.arange(T), "min_velocity", 5.0).isfinite().all()
 
 
 def test_samples_of_a_mixture_have_its_weights_means_and_covariances():

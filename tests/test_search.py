@@ -1,6 +1,8 @@
 """Search: its budget is kept to the call, the budget of one sample is that sample, and more of it finds better ones."""
 
 import itertools
+import math
+import re
 
 import numpy as np
 import pytest
@@ -9,11 +11,13 @@ from diffusers import DDIMScheduler, HeunDiscreteScheduler, LMSDiscreteScheduler
 from PIL import Image
 from tiny import tiny_clip, tiny_pipeline
 
+from pipeline import sample
 from pipeline import search as module
 from pipeline.exact import ExactDenoiser
 from pipeline.guidance import InputError, interval
 from pipeline.scheduler import DDPMScheduler
 from pipeline.search import METHODS, calls_of_sample, search, searching, walked
+from pipeline.serving import settings_of
 from pipeline.verifiers import Likelihood
 
 
@@ -178,12 +182,54 @@ def test_the_command_saves_the_best_and_prints_the_curve(saved, tmp_path, capsys
     assert module.main([*command, "--verifier", str(clip), "--seed", "3", "--out", str(out)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" network")[0] for line in lines[:3]] == ["8", "16", "24"]
-    assert lines[3] == f"{out}: the best of 3 by 24 network calls"
+    (seed,) = re.fullmatch(rf"{out}: the best of 3 by 24 network calls; seed (\d) draws it alone", lines[3]).groups()
     pipe = tiny_pipeline(w=1.5, caption_length=8)
     drawn = pipe("red heart", seed=3, num_images_per_prompt=3, num_inference_steps=4).images
-    assert any(np.array_equal(np.asarray(Image.open(out)), np.asarray(image)) for image in drawn)
+    assert np.array_equal(np.asarray(Image.open(out)), np.asarray(drawn[int(seed) - 3]))
+    request, _denoiser, _model = settings_of(out, 1000)
+    assert (request.seed, request.think, request.steps, request.prompt) == (int(seed), 1, 4, "red heart")
     assert module.main([*command, "--pairs", "2", "--method", "paths", "-o", str(out)]) == 0
     assert capsys.readouterr().out == f"{out}: the best of 1 by 8 network calls\n"
+    with pytest.raises(InputError, match="carries no settings"):
+        settings_of(out, 1000)
+
+
+class Stopping(Brightness):
+    """A verifier that is interrupted at its n-th batch."""
+
+    def __init__(self, n):
+        self.left = n
+
+    def __call__(self, pipe, prompt, x_0):
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+        return super().__call__(pipe, prompt, x_0)
+
+
+def test_a_search_that_is_stopped_keeps_the_best_so_far(saved, tmp_path, capsys, monkeypatch):
+    out, command = tmp_path / "best.png", [str(saved[0]), "red heart", "--steps", "4", "--device", "cpu"]
+    monkeypatch.setattr(module, "Clip", lambda name: Stopping(int(name)))
+    assert module.main([*command, "--budget", "160", "--verifier", "3", "--out", str(out)]) == 130
+    *_curve, last = capsys.readouterr().out.splitlines()
+    (seed,) = re.fullmatch(rf"{out}: the best of 8 by \d+ network calls; seed (\d) draws it alone", last).groups()
+    images = tiny_pipeline(w=1.5, caption_length=8)("red heart", seed=0, num_images_per_prompt=16, num_inference_steps=4).images
+    assert int(seed) == max(range(8), key=lambda i: np.asarray(images[i]).mean())
+    assert np.array_equal(np.asarray(Image.open(out)), np.asarray(images[int(seed)]))
+    out.unlink()
+    code = sample.stoppable(lambda: module.main([*command, "--budget", "160", "--verifier", "1", "--out", str(out)]), "nothing")
+    assert code == 130 and not out.exists() and "stopped: nothing" in capsys.readouterr().err
+
+
+def test_what_cannot_be_judged_is_the_worst(pipe):
+    class Broken(Brightness):
+        def __call__(self, pipe, prompt, x_0):
+            scores = super().__call__(pipe, prompt, x_0)
+            return torch.where(torch.arange(len(scores)) == 1, torch.nan, scores)
+
+    for method in ("random", "paths"):
+        found = search(pipe, "red heart", 40, Broken(), method, steps=4, w=2.0)
+        assert found.scores[-1] == -math.inf and found.scores[0].isfinite() and math.isfinite(found.curve[-1][1]), method
 
 
 @pytest.mark.parametrize(("arguments", "says"), [

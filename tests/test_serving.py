@@ -1,11 +1,17 @@
 """What the page does: every request is checked, every picture can be drawn again, and every panel shows its equation."""
 
+import gc
 import io
 import json
 import math
 import re
+import shutil
 import struct
+import threading
+import time
+import weakref
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -14,12 +20,13 @@ from diffusers import PNDMScheduler
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tiny import tiny_pipeline
+from tiny import tiny_pipeline, tiny_text, tiny_unet
 
 import app
-from pipeline import hub, search, serving
-from pipeline.config import Config, DataConfig
+from pipeline import hub, models, search, serving
+from pipeline.config import Config, DataConfig, ModelConfig
 from pipeline.guidance import InputError, interval
+from pipeline.run import Run, save_state
 from pipeline.scheduler import DDPMScheduler
 from pipeline.serving import Request, Shelf, Studio
 
@@ -180,7 +187,6 @@ def test_leaving_early_leaves_nothing_behind(studio, monkeypatch):
     monkeypatch.setattr(serving, "PREVIEW", 0.0)
     frames = studio.create(Request("red heart", steps=50))
     next(frames)
-    assert len(studio.network.unet._forward_hooks) == 1
     frames.close()
     assert not studio.network.unet._forward_hooks
     assert torch.is_grad_enabled()
@@ -191,6 +197,45 @@ def test_a_request_ends_at_its_deadline(studio, monkeypatch, draw):
     monkeypatch.setattr(serving, "DEADLINE", -1.0)
     with pytest.raises(InputError, match="longer than the -1 s that one request may: ask for fewer steps"):
         list(getattr(studio, draw)(Request("red heart", steps=4)))
+
+
+# ---- several requests at once
+
+
+def test_one_step_of_one_request_at_a_time(studio):
+    """Gradio's Stop frees the page while the step that it interrupts goes on in its thread."""
+    inside, most = [], []
+
+    def enter(*_):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.002)
+
+    def forward():
+        return [studio.forward(studio.named("red heart"), 1, 0) for _ in range(4)]
+
+    drawn = [lambda: last(studio.create(Request("red heart", steps=8))).calls, lambda: last(studio.create(THOUGHT)).calls,
+             lambda: last(studio.sweep(Request("red heart", steps=3))).calls,
+             lambda: len([*studio.backward(Request("red heart", steps=8))]), lambda: len(forward())]  # fmt: skip
+    network = studio.network.unet
+    hooks = [network.register_forward_pre_hook(enter), network.register_forward_hook(lambda *_: inside.pop() and None)]
+    with ThreadPoolExecutor(len(drawn)) as threads:
+        found = [answer.result() for answer in [threads.submit(draw) for draw in drawn]]
+    for hook in hooks:
+        hook.remove()
+    assert set(most) == {1} and found == [16, 4 * 58, 30, 8, 4]
+
+
+def test_a_request_that_is_left_open_is_in_nobodys_way(studio, monkeypatch):
+    monkeypatch.setattr(serving, "PREVIEW", 0.0)
+    left, found = studio.create(Request("red heart", steps=6)), []
+    next(left)
+    other = threading.Thread(target=lambda: found.append(last(studio.create(Request("red heart", steps=3)))), daemon=True)
+    other.start()
+    other.join(60)
+    assert found[0].calls == 6
+    rest = [(frame.step, frame.steps, bool(frame.images[0].info)) for frame in left]
+    assert rest == [(i, 6, i == 6) for i in range(2, 7)], "the pictures are the last ones"
 
 
 # ---- thinking longer
@@ -232,7 +277,6 @@ def test_a_search_is_shown_on_its_way_and_can_be_left(studio, monkeypatch):
     assert not any(image.info for frame in frames[:-1] for image in frame.images)
     left = studio.create(THOUGHT)
     next(left)
-    assert len(studio.network.unet._forward_hooks) == 1
     left.close()
     assert not studio.network.unet._forward_hooks and torch.is_grad_enabled()
     monkeypatch.setattr(serving, "DEADLINE", -1.0)
@@ -382,6 +426,12 @@ def test_a_file_that_is_no_reasonable_picture_is_refused(tmp_path, content, mess
         serving.uploaded(saved(tmp_path, content), 8)
 
 
+def test_a_file_that_is_deleted_meanwhile_is_told(tmp_path):
+    for read in (lambda path: serving.uploaded(path, 8), lambda path: serving.settings_of(path, T=1000)):
+        with pytest.raises(InputError, match="the file is no longer here, expected one dropped within the hour: drop it again"):
+            read(tmp_path / "gone.png")
+
+
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 def test_an_uploaded_picture_is_one_of_the_sets_size(tmp_path, kind):
     x_0 = serving.uploaded(saved(tmp_path, png((40, 20), kind)), 8)
@@ -482,3 +532,68 @@ def test_a_model_without_its_text_encoder_gets_the_one_its_settings_name(tmp_pat
         hub.load(tmp_path / "model")("red heart")
     (tmp_path / "model" / "config.yaml").write_text(Config().to_yaml())
     assert hub.load(tmp_path / "model").text_encoder.config.hidden_size == 384  # the embedded all-MiniLM-L6-v2
+
+
+# ---- a run in progress
+
+
+def saved_at(run, *steps, keep=9):
+    """Checkpoints of a run as training saves them, of other weights at each step."""
+    for step in steps:
+        network = tiny_unet(seed=step)
+        state = {"ema": models.moving_average(network, 0.99).state_dict()}
+
+        def write(folder, network=network, state=state):
+            network.save_pretrained(folder / "unet")
+            save_state(folder, "trainer", state)
+
+        run.save(step, write, keep)
+
+
+@pytest.fixture
+def run(source, tmp_path):
+    """A run with checkpoints at steps 10 and 20."""
+    run = Run(tmp_path / "run")
+    run.create()
+    for part in tiny_text(length=8):
+        part.save_pretrained(tmp_path / "encoder")
+    config = Config(name="run", model=ModelConfig(text_encoder=str(tmp_path / "encoder")), data=source)
+    run.config.write_text(config.to_yaml())
+    saved_at(run, 10, 20)
+    return run
+
+
+def spied(monkeypatch, before):
+    """hub.load_checkpoint, with `before()` before the first call of it alone."""
+    load, todo = hub.load_checkpoint, [before]
+    monkeypatch.setattr(hub, "load_checkpoint", lambda *given: (todo and todo.pop()(), load(*given))[1])
+
+
+def test_a_page_keeps_one_network_of_a_run(run, monkeypatch):
+    shelf, alive = Shelf(run.folder), []
+    page = app.build_demo(shelf)
+    network = weakref.ref(shelf.studio().network)
+    spied(monkeypatch, lambda: (gc.collect(), alive.append(network() is not None)))
+    assert network() is not None and shelf.studio().name == "run at step 20"
+    assert shelf.studio(10).name == "run at step 10" and shelf.studio(12) is shelf.studio(10)
+    assert alive == [False] and page.fns, "let go before the next was loaded, by the page's functions too"
+
+
+def test_a_checkpoint_that_is_deleted_while_it_is_read_gives_way_to_what_is_left(run, monkeypatch):
+    shelf = Shelf(run.folder)
+    spied(monkeypatch, lambda: saved_at(run, 30, keep=1))
+    assert shelf.studio(10).name == "run at step 30"
+    shutil.rmtree(run.checkpoints)
+    for step in (None, 30):
+        with pytest.raises(InputError, match="^run has no checkpoint any more, expected one .*until the next is saved"):
+            shelf.studio(step)
+
+
+def test_the_one_before_a_torn_newest_checkpoint_draws(run, caplog):
+    (run.checkpoints / "20" / "unet" / "config.json").write_text("{}")
+    shelf = Shelf(run.folder)
+    assert shelf.studio().name == shelf.studio(20).name == "run at step 10"
+    assert "config.json is not what was written" in caplog.text
+    (run.checkpoints / "10" / "trainer.json").unlink()
+    with pytest.raises(InputError, match="^checkpoint run/checkpoints/10 cannot be used: trainer.json is missing, expected"):
+        shelf.studio()

@@ -380,6 +380,22 @@ def test_only_want_of_memory_or_room_is_spared(error, says, monkeypatch):
     assert said == ([] if says is None else [f"x.png is left out ({error}){says}"])
 
 
+def test_a_step_that_wants_too_much_memory_is_one_sentence_and_resumable(config, tmp_path, monkeypatch):
+    real = train_text2img.batch_loss
+
+    def full(unet, parts, config, step, slots):
+        if step == 3 and config.train.accumulation == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+        return real(unet, parts, config, step, slots)
+
+    monkeypatch.setattr(train_text2img, "batch_loss", full)
+    done = train(config, tmp_path, check=False)
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1 and len(said) == 1 and "raise train.accumulation" in said[0]
+    train(config, tmp_path, "--train.accumulation", "2")
+    assert Run(tmp_path / "tiny").finished
+
+
 def test_a_request_to_stop_ends_a_drawing_within_a_step(whole, tmp_path):
     chosen = settings.load_file(whole[0] / "config.yaml")
     chosen, pipe, calls = dataclasses.replace(chosen, sample=dataclasses.replace(chosen.sample, steps=50)), hub.load(whole[0]), []
