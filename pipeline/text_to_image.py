@@ -462,9 +462,11 @@ def scaled(encoder: PreTrainedModel | None, scale: float | None) -> Iterator[Non
 
 
 def step_options(scheduler: SchedulerMixin, generator: Generator | list[Generator], eta: float | None) -> dict:
-    """What of generator and eta the scheduler's step takes; an eta that it does not take is refused."""
+    """What of generator and eta the scheduler's step takes, and what it needs; an eta that it does not take is refused."""
     takes = inspect.signature(scheduler.step).parameters
     options = {"generator": generator} if "generator" in takes else {}
+    if "use_clipped_model_output" in takes:  # diffusers' DDIM would step with the noise of the x_0 before it was clipped
+        options["use_clipped_model_output"] = True
     if eta is None:
         return options
     if "eta" not in takes:

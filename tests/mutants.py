@@ -363,6 +363,8 @@ MUTANTS = [
      "test_finetune.py::test_the_scheduler_that_trained_is_the_one_that_is_saved"),
     (TRAIN, "        if not of_memory(error):\n            raise\n        print", "        raise\n        print",
      "test_train.py::test_a_step_that_wants_too_much_memory_is_one_sentence_and_resumable"),
+    (PIPELINE, '        options["use_clipped_model_output"] = True', "        pass",
+     "test_text_to_image.py::test_stock_ddim_of_a_network_that_predicts_x_0_draws_what_ours_does_without_noise"),
     (TRAIN, "    with bar:\n", "    if True:\n",
      "test_train.py::test_a_step_that_wants_too_much_memory_is_one_sentence_and_resumable"),
     (SEARCH, ".nan_to_num(nan=-math.inf)", "", "test_search.py::test_what_cannot_be_judged_is_the_worst"),
