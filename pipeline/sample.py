@@ -105,15 +105,15 @@ def settings_of(pipe, model: str, arguments: argparse.Namespace) -> dict | None:
 
     None where the pipeline has another library's scheduler: the page draws by ours.
     """
-    from pipeline.data import encoder_digest
+    from pipeline.config import DataConfig
     from pipeline.scheduler import DDPMScheduler
-    from pipeline.serving import Request
+    from pipeline.serving import Request, Studio
 
     if not isinstance(pipe.scheduler, DDPMScheduler):
         return None
     request = Request(arguments.prompt, arguments.negative, pipe.config.w if arguments.w is None else arguments.w,
                       arguments.steps, 1.0 if arguments.eta is None else arguments.eta, seed=arguments.seed)  # fmt: skip
-    drawn_by = f"{Path(model.partition('@')[0]).name} ({encoder_digest(pipe.unet)[:8]})"
+    drawn_by = Studio(pipe, Path(model.partition("@")[0]).name, DataConfig()).identity
     return dataclasses.asdict(request) | {"image": 0, "denoiser": "network", "model": drawn_by}
 
 
