@@ -175,3 +175,10 @@ def test_what_is_no_clip_model_is_refused_in_one_sentence(tmp_path):
     tiny_text()[1].save_pretrained(tmp_path / "bert")
     with pytest.raises(InputError, match="is a model of type 'bert', expected clip"):
         Clip(tmp_path / "bert")
+
+
+def test_a_clip_model_whose_weights_are_cut_off_is_one_sentence(tmp_path):
+    weights = tiny_clip(tmp_path / "clip") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(InputError, match="clip is no CLIP model: it cannot be loaded"):
+        Clip(tmp_path / "clip")
