@@ -33,10 +33,24 @@ from matplotlib.figure import Figure  # pyplot would keep every figure it makes
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
-from pipeline import hub, sample, serving
+from pipeline import hub, loading, serving
 from pipeline.card import ATTRIBUTION, fenced
 from pipeline.guidance import InputError
-from pipeline.serving import BUDGET, DENOISERS, IMAGES, SEEDS, SWEEP, THINK, UPLOAD, Request, Shelf, Studio
+from pipeline.request import (
+    BUDGET,
+    CHARACTERS,
+    DENOISERS,
+    IMAGES,
+    SEEDS,
+    THINK,
+    UPLOAD,
+    Request,
+    number,
+    read_png,
+    same_model,
+    text,
+)
+from pipeline.serving import SWEEP, Shelf, Studio
 
 log = logging.getLogger("app")
 
@@ -172,9 +186,9 @@ def about_model(shelf: Shelf, studio: Studio) -> str:
     return f"Model: `{fenced(shelf.name)}`."
 
 
-def model_options(denoiser: str = DENOISERS[0]) -> gr.Radio:
+def model_options() -> gr.Radio:
     """The switch between network and exact denoiser."""
-    return gr.Radio(list(DENOISERS), value=denoiser, label="Denoiser",
+    return gr.Radio(list(DENOISERS), value=DENOISERS[0], label="Denoiser",
                     info="exact: the perfect denoiser of the picture set, which can draw nothing else")  # fmt: skip
 
 
@@ -189,7 +203,7 @@ def checkpoints(shelf: Shelf, demo: gr.Blocks) -> gr.Slider:
     def refresh(value, follow):
         found = shelf.steps()
         first, last = ends(found)  # a value below first, of a checkpoint that is gone, would be refused
-        value = max(found, default=0) if follow else serving.number("checkpoint", value, 0, SEEDS, True, [])
+        value = max(found, default=0) if follow else number("checkpoint", value, 0, SEEDS, True, [])
         if value is None:  # an emptied box stays so
             return gr.Slider(minimum=first, maximum=last)
         return gr.Slider(minimum=first, maximum=last, value=min(max(value, first), last))
@@ -216,7 +230,7 @@ def create_tab(shelf: Shelf, studio: Studio, checkpoint: gr.Slider) -> None:
     with gr.Row():
         with gr.Column(scale=5, min_width=300):
             prompt = gr.Textbox("", label="Prompt", placeholder="red heart", autofocus=True, elem_id="prompt",
-                                max_length=serving.CHARACTERS)  # fmt: skip
+                                max_length=CHARACTERS)  # fmt: skip
             counter = gr.Markdown("", elem_id="tokens")
             with gr.Row():
                 go = gr.Button("Generate", variant="primary", elem_id="generate")
@@ -235,7 +249,7 @@ def create_tab(shelf: Shelf, studio: Studio, checkpoint: gr.Slider) -> None:
             with gr.Accordion("More", open=False):
                 eta = gr.Slider(0, 1, value=1, step=0.05, label="η", info="1 is ancestral sampling (16), 0 DDIM (19)")
                 negative = gr.Textbox("", label="Negative prompt", info="guided away from, in the empty caption's place",
-                                      max_length=serving.CHARACTERS)  # fmt: skip
+                                      max_length=CHARACTERS)  # fmt: skip
                 with gr.Row():
                     low = gr.Slider(0, 1, value=0, step=0.05, label="Guide from noise level", min_width=120)
                     high = gr.Slider(0, 1, value=1, step=0.05, label="to noise level", min_width=120)
@@ -272,11 +286,11 @@ def create_tab(shelf: Shelf, studio: Studio, checkpoint: gr.Slider) -> None:
     @answering
     def reuse(path, checkpoint):
         studio = shelf.studio(checkpoint)
-        request, drew, model = serving.settings_of(path, studio.T)
+        request, drew, model = read_png(path, studio.T)
         other = f"`{fenced(model[:80])}` drew that picture; `{fenced(studio.identity)}` draws another one."
         return (request.prompt, request.negative_prompt, request.w, request.steps, request.eta, request.images,
                 request.seed, False, request.low, request.high, request.think, drew,
-                "" if model in (studio.identity, studio.name) else other)  # fmt: skip  # older pictures have the name alone
+                "" if model == studio.name or same_model(model, studio.identity) else other)  # fmt: skip
 
     inputs = [prompt, negative, w, steps, eta, images, seed, randomise, low, high, denoiser, checkpoint, think]
     clicked([prompt.submit, go.click], go, stop, create, inputs, [gallery, status, seed, curve, discarded], "create")
@@ -336,7 +350,7 @@ def sweep_tab(shelf: Shelf, studio: Studio, checkpoint: gr.Slider) -> None:
     """The same noise under six w."""
     gr.Markdown(f"The same noise at w = {', '.join(f'{w:g}' for w in SWEEP)}. {GUIDANCE}.")
     with gr.Row():
-        prompt = gr.Textbox(label="Prompt", value=known_caption(studio), scale=4, min_width=200, max_length=serving.CHARACTERS)
+        prompt = gr.Textbox(label="Prompt", value=known_caption(studio), scale=4, min_width=200, max_length=CHARACTERS)
         seed = gr.Number(0, label="Seed", scale=1, min_width=100)
         steps = steps_slider(studio, BUDGET // len(SWEEP), scale=2, min_width=140)
     with gr.Row():
@@ -387,7 +401,7 @@ def walk_tab(shelf: Shelf, studio: Studio, checkpoint: gr.Slider) -> None:
     plot = gr.Plot(plot_curves(curves, t.value), label="The schedule", show_label=False, format="png", elem_id="schedule")
     gr.Markdown("### Backwards: the film strip of (16)\nFrom noise to a picture by x_s = mean(x_t, x̂_0) + √variance · z.")
     with gr.Row():
-        prompt = gr.Textbox(label="Prompt", value=known_caption(studio), scale=3, min_width=200, max_length=serving.CHARACTERS)
+        prompt = gr.Textbox(label="Prompt", value=known_caption(studio), scale=3, min_width=200, max_length=CHARACTERS)
         w = gr.Slider(-1, 10, value=studio.pipe.config.w, step=0.25, label="w", scale=2, min_width=140)
         steps = steps_slider(studio, 250, scale=2, min_width=140)
         eta = gr.Slider(0, 1, value=1, step=0.05, label="η", scale=1, min_width=160)
@@ -404,9 +418,9 @@ def walk_tab(shelf: Shelf, studio: Studio, checkpoint: gr.Slider) -> None:
     def forward(picture, t, seed, tell, upload, checkpoint):
         """Noise a picture to t and denoise it once: the panels x_0, (5), (1) and (15), with their names."""
         studio, problems = shelf.studio(checkpoint), []
-        t = serving.number("t", t, 1, studio.T, True, problems)
-        seed = serving.number("seed", seed, 0, SEEDS, True, problems)
-        name = serving.text("picture", picture, problems)
+        t = number("t", t, 1, studio.T, True, problems)
+        seed = number("seed", seed, 0, SEEDS, True, problems)
+        name = text("picture", picture, problems)
         if problems:
             raise InputError("; ".join(problems))
         x_0 = serving.uploaded(upload["path"], studio.source.resolution) if upload else studio.named(name)
@@ -432,7 +446,7 @@ def walk_tab(shelf: Shelf, studio: Studio, checkpoint: gr.Slider) -> None:
 def plot_curves(curves: dict[str, list[float]], t: int) -> PlotData:
     """The schedule's four curves, each of T values, with one t marked."""
     T, problems = min(map(len, curves.values())), []
-    t = serving.number("t", t, 1, T, True, problems)
+    t = number("t", t, 1, T, True, problems)
     if problems:
         raise InputError(problems[0])
     figure = Figure(figsize=(11, 2.4), layout="constrained")
@@ -552,4 +566,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(sample.stoppable(main, "no page was served yet"))
+    sys.exit(loading.stoppable(main, "no page was served yet"))

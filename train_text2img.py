@@ -6,50 +6,40 @@ global batch), so running the same command again after an interruption repeats w
 """
 
 import contextlib
-import ctypes
 import errno
 import math
-import os
-import platform
-import re
 import resource
 import sys
 import time
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, broadcast_object_list, gather_object, parse_flag_from_env
 from diffusers import UNet2DConditionModel
-from diffusers.optimization import get_scheduler
 from diffusers.utils import make_image_grid
-from PIL import Image
 from tqdm.auto import tqdm
 
-from pipeline import card, data, emoji, hub, latents, losses, models, muon
+from pipeline import card, data, emoji, hub, latents, losses, models, randomness
 from pipeline import config as settings
 from pipeline import run as runs
 from pipeline.config import Config, ConfigError
+from pipeline.machine import DRAWING, keep_freed_memory, local_main_first, of_memory, set_threads, spared
+from pipeline.optim import lr_schedule, optimizer_of, restore, resume_schedule
 from pipeline.patches import PatchAutoencoder
 from pipeline.scheduler import DDPMScheduler
-from pipeline.sources import one_line
 from pipeline.stream import Stream
 from pipeline.text_to_image import TextToImagePipeline
+from pipeline.trackers import Trackers
 
 FREE = ("name", "output", "report_to", "hub", "sample", "data.cache", "train.steps", "train.threads", "train.log_every",
         "train.validate_every", "train.save_every", "train.keep", "data.max_broken", "train.max_skipped", "train.accumulation",
         "train.gradient_checkpointing")  # fmt: skip  # what a resumed run may change
-PREPARING = timedelta(hours=12)  # for which processes wait for the one that prepares the data; torch's own limit is minutes
-DRAWING = timedelta(hours=2)  # and for the one that checks, draws and saves
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)  # what a disk says that takes no more
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)  # no room, or no leave to write
 FEWER = ": give fewer sample.prompts"
-GRID = 8  # timesteps of the validation grid
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-HELD = 16  # images of each split on it
+GRID, HELD = 8, 16  # timesteps, and images of each split, of the validation grid
 
 
 @dataclass
@@ -79,7 +69,7 @@ class Parts:
     def encoded(self, images: data.CaptionedImages, rows, flip: torch.Tensor | None = None,
                 noise: torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip
         """Images by row as the network sees them, (B, c, h, w), mirrored where `flip` (B,) says so; noise: as `encode` has it."""
-        pixels = images.images[rows].to(self.empty.device).float() / 127.5 - 1
+        pixels = data.as_float(images.images[rows].to(self.empty.device))
         if flip is not None:
             pixels = torch.where(flip.to(pixels.device)[:, None, None, None], pixels.flip(-1), pixels)
         return self.pipe.encode(pixels, noise)
@@ -113,7 +103,7 @@ def prepare(config: Config, checkpoint: Path | None, device: torch.device, again
     whitening = models.saved_whitening(checkpoint) if checkpoint else None
     if whitening is None:
         whitening = base.whitening if base else models.whitening(config.model, states)
-    white = whitening or (lambda raw: raw)
+    white = whitening.whiten_ if whitening else lambda raw: raw
     held = white(encode(held_out.all_captions)) if held_out else None
     states, empty = white(states), white(encode([""]))
     torch.manual_seed(config.seed)  # the network's first weights
@@ -125,12 +115,8 @@ def prepare(config: Config, checkpoint: Path | None, device: torch.device, again
     if config.train.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     pipe = models.pipeline(config, models.for_training(unet, device), tokenizer, encoder, whitening, base).to(device)
-    process = pipe.scheduler.config
-    if process.prediction_type == "epsilon" and process.rescale_betas_zero_snr:
-        raise ConfigError("diffusion.prediction_type must be sample or v_prediction with rescale_betas_zero_snr, got epsilon: "
-                          "at SNR = 0 the noise says nothing about the image")  # fmt: skip
-    if process.rescale_betas_zero_snr and config.train.weighting in settings.WEIGHTED_BY_SNR:
-        raise ConfigError(settings.unweighted(config.train.weighting))
+    if found := settings.zero_snr_problems(pipe.scheduler.config, config.train.weighting):
+        raise ConfigError(found[0])
     keep = costly(pipe.vae) and not config.data.streaming
     kept = latents.encode(images, pipe.vae, config.data.cache, mirrored=config.data.flip) if keep else None
     return Parts(images, held_out, states, held, empty.to(device), pipe, kept, data.CaptionStates(tokenizer, encoder, length))
@@ -159,50 +145,6 @@ def pretrained(config: Config) -> TextToImagePipeline:
     return pipe
 
 
-def optimizer_of(unet, train: settings.TrainConfig) -> torch.optim.AdamW:
-    """The optimiser of a run."""
-    if train.optimizer == "muon":
-        orthogonalised = muon.matrices(unet)
-        among = {id(weight) for weight in orthogonalised}
-        others = [weight for weight in models.trainable(unet) if id(weight) not in among]
-        fast = torch.bfloat16 if models.precision("auto", unet.device) == "bf16" else torch.float32
-        return muon.Muon(orthogonalised, others, train.lr, train.matrix_lr, train.betas, train.weight_decay, dtype=fast)
-    return torch.optim.AdamW(models.trainable(unet), train.lr, betas=train.betas, weight_decay=train.weight_decay, fused=True)
-
-
-def lr_schedule(optimizer, train: settings.TrainConfig):
-    """The learning rate by step, after a linear warm-up: diffusers' schedules, or flat, then linear to lr_end."""
-    if train.lr_schedule != "flat_then_linear":
-        name = "constant_with_warmup" if train.lr_schedule == "constant" else train.lr_schedule
-        return get_scheduler(name, optimizer, num_warmup_steps=train.warmup, num_training_steps=train.steps)
-    fall = max(train.decay_share * train.steps, 1)
-
-    def share(step: int) -> float:
-        down = min((train.steps - step) / fall, 1)
-        return min((step + 1) / max(train.warmup, 1), 1) * (train.lr_end + (1 - train.lr_end) * down)
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, share)
-
-
-def resume_schedule(schedule: torch.optim.lr_scheduler.LambdaLR, state: dict) -> tuple[float, float]:
-    """Go on where a schedule was, by this one's own plan, which may have another end; train.lr as it was and as it is."""
-    schedule.load_state_dict(state)
-    now = [base * share(schedule.last_epoch) for base, share in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
-    for group, lr in zip(schedule.optimizer.param_groups, now, strict=True):
-        group["lr"] = lr
-    was, schedule._last_lr = schedule.get_last_lr(), now
-    return was[-1], now[-1]  # before them: the matrices of Muon
-
-
-def restore(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Load an optimiser's state in each weight's own memory format: the fused CPU kernel reads both as they lie."""
-    optimizer.load_state_dict(state)
-    for weight, moments in optimizer.state.items():
-        for name, value in moments.items():
-            if value.shape == weight.shape:
-                moments[name] = torch.empty_like(weight).copy_(value)
-
-
 def open_stream(config: Config, accelerator: Accelerator) -> contextlib.AbstractContextManager[Stream | None]:
     """This process's part of a streamed training split; None within where the data is prepared before."""
     if not config.data.streaming:
@@ -213,19 +155,19 @@ def open_stream(config: Config, accelerator: Accelerator) -> contextlib.Abstract
 def examples(parts: Parts, config: Config, step: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x_0 (B, c, h, w) and caption states (B, L, D) of the examples at `slots` of the global batch of one step."""
     seed, device = config.seed, parts.empty.device
-    flip = data.flips(seed, step, slots) if config.data.flip else None
+    flip = randomness.flips(seed, step, slots) if config.data.flip else None
     if parts.stream is None:
         rows = data.batch_indices(seed, step, config.train.batch_size, len(parts.images), slots=slots)
         states = parts.states[parts.images.chosen(seed, step, slots, rows)].to(device)
         if parts.latents is None:
             return parts.encoded(parts.images, rows, flip), states
-        z = data.noise(seed, step, slots, parts.latents.shape, "posterior")
+        z = randomness.noise(seed, step, slots, parts.latents.shape, "posterior")
         return parts.latents.sample(rows, rows < 0 if flip is None else flip, z).to(device), states
     batch = parts.stream.take(len(slots))
-    choice = data.caption_choice(seed, step, slots, [len(captions) for captions in batch.alternatives]).tolist()
+    choice = randomness.caption_choice(seed, step, slots, [len(captions) for captions in batch.alternatives]).tolist()
     states = parts.encode([captions[i] for captions, i in zip(batch.alternatives, choice, strict=True)]).to(device)
     shape = (parts.unet.config.in_channels, *[parts.unet.config.sample_size] * 2)
-    z = data.noise(seed, step, slots, shape, "posterior") if costly(parts.pipe.vae) else None
+    z = randomness.noise(seed, step, slots, shape, "posterior") if costly(parts.pipe.vae) else None
     return parts.encoded(batch, slice(None), flip, z), states if parts.pipe.whitening is None else parts.pipe.whitening(states)
 
 
@@ -233,10 +175,10 @@ def batch_loss(unet, parts: Parts, config: Config, step: int, slots: torch.Tenso
     """The training loss of the examples at `slots` of the global batch of one step, one value each (B,)."""
     seed, train, device = config.seed, config.train, parts.empty.device
     x_0, states = examples(parts, config, step, slots)
-    t = data.timesteps(seed, step, slots, train.batch_size, len(parts.scheduler)).to(device)
-    eps = data.noise(seed, step, slots, x_0.shape[1:]).to(device)
+    t = randomness.timesteps(seed, step, slots, train.batch_size, len(parts.scheduler)).to(device)
+    eps = randomness.noise(seed, step, slots, x_0.shape[1:]).to(device)
     x_t = parts.scheduler.add_noise(x_0, eps, t)  # (5)
-    keep = data.keep_caption(seed, step, slots, config.data.caption_dropout).to(device)
+    keep = randomness.keep_caption(seed, step, slots, config.data.caption_dropout).to(device)
     captions = torch.where(keep[:, None, None], states, parts.empty)  # (14)
     output = unet(x_t.to(memory_format=torch.channels_last), t, encoder_hidden_states=captions, return_dict=False)[0]
     return parts.loss(config, output.float(), x_0, eps, t)
@@ -249,9 +191,9 @@ def validate(unet, parts: Parts, config: Config, stop) -> dict:
     for split, images, states in [("train", parts.images, parts.states), ("held_out", parts.held_out, parts.held_states)]:
         if images is None:
             continue
-        rows = torch.linspace(0, len(images) - 1, min(HELD, len(images))).long()
+        rows = data.evenly(HELD, len(images))
         x_0, chosen = parts.encoded(images, rows), states[images.first[rows]].to(parts.empty.device)
-        eps = data.noise(0, 0, rows, x_0.shape[1:]).to(x_0.device)
+        eps = randomness.noise(0, 0, rows, x_0.shape[1:]).to(x_0.device)
         loss, error = [], {}
         for k in ((torch.arange(GRID) + 0.5) * T / GRID).long().tolist():
             if stop:
@@ -291,67 +233,6 @@ def draw(pipe: TextToImagePipeline, config: Config, path: Path, stop) -> None:
     make_image_grid(images, rows=len(sample.w), cols=len(sample.prompts)).save(path)
 
 
-def of_memory(error: Exception) -> bool:
-    """Whether an error says that there is no memory: torch.OutOfMemoryError where there is one; MPS and cuDNN have none."""
-    said = re.search("out of memory|allocate memory|ALLOC_FAILED", str(error).partition("\n")[0])
-    return isinstance(error, torch.OutOfMemoryError) or said is not None
-
-
-@contextlib.contextmanager
-def spared(what: object, advice: str = ""):
-    """Say that there is no memory or no room for what only shows how training goes: training fits, and shall not end for it."""
-    try:
-        yield
-    except (RuntimeError, OSError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        full = of_memory(error)
-        if not full and not isinstance(error, OSError):
-            raise
-        tqdm.write(f"{what} is left out ({reason}){advice if full else ''}")
-
-
-class Trackers:
-    """What `report_to` names; one that fails once, on its network say, is told and left, and training goes on."""
-
-    PICTURES = ("tensorboard", "wandb", "swanlab")  # those whose log_images takes a batch of them
-
-    def __init__(self, accelerator: Accelerator, config: Config):
-        self.accelerator, self.open = accelerator, config.report_to is not None
-        self.ask(lambda: accelerator.init_trackers(config.name, config=trackable(config)))
-
-    def ask(self, request) -> None:
-        """Do something with the trackers, if there are any."""
-        try:
-            if self.open:
-                request()
-        except Exception as error:  # every tracker has errors of its own
-            self.open = False
-            tqdm.write(f"report_to has failed ({type(error).__name__}: {one_line(error)}): training goes on without")
-
-    def log(self, step: int, record: dict) -> None:
-        """Send a record's numbers, those by timestep under a name each."""
-        flat = {name.replace(".", "/"): value for name, value in settings.flatten(record).items()}
-        self.ask(lambda: self.accelerator.log(flat, step=step))
-
-    def show(self, step: int, path: Path) -> None:
-        """Send a picture of samples, where there is one and the tracker takes pictures."""
-
-        def pictured(tracker):
-            pixels = np.asarray(Image.open(path).convert("RGB"))[None]
-            more = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({"samples": pixels}, step=step, **more)
-
-        for tracker in self.accelerator.trackers if path.is_file() else ():
-            if tracker.name in self.PICTURES:
-                self.ask(lambda tracker=tracker: pictured(tracker))
-
-    def end(self) -> None:
-        """Have them send what they still hold, and the processes part."""
-        for tracker in self.accelerator.trackers:
-            self.ask(tracker.finish)
-        self.accelerator.state.destroy_process_group()
-
-
 @contextlib.contextmanager
 def averaged(ema, unet):
     """The network with its moving average for weights."""
@@ -363,28 +244,6 @@ def averaged(ema, unet):
     finally:
         ema.restore(weights)
         unet.train()
-
-
-def set_threads(config: Config, accelerator: Accelerator) -> None:
-    """Use every core that this process may: `accelerate launch` exports OMP_NUM_THREADS=1 on a CPU."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-    threads = config.train.threads or max(cores() // local, 1)
-    torch.set_num_threads(threads)
-    accelerator.print(f"{accelerator.num_processes} process(es) on {accelerator.device}, {threads} CPU threads each, "
-                      f"mixed precision: {accelerator.mixed_precision}")  # fmt: skip
-
-
-def cores() -> int:
-    """How many CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS has no affinity
-
-
-def keep_freed_memory() -> None:
-    """Have glibc reuse what the last step freed: handed back to the kernel, it costs a page fault for every 4 KiB."""
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        for option, size in ((M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, (1 << 31) - 1)):
-            libc.mallopt(option, size)
 
 
 def resume_point(run: runs.Run, config: Config) -> Path | None:
@@ -425,7 +284,7 @@ def train(config: Config, dry_run: bool = False) -> int:
     accelerator = Accelerator(
         cpu=cpu, mixed_precision=precision, log_with=config.report_to,
         gradient_accumulation_steps=config.train.accumulation, project_dir=config.folder)  # fmt: skip
-    set_threads(config, accelerator)
+    set_threads(config.train.threads, accelerator)
     keep_freed_memory()
     share = config.train.batch_size // config.train.accumulation
     if share % accelerator.num_processes:
@@ -441,36 +300,26 @@ def train(config: Config, dry_run: bool = False) -> int:
     with runs.StopRequest() as stop, run.lock() if main else contextlib.nullcontext():
         (checkpoint,) = broadcast_object_list([resume_point(run, config) if main else None])  # one decides for all
         start = int(checkpoint.name) if checkpoint else 0
-        if start >= config.train.steps and run.finished:
-            accelerator.print(f"{run.folder} is finished at step {start} of {config.train.steps}.\n{usage(run, config)}")
-            return hub.publish(config, run) if main else 0
-        if start > config.train.steps:
+        if start > config.train.steps and not run.finished:
             raise runs.RunError(f"{run.folder} is at step {start} already, got train.steps {config.train.steps}: give at least "
                                 f"{start}, or a new run another --name")  # fmt: skip
         try:
-            with open_stream(config, accelerator) as stream:
+            if start >= config.train.steps and run.finished:
+                accelerator.print(f"{run.folder} is finished at step {start} of {config.train.steps}.\n{usage(run, config)}")
+                return publish(config, run, stop) if main else 0
+            with stop.at_once("before the first step"):
+                opened = open_stream(config, accelerator)
+            with opened as stream:
                 return loop(config, accelerator, run, checkpoint, stop, stream)
-        except runs.Stopped:
-            accelerator.print(f"Stopped ({stop.reason}) before the first step; run the same command to go on.")
+        except runs.Stopped as said:
+            accelerator.print(f"{said}; run the same command to go on.")
             return stop.exit_code
-
-
-@contextlib.contextmanager
-def local_main_first(accelerator: Accelerator):
-    """accelerate's `local_main_process_first` with its own time limit: that of a training step is a few minutes."""
-    several, first = accelerator.num_processes > 1, accelerator.is_local_main_process
-    group = torch.distributed.new_group(backend="gloo", timeout=PREPARING) if several else None
-    if several and not first:
-        torch.distributed.barrier(group)
-    yield
-    if several and first:
-        torch.distributed.barrier(group)
 
 
 def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Path | None, stop, stream: Stream | None) -> int:
     """The training loop, from a checkpoint or from nothing to the last step; the exit code."""
     main, share, steps = accelerator.is_main_process, config.train.batch_size // config.train.accumulation, config.train.steps
-    with stop.at_once(), local_main_first(accelerator):  # what it has prepared the others find in the cache
+    with stop.at_once("before the first step"), local_main_first(accelerator):  # the others find in the cache what it prepares
         parts = prepare(config, checkpoint, accelerator.device, again=checkpoint is None)
     read = None if stream is not None else parts.images.fingerprint
     if checkpoint and (was := runs.manifest(checkpoint).get("data", read)) != read:
@@ -489,12 +338,14 @@ def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Pa
         ema.load_state_dict(saved["ema"])
         if accelerator.scaler is not None and saved.get("scaler"):  # none from a machine that computes in another precision
             accelerator.scaler.load_state_dict(saved["scaler"])
-        state |= saved["state"]
+        state |= saved["state"] | {"losses": of_rank(saved.get("losses", [saved["state"]["losses"]]), accelerator)}
         if stream is not None:
-            stream.load_state_dict(saved["streams"][accelerator.process_index % len(saved["streams"])])
+            stream.load_state_dict(of_rank(saved["streams"], accelerator))
     if main:
         run.card.unlink(missing_ok=True)  # a run's own: until it is finished again
         run.rewind(state["step"])
+        if state["step"] == steps:  # nothing is left but its end, whose samples may be of other prompts now
+            sample_path(run, steps).unlink(missing_ok=True)
         runs.replace(run.config, config.to_yaml())
         print(f"{parts.images.report}\n{models.count(models.trainable(parts.unet)) / 1e6:.1f} M weights to train;",
               f"going on from step {state['step']}" if checkpoint else "a new run")  # fmt: skip
@@ -507,13 +358,16 @@ def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Pa
     weights = models.trainable(parts.unet)
     ema.to(accelerator.device)
     trackers = Trackers(accelerator, config)
-    pipe, clock, busy, counted = parts.pipe, runs.Clock(state["seconds"]), 0.0, 0  # steps, and their seconds, since the last line
+    pipe, busy, counted = parts.pipe, 0.0, 0  # steps, and their seconds, since the last line
+    began_at = time.monotonic() - state["seconds"]  # those of earlier sittings count
+    clock = lambda: time.monotonic() - began_at
     bar = tqdm(total=steps, initial=state["step"], disable=not main, desc=config.name, unit="step", dynamic_ncols=True)
 
     def save():
         state["seconds"] = clock()
         trainer = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "ema": ema.state_dict(),
                    "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else {}, "state": state,
+                   "losses": gather_object([state["losses"]]),
                    "streams": gather_object([stream.state_dict()]) if stream is not None else []}  # fmt: skip
 
         def write(folder):
@@ -529,19 +383,47 @@ def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Pa
             run.save(state["step"], write, config.train.keep, processes=accelerator.num_processes, data=read)
         accelerator.wait_for_everyone()
 
+    def show(step):
+        """The check and the picture that are due at a step; those that a stop or a death cut short are made up on resuming."""
+        last, path = step == steps, sample_path(run, step)
+        due = step % config.train.validate_every == 0 or last
+        if due and not any("train_loss" in record for record in run.history() if record["step"] == step):
+            record = {}
+            with averaged(ema, parts.unet), spared(f"the check of step {step}"):
+                record = validate(parts.unet, parts, config, stop)
+            if record:
+                run.log(step=step, **record)
+                trackers.log(step, record)
+        if (step % config.sample.every == 0 or last) and not path.is_file() and not stop:
+            with averaged(ema, parts.unet), spared(path, FEWER):
+                draw(pipe, config, path, stop)
+            trackers.show(step, path)
+
     @contextlib.contextmanager
     def kept(place):
-        """Save the steps before a stream fails for good; several processes cannot agree on it any more."""
-        try:
+        """Save the steps before a stream fails for good, or is waited for when a stop is asked for.
+
+        Several processes cannot agree on it any more, and a step that is saved already is not saved again.
+        """
+        if stream is None or accelerator.num_processes > 1:
             yield
-        except data.DataError as error:
-            if stream is None or accelerator.num_processes > 1 or not state["step"]:
+            return
+        try:
+            with stop.at_once(f"after step {state['step']} of {steps}"):
+                yield
+        except (data.DataError, runs.Stopped) as error:
+            if not state["step"]:
                 raise
             stream.place = place
-            save()
-            raise data.DataError(f"{error}\nstep {state['step']} is saved: the same command goes on from it") from error
+            if (newest := run.newest()) is None or int(newest.name) != state["step"]:
+                save()
+            if isinstance(error, runs.Stopped):
+                raise
+            raise type(error)(f"{error}\nstep {state['step']} is saved: the same command goes on from it") from error
 
-    with bar:
+    if main and state["step"]:
+        show(state["step"])
+    with trackers, bar:
         while state["step"] < steps:
             step, began, seen, place = state["step"], time.perf_counter(), [], stream and stream.place
             for micro in range(config.train.accumulation):
@@ -566,7 +448,10 @@ def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Pa
             state["losses"] += [each.mean().item() for _, each in seen if each.isfinite().all()]
             state["step"] = step = step + 1
             if not sound:
-                tell(parts, config, step - 1, seen, main)
+                bad = gather_object(spoilt(parts, config, step - 1, seen))
+                if main:
+                    tell(step, bad)
+                    run.log(step=step, no_finite_loss=bad)
                 if state["in_a_row"] >= config.train.max_skipped:
                     raise runs.Diverged(f"{state['in_a_row']} steps in a row, up to step {step}, had no finite gradient; the "
                                         f"last checkpoint is kept: lower train.lr (now {config.train.lr:g}) in a run of another "
@@ -584,51 +469,55 @@ def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Pa
                     run.log(**record)
                 trackers.log(step, record)
             last, ended = step == steps, stopped(stop, accelerator)
-            if main and not ended and (step % config.train.validate_every == 0 or last):
-                record = {}
-                with averaged(ema, parts.unet), spared(f"the check of step {step}"):
-                    record = validate(parts.unet, parts, config, stop)
-                run.log(step=step, **record)
-                trackers.log(step, record)
-            if main and not ended and (step % config.sample.every == 0 or last):
-                path = run.samples / f"{step:06d}.png"
-                with averaged(ema, parts.unet), spared(path, FEWER):
-                    draw(pipe, config, path, stop)
-                trackers.show(step, path)
+            if main and not ended:
+                show(step)
             ended = ended or stopped(stop, accelerator)
             if ended or last or step % config.train.save_every == 0:
                 save()
             if ended:
                 bar.close()
-                trackers.end()
                 accelerator.print(f"Stopped ({stop.reason}) after step {step} of {steps}; run the same command to go on.")
                 return stop.exit_code
     if main:
-        finish(config, run, parts, ema, pipe, clock())
-    trackers.end()
-    return hub.publish(config, run) if main else 0
+        with stop.at_once("after the last step"):
+            finish(config, run, parts, ema, clock())
+    return publish(config, run, stop) if main else 0
 
 
-def trackable(config: Config) -> dict:
-    """Every setting but the token by its dotted name, as numbers and text: all that TensorBoard's table of them takes."""
-    flat = settings.flatten(config.to_dict())
-    return {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in flat.items()}
+def of_rank(saved: list, accelerator: Accelerator):
+    """What a checkpoint keeps for each process, of this one."""
+    return saved[accelerator.process_index % len(saved)]
 
 
-def tell(parts: Parts, config: Config, step: int, seen: list[tuple[torch.Tensor, torch.Tensor]], main: bool) -> None:
-    """Say which examples of a skipped step, of (slots, losses) each, had no finite loss, or that only the gradient had none."""
+def sample_path(run: runs.Run, step: int) -> Path:
+    """Where the samples of a step are drawn."""
+    return run.samples / f"{step:06d}.png"
+
+
+def publish(config: Config, run: runs.Run, stop) -> int:
+    """Push a finished run where its settings say, until a stop is asked for; the exit code."""
+    with stop.at_once("before the model was pushed"):
+        return hub.publish(config, run)
+
+
+def spoilt(parts: Parts, config: Config, step: int, seen: list[tuple[torch.Tensor, torch.Tensor]]) -> list[str]:
+    """Which of this process's examples of a step, of (slots, losses) each, had no finite loss: their names and timesteps."""
     bad = [int(slot) for slots, each in seen for slot in slots[~each.isfinite().cpu()]]
     if bad:
         size, T = config.train.batch_size, len(parts.scheduler)
-        t = data.timesteps(config.seed, step, bad, size, T).tolist()
+        t = randomness.timesteps(config.seed, step, bad, size, T).tolist()
         names = [f"the batch's image {slot}" for slot in bad]  # of a stream
         if parts.stream is None:
             rows = data.batch_indices(config.seed, step, size, len(parts.images), slots=bad).tolist()
             names = [parts.images.metadata[row].get("file_name", f"row {row}") for row in rows]
-        named = "; ".join(f"{name} at t = {k}" for name, k in zip(names, t, strict=True))
-        tqdm.write(f"step {step + 1} is skipped: no finite loss for {named}")
-    elif main:
-        tqdm.write(f"step {step + 1} is skipped: its gradient is not finite, here or on another process")
+        return [f"{name} at t = {k}" for name, k in zip(names, t, strict=True)]
+    return []
+
+
+def tell(step: int, bad: list[str]) -> None:
+    """Say that a step is skipped, and for which examples of all processes."""
+    why = f"no finite loss for {'; '.join(bad)}" if bad else "its gradient is not finite"
+    tqdm.write(f"step {step} is skipped: {why}")
 
 
 def stopped(stop, accelerator: Accelerator) -> bool:
@@ -638,17 +527,18 @@ def stopped(stop, accelerator: Accelerator) -> bool:
     return bool(accelerator.reduce(torch.tensor(int(bool(stop)), device=accelerator.device), "sum").item())
 
 
-def finish(config: Config, run: runs.Run, parts: Parts, ema, pipe: TextToImagePipeline, seconds: float) -> None:
+def finish(config: Config, run: runs.Run, parts: Parts, ema, seconds: float) -> None:
     """Leave the averaged weights as a loadable pipeline, with its card and figures."""
+    pipe = parts.pipe
     ema.copy_to(models.trainable(parts.unet))
     parts.unet.eval()
     if config.train.method == "lora":
-        run.publish(run.adapter, lambda folder: models.save_adapter(parts.unet, folder))
+        runs.replace_folder(run.adapter, lambda folder: models.save_adapter(parts.unet, folder))
     else:
-        run.publish(run.pipeline, lambda folder: pipe.save_pretrained(folder, safe_serialization=True))
+        runs.replace_folder(run.pipeline, lambda folder: pipe.save_pretrained(folder, safe_serialization=True))
     with spared(run.figures / "training.png"):
         card.plot_run(run, parts.images, pipe)
-    sample, strips, last = config.sample, run.figures / "strips.png", run.samples / f"{config.train.steps:06d}.png"
+    sample, strips, last = config.sample, run.figures / "strips.png", sample_path(run, config.train.steps)
     with spared(strips, FEWER):
         card.plot_strips(pipe, list(sample.prompts), set(parts.images.all_captions), strips, w=sample.default_w,
                          seed=sample.seed, steps=sample.steps, eta=sample.eta, columns=min(8, sample.steps))  # fmt: skip
@@ -707,7 +597,7 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return getattr(error, "exit_code", 2)
     except OSError as error:
-        if error.errno not in FULL:
+        if error.errno not in UNWRITABLE:
             raise
         print(f"error: {error.filename or 'a file'}: {error.strerror}, expected room and leave to write: mend that, then run the "
               "same command, which goes on from its newest checkpoint", file=sys.stderr)  # fmt: skip

@@ -21,10 +21,11 @@ ROOT = Path(__file__).parent.parent
 DOCUMENT, QUICK = Path("docs/benchmarks.md"), Path("data/quick/benchmarks.md")  # quick forms leave the document alone
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate")
 DRAWS = 10_000  # of a bootstrap
+SIDE = 4096  # of the matrices of `matmul_rate`
 
 
 def parser(doc: str, **options) -> argparse.ArgumentParser:
-    """The command line that every benchmark has."""
+    """The arguments that most benchmarks share."""
     arguments = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
     arguments.add_argument("--quick", action="store_true", help="the smallest form, which shows that it runs and no more")
     arguments.add_argument("--output", type=Path, help=f"the document to write a section of, figures beside it ({DOCUMENT})")
@@ -43,11 +44,24 @@ def prepare() -> None:
     import torch
     from diffusers.utils import logging
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(cores())
     logging.set_verbosity_error()
 
 
+def cores() -> int:
+    """How many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 # ---- time
+
+
+def matmul_rate(dtype) -> float:
+    """FLOP/s of a square matrix product, the median of 5."""
+    import torch
+
+    a, b = torch.randn(SIDE, SIDE).to(dtype), torch.randn(SIDE, SIDE).to(dtype)
+    return 2 * SIDE**3 / median(in_turns({"product": lambda: a @ b}, 5)["product"])
 
 
 def in_turns(calls: dict[str, Callable], repeats: int) -> dict[str, list[float]]:
@@ -107,9 +121,8 @@ def points(interval: tuple[float, float, float]) -> str:
 
 def machine() -> str:
     """The processor, the cores that may be used, and the versions, in a line."""
-    cores = f"{len(os.sched_getaffinity(0))} cores"
     versions = [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES]
-    return ", ".join([processor(), cores, f"Python {platform.python_version()}", *versions])
+    return ", ".join([processor(), f"{cores()} cores", f"Python {platform.python_version()}", *versions])
 
 
 def processor() -> str:

@@ -51,7 +51,7 @@ def draw(config: str, batch: int, side: int, steps: int, repeats: int) -> dict:
     pipe = TextToImagePipeline(network, models.noise_process(chosen.diffusion), vae=patches, caption_dropout=0.1)
     pipe.set_progress_bar_config(disable=True)
     states, before, seconds = torch.randn(2, batch, chosen.data.caption_length, 384), held(), []
-    bf16 = models.precision("auto", torch.device("cpu")) == "bf16"
+    bf16 = models.has_bf16(torch.device("cpu"))
     for n in [1, *[steps] * repeats]:
         began = time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):

@@ -14,7 +14,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import bench
 from benchmarks.bench import points, table
-from pipeline import evaluation, hub, losses
+from pipeline import data, evaluation, hub, losses, measures
 from pipeline.guidance import guide
 from pipeline.text_to_image import TextToImagePipeline
 
@@ -81,8 +81,8 @@ def judged(folder: Path, captions: int, ws: list[float], steps: int, batch: int)
     kept = {name: pipe.config[name] for name in ("caption_length", "caption_dropout", "w")}
     guided = Guided(**pipe.components, **kept)
     guided.set_progress_bar_config(disable=True)
-    rows = torch.linspace(0, bank.n_train - 1, min(captions, bank.n_train)).long()
-    prompts, found = [bank.captions[i] for i in rows], {}
+    rows = data.evenly(captions, bank.n_train)
+    prompts, found = bank.captions_of(rows), {}
     for name, make in RULES.items():
         for w in ws:
             images = []
@@ -90,7 +90,7 @@ def judged(folder: Path, captions: int, ws: list[float], steps: int, batch: int)
                 guided.rule = make()
                 images.append(evaluation.drawn(guided, prompts[start : start + batch], w=w, seed=SEED + start,
                                                num_inference_steps=steps))  # fmt: skip
-            found[name, w] = evaluation.retrieval_ranks(judge.features(torch.cat(images)), bank.features, bank.own[rows])
+            found[name, w] = measures.retrieval_ranks(judge.features(torch.cat(images)), bank.features, bank.own[rows])
     return found
 
 
@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     lines, adopted = [], []
     for w in args.w:
         for name in RULES:
-            summary = evaluation.summary(ranks[name, w])
+            summary = measures.summary(ranks[name, w])
             top, five = (bench.paired(ranks[name, w] <= n, ranks["plain", w] <= n) for n in (1, 5))
             if name != "plain" and five[1] > 0:
                 adopted.append(f"{name} at w = {w:g}")

@@ -22,11 +22,10 @@ from statistics import mean
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import train_text2img
 from benchmarks import bench
 from benchmarks.bench import table, target
 from pipeline import config as settings
-from pipeline import data, evaluation, hub, models
+from pipeline import data, evaluation, hub, machine, measures, models
 from pipeline import run as runs
 
 CONFIG = "configs/emoji-small.yaml"
@@ -92,10 +91,10 @@ def minutes_to_goal(checks: list[tuple[float, float]]) -> float | None:
 
 def shares(pipe, judge, bank, rows: torch.Tensor, steps: int) -> dict[str, float]:
     """How often some rows' drawings have their own picture first, and among the first five."""
-    images = [evaluation.drawn(pipe, [bank.captions[i] for i in some], w=1.0, seed=SEED + 32 * n, num_inference_steps=steps)
+    images = [evaluation.drawn(pipe, bank.captions_of(some), w=1.0, seed=SEED + 32 * n, num_inference_steps=steps)
               for n, some in enumerate(rows.split(32))]  # fmt: skip
-    ranks = evaluation.retrieval_ranks(judge.features(torch.cat(images)), bank.features, bank.own[rows])
-    return {name: share["share"] for name, share in evaluation.summary(ranks).items() if name != "median_rank"}
+    ranks = measures.retrieval_ranks(judge.features(torch.cat(images)), bank.features, bank.own[rows])
+    return {name: share["share"] for name, share in measures.summary(ranks).items() if name != "median_rank"}
 
 
 def way(args) -> dict:
@@ -166,7 +165,7 @@ def peer(width: int, seed: int, args) -> dict:
     from diffusers.training_utils import EMAModel
 
     bench.prepare()
-    train_text2img.keep_freed_memory()
+    machine.keep_freed_memory()
     config, module = settings.load_file(CONFIG), loaded(args.peers)
     judge, images = evaluation.Judge(), data.load_splits(config.data)
     bank = evaluation.Bank.of(judge.features, [split for split in images if split is not None])
@@ -175,7 +174,7 @@ def peer(width: int, seed: int, args) -> dict:
     network = module.Unet(dim=width, num_classes=bank.n_train)
     diffusion = module.GaussianDiffusion(network, image_size=config.data.resolution, sampling_timesteps=args.steps)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, betas=(0.9, 0.99))
-    ema, bf16 = EMAModel(network.parameters(), decay=0.995), models.precision("auto", torch.device("cpu")) == "bf16"
+    ema, bf16 = EMAModel(network.parameters(), decay=0.995), models.has_bf16(torch.device("cpu"))
     rows, step, spent = torch.linspace(0, bank.n_train - 1, args.captions).long(), 0, 0.0
     while spent < 60 * args.minutes:
         began = time.perf_counter()
@@ -206,7 +205,7 @@ def judged_peer(diffusion, ema, judge, bank, rows: torch.Tensor, bf16: bool) -> 
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             images = torch.cat([diffusion.sample(classes=some, cond_scale=scale) for some in rows.split(32)])
         features = judge.features(2 * images.float().clamp(0, 1) - 1)
-        found.append(float((evaluation.retrieval_ranks(features, bank.features, bank.own[rows]) <= 5).double().mean()))
+        found.append(float((measures.retrieval_ranks(features, bank.features, bank.own[rows]) <= 5).double().mean()))
     ema.restore(weights)
     diffusion.train()
     return max(found)
@@ -217,7 +216,7 @@ def judged_peer(diffusion, ema, judge, bank, rows: torch.Tensor, bf16: bool) -> 
 
 def precision() -> str:
     """What `train.precision: auto` is here."""
-    return "bf16" if models.precision("auto", torch.device("cpu")) == "bf16" else "float32"
+    return "bf16" if models.has_bf16(torch.device("cpu")) else "float32"
 
 
 def row(rung: str, change: str, found: list[dict], minutes: float) -> list[str]:

@@ -16,7 +16,7 @@ from benchmarks import bench
 from benchmarks.bench import spread, table
 from benchmarks.training import Trainer, configured
 from pipeline import config as settings
-from pipeline import models
+from pipeline import machine, models
 
 NAMES = ("adamw", "muon")
 
@@ -50,7 +50,7 @@ class Timed:
 
 def race(file: str, batch: int, seconds: float, every: int) -> dict[str, Timed]:
     """Both optimisers at one batch size, until each has trained for so many seconds; measured every `every` images."""
-    bf16 = models.precision("auto", torch.device("cpu")) == "bf16"
+    bf16 = models.has_bf16(torch.device("cpu"))
     runs = {name: Timed(configured(file, batch, name, lr_schedule="constant", warmup=50, steps=100_000), bf16) for name in NAMES}
     while waiting := [run for run in runs.values() if sum(run.seconds) < seconds]:
         for run in waiting:
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.quick:
         args.batch, args.seconds, args.every = [2], 0.2, 4
     bench.prepare()
-    train_text2img.keep_freed_memory()
+    machine.keep_freed_memory()
     rows, curves = [], {}
     for batch in args.batch:
         runs = race(args.config, batch, args.seconds, args.every)

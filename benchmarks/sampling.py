@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import bench
 from benchmarks.bench import points, ratios, spread, table, target
 from pipeline import config as settings
-from pipeline import evaluation, hub, models
+from pipeline import data, evaluation, hub, measures, models
 from pipeline.guidance import interval
 from pipeline.patches import PatchAutoencoder
 from pipeline.text_to_image import TextToImagePipeline, noise_level
@@ -100,16 +100,20 @@ class Contenders:
 
     def half(self) -> tuple[Callable, float]:
         """Guidance in the middle half of the plan, and the share of the steps that it guides."""
-        levels = [noise_level(self.pipe.scheduler, t) for t in self.timesteps]
-        n = len(levels)
-        lo, hi = levels[n - 1 - n // 4], levels[n // 4]
-        return interval(self.w, lo, hi), sum(lo <= level <= hi for level in levels) / n
+        return middle_half(self.pipe.scheduler, self.timesteps, self.w)
+
+
+def middle_half(scheduler: DDPMScheduler, timesteps: torch.Tensor, w: float) -> tuple[Callable, float]:
+    """Guidance between the noise levels of a plan's quartiles, and the share of the steps that it guides."""
+    levels, n = [noise_level(scheduler, t) for t in timesteps], len(timesteps)
+    lo, hi = levels[n - 1 - n // 4], levels[n // 4]
+    return interval(w, lo, hi), sum(lo <= level <= hi for level in levels) / n
 
 
 def speed(pipe: TextToImagePipeline, batches: list[int], steps: int, repeats: int, w: float) -> tuple[str, list[str]]:
     """The table of time per image, with the cost k of the doubled call, and what it says of the goals."""
     rows, goals = [], []
-    for bf16 in dict.fromkeys([False, models.precision("auto", torch.device("cpu")) == "bf16"]):
+    for bf16 in dict.fromkeys([False, models.has_bf16(torch.device("cpu"))]):
         for batch in batches:
             some = Contenders(pipe, batch, steps, w, bf16)
             apart = float(np.abs(some.ours() - some.stocks()).max())
@@ -139,7 +143,7 @@ def speed(pipe: TextToImagePipeline, batches: list[int], steps: int, repeats: in
 def cheaper(pipe: TextToImagePipeline, w: float, steps: int) -> dict[str, tuple[TextToImagePipeline, dict, bool]]:
     """Ways to draw, by name: a pipeline, its call's arguments, whether in bf16. The first is what the others are held against."""
     parts, kept = pipe.components, {name: pipe.config[name] for name in ("caption_length", "caption_dropout", "w")}
-    own, bf16 = pipe.scheduler, models.precision("auto", torch.device("cpu")) == "bf16"
+    own, bf16 = pipe.scheduler, models.has_bf16(torch.device("cpu"))
 
     def by(kind, **changes):
         # trained_betas: stock solvers do not know every beta schedule; thresholding at 1: how they clip x_0
@@ -154,8 +158,7 @@ def cheaper(pipe: TextToImagePipeline, w: float, steps: int) -> dict[str, tuple[
     half.set_progress_bar_config(disable=True)
     scheduler = copy.deepcopy(own)
     scheduler.set_timesteps(steps)
-    levels = [noise_level(own, t) for t in scheduler.timesteps]
-    middle = interval(w, levels[steps - 1 - steps // 4], levels[steps // 4])
+    middle, _ = middle_half(own, scheduler.timesteps, w)
     few, fewer = max(steps * 3 // 10, 1), max(steps // 5, 1)
     ways = {
         f"{steps} ancestral steps": (pipe, {"num_inference_steps": steps}, bf16),
@@ -180,8 +183,8 @@ SOLVERS = (DPMSolverMultistepScheduler, UniPCMultistepScheduler)
 def judged(folder: Path, captions: int, w: float, steps: int, batch: int, doc) -> tuple[str, list[str], str]:
     """The table of judged ways to draw, what it says of the goal, and its figure. All ways draw a batch before the next."""
     _config, judge, bank, pipe = evaluation.finished(folder)
-    rows = torch.linspace(0, bank.n_train - 1, min(captions, bank.n_train)).long()
-    prompts, ways = [bank.captions[i] for i in rows], cheaper(pipe, w, steps)
+    rows = data.evenly(captions, bank.n_train)
+    prompts, ways = bank.captions_of(rows), cheaper(pipe, w, steps)
     images, seconds = {name: [] for name in ways}, {name: [] for name in ways}
     for start in range(0, len(prompts), batch):
         for name, (made, call, bf16) in ways.items():
@@ -189,13 +192,13 @@ def judged(folder: Path, captions: int, w: float, steps: int, batch: int, doc) -
             with precision(bf16), warnings.catch_warnings(action="ignore"):  # leading: that it starts from no pure noise
                 drawn = made(prompts[start : start + batch], seed=SEED + start, output_type="pt", **call).images
             seconds[name].append(time.perf_counter() - began)
-            images[name].append((drawn * 255).round().to(torch.uint8))
-    ranks = {name: evaluation.retrieval_ranks(judge.features(torch.cat(some)), bank.features, bank.own[rows])
+            images[name].append(data.as_uint8(drawn))
+    ranks = {name: measures.retrieval_ranks(judge.features(torch.cat(some)), bank.features, bank.own[rows])
              for name, some in images.items()}  # fmt: skip
     first = next(iter(ways))
     lines, equal, places = [], {}, {}
     for name, found in ranks.items():
-        faster, summary = ratios(seconds[first], seconds[name]), evaluation.summary(found)
+        faster, summary = ratios(seconds[first], seconds[name]), measures.summary(found)
         top, five = (bench.paired(found <= n, ranks[first] <= n) for n in (1, 5))
         if five[1] >= -MARGIN and name != first:
             equal[name] = median(faster)
@@ -233,7 +236,7 @@ def main(argv: list[str] | None = None) -> None:
     bench.prepare()
     pipe, name = opened(args.model, args.config)
     timed, goals = speed(pipe, args.batch, args.steps, args.repeats, args.w)
-    some = Contenders(pipe, max(args.batch), 2, args.w, models.precision("auto", pipe.device) == "bf16")
+    some = Contenders(pipe, max(args.batch), 2, args.w, models.has_bf16(pipe.device))
     limits = (f"What limits it, at batch {max(args.batch)} in {'bf16' if some.bf16 else 'float32'}, by torch's profiler: "
               f"{bench.where(some.ours)}.")  # fmt: skip
     paragraphs = [f"{name}; w = {args.w:g}; the timed calls take {args.steps} steps. Medians of {args.repeats} turns, with the "

@@ -78,7 +78,7 @@ def compare(batches: list[int], repeats: int) -> tuple[str, list[str]]:
 @torch.no_grad()
 def share_of_sampling(pipe, batches: list[int], repeats: int, w: float) -> tuple[str, list[str]]:
     """The scheduler's share of a sampling step by batch: `step` beside the network's doubled call."""
-    rows, goals, bf16 = [], [], models.precision("auto", torch.device("cpu")) == "bf16"
+    rows, goals, bf16 = [], [], models.has_bf16(torch.device("cpu"))
     for batch in batches:
         some = Contenders(pipe, batch, 2, w, bf16)
         scheduler, x = DDPMScheduler.from_config(pipe.scheduler.config), some.x_T

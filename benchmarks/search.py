@@ -76,16 +76,16 @@ class Study:
     def judged(self, x_0: Tensor) -> dict[str, Tensor]:
         """Pictures uint8 (P, 3, H, W) of what was drawn (P, c, h, w), the rank of their own, and their similarity to it."""
         images = self.pipe.image_processor.postprocess(self.pipe.decode(x_0), output_type="pt")
-        images = (images.cpu() * 255).round().to(torch.uint8)
+        images = data.as_uint8(images.cpu())
         features, own = self.judge.features(images), self.bank.own[self.rows]
-        ranks = evaluation.retrieval_ranks(features, self.bank.features, own)
-        centre = evaluation.centred(self.bank.features, self.bank.features)[own]
-        similarity = (evaluation.centred(features, self.bank.features) * centre).sum(1)
+        ranks = measures.retrieval_ranks(features, self.bank.features, own)
+        centre = measures.centred(self.bank.features, self.bank.features)[own]
+        similarity = (measures.centred(features, self.bank.features) * centre).sum(1)
         return {"images": images, "rank": ranks, "similarity": similarity}
 
     def batched(self, what: str, make: Callable[[slice], Tensor], size: int) -> Tensor:
         """`make` over all captions, `size` at a time, in the precision of training."""
-        bf16 = models.precision("auto", self.pipe.device) == "bf16"
+        bf16 = models.has_bf16(self.pipe.device)
         with torch.no_grad(), torch.autocast(self.pipe.device.type, torch.bfloat16, enabled=bf16):
             starts = tqdm(range(0, len(self.rows), size), desc=what, unit="batch", dynamic_ncols=True)
             return torch.cat([make(slice(i, i + size)) for i in starts])
@@ -242,7 +242,7 @@ def report(study: Study, found: dict, command: str, seconds: float) -> str:
     lines = rates(found)
     splits = {name: found["held"] == (name == "held out") for name in lines[0]["rates"]}
     counts = " and ".join(f"{int(some.sum())} {name}" for name, some in splits.items())
-    bf16 = models.precision("auto", study.pipe.device) == "bf16"
+    bf16 = models.has_bf16(study.pipe.device)
     out = [f"`{command}`; {counts} captions, w = {study.w:g}, {study.steps} steps, one picture = {study.one} network calls. "
            f"{bench.machine()}, {'bf16' if bf16 else 'float32'}; {seconds / 60:.0f} minutes this time.", "",
            "Share of captions whose own picture the judge puts first, and among the first five; in brackets, in points, the "
@@ -321,11 +321,11 @@ def main(argv: list[str] | None = None) -> int:
                 f"or more of each, and {APART} candidates at most: leave them out")  # fmt: skip
         _config, judge, bank, pipe = evaluation.finished(args.run)
         held = len(bank.captions) - bank.n_train
-        shown = torch.linspace(0, bank.n_train - 1, min(args.captions, bank.n_train)).long()
-        hidden = bank.n_train + torch.linspace(0, held - 1, min(held if args.held_out is None else args.held_out, held)).long()
+        shown = data.evenly(args.captions, bank.n_train)
+        hidden = bank.n_train + data.evenly(held if args.held_out is None else args.held_out, held)
         rows, w = torch.cat([shown, hidden]), pipe.config.w if args.w is None else args.w
         captions = hashlib.sha256(json.dumps([bank.captions[row] for row in rows]).encode()).hexdigest()[:8]
-        name = f"{data.encoder_digest(pipe.unet)[:8]}-{captions}-steps{args.steps}-w{w:g}-seed{args.seed}"
+        name = f"{data.weights_digest(pipe.unet)[:8]}-{captions}-steps{args.steps}-w{w:g}-seed{args.seed}"
         study = Study(pipe, judge, bank, rows, args.run / "search" / name, w, args.steps, args.seed, args.batch)
         found = measured(study, args.candidates, args.pairs, args.multiples, args.paths)
     except (ValueError, OSError) as error:

@@ -19,12 +19,13 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks import bench
 from pipeline import config as settings
 from pipeline import losses, models
-from train_text2img import keep_freed_memory, optimizer_of
+from pipeline.machine import keep_freed_memory
+from pipeline.optim import optimizer_of
 
 CAPTION_WIDTH = 384  # of the embedded encoder
-SIDE = 4096  # of the matrices
 
 
 def timed(call, repeats: int) -> float:
@@ -36,12 +37,6 @@ def timed(call, repeats: int) -> float:
         call()
         times.append(time.perf_counter() - began)
     return median(times)
-
-
-def matmul_rate(dtype: torch.dtype) -> float:
-    """FLOP/s of a square matrix product."""
-    a, b = torch.randn(SIDE, SIDE).to(dtype), torch.randn(SIDE, SIDE).to(dtype)
-    return 2 * SIDE**3 / timed(lambda: a @ b, 5)
 
 
 def step_of(config: settings.Config, batch: int, bf16: bool, fused_attention: bool):
@@ -73,14 +68,14 @@ def step_of(config: settings.Config, batch: int, bf16: bool, fused_attention: bo
 
 def measure(config: settings.Config, batches: list[int], fused_attention: bool) -> None:
     """The table of one precision."""
-    bf16 = models.precision("auto", torch.device("cpu")) == "bf16"
+    bf16 = models.has_bf16(torch.device("cpu"))
     dtype = torch.bfloat16 if bf16 else torch.float32
     print(f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, {dtype}", flush=True)
     for batch in batches:
         step, size = step_of(config, batch, bf16, fused_attention)
         with FlopCounterMode(display=False) as counter:
             step()
-        seconds, rate = timed(step, 7), matmul_rate(dtype)
+        seconds, rate = timed(step, 7), bench.matmul_rate(dtype)
         flops, memory = counter.get_total_flops() / seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(f"  batch {batch:3d}: {batch / seconds:6.1f} images/s, {flops / 1e9:5.0f} of {rate / 1e9:.0f} GFLOP/s "
               f"({flops / rate:.0%} of the matmul rate), {memory:.1f} GiB, {size / 1e6:.1f} M weights", flush=True)  # fmt: skip
@@ -94,7 +89,7 @@ def main() -> None:
     parser.add_argument("--stock-malloc", action="store_true", help="without what the script tells glibc, to compare")
     parser.add_argument("--fused-attention", action="store_true", help="torch's own attention kernel, to compare")
     args = parser.parse_args()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(bench.cores())
     if not args.stock_malloc:
         keep_freed_memory()
     if not args.alone:

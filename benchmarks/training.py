@@ -25,10 +25,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train_text2img
-from benchmarks import bench, train_step
+from benchmarks import bench
 from benchmarks.bench import ratios, spread, table, target
 from pipeline import config as settings
-from pipeline import losses, models
+from pipeline import losses, machine, models, optim
 
 CPU = torch.device("cpu")
 
@@ -46,8 +46,8 @@ class Trainer:
         self.config, self.bf16, self.done = config, bf16, 0
         self.parts = train_text2img.prepare(config, None, CPU)
         self.weights = models.trainable(self.parts.unet)
-        self.optimizer = train_text2img.optimizer_of(self.parts.unet, config.train)
-        self.schedule = train_text2img.lr_schedule(self.optimizer, config.train)
+        self.optimizer = optim.optimizer_of(self.parts.unet, config.train)
+        self.schedule = optim.lr_schedule(self.optimizer, config.train)
         self.ema = models.moving_average(self.parts.unet, config.train.ema)
 
     def predict(self, *args, **kwargs):
@@ -120,7 +120,7 @@ def transformed(file: bytes, side: int) -> torch.Tensor:
 
 def compare(file: str, batch: int, repeats: int) -> tuple[list[list], list[list], list[str], str]:
     """One batch size: rows of throughput, rows of ratios, the goals, and where a step's time goes."""
-    bf16, config = models.precision("auto", CPU) == "bf16", configured(file, batch)
+    bf16, config = models.has_bf16(CPU), configured(file, batch)
     recipe = Trainer(settings.load(["--config", file, f"--train.batch_size={batch}"])[0], bf16)
     fast, plain = Trainer(config, bf16), Trainer(config, False)
     steps = {"ours": fast.step, "ours, float32": plain.step, f"ours, by {recipe.config.train.optimizer}": recipe.step}
@@ -129,7 +129,7 @@ def compare(file: str, batch: int, repeats: int) -> tuple[list[list], list[list]
             name = f"example, {'bf16' if wide else 'float32'}{', cached' if cached else ''}"
             steps[name] = example(fast.parts, config, wide, cached)
     seconds = bench.in_turns(steps, repeats)
-    peak = train_step.matmul_rate(torch.bfloat16 if bf16 else torch.float32)
+    peak = bench.matmul_rate(torch.bfloat16 if bf16 else torch.float32)
     with FlopCounterMode(display=False) as counter:
         fast.step()
     shares = [counter.get_total_flops() / s / peak for s in seconds["ours"]]
@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.quick:
         args.batch, args.repeats = [2], 2
     bench.prepare()
-    train_text2img.keep_freed_memory()
+    machine.keep_freed_memory()
     throughput, compared, goals, limits = [], [], [], ""
     for batch in args.batch:
         rows, more, met, limits = compare(args.config, batch, args.repeats)
@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> None:
     bench.publish(
         args, __file__, bench.command_line(argv), "Training",
         f"`{args.config}` by AdamW unless said otherwise; medians of {args.repeats} turns, with the least and the greatest. The "
-        f"share is of the rate of a {train_step.SIDE} x {train_step.SIDE} matrix product in the same precision.",
+        f"share is of the rate of a {bench.SIDE} x {bench.SIDE} matrix product in the same precision.",
         table(["batch", "", "images/s", "share of the matmul rate"], throughput),
         table(["batch", "the example's time over ours", ""], compared), "\n".join(goals),
         f"What limits our step at batch {args.batch[-1]}, by torch's profiler: {limits}.")  # fmt: skip

@@ -13,13 +13,12 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from PIL import Image
 
-from pipeline import emoji, evaluation, safe
+from pipeline import data, emoji, report, safe
 from pipeline import run as runs
 from pipeline.config import Config, load_file
-from pipeline.evaluation import IMAGES
 from pipeline.exact import irreducible_loss
 from pipeline.layout import TAGS, loading
-from pipeline.run import Run
+from pipeline.run import IMAGES, Run
 from pipeline.text_to_image import TextToImagePipeline
 
 ATTRIBUTION = "Emoji pictures: Twemoji, (c) Twitter, Inc and other contributors, CC-BY 4.0."
@@ -65,6 +64,8 @@ def describe(config: Config, run: Run, pipe: TextToImagePipeline, images, second
     known = facts(str(images.report), seconds, stock=pipe.is_stable_diffusion(), **base)
     names = {config.data.source, (base.get("base_model") or "").partition("@")[0]}
     known["of_hub"] = [name for name in sorted(names) if published(name)]  # a folder of that name may come and go later
+    for measured in ("metrics.json", f"{IMAGES}/free.png", f"{IMAGES}/sweep.png"):  # of the model that an earlier end left
+        (run.folder / measured).unlink(missing_ok=True)
     runs.replace(run.folder / FACTS, json.dumps(known | last, indent=1))
     illustrate(config, run)
     refresh(run.folder, str(run.adapter if run.adapted else run.pipeline))
@@ -272,7 +273,7 @@ def results(config: Config, metrics: dict) -> list[EvalResult]:
 def measured(metrics: dict) -> str:
     """What was measured, in words where `pipeline.evaluation` did."""
     ours = {"by_seed", "sweep"} & metrics.keys()
-    return evaluation.report(metrics) if ours else json.dumps(metrics, indent=1, ensure_ascii=False)
+    return report.report(metrics) if ours else json.dumps(metrics, indent=1, ensure_ascii=False)
 
 
 def fenced(text: str) -> str:
@@ -307,8 +308,8 @@ def plot_run(run: Run, images, pipe: TextToImagePipeline) -> Path:
         for split in ("train", "held_out"):
             if f"{split}_x_0_error" in checks[-1]:
                 right.plot(grid, list(checks[-1][f"{split}_x_0_error"].values()), marker=".", label=split.replace("_", "-"))
-        rows = torch.linspace(0, len(images) - 1, min(512, len(images))).long()
-        x_0 = pipe.encode(images.images[rows].to(pipe.device).float() / 127.5 - 1).cpu()  # MPS has no float64
+        rows = data.evenly(512, len(images))
+        x_0 = pipe.encode(data.as_float(images.images[rows].to(pipe.device))).cpu()  # MPS has no float64
         floor = [irreducible_loss(x_0, pipe.scheduler, t).mean().item() for t in grid]
         right.plot(grid, floor, "k--", label=f"irreducible without captions (exact denoiser of {len(rows)} images)")
         lowest = min(min(line.get_ydata()) for line in right.get_lines()[:-1])  # the exact denoiser's falls to nothing

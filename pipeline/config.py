@@ -6,8 +6,8 @@ import functools
 import inspect
 import math
 import re
-import sys
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -105,9 +105,9 @@ class ModelConfig:
             *at_least("model.layers", self.layers, 1),
             *at_least("model.heads", self.heads, 1),
             *at_least("model.norm_groups", self.norm_groups, 1),
-            *(at_least("model.patch_size", self.patch_size, 1) if self.patch_size is not None else []),
-            *(at_least("model.time_embedding_dim", self.time_embedding_dim, 2) if self.time_embedding_dim is not None else []),
-            *(above_zero("model.whitening", self.whitening) if self.whitening is not None else []),
+            *at_least("model.patch_size", self.patch_size, 1),
+            *at_least("model.time_embedding_dim", self.time_embedding_dim, 2),
+            *above_zero("model.whitening", self.whitening),
         ]
         if self.patch_size is not None and self.patch_size & (self.patch_size - 1):
             found.append(f"model.patch_size must be a power of two, got {self.patch_size}")
@@ -201,7 +201,7 @@ class TrainConfig:
             *at_least("train.batch_size", self.batch_size, 1),
             *at_least("train.accumulation", self.accumulation, 1),
             *above_zero("train.lr", self.lr),
-            *(above_zero("train.matrix_lr", self.matrix_lr) if self.matrix_lr is not None else []),
+            *above_zero("train.matrix_lr", self.matrix_lr),
             *above_zero("train.clip", self.clip),
             *at_least("train.max_skipped", self.max_skipped, 1),
             *one_of("train.method", self.method),
@@ -216,7 +216,7 @@ class TrainConfig:
             *at_least("train.validate_every", self.validate_every, 1),
             *at_least("train.save_every", self.save_every, 1),
             *at_least("train.keep", self.keep, 1),
-            *(at_least("train.threads", self.threads, 1) if self.threads is not None else []),
+            *at_least("train.threads", self.threads, 1),
         ]
         if not 0 <= self.warmup <= self.steps:
             found.append(f"train.warmup must be in [0, train.steps = {self.steps}], got {self.warmup}")
@@ -251,7 +251,7 @@ class LoraConfig:
         """What is out of range, a sentence each."""
         return [
             *at_least("lora.rank", self.rank, 1),
-            *(above_zero("lora.alpha", self.alpha) if self.alpha is not None else []),
+            *above_zero("lora.alpha", self.alpha),
             *([] if self.targets else ["lora.targets must name at least one layer, got none"]),
         ]
 
@@ -332,11 +332,8 @@ class Config:
             found.append(f"sample.eta must be 1 with diffusion.variance_type {noise['variance_type']}, got {self.sample.eta}")
         if not new and self.data.caption_length != DataConfig.caption_length:
             found.append("data.caption_length is the pretrained model's own: leave it out")
-        if new and noise["rescale_betas_zero_snr"] and noise["prediction_type"] == "epsilon":
-            found.append("diffusion.rescale_betas_zero_snr needs prediction_type sample or v_prediction: "
-                         "at SNR = 0 the noise says nothing about the image")  # fmt: skip
-        elif new and noise["rescale_betas_zero_snr"] and self.train.weighting in WEIGHTED_BY_SNR:
-            found.append(unweighted(self.train.weighting))
+        if new:
+            found += zero_snr_problems(noise, self.train.weighting)
         if new and self.train.method == "lora":
             found.append("train.method lora adapts a pretrained model: set model.pretrained, or train.method full")
         return found
@@ -351,8 +348,8 @@ class Config:
 
 
 def at_least(name, value, low):
-    """A problem where an integer is below `low`."""
-    return [] if value >= low else [f"{name} must be at least {low}, got {value}"]
+    """A problem where an integer that is given is below `low`."""
+    return [] if value is None or value >= low else [f"{name} must be at least {low}, got {value}"]
 
 
 def in_range(name, value, low, high):
@@ -361,8 +358,8 @@ def in_range(name, value, low, high):
 
 
 def above_zero(name, value):
-    """A problem where a number is not finite and above 0."""
-    return [] if 0 < value < math.inf else [f"{name} must be a finite number above 0, got {value}"]
+    """A problem where a number that is given is not finite and above 0."""
+    return [] if value is None or 0 < value < math.inf else [f"{name} must be a finite number above 0, got {value}"]
 
 
 def one_of(name, value):
@@ -370,10 +367,20 @@ def one_of(name, value):
     return [] if value in CHOICES[name] else [f"{name} must be one of {', '.join(CHOICES[name])}, got {value!r}"]
 
 
-def unweighted(weighting: str) -> str:
-    """The problem of a weighting that leaves out the timestep at which drawing starts."""
-    return ("train.weighting must be velocity, min_velocity or x_0 with diffusion.rescale_betas_zero_snr, got "
-            f"{weighting}: at SNR = 0, where drawing starts, its weight is 0")  # fmt: skip
+def zero_snr_problems(noise: Mapping, weighting: str) -> list[str]:
+    """A problem where nothing is learnt of pure noise, with which a process that ends at SNR = 0 starts to draw.
+
+    noise: the scheduler's arguments or configuration.
+    """
+    if not noise["rescale_betas_zero_snr"]:
+        return []
+    if noise["prediction_type"] == "epsilon":
+        return ["diffusion.prediction_type must be sample or v_prediction with rescale_betas_zero_snr, got epsilon: "
+                "at SNR = 0 the noise says nothing about the image"]  # fmt: skip
+    if weighting in WEIGHTED_BY_SNR:
+        return ["train.weighting must be velocity, min_velocity or x_0 with diffusion.rescale_betas_zero_snr, got "
+                f"{weighting}: at SNR = 0, where drawing starts, its weight is 0"]  # fmt: skip
+    return []
 
 
 def repository_problems(name: str, repo_id: str) -> list[str]:
@@ -447,10 +454,21 @@ def unknown_keys(given: list[str]) -> list[str]:
     return found
 
 
+class Unrepeated(yaml.SafeLoader):
+    """YAML that names no key twice, where PyYAML would keep the last and forget what the first holds."""
+
+    def construct_mapping(self, node, deep=False):
+        """A mapping; YAMLError where it repeats a key."""
+        keys = [key.value for key, _ in node.value]
+        for key in (key for key in keys if keys.count(key) > 1):
+            raise yaml.constructor.ConstructorError(None, None, f"{key!r} is there twice, expected once", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: str) -> dict:
     """The settings of one file, or a ConfigError that says what is wrong with it."""
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        tree = Unrepeated(Path(path).read_text(encoding="utf-8")).get_single_data()
     except OSError as error:
         raise ConfigError(f"cannot read the config {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -458,6 +476,12 @@ def read_yaml(path: str) -> dict:
     if not isinstance(tree or {}, dict):
         raise ConfigError(f"{path} must hold `setting: value` lines, got a {type(tree).__name__}")
     return tree or {}
+
+
+def setting_in(path: Path, section: str, name: str) -> object | None:
+    """One setting in a file that anybody may have written, unchecked; None where there is no such file or setting."""
+    values = read_yaml(str(path)).get(section) if path.is_file() else None
+    return values.get(name) if isinstance(values, dict) else None
 
 
 def nulls(config: Config) -> list[str]:
@@ -476,8 +500,10 @@ def load(argv: list[str]) -> tuple[Config, bool]:
     flags = [a[2:].split("=")[0] for a in argv if a.startswith("--")]
     if not any(f in ("config", "help") for f in flags) and "-h" not in argv:
         argv = ["--config", DEFAULT, *argv]
+    argv = [word for a in argv for word in (a.split("=", 1) if a.startswith("--config=") else [a])]
+    at = [i for i, a in enumerate(argv[:-1]) if a == "--config"]
+    argv = [a for i in at for a in argv[i : i + 2]] + [a for i, a in enumerate(argv) if not {i, i - 1} & set(at)]  # files first
     files = [argv[i + 1] for i, a in enumerate(argv[:-1]) if a == "--config"]
-    files += [a.split("=", 1)[1] for a in argv if a.startswith("--config=")]
     given = [key for path in files for key in flatten(read_yaml(path))] + flags
     if found := unknown_keys(given):
         raise ConfigError("\n".join(found))
@@ -509,14 +535,3 @@ def differences(old: Config, new: Config, free: tuple[str, ...] = ()) -> list[st
     same = lambda key: key in free or key.split(".")[0] in free or a[key] == b[key]
     return [f"{key} was {a[key]!r} and is now {b[key]!r}" for key in b if not same(key)]
 
-
-def main(argv: list[str] | None = None) -> None:
-    """Print the resolved configuration of a command line."""
-    try:
-        print(load(sys.argv[1:] if argv is None else argv)[0].to_yaml(), end="")
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,9 +1,10 @@
-"""Captioned images by row, and everything random about a training step as a function of (seed, step, slot).
+"""Captioned images by row, with the states of their captions, and the order in which epochs show them.
 
 The rows of any source (`sources.py`) become one HF dataset, prepared once by `Dataset.map` into raw pixels in a
 memory-mapped Arrow file. A stream is too long for that: its first rows stand for it here, and `stream.py` reads it.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -14,9 +15,12 @@ import json
 import math
 import os
 import re
+import shutil
+import tempfile
+import time
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,17 +32,21 @@ import torch
 from datasets.fingerprint import Hasher
 from torch import Tensor
 
-from pipeline import emoji, sources
+from pipeline import emoji, randomness, sources
+from pipeline.captions import last_states, normalize
 from pipeline.config import DataConfig
-from pipeline.sources import BrokenRow, DataError, digest, normalize, printable
+from pipeline.machine import cores
+from pipeline.sources import BrokenRow, DataError, digest, printable
 
 VERSION = 2  # of the prepared pixels: raise it when `decode` changes, so that caches are not reused
 MAX_PIXELS = 64_000_000  # a 48 KB file can claim 400 megapixels
 SHOWN = 5  # broken rows named in a report
 PREVIEW = 512  # rows that stand for a stream
 ENCODED = 16  # captions that the encoder reads at once while a stream runs
+THREADS = 8  # that prepare pictures, at most
+MAKING, ABANDONED = ".making-", 3600  # where a table is made; after so many seconds without a write nobody makes it any more
+PIECE = 1024  # captions' states that are copied at once
 KEPT_BYTES = 2**28  # of caption states that are kept while a stream runs
-CLIP = ("clip", "clip_text_model")  # text encoders that read padding, as Stable Diffusion uses them
 
 
 @dataclass(frozen=True)
@@ -81,7 +89,8 @@ class Images(Sequence):
 
 @dataclass(frozen=True)
 class CaptionedImages:
-    """N images with their captions and metadata; `fingerprint` is of pixels and captions, whatever the files are called.
+    """N images with their captions and metadata; `fingerprint` is of pixels and captions, `pixels` of those
+    alone, whatever the files are called.
 
     `alternatives` are the captions of each row, one at least.
     """
@@ -90,6 +99,7 @@ class CaptionedImages:
     alternatives: list[list[str]]
     metadata: list[dict]
     fingerprint: str
+    pixels: str
     report: Report
 
     def __len__(self):
@@ -117,7 +127,7 @@ class CaptionedImages:
 
     def chosen(self, seed: int, step: int, slots: Sequence[int] | Tensor, rows: Tensor) -> Tensor:
         """Which of `all_captions` the examples at `slots` have, (B,) for the rows (B,)."""
-        return self.first[rows] + caption_choice(seed, step, slots, self.counts[rows])
+        return self.first[rows] + randomness.caption_choice(seed, step, slots, self.counts[rows])
 
     def measured(self, tokenizer, length: int) -> "CaptionedImages":
         """The same images, with the lengths of their captions in the report: tokens, and how many are cut at `length`."""
@@ -189,14 +199,18 @@ def prepare(rows: sources.Rows, config: DataConfig, again: bool = True) -> Capti
         "name": datasets.Value("string"), "captions": datasets.List(datasets.Value("string")),
         "problem": datasets.Value("string"), "metadata": datasets.Value("string"), "pixels": datasets.Value("binary"),
         "side": datasets.Value("int32"), "hash": datasets.Value("string")})  # fmt: skip
-    kept = cache_file(config.cache, "images", key)
+    if not len(rows.table):
+        raise DataError(f"{rows.name} has no rows: expected images with captions")
+    path = cache_file(config.cache, "images", key)
     first = os.environ.get("LOCAL_RANK", "0") == "0"  # of a machine's processes; the others read what it has written
-    if again and first and Path(kept).is_file() and readable_again(datasets.Dataset.from_file(kept), rows):
-        Path(kept).unlink()
-    prepared = rows.table.map(
-        prepare_row, with_indices=True, fn_kwargs={"read": rows.read, "resolution": config.resolution, "crop": config.crop},
-        remove_columns=rows.table.column_names, features=features, new_fingerprint=key,
-        cache_file_name=kept, writer_batch_size=64, desc="Preparing images")  # fmt: skip
+    if again and first and (known := readable(path, len(rows.table))) and readable_again(known, rows):
+        path.unlink()
+    PIL.Image.init()  # threads that fill its list of formats together may miss one
+    with concurrent.futures.ThreadPoolExecutor(min(cores(), THREADS), "prepare") as pool:
+        work = functools.partial(prepare_rows, pool=pool, read=rows.read, resolution=config.resolution, crop=config.crop)
+        prepared = made_once(
+            path, rows.table, work, with_indices=True, batch_size=64, writer_batch_size=64, features=features,
+            remove_columns=rows.table.column_names, new_fingerprint=key, desc="Preparing images")  # fmt: skip
     problems, captions = prepared["problem"][:], prepared["captions"][:]
     broken = tuple((name, problem) for name, problem in zip(prepared["name"], problems, strict=True) if problem)
     lacking = {i for i, texts in enumerate(captions) if not texts and not problems[i]}
@@ -213,8 +227,47 @@ def prepare(rows: sources.Rows, config: DataConfig, again: bool = True) -> Capti
                         "images without a caption")  # fmt: skip
     images = Images(chosen.select_columns("pixels"), config.resolution)
     alternatives = [captions[i] or [""] for i in good]
+    pixels = digest(images.shape, chosen["hash"][:])
     fingerprint = digest(images.shape, alternatives, chosen["hash"][:])
-    return CaptionedImages(images, alternatives, [json.loads(m) for m in chosen["metadata"]], fingerprint, report)
+    metadata = [json.loads(text) for text in chosen["metadata"]]
+    return CaptionedImages(images, alternatives, metadata, fingerprint, pixels, report)
+
+
+def made_once(path: Path, table: datasets.Dataset, function: Callable, **options) -> datasets.Dataset:
+    """`table.map(function, batched=True, **options)`, kept in a file of the cache: read where it is there and whole, else made.
+
+    It is made in a folder beside it, of which nothing is left where that fails, and gets its name when it is on the disk.
+    """
+    if (found := readable(path, len(table))) is not None:
+        return found
+    for old in path.parent.glob(f"{MAKING}*"):  # of a process that was killed
+        with contextlib.suppress(OSError):  # it is just being finished, or another user's
+            if time.time() - max(file.stat().st_mtime for file in (old, *old.iterdir())) > ABANDONED:
+                shutil.rmtree(old)
+    with tempfile.TemporaryDirectory(prefix=MAKING, dir=path.parent) as scratch:
+        new = Path(scratch) / path.name
+        table.map(function, batched=True, cache_file_name=str(new), **options)
+        with open(new, "rb") as file:
+            os.fsync(file.fileno())
+        new.replace(path)
+    return datasets.Dataset.from_file(str(path))
+
+
+def readable(path: Path, rows: int) -> datasets.Dataset | None:
+    """A kept table with so many rows; None where there is none, or a damaged one, which is told."""
+    if not path.is_file():
+        return None
+    try:
+        found = datasets.Dataset.from_file(str(path))
+        damage = "" if len(found) == rows else f"it has {len(found)} rows, expected {rows}"
+    except (OSError, ValueError) as error:  # of pyarrow: a file that breaks off
+        if getattr(error, "errno", None):  # of the system
+            raise
+        damage = sources.one_line(error)
+    if not damage:
+        return found
+    warnings.warn(f"{path} is damaged ({damage}) and is made again", stacklevel=2)
+    return None
 
 
 def readable_again(prepared: datasets.Dataset, rows: sources.Rows) -> bool:
@@ -225,6 +278,13 @@ def readable_again(prepared: datasets.Dataset, rows: sources.Rows) -> bool:
                 sources.content_now(rows.read(rows.table[i], i)["image"])
                 return True
     return False
+
+
+def prepare_rows(examples: dict[str, list], numbers: list[int], pool: concurrent.futures.Executor, **how) -> dict[str, list]:
+    """`prepare_row` of some rows, several at a time: Pillow decodes and resizes beside Python's lock."""
+    singles = [dict(zip(examples, values, strict=True)) for values in zip(*examples.values(), strict=True)]
+    rows = list(pool.map(functools.partial(prepare_row, **how), singles, numbers))
+    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def prepare_row(example: dict, number: int, read, resolution: int, crop: str = "center") -> dict:
@@ -313,25 +373,34 @@ def on_white(picture: PIL.Image.Image) -> PIL.Image.Image:
     return picture.convert("RGB")
 
 
-def cache_file(cache_dir: str | Path | None, what: str, key: str) -> str:
+def as_float(images: Tensor) -> Tensor:
+    """Images as floats in [-1, 1]: uint8 are scaled, floats are clipped."""
+    return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images.float().clamp(-1, 1)
+
+
+def as_uint8(images: Tensor) -> Tensor:
+    """Images in [0, 1] as uint8, rounded."""
+    return (images * 255).round().to(torch.uint8)
+
+
+def evenly(n: int, stop: int, start: int = 0) -> Tensor:
+    """n of the rows start … stop - 1 at even distances, the first and the last among them; all where there are no more."""
+    return torch.linspace(start, stop - 1, min(n, stop - start)).long()
+
+
+def cache_file(cache_dir: str | Path | None, what: str, key: str) -> Path:
     """Where a prepared table is kept; `cache_dir` None means beside the Hub's data sets."""
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "direct-jump"
     folder.mkdir(parents=True, exist_ok=True)
-    return str(folder / f"{what}-{key}.arrow")
+    return folder / f"{what}-{key}.arrow"
 
 
 # ---- caption states
 
 
-@torch.no_grad()
 def caption_states(captions: list[str], tokenizer, text_encoder, length: int) -> Tensor:
-    """The encoder's last hidden states (B, length, D), float32 on the CPU; zero where padded, save for CLIP."""
-    device = next(text_encoder.parameters()).device
-    tokens = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt").to(device)
-    if text_encoder.config.model_type in CLIP:
-        return text_encoder(tokens.input_ids).last_hidden_state.float().cpu()
-    mask = tokens.attention_mask
-    return (text_encoder(tokens.input_ids, attention_mask=mask).last_hidden_state * mask[..., None]).float().cpu()
+    """The states (B, length, D) of captions that are clean already, float32 on the CPU."""
+    return last_states(captions, tokenizer, text_encoder, length, next(text_encoder.parameters()).device).float().cpu()
 
 
 def encode_captions(captions: list[str], tokenizer, text_encoder, length: int, cache_dir: str | Path | None = None,
@@ -343,19 +412,27 @@ def encode_captions(captions: list[str], tokenizer, text_encoder, length: int, c
     """
     captions = [normalize(caption) for caption in captions]
     distinct = sorted(set(captions))
-    key = digest("states", VERSION, distinct, length, encoder_digest(text_encoder), Hasher.hash(tokenizer.get_vocab()))
-    encode = lambda batch: encode_batch(batch["caption"], tokenizer, text_encoder.to(device or text_encoder.device), length)
-    encoded = datasets.Dataset.from_dict({"caption": distinct}).map(
-        encode, batched=True, batch_size=64, new_fingerprint=key, cache_file_name=cache_file(cache_dir, "states", key),
+    key = digest("states", VERSION, distinct, length, weights_digest(text_encoder), Hasher.hash(tokenizer.get_vocab()))
+    of_batch = lambda batch: encode_batch(batch["caption"], tokenizer, text_encoder.to(device or text_encoder.device), length)
+    encoded = made_once(
+        cache_file(cache_dir, "states", key), datasets.Dataset.from_dict({"caption": distinct}), of_batch, batch_size=64,
+        new_fingerprint=key, desc="Encoding captions",
         features=datasets.Features({"caption": datasets.Value("string"), "tokens": datasets.Value("int64"),
-                                    "states": datasets.Value("binary")}), desc="Encoding captions")  # fmt: skip
+                                    "states": datasets.Value("binary")}))  # fmt: skip
     long = [c for c, tokens in zip(encoded["caption"], encoded["tokens"], strict=True) if tokens > length]
     if long:
         warnings.warn(f"{len(long)} of {len(distinct)} captions are longer than {length} tokens and are cut, e.g. {long[0]!r}",
                       stacklevel=2)  # fmt: skip
     row = {caption: i for i, caption in enumerate(distinct)}
-    states = np.frombuffer(bytearray(b"".join(encoded["states"])), np.float32).reshape(len(distinct), length, -1)
-    return torch.from_numpy(states)[[row[caption] for caption in captions]]
+    rows, table = torch.tensor([row[caption] for caption in captions]), encoded.select_columns("states").with_format("arrow")
+    pieces = (rows[start : start + PIECE] for start in range(0, len(rows), PIECE))
+    states = None  # of 100,000 captions they are gigabytes: once, and no second time while they are gathered
+    for start, some in enumerate(pieces):
+        found = bytearray(b"".join(table[some.tolist()]["states"].to_pylist()))
+        piece = torch.from_numpy(np.frombuffer(found, np.float32).reshape(len(some), length, -1))
+        states = piece.new_empty(len(rows), *piece.shape[1:]) if states is None else states
+        states[start * PIECE : start * PIECE + len(some)] = piece
+    return states
 
 
 def encode_batch(captions: list[str], tokenizer, text_encoder, length: int) -> dict:
@@ -392,75 +469,31 @@ class CaptionStates:
         return torch.stack([found[caption] for caption in captions])
 
 
-def encoder_digest(text_encoder: torch.nn.Module) -> str:
-    """16 hexadecimal digits of an encoder's class and weights."""
-    seen = hashlib.blake2b(type(text_encoder).__name__.encode(), digest_size=8)
-    for name, value in text_encoder.state_dict().items():
+def weights_digest(network: torch.nn.Module) -> str:
+    """16 hexadecimal digits of a network's class and weights."""
+    seen = hashlib.blake2b(type(network).__name__.encode(), digest_size=8)
+    for name, value in network.state_dict().items():
         seen.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         seen.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return seen.hexdigest()
 
 
-# ---- randomness: a function of (seed, step, slot), slot = position in the global batch
-
-
-def randomness(seed: int, step: int, slot: int, what: str) -> torch.Generator:
-    """The CPU generator of one decision about one example, whatever was drawn before or beside it.
-
-    torch's generator keeps 32 bits of its seed, so two of some 100,000 streams may coincide; no two of a step are related.
-    """
-    value = hashlib.blake2b(f"{what} {seed} {step} {slot}".encode(), digest_size=4).digest()
-    return torch.Generator().manual_seed(int.from_bytes(value, "little"))
-
-
-def noise(seed: int, step: int, slots: Sequence[int] | Tensor, shape: Sequence[int], what: str = "noise") -> Tensor:
-    """eps of the examples at `slots`, (B, *shape), standard normal; another purpose draws other noise."""
-    return torch.stack([torch.randn(*shape, generator=randomness(seed, step, int(slot), what)) for slot in slots])
-
-
-def uniform(seed: int, step: int, slots: Sequence[int] | Tensor, what: str) -> Tensor:
-    """One number in [0, 1) for each of `slots`, (B,) float64."""
-    draws = [torch.rand((), dtype=torch.float64, generator=randomness(seed, step, int(slot), what)) for slot in slots]
-    return torch.stack(draws)
-
-
-def timesteps(seed: int, step: int, slots: Sequence[int] | Tensor, global_batch: int, T: int) -> Tensor:
-    """t of the examples at `slots`, (B,) in 0..T-1: uniform for each, and one in every 1/global_batch of the range for all."""
-    stratum = torch.randperm(global_batch, generator=randomness(seed, step, 0, "strata"))[torch.as_tensor(slots)]
-    share = (stratum + uniform(seed, step, slots, "t")) / global_batch
-    return (share * T).long().clamp(max=T - 1)  # the division may round up to 1
-
-
-def keep_caption(seed: int, step: int, slots: Sequence[int] | Tensor, p: float) -> Tensor:
-    """Which examples keep their caption, (B,) bool: each loses it with probability p (14)."""
-    return uniform(seed, step, slots, "dropout") >= p
-
-
-def caption_choice(seed: int, step: int, slots: Sequence[int] | Tensor, counts: Sequence[int] | Tensor) -> Tensor:
-    """Which of its `counts` captions each example has, (B,) in 0..counts-1: uniform, drawn anew every step."""
-    counts = torch.as_tensor(counts)
-    return (uniform(seed, step, slots, "caption") * counts).long().minimum(counts - 1)  # the product may round up
-
-
-def flips(seed: int, step: int, slots: Sequence[int] | Tensor) -> Tensor:
-    """Which examples are shown mirrored, left for right, (B,) bool: half of them."""
-    return uniform(seed, step, slots, "flip") < 0.5
+# ---- the order of an epoch
 
 
 @functools.lru_cache(maxsize=4)
 def permutation(seed: int, epoch: int, n: int) -> Tensor:
     """The order of one epoch, (n,)."""
-    return torch.randperm(n, generator=randomness(seed, epoch, 0, "order"))
+    return torch.randperm(n, generator=randomness.generator(seed, epoch, 0, "order"))
 
 
-def batch_indices(seed: int, step: int, batch_size: int, n: int, start_slot: int = 0,
-                  slots: Sequence[int] | Tensor | None = None) -> Tensor:  # fmt: skip
-    """The rows of the examples at `slots` (None: from start_slot on) of a step's batch, (B,); every epoch is a new order of n.
+def batch_indices(seed: int, step: int, batch_size: int, n: int, slots: Sequence[int] | Tensor | None = None) -> Tensor:
+    """The rows of the examples at `slots` (None: all) of a step's batch, (B,); every epoch is a new order of n.
 
     Batches run on across the ends of epochs, so n may be smaller than the batch. Raises DataError for n < 1.
     """
     if n < 1:
         raise DataError(f"a batch needs at least one image, got {n}")
-    slots = range(start_slot, batch_size) if slots is None else slots
+    slots = range(batch_size) if slots is None else slots
     places = [divmod(step * batch_size + int(slot), n) for slot in slots]
     return torch.tensor([int(permutation(seed, epoch, n)[place]) for epoch, place in places], dtype=torch.long)

@@ -2,7 +2,7 @@
 
 A drawing is judged by the rank of its caption's own picture among all pictures of the set, by centred cosine of pooled
 features. `python -m pipeline.evaluation RUN` writes `RUN/metrics.json` and the card anew; what it has drawn is kept, so it can
-be stopped. `--more` adds what asks the network more, `--sweep` what each knob of sampling does.
+be stopped. `--more` adds slower measures, `--sweep` what each knob of sampling does.
 """
 
 import argparse
@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from pipeline import card, data, loading, losses, measures, models, report, variations
 from pipeline import config as settings
-from pipeline import data, losses, measures, models, sample, variations
 from pipeline import run as runs
 from pipeline.judge import NAME, Judge
 from pipeline.measures import EvaluationError, as_float, augment, centred, copy_rate, copy_threshold, retrieval_ranks, summary
@@ -30,7 +30,6 @@ from pipeline.sources import digest
 from pipeline.text_to_image import TextToImagePipeline
 from pipeline.verifiers import Clip, clip_scores
 
-IMAGES = "images"  # of a card
 STRIDE = 1_000_000  # image i of seed s is drawn from s * STRIDE + i: no two seeds share a draw
 WS = (0.0, 1.0, 2.0)
 NETWORKS: dict[str, Callable[[], nn.Module]] = {NAME: Judge, "inception-v3": measures.inception}  # of features
@@ -58,6 +57,10 @@ class Bank:
         pairs = [(split.captions[i], split.metadata[i]) for split, some in zip(splits, kept, strict=True) for i in some]
         captions, metadata = [caption for caption, _ in pairs], [found for _, found in pairs]
         return cls(images, captions, metadata, len(kept[0]), splits[0].images[:], see(images[rows]), own)
+
+    def captions_of(self, rows: Tensor) -> list[str]:
+        """The captions of some rows (M,)."""
+        return [self.captions[i] for i in rows]
 
     def grids(self) -> dict[str, Tensor]:
         """The held-out rows by factor grid."""
@@ -114,9 +117,9 @@ def references(judge: Judge, bank: Bank, threshold: float) -> dict:
 
 def drawn(pipe: TextToImagePipeline, prompts: list[str], **call) -> Tensor:
     """Pictures uint8 (B, 3, H, W) of one call; the network computes in bf16 where the machine does, as in training."""
-    with torch.autocast(pipe.device.type, torch.bfloat16, enabled=models.precision("auto", pipe.device) == "bf16"):
+    with torch.autocast(pipe.device.type, torch.bfloat16, enabled=models.has_bf16(pipe.device)):
         images = pipe(prompts, output_type="pt", **call).images
-    return (images.cpu() * 255).round().to(torch.uint8)
+    return data.as_uint8(images.cpu())
 
 
 def draw(pipe: TextToImagePipeline, prompts: list[str], w, seed: int, steps: int, path: Path, batch: int,
@@ -153,7 +156,7 @@ def drawings(folder: Path, model: str, steps: int, what: str, w: float, seed: in
 
 def identity(pipe: TextToImagePipeline, bank: Bank) -> str:
     """What drawings of a bank's captions depend on beside the call: the pipeline's networks and settings, and the captions."""
-    networks = {name: data.encoder_digest(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    networks = {name: data.weights_digest(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     process = sorted((name, str(value)) for name, value in pipe.scheduler.config.items() if not name.startswith("_"))
     drawn_by = digest(sorted(networks.items()), type(pipe.scheduler).__name__, process, pipe.config.caption_length)
     return f"{drawn_by[:8]}-{digest(bank.captions)[:8]}"
@@ -171,15 +174,15 @@ def record(folder: Path, model: str, **found) -> dict:
 def finished(folder: Path) -> tuple[settings.Config, Judge, Bank, TextToImagePipeline]:
     """A finished run, or a saved pipeline with its config.yaml, on the fastest device, and all that judges it, on the CPU."""
     run = runs.Run(folder)
-    if not (run.drawable or (folder / "model_index.json").is_file()):
-        raise EvaluationError(f"{folder} holds no finished pipeline, expected {folder / 'pipeline' / 'model_index.json'}: "
+    if not (run.drawable or (folder / runs.INDEX).is_file()):
+        raise EvaluationError(f"{folder} holds no finished pipeline, expected {folder / 'pipeline' / runs.INDEX}: "
                               "train first")  # fmt: skip
-    config, network = settings.load_file(run.config), Judge()
-    see = lambda images: kept(config.data.cache, "features", NAME, images, lambda: network.features(images))
+    config, judge = settings.load_file(run.config), Judge()
+    see = lambda images: kept(config.data.cache, "features", NAME, images, lambda: judge.features(images))
     bank = Bank.of(see, [split for split in data.load_splits(config.data) if split is not None])
-    pipe = sample.opened(str(folder)).to(sample.chosen(None, double=True))
+    pipe = loading.load(str(folder)).to(loading.pick_device(None, double=True))
     pipe.set_progress_bar_config(disable=True)
-    return config, network, bank, pipe
+    return config, judge, bank, pipe
 
 
 def distances(name: str, bank: Bank, images: Tensor, cache: str, network: nn.Module | None = None) -> dict:
@@ -197,28 +200,27 @@ def distances(name: str, bank: Bank, images: Tensor, cache: str, network: nn.Mod
     return {"kid": measures.kid(real, found), "frechet": frechet}
 
 
-def more(bank: Bank, pipe: TextToImagePipeline, network: Judge, images_of: Callable[[Tensor, float, int], Tensor],
+def more(judge: Judge, bank: Bank, pipe: TextToImagePipeline, images_of: Callable[[Tensor, float, int], Tensor],
          ws: list[float]) -> dict:  # fmt: skip
-    """What asks the network more: errors by timestep, bits a colour value of held-out pictures, diversity at several w.
+    """The slower measures: errors by timestep, bits a colour value of held-out pictures, diversity at several w.
 
     images_of(rows, w, seed) draws the captions of some rows.
     """
-    spread = lambda start, stop, n: torch.linspace(start, stop - 1, min(n, stop - start)).long()
-    texts = lambda rows: [bank.captions[i] for i in rows]
     n, held = len(bank.captions), torch.arange(bank.n_train, len(bank.captions))
     if not isinstance(pipe.scheduler, DDPMScheduler):  # an adapter draws by its base's own, which has no equations
         pipe = copy.copy(pipe)
         pipe.register_modules(scheduler=models.noise_process(settings.DiffusionConfig(), pipe.scheduler))
-    splits = {"train": spread(0, bank.n_train, 64)} | ({"held_out": spread(bank.n_train, n, 64)} if len(held) else {})
-    found = {"errors": measures.errors(pipe, {name: (bank.images[rows], texts(rows)) for name, rows in splits.items()})}
+    splits = {"train": data.evenly(64, bank.n_train)} | ({"held_out": data.evenly(64, n, bank.n_train)} if len(held) else {})
+    pictures = {name: (bank.images[rows], bank.captions_of(rows)) for name, rows in splits.items()}
+    found = {"errors": measures.errors(pipe, pictures)}
     if len(held) and measures.space(pipe) in losses.SPACES:
-        terms = measures.bound(pipe, bank.images[held], texts(held))
+        terms = measures.bound(pipe, bank.images[held], bank.captions_of(held))
         bits = {"model": sum(terms.values())} | terms | measures.file_bits(bank.images[held])
         found["bits_per_dimension"] = {name: measures.mean(value) for name, value in bits.items()}
     captions, seeds = DIVERSE
-    rows, found["diversity"] = spread(0, bank.n_train, captions), {}
+    rows, found["diversity"] = data.evenly(captions, bank.n_train), {}
     for w in ws:
-        features = torch.stack([network.features(images_of(rows, w, seed)) for seed in range(seeds)])
+        features = torch.stack([judge.features(images_of(rows, w, seed)) for seed in range(seeds)])
         found["diversity"][f"{w:g}"] = measures.mean(measures.diversity(features, bank.features))
     return found
 
@@ -243,7 +245,7 @@ def from_real(judge: Judge, bank: Bank, pipe: TextToImagePipeline, rows: Tensor,
     for n, some in enumerate(rows.split(batch)):
         z = pipe.encode(as_float(bank.images[some]).to(pipe.device))
         x_t = scheduler.add_noise(z, torch.randn(z.shape, generator=generator).to(z), plan[0])
-        images.append(drawn(pipe, [bank.captions[i] for i in some], w=w, seed=seed + n * batch, timesteps=plan, latents=x_t))
+        images.append(drawn(pipe, bank.captions_of(some), w=w, seed=seed + n * batch, timesteps=plan, latents=x_t))
     return {"t": plan[0]} | summary(retrieval_ranks(judge.features(torch.cat(images)), bank.features, bank.own[rows]))
 
 
@@ -270,19 +272,19 @@ def evaluate(folder: Path, ws: list[float], seeds: list[int], choose_seed: int, 
         raise EvaluationError(f"seed {choose_seed} chooses w and may not report it: give other --seeds or --choose-seed")
     clip = clip and (clip, Clip(clip))  # what may be misspelt, or not installed, says so before anything is drawn
     by_name = {name: NETWORKS[name]() for name in dict.fromkeys([*([NAME] if deep else []), *features])}
-    config, network, bank, pipe = finished(folder)
+    config, judge, bank, pipe = finished(folder)
     patch = config.model.patch_size or 1
     model = identity(pipe, bank)
     patch = patch if patch > 1 else 4  # without patches nothing should show at any grid
     place = lambda what, w, seed: drawings(folder, model, steps, what, w, seed)
     threshold = copy_threshold(bank.images[: bank.n_train])
-    judged = lambda images, rows: measure(network, bank, images, rows, threshold, patch)
+    judged = lambda images, rows: measure(judge, bank, images, rows, threshold, patch)
 
-    some = torch.linspace(0, bank.n_train - 1, min(choose_on, bank.n_train)).long()
+    some = data.evenly(choose_on, bank.n_train)
     choice = {}
     for w in ws if len(ws) > 1 else []:
         path = place(f"choice{len(some)}", w, choose_seed)
-        images = draw(pipe, [bank.captions[i] for i in some], w, choose_seed, steps, path, batch)
+        images = draw(pipe, bank.captions_of(some), w, choose_seed, steps, path, batch)
         choice[w] = judged(images, some)
     w = max(choice, key=lambda w: choice[w]["train"]["first_five"]["k"]) if choice else ws[0]
     rows, by_seed, copies, extra = torch.arange(len(bank.captions)), {}, {}, {}
@@ -300,98 +302,21 @@ def evaluate(folder: Path, ws: list[float], seeds: list[int], choose_seed: int, 
         prompted = draw(pipe, free, w, seed, steps, place(f"free-{digest(free)[:8]}", w, seed), batch)
         copies[seed] = copy_rate(prompted, bank.train, threshold)
         if seed == seeds[0]:
-            sheet(prompted, free, folder / IMAGES / "free.png")
+            sheet(prompted, free, folder / runs.IMAGES / "free.png")
     if deep:
-        images_of = lambda rows, w, seed: draw(pipe, [bank.captions[i] for i in rows], w, seed, steps,
+        images_of = lambda rows, w, seed: draw(pipe, bank.captions_of(rows), w, seed, steps,
                                                place(f"some{len(rows)}", w, seed), batch)  # fmt: skip
-        extra["more"] = more(bank, pipe, network, images_of, ws) | {"num_inference_steps": steps}
+        extra["more"] = more(judge, bank, pipe, images_of, ws) | {"num_inference_steps": steps}
     choices = {"seed": choose_seed, "captions": len(some), "by_w": choice}
     return record(folder, model, w=w, num_inference_steps=steps, seeds=seeds, by_seed=by_seed, free_prompt_copies=copies,
-                  choice=choices, references=references(network, bank, threshold), **extra)  # fmt: skip
-
-
-def percent(found: dict) -> str:
-    """A share with its interval, in words."""
-    return f"{found['share']:.1%} ({found['interval'][0]:.0%} to {found['interval'][1]:.0%} of {found['n']})"
-
-
-def likely(found: dict, digits: int = 2) -> str:
-    """A mean with its interval, in words."""
-    low, high = found["interval"]
-    return f"{found['mean']:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
-
-
-def of_distances(found: dict) -> list[str]:
-    """Distances by feature network, a line each."""
-    lines = []
-    for name, by in found.items():
-        lines += [f"  kid ({name}) {by['kid']['value']:.4f} ± {by['kid']['error']:.4f}"]
-        if frechet := by.get("frechet"):
-            lines[-1] += (f"; Fréchet distance ({name}) {frechet['value']:.1f}, of real pictures {frechet['real']:.1f}, "
-                          f"both {frechet['n']} against {frechet['n']}")  # fmt: skip
-    return lines
-
-
-def of_more(found: dict) -> list[str]:
-    """Errors, bits and diversity, a line each."""
-    lines, errors = [], found["errors"]
-    for kind in ("x_0", "eps"):
-        splits = [split for split in ("train", "held_out") if split in errors]
-        each = [f"t = {t} " + " and ".join(f"{errors[split][kind][i]:.4f}" for split in splits)
-                for i, t in enumerate(errors["timesteps"])]  # fmt: skip
-        lines += [f"mean squared error of {kind} ({' and '.join(splits).replace('_', '-')} pictures): {', '.join(each)}"]
-    if bits := found.get("bits_per_dimension"):
-        lines += [f"held-out pictures: at most {likely(bits['model'])} bits per dimension by the bound; as PNG "
-                  f"{likely(bits['png'])}, as lossless WebP {likely(bits['webp'])}"]  # fmt: skip
-    each = [f"w = {w} {likely(by_w)}" for w, by_w in found["diversity"].items()]
-    taken = f" in {found['num_inference_steps']} steps" if "num_inference_steps" in found else ""
-    return [*lines, f"diversity, the judge's distance between seeds{taken}: {', '.join(each)}"]
-
-
-def of_sweep(found: dict) -> list[str]:
-    """The table of a sweep, a line a point."""
-    base = ", ".join(f"{name} = {value}" for name, value in found["base"]["at"].items())
-    point = lambda at, by: (f"  {at}: kid ({found['features']}) {by['kid']['value']:.4f} ± {by['kid']['error']:.4f}, first "
-                            f"{percent(by['first'])}, first five {percent(by['first_five'])}, {by['calls']} calls")  # fmt: skip
-    lines = [f"sweep over {found['captions']} captions, seed {found['seed']}:", point(base, found["base"])]
-    return lines + [point(f"{knob} = {by['at']}", by) for knob, points in found["curves"].items() for by in points]
-
-
-def of_seeds(result: dict) -> list[str]:
-    """What every caption's drawings were worth."""
-    refs, lines = result["references"], [f"w = {result['w']:g}, {result['num_inference_steps']} steps"]
-    for seed, found in result["by_seed"].items():
-        lines += [f"seed {seed}: training captions: first {percent(found['train']['first'])}, "
-                  f"first five {percent(found['train']['first_five'])}; seams {found['seam_ratio']:.2f} of real"]  # fmt: skip
-        if "held_out" in found:
-            lines += [f"  held-out combinations: first {percent(found['held_out']['first'])}, "
-                      f"copies {percent(found['held_out']['copies'])}"]  # fmt: skip
-            lines += [f"    {name}: first {percent(grid['first'])}" for name, grid in found["grids"].items()]
-        lines += of_distances(found.get("distances", {}))
-        if clip := found.get("clip"):
-            lines += [f"  CLIP score ({clip['model']}) {likely(clip['drawn'])}, of real pictures {likely(clip['real'])}"]
-        lines += [f"  free prompts: copies {percent(result['free_prompt_copies'][seed])}"]
-    lines += [f"chance: first {refs['chance']['first']:.2%}, first five {refs['chance']['first_five']:.2%}; "
-              f"a lightly augmented real picture: first {percent(refs['ceiling']['first'])}, first five "
-              f"{percent(refs['ceiling']['first_five'])}"]  # fmt: skip
-    if sibling := refs.get("siblings", {}).get("held_out"):
-        lines += [f"a sibling's picture: first {percent(sibling['first'])}, first five {percent(sibling['first_five'])}; "
-                  f"real held-out pictures: copies {percent(refs['real_held_out_copies'])}"]  # fmt: skip
-    return lines
-
-
-def report(result: dict) -> str:
-    """The headline of what metrics.json holds, a few lines."""
-    lines = of_seeds(result) if "by_seed" in result else []
-    lines += of_more(result["more"]) if "more" in result else []
-    return "\n".join(lines + (of_sweep(result["sweep"]) if "sweep" in result else []))
+                  choice=choices, references=references(judge, bank, threshold), **extra)  # fmt: skip
 
 
 DEFAULTS = {"seeds": [0], "choose_seed": 1000, "choose_on": 96, "on": 256}  # of the command line's
 
 
 def check(args: argparse.Namespace) -> None:
-    """EvaluationError for counts below 1, and for options that what is asked for does not use; fills in what is not given."""
+    """EvaluationError for counts below 1, and for options that what is asked for does not use."""
     for name in ("steps", "batch", "on", "choose_on"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise EvaluationError(f"--{name.replace('_', '-')} is {value}, expected 1 or more: leave it out")
@@ -412,9 +337,6 @@ def check(args: argparse.Namespace) -> None:
     if unused:
         beside = f"beside {mode}" if mode else "without --sweep"
         raise EvaluationError(f"{' and '.join(unused)} means nothing {beside}, expected it alone: leave it out")
-    for name, default in DEFAULTS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, default)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -444,25 +366,27 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--on", type=int, help="how many captions each point of a sweep draws (default: 256)")
     args = parser.parse_args(argv)
     ws = args.w or list(WS)
-    from pipeline import card, sweep  # which import this module
+    from pipeline import sweep  # which imports this module
 
     try:
         check(args)
+        vars(args).update({name: value for name, value in DEFAULTS.items() if getattr(args, name) is None})
         if args.from_real:
-            _config, network, bank, pipe = finished(args.run)
+            _config, judge, bank, pipe = finished(args.run)
             w = args.w[0] if args.w else pipe.config.w
-            rows = torch.linspace(0, bank.n_train - 1, min(args.choose_on, bank.n_train)).long()
+            rows = data.evenly(args.choose_on, bank.n_train)
             for t in args.from_real:
-                found = from_real(network, bank, pipe, rows, t, w, args.choose_seed, args.steps, args.batch)
-                print(f"from t = {found['t']}: first {percent(found['first'])}, first five {percent(found['first_five'])}")
+                found = from_real(judge, bank, pipe, rows, t, w, args.choose_seed, args.steps, args.batch)
+                first, five = report.percent(found["first"]), report.percent(found["first_five"])
+                print(f"from t = {found['t']}: first {first}, first five {five}")
             return 0
         if args.sweep:
             result = sweep.sweep(args.run, args.sweep, args.w, args.seeds[0], args.on, args.steps, args.batch)
         else:
             result = evaluate(args.run, ws, args.seeds, args.choose_seed, args.choose_on, args.steps, args.batch,
                               deep=args.more, features=args.features, clip=args.clip)  # fmt: skip
-        print(report(result))
-        if (args.run / card.FACTS).is_file():
+        print(report.report(result))
+        if (args.run / card.FACTS).is_file() and runs.Run(args.run).card.is_file():  # a run that is trained on has none
             card.refresh(args.run)
     except (ValueError, runs.RunError, OSError) as error:  # of ours, of diffusers' for a call that it cannot make
         print(f"error: {error}", file=sys.stderr)
@@ -471,4 +395,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(sample.stoppable(main, "what is drawn is kept, and the same command goes on from there"))
+    sys.exit(loading.stoppable(main, "what is drawn is kept, and the same command goes on from there"))

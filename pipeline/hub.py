@@ -22,11 +22,11 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFound
 from safetensors import SafetensorError
 from safetensors.torch import load_file as load_tensors
 
-from pipeline import card, models, safe, sample
+from pipeline import card, loading, models, safe
 from pipeline import run as runs
 from pipeline.config import Config, load_file, repository_problems
-from pipeline.layout import FILE, additions, plain_card
-from pipeline.run import Run
+from pipeline.layout import FILE, changes, plain_card
+from pipeline.run import IMAGES, SHARED_CONFIG, Run
 from pipeline.sources import one_line
 from pipeline.text_to_image import TextToImagePipeline
 
@@ -60,7 +60,7 @@ def load(model: str | Path) -> TextToImagePipeline:
     It comes from safetensors alone and with no code of its own. One that was saved without its text encoder gets the one that
     the config.yaml beside it names. ValueError says what is wrong.
     """
-    return sample.opened(str(model))
+    return loading.load(str(model))
 
 
 def load_checkpoint(run: Run, step: int) -> TextToImagePipeline:
@@ -99,6 +99,8 @@ def check(config: Config) -> None:
             raise HubError("the token of this machine may only read, expected one that may write: make one at "
                            "https://huggingface.co/settings/tokens and `hf auth login`")  # fmt: skip
         repo = api.create_repo(config.hub.repo_id, private=config.hub.private, exist_ok=True).repo_id
+        if config.train.method == "lora":
+            of_its_own(api, repo)
         api.preupload_lfs_files(repo, [CommitOperationAdd("README.md", str(dry).encode())])  # asks, and sends nothing
         dry.validate()
 
@@ -132,16 +134,18 @@ def push(source: str | Path, repo_id: str, *, private: bool = False, token: str 
         front(repo_id)  # a card that cannot be made is told before the Hub hears of it
         with told("the push", repo_id, f"; {source} is complete, push it again with {again}"):
             repo = patiently(lambda: api.create_repo(repo_id, private=private, exist_ok=True).repo_id)
+            if (folder / safe.ADAPTER).is_file():
+                patiently(lambda: of_its_own(api, repo))
             (folder / "README.md").write_text(front(repo), encoding="utf-8")
             return commit(api, folder, repo, "model", f"Upload {Path(source).resolve().name}")
 
 
 def commit(api: HfApi, folder: Path, repo: str, kind: str, message: str) -> str:
-    """Upload a folder's files in one commit and return the repository's address; files as they are there make none.
+    """Upload a folder's files in one commit (`changes`) and return the repository's address; files as they are there make none.
 
     huggingface_hub's own `upload_folder` may make several commits of a folder.
     """
-    patiently(lambda: api.create_commit(repo, additions(folder), commit_message=message, repo_type=kind))
+    patiently(lambda: api.create_commit(repo, changes(api, repo, folder, kind), commit_message=message, repo_type=kind))
     return f"{api.endpoint}/{'spaces/' if kind == 'space' else ''}{repo}"
 
 
@@ -165,6 +169,18 @@ def patiently(request: Callable):
             if wait is None or not (answer is None or busy(answer)):
                 raise cause if isinstance(cause, HTTPError) else ConnectionError(one_line(cause)) from error
             time.sleep(wait)
+
+
+def of_its_own(api: HfApi, repo: str) -> None:
+    """HubError where the repository for an adapter holds a pipeline, which whoever loads it would still get."""
+    if api.file_exists(repo, safe.INDEX):
+        raise HubError(f"{repo} holds a pipeline ({safe.INDEX}), expected a repository of its own for an adapter: choose another")
+
+
+def settled(run: Run) -> None:
+    """HubError where a run is trained on after its first end: its model and its settings are of different steps."""
+    if run.config.is_file() and run.drawable and not run.finished:
+        raise HubError(f"{run.folder} is being trained on, expected a finished run: let the training command come to its end")
 
 
 def shareable(base: str, of_hub: list[str] | None = None) -> None:
@@ -192,7 +208,7 @@ def fitting(run: Run, base: str, token: str | None = None) -> None:
     here = {}
     if Path(trained_on).is_dir():
         with tempfile.TemporaryDirectory() as scratch:
-            assemble_pipeline(sample.folder(trained_on), Path(scratch))
+            assemble_pipeline(loading.folder(trained_on), Path(scratch))
             here = {path.name: runs.describe(path)["sha256"] for path in Path(scratch).glob("unet/*.safetensors")}
     if base != trained_on and here != there:
         what = "has other weights than" if here else "cannot be compared with"
@@ -206,6 +222,8 @@ def assemble(source: str | Path, target: Path, base: str | None = None, token: s
     card, by the repository's name. ValueError where a stranger could not draw with it.
     """
     run = Run(source)
+    for place in (Path(source), Path(source).parent):  # a run's pipeline/ may be named too
+        settled(Run(place))
     if base is not None and not run.adapted:
         raise HubError(f"{source} is no run of an adapter, got --base {base}: leave it out")
     if run.adapted:
@@ -219,19 +237,19 @@ def assemble(source: str | Path, target: Path, base: str | None = None, token: s
         for path in folder.glob("*.safetensors"):
             (target / path.name).symlink_to(path.resolve())
     else:
-        folder = sample.folder(str(source))
+        folder = loading.folder(str(source))
         if not (folder / safe.INDEX).is_file():
             raise HubError(f"{source} is an adapter without its run, expected a run's folder or a saved pipeline's: pass that")
         stock = assemble_pipeline(folder, target, with_code=Path(source).is_dir())
     notes = next((place for place in (folder, folder.parent) if (place / "config.yaml").is_file()), folder)
-    for path in (folder / "training_config.yaml", notes / "config.yaml", notes / "metrics.json"):
+    for path in (folder / SHARED_CONFIG, notes / "config.yaml", notes / "metrics.json"):
         if path.is_file():
-            shutil.copyfile(path, target / {"config.yaml": "training_config.yaml"}.get(path.name, path.name))
+            shutil.copyfile(path, target / {"config.yaml": SHARED_CONFIG}.get(path.name, path.name))
     if base is not None:
-        (target / "training_config.yaml").write_text(card.on_base(load_file(run.config), base).to_yaml(), encoding="utf-8")
-    for path in (notes / card.IMAGES).glob("*.png"):
-        (target / card.IMAGES).mkdir(exist_ok=True)
-        shutil.copyfile(path, target / card.IMAGES / path.name)
+        (target / SHARED_CONFIG).write_text(card.on_base(load_file(run.config), base).to_yaml(), encoding="utf-8")
+    for path in (notes / IMAGES).glob("*.png"):
+        (target / IMAGES).mkdir(exist_ok=True)
+        shutil.copyfile(path, target / IMAGES / path.name)
     if (notes / card.FACTS).is_file() and (notes / "config.yaml").is_file():
         return lambda repo: str(card.read(notes, repo, base))
     if (folder / "README.md").is_file():
@@ -257,7 +275,7 @@ def assemble_pipeline(folder: Path, target: Path, with_code: bool = True) -> boo
             place.parent.mkdir(exist_ok=True)
             place.symlink_to(path.resolve())
     else:
-        pipe = sample.load(folder)
+        pipe = loading.load_folder(folder)
         if pipe.text_encoder is None:
             raise HubError(f"{folder} has no text encoder, expected one in what is shared: put the config.yaml beside it that "
                            "names it")  # fmt: skip
@@ -277,6 +295,7 @@ def ship(source: str | Path, folder: Path) -> Path:
     run = Run(source)
     if not (run.config.is_file() and (run.pipeline / safe.INDEX).is_file()):
         raise HubError(f"{source} is no finished run, expected {run.pipeline / safe.INDEX} and {run.config}: train first")
+    settled(run)
     pipe = load(source)
     pipe.unet.to(torch.bfloat16)
     pipe.register_modules(text_encoder=None, tokenizer=None)
@@ -286,7 +305,7 @@ def ship(source: str | Path, folder: Path) -> Path:
             code.unlink()
         for path in (run.config, run.folder / card.FACTS):
             shutil.copyfile(path, new / path.name)
-        shutil.copytree(run.folder / card.IMAGES, new / card.IMAGES)
+        shutil.copytree(run.folder / IMAGES, new / IMAGES)
         card.refresh(new, str(folder), shipped=True)
     return folder
 
@@ -429,4 +448,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(sample.stoppable(main, "a commit is whole or not there, and the same command tries again"))
+    sys.exit(loading.stoppable(main, "a commit is whole or not there, and the same command tries again"))

@@ -47,17 +47,17 @@ def posterior(vae: torch.nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
 def encode(images: data.CaptionedImages, vae: torch.nn.Module, cache_dir: str | Path | None = None,
            mirrored: bool = True) -> Latents:  # fmt: skip
     """The latents of all images, `mirrored` ones too, from the cache under (images, autoencoder) or computed now."""
-    key = data.digest("latents", images.fingerprint, data.encoder_digest(vae), *([] if mirrored else ["as they are"]))
+    key = data.digest("latents", images.pixels, data.weights_digest(vae), *([] if mirrored else ["as they are"]))
     device = next(vae.parameters()).device
 
     def ways(rows: dict) -> dict:
-        pixels = images.images[rows["row"]].to(device).float() / 127.5 - 1
+        pixels = data.as_float(images.images[rows["row"]].to(device))
         each = [torch.stack(posterior(vae, x), 1) for x in (pixels, pixels.flip(3))[: 1 + mirrored]]  # (B, 2, c, h, w)
         return {"latents": [one.tobytes() for one in torch.stack(each, 1).half().cpu().numpy()]}
 
-    table = datasets.Dataset.from_dict({"row": range(len(images))}).map(
-        ways, batched=True, batch_size=BATCH, remove_columns=["row"], new_fingerprint=key, desc="Encoding images",
-        cache_file_name=data.cache_file(cache_dir, "latents", key),
+    table = data.made_once(
+        data.cache_file(cache_dir, "latents", key), datasets.Dataset.from_dict({"row": range(len(images))}), ways,
+        batch_size=BATCH, remove_columns=["row"], new_fingerprint=key, desc="Encoding images",
         features=datasets.Features({"latents": datasets.Value("binary")}))  # fmt: skip
-    pixels = images.images[[0]].to(device).float() / 127.5 - 1
+    pixels = data.as_float(images.images[[0]].to(device))
     return Latents(table, tuple(posterior(vae, pixels)[0].shape[1:]), vae.config, 1 + mirrored)

@@ -15,6 +15,7 @@ import importlib
 import inspect
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -22,11 +23,13 @@ from pathlib import Path
 
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.utils.dynamic_modules_utils import get_relative_imports
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, ModelCardData
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelCardData
 from transformers import CLIPTextModel
 
 LIBRARIES = ("diffusers", "transformers")  # whose classes every stranger has
 FILE = "pipeline"  # the name that diffusers looks for
+SHARD = r"(?:-\d+-of-\d+)?"
+WEIGHTS = re.compile(rf"(\w+)/\w+{SHARD}(?:\.(\w+))?{SHARD}\.(?:safetensors|bin)(?:\.index(?:\.(\w+))?\.json)?")  # or their index
 PRIVATE = "_text_to_image"  # diffusers leaves out what begins with an underscore
 STABLE_DIFFUSION = {"_class_name": "StableDiffusionPipeline", "safety_checker": [None, None], "feature_extractor": [None, None],
                     "image_encoder": [None, None], "requires_safety_checker": False}  # fmt: skip
@@ -82,10 +85,12 @@ class Layout:
         Nothing that was saved beside it is run, and what would need that is refused. In a process without this package it
         is diffusers' own loading, which runs the code of the repository once it is trusted to.
         """
+        name = pretrained_model_name_or_path
         if at_home() and not os.path.isdir(pretrained_model_name_or_path):
             options = {name: kwargs.pop(name) for name in DOWNLOADING if name in kwargs}
             pretrained_model_name_or_path = safe().download(str(pretrained_model_name_or_path), kwargs.get("variant"), **options)
         pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        pipe.register_to_config(_name_or_path=str(name))  # and not where the cache keeps it
         stable = at_home() and safe().of_stable_diffusion(Path(pretrained_model_name_or_path))
         if stable and pipe.scheduler.config.get("clip_sample"):
             pipe.scheduler.register_to_config(clip_sample=False)  # as its own pipeline does, whatever was saved
@@ -160,7 +165,7 @@ class Layout:
             self.save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
             if not api.file_exists(repo_id, "README.md"):
                 plain_card(repo_id, self.is_stable_diffusion(), self.config.w, variant).save(Path(folder) / "README.md")
-            return api.create_commit(repo_id, additions(Path(folder)), create_pr=create_pr,
+            return api.create_commit(repo_id, changes(api, repo_id, Path(folder)), create_pr=create_pr,
                                      commit_message=commit_message or f"Upload {type(self).__name__}")  # fmt: skip
 
     def is_stable_diffusion(self) -> bool:
@@ -209,9 +214,23 @@ def safe():
     return importlib.import_module(f"{__package__}.safe")
 
 
-def additions(folder: Path) -> list[CommitOperationAdd]:
-    """Every file of a folder, to be committed under its own path."""
-    return [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in sorted(folder.rglob("*")) if path.is_file()]
+def weights_of(name: str) -> tuple[str, str | None] | None:
+    """(component, variant) where a file of a repository holds weights or says which files do, else None."""
+    found = WEIGHTS.fullmatch(name)
+    return found and (found[1], found[2] or found[3])
+
+
+def changes(api: HfApi, repo_id: str, folder: Path, kind: str = "model") -> list[CommitOperationAdd | CommitOperationDelete]:
+    """What makes a repository hold a folder: every file under its own path, and no earlier weights of the same components and
+    variants.
+
+    Those would be loaded in the place of the new ones: an index of shards wherever there is one. All other files stay.
+    """
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    kinds = set(filter(None, map(weights_of, files)))
+    there = api.list_repo_files(repo_id, repo_type=kind) if kinds else []
+    stale = [name for name in there if name not in files and weights_of(name) in kinds]
+    return [CommitOperationAdd(*file) for file in files.items()] + [CommitOperationDelete(name) for name in stale]
 
 
 def plain_card(repo_id: str, stock: bool, w: float, variant: str | None = None) -> ModelCard:

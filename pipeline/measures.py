@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline import losses
+from pipeline.data import as_float
 from pipeline.patches import PatchAutoencoder
 from pipeline.scheduler import DDPMScheduler
 
@@ -29,11 +30,6 @@ FILES = {"png": {"format": "PNG", "optimize": True}, "webp": {"format": "WEBP", 
 
 class EvaluationError(ValueError):
     """An evaluation that cannot be made as asked."""
-
-
-def as_float(images: Tensor) -> Tensor:
-    """Images in [-1, 1]: uint8 are scaled, floats are clipped."""
-    return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images.float().clamp(-1, 1)
 
 
 def centred(features: Tensor, bank: Tensor) -> Tensor:

@@ -172,13 +172,16 @@ def count(weights: list[torch.nn.Parameter]) -> int:
     return sum(weight.numel() for weight in weights)
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies in bfloat16 itself, and does not emulate it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")  # ATEN_CPU_CAPABILITY may say less than the chip
+    return device.type == "cpu" and wide and torch.cpu._is_avx512_bf16_supported()
+
+
 def precision(choice: str, device: torch.device) -> str:
-    """accelerate's `mixed_precision`: "auto" is bf16 where the machine multiplies in it, fp16 on other CUDA cards, else no."""
+    """accelerate's `mixed_precision`: "auto" is bf16 where the device has it, fp16 on other CUDA cards, else no."""
     if choice != "auto":
         return choice
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if device.type != "cpu":
-        return "no"
-    wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")  # ATEN_CPU_CAPABILITY may say less than the chip
-    return "bf16" if wide and torch.cpu._is_avx512_bf16_supported() else "no"
+    return "bf16" if has_bf16(device) else "fp16" if device.type == "cuda" else "no"

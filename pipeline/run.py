@@ -6,10 +6,10 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +18,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-ADAPTER = "pytorch_lora_weights.safetensors"  # diffusers' own name
+INDEX, ADAPTER = "model_index.json", "pytorch_lora_weights.safetensors"  # diffusers' own names
+SHARED_CONFIG = "training_config.yaml"  # a run's config.yaml, in what is shared of it
+IMAGES = "images"  # the folder of a card's pictures
 MANIFEST = "manifest.json"
 ROOM = 1.2  # of the last checkpoint's size, that must be free before the next is written
 
@@ -63,23 +65,12 @@ class Run:
     @property
     def drawable(self) -> bool:
         """Did it leave a pipeline, or an adapter, to draw with?"""
-        return self.adapted or (self.pipeline / "model_index.json").is_file()
+        return self.adapted or (self.pipeline / INDEX).is_file()
 
     @property
     def adapted(self) -> bool:
         """Did it end in an adapter of another model, instead of a pipeline?"""
         return (self.adapter / ADAPTER).is_file()
-
-    def publish(self, target: Path, write: Callable[[Path], None]) -> None:
-        """A result's folder, by `write(folder)` beside it: the one before stays until the new one is whole."""
-        new, old = (target.with_name(f".{kind}-{target.name}") for kind in ("new", "old"))
-        for rest in (new, old):
-            shutil.rmtree(rest, ignore_errors=True)
-        write(new)
-        if target.exists():
-            target.rename(old)
-        new.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
 
     def create(self) -> None:
         """Make the folders; RunError where the place is taken by a file or cannot be written."""
@@ -112,7 +103,7 @@ class Run:
             file.write(str(os.getpid()))
             file.flush()
             for stale in self.checkpoints.glob(".tmp-*"):
-                shutil.rmtree(stale)
+                remove(stale)
             yield
 
     def save(self, step: int, write: Callable[[Path], None], keep: int, **facts) -> Path:
@@ -134,7 +125,7 @@ class Run:
             raise SaveError(f"the checkpoint of step {step} could not be saved in {self.checkpoints} ({error}); those of steps "
                             f"{self.steps() or 'none'} are whole: make room, then run the same command") from error  # fmt: skip
         for old in self.steps(step)[:-keep]:  # a later one is torn, or of another plan
-            shutil.rmtree(self.checkpoints / str(old))
+            remove(self.checkpoints / str(old))
         return target
 
     def _check_room(self, step: int) -> None:
@@ -160,7 +151,7 @@ class Run:
         """The steps of all checkpoints, up to `last`, oldest first; other names in the folder are nobody's business."""
         if not self.checkpoints.is_dir():
             return []
-        found = (int(p.name) for p in self.checkpoints.iterdir() if p.is_dir() and p.name.isdecimal())
+        found = (int(p.name) for p in self.checkpoints.iterdir() if p.is_dir() and re.fullmatch("[1-9][0-9]*", p.name))
         return sorted(step for step in found if step <= last)
 
     def newest(self) -> Path | None:
@@ -189,9 +180,12 @@ class Run:
         return [json.loads(line) for line in whole if line]
 
     def rewind(self, step: int) -> None:
-        """Forget what was logged after `step`: those steps are about to be repeated."""
+        """Forget what was logged and drawn after `step`: those steps are about to be repeated."""
         kept = [json.dumps(record) for record in self.history() if record["step"] <= step]
         replace(self.metrics, "".join(line + "\n" for line in kept))
+        for path in self.samples.glob("*.png"):
+            if path.stem.isdecimal() and int(path.stem) > step:
+                path.unlink()
 
 
 def describe(path: Path) -> dict:
@@ -229,12 +223,38 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def remove(path: Path) -> None:
+    """Delete what is no longer needed, a folder or a file; what cannot be deleted is told, and in nobody's way."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        warnings.warn(f"{path} is no longer needed and cannot be deleted: {error}", stacklevel=2)
+
+
 def replace(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     new = path.with_name(f".{path.name}.tmp")
     new.write_text(text, encoding="utf-8")
     sync(new)
     new.replace(path)
+
+
+def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
+    """A result's folder, by `write(folder)` beside it: the one before stays until the new one is whole."""
+    new, old = (target.with_name(f".{kind}-{target.name}") for kind in ("new", "old"))
+    for rest in (new, old):
+        shutil.rmtree(rest, ignore_errors=True)
+    write(new)
+    for path in (*new.rglob("*"), new):
+        sync(path)
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
+    sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def save_state(folder: Path, name: str, tree: dict) -> None:
@@ -273,7 +293,7 @@ class StopRequest:
     """Has anybody asked this process to stop? SIGTERM, SIGINT, SIGUSR1, or a launcher's death; a second SIGINT kills.
 
     `bool(stop)` is the poll, `stop.exit_code` 143, 130 or 0; use it as a context manager, which puts the handlers back.
-    While `at_once()` is open a request raises Stopped instead of waiting for the poll.
+    While `at_once(where)` is open a request raises Stopped instead of waiting for the poll.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -281,7 +301,7 @@ class StopRequest:
     LAUNCHERS = ("ACCELERATE_", "TORCHELASTIC_")  # what accelerate launch and torchrun set; a shell may go, and the run goes on
 
     def __init__(self):
-        self.reason, self.exit_code, self.parent, self.raises, self.over = "", 0, os.getppid(), False, threading.Event()
+        self.reason, self.exit_code, self.parent, self.where, self.over = "", 0, os.getppid(), "", threading.Event()
 
     def __enter__(self):
         self.before = {number: signal.signal(number, self.handle) for number in self.SIGNALS}
@@ -295,14 +315,17 @@ class StopRequest:
             signal.signal(number, handler)
 
     @contextlib.contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Raise Stopped at a request, also at one that has come already: for work that leaves nothing to save."""
-        self.raises = True
+    def at_once(self, where: str) -> Iterator[None]:
+        """Raise Stopped at a request, also at one that has come already: for work that leaves nothing to save.
+
+        where: the words for when that is, such as "before the first step".
+        """
+        self.where = where
         try:
             self._raise()
             yield
         finally:
-            self.raises = False
+            self.where = ""
 
     def handle(self, number, _frame):
         if self.reason and number == signal.SIGINT:
@@ -313,8 +336,8 @@ class StopRequest:
         self._raise()
 
     def _raise(self) -> None:
-        if self.raises and self.reason:
-            raise Stopped(self.reason)
+        if self.where and self.reason:
+            raise Stopped(f"Stopped ({self.reason}) {self.where}")
 
     def _watch(self) -> None:
         """Ask for a stop when the launcher is gone: the system tells its children nothing."""
@@ -325,13 +348,3 @@ class StopRequest:
 
     def __bool__(self):
         return bool(self.reason)
-
-
-class Clock:
-    """Seconds since its start, with the seconds that earlier sittings of the same run took."""
-
-    def __init__(self, before: float = 0.0):
-        self.start = time.monotonic() - before
-
-    def __call__(self) -> float:
-        return time.monotonic() - self.start

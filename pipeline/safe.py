@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from numbers import Real
 from pathlib import Path
 
-from pipeline.run import ADAPTER
+from pipeline.run import ADAPTER, IMAGES, INDEX, SHARED_CONFIG
 
 OURS = {"DDPMScheduler": "scheduler", "PatchAutoencoder": "patches", "CaptionWhitening": "captions"}  # class -> module
 PIPELINES = ("TextToImagePipeline", "StableDiffusionPipeline")
@@ -16,8 +16,7 @@ PARTS = ("unet", "scheduler", "text_encoder", "tokenizer", "vae", "whitening")
 NEEDED = ("unet", "scheduler")
 SETTINGS = ("caption_length", "caption_dropout", "w")
 BASES = {"diffusers": ("ModelMixin", "SchedulerMixin"), "transformers": ("PreTrainedModel", "PreTrainedTokenizerBase")}
-INDEX = "model_index.json"
-BESIDE = ("README.md", "training_config.yaml", "metrics.json", "images/*.png")
+BESIDE = ("README.md", SHARED_CONFIG, "metrics.json", f"{IMAGES}/*.png")
 FILES = ("*.json", "*.safetensors", "*.txt", "*.model")  # of a component: settings, weights, vocabularies
 VARIANTS = "*.*.safetensors"  # half precision, weights without an average, ...: the same again
 

@@ -59,7 +59,7 @@ def wide_dtype(x: Tensor) -> torch.dtype:
 
 
 def wide(x: Tensor) -> Tensor:
-    """x where arithmetic on it runs."""
+    """x in the dtype that arithmetic runs in: its own, at least float32."""
     return x.to(wide_dtype(x))
 
 
@@ -72,9 +72,9 @@ VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
 
 def zero_terminal_snr(beta: Tensor) -> Tensor:
     """Shift and stretch sqrt(abar) so that abar_T = 0 and abar_1 stays (Lin et al. 2024, algorithm 1)."""
-    root = (1 - beta).cumprod(0).sqrt()
-    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
-    abar = torch.cat([torch.ones(1, dtype=beta.dtype), root**2])
+    sqrt_abar = (1 - beta).cumprod(0).sqrt()
+    sqrt_abar = (sqrt_abar - sqrt_abar[-1]) * sqrt_abar[0] / (sqrt_abar[0] - sqrt_abar[-1])
+    abar = torch.cat([torch.ones(1, dtype=beta.dtype), sqrt_abar**2])
     return 1 - abar[1:] / abar[:-1]
 
 
@@ -87,8 +87,8 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
     """q(x_t | x_0) forwards, p(x_s | x_t) backwards, for any s < t. Configuration keys and defaults are diffusers' own.
 
     Every method takes a timestep as an int, a 0-d tensor or one per example (B,). Arithmetic runs in the sample's dtype
-    but never below float32; what a network or a loop takes next (x_t, v, x_s) comes back in the sample's dtype. Of one
-    timestep the factors are numbers, no tensors: at small sizes a step is the cost of its tensor operations, one by one.
+    but never below float32; what a network or a loop takes next (x_t, v, x_s) comes back in the sample's dtype. For a
+    single timestep the factors are numbers, not tensors: on small images a step costs what its tensor operations cost to start.
     """
 
     _compatibles: ClassVar = [e.name for e in KarrasDiffusionSchedulers]

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pipeline import sample
+from pipeline import loading, sample
 from pipeline.guidance import InputError, Weight, weights
-from pipeline.text_to_image import Step, TextToImagePipeline, generators, noise_level
+from pipeline.text_to_image import Step, TextToImagePipeline, generators, weights_at
 from pipeline.verifiers import BATCH, Clip, Likelihood, Verifier
 
 STILL = "eta is {}, expected more for method paths: without new noise its copies would stay the same"
@@ -79,7 +79,7 @@ def searching(pipe: TextToImagePipeline, prompt: str, budget: int, verifier: Ver
 def calls_of_steps(pipe: TextToImagePipeline, w: Weight, steps: int) -> list[int]:
     """The network calls of each step of one picture: two where guided, one where w is 0 or -1."""
     scheduler = pipe._own_scheduler(steps, None, pipe.device)
-    found = [weights(w, 1, noise_level(scheduler, t) if callable(w) else None) for t in scheduler.timesteps]
+    found = [weights_at(w, 1, scheduler, t) for t in scheduler.timesteps]
     return [int((w_t != -1).any()) + int((w_t != 0).any()) for w_t in found]
 
 
@@ -232,7 +232,7 @@ def main(argv: list[str] | None = None) -> int:
         (output,) = sample.files(arguments.out, 1)
         verifier = Likelihood(arguments.pairs) if arguments.verifier == "likelihood" else Clip(arguments.verifier)
         double = isinstance(verifier, Likelihood)
-        pipe = sample.opened(arguments.model).to(sample.chosen(arguments.device, double))
+        pipe = loading.load(arguments.model).to(loading.pick_device(arguments.device, double))
         stages = searching(pipe, arguments.prompt, arguments.budget, verifier, arguments.method, w=arguments.w,
                            negative_prompt=arguments.negative or None, steps=arguments.steps, eta=arguments.eta,
                            seed=arguments.seed)  # fmt: skip
@@ -248,7 +248,7 @@ def main(argv: list[str] | None = None) -> int:
         number, x_0 = best if stopped else (int(found.order[0]), found.x_0)
         image = pipe.image_processor.postprocess(pipe.decode(x_0[None]), output_type="pil")[0]
         alone = arguments.method == "random"  # a path's copies have noise of their own, which no seed draws alone
-        settings = sample.settings_of(pipe, arguments.model, arguments) if alone else None
+        settings = sample.png_settings(pipe, arguments.model, arguments) if alone else None
         sample.save(image, output, settings and settings | {"seed": arguments.seed + number})
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -262,4 +262,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(sample.stoppable(main, "nothing was judged yet, and nothing is written"))
+    sys.exit(loading.stoppable(main, "nothing was judged yet, and nothing is written"))

@@ -11,7 +11,6 @@ import hashlib
 import json
 import re
 import time
-import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from datasets.packaged_modules.cache.cache import Cache
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, HTTPError  # HTTPError: the client's own, of refused connections too
 
+from pipeline.captions import normalize
 from pipeline.config import DataConfig
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff"})
@@ -43,6 +43,12 @@ FEATURES = datasets.Features({
 
 class DataError(ValueError):
     """Data that cannot be trained on, with what was found and what to do."""
+
+
+class Unreachable(DataError):
+    """Data that a network does not give now; the same command may find it later."""
+
+    exit_code = 1
 
 
 class Unavailable(OSError):
@@ -83,12 +89,6 @@ def one_line(error: BaseException) -> str:
 
 
 # ---- captions
-
-
-def normalize(caption: str) -> str:
-    """A caption as it is encoded, in training and in inference: NFC, no control characters or lone surrogates, single spaces."""
-    kept = "".join(c if unicodedata.category(c) not in ("Cc", "Cs") else " " if c.isspace() else "" for c in caption)
-    return " ".join(unicodedata.normalize("NFC", kept).split())
 
 
 def read_captions(values: Iterable[object]) -> list[str]:
@@ -483,8 +483,9 @@ def retried(attempt: Callable[[], list], what: str, wait: Callable[[float], obje
             seconds = None if refused else next(waits, None)
             if seconds is None:
                 tries = "" if refused else f" in {len(WAITS) + 1} attempts"
-                raise DataError(f"cannot read {what}{tries} ({one_line(error)}): run the same command again when that is "
-                                "mended, it goes on from the newest checkpoint") from error  # fmt: skip
+                kind = DataError if refused else Unreachable
+                raise kind(f"cannot read {what}{tries} ({one_line(error)}): run the same command again when that is mended, it "
+                           "goes on from the newest checkpoint") from error  # fmt: skip
             wait(seconds)
         except (OSError, ValueError, DatasetsError) as error:
             raise DataError(f"cannot read {what}: {one_line(error)}") from error

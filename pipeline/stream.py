@@ -10,11 +10,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
+import PIL.Image
 import torch
 from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 
-from pipeline import data, sources
+from pipeline import data, randomness, sources
 from pipeline.config import DataConfig
 from pipeline.sources import DataError
 
@@ -67,6 +68,7 @@ class Stream:
         shards = rows.table.shuffle(seed=seed, buffer_size=1, max_buffer_input_shards=1)  # their order; the rows: `mixed`
         self.dataset = split_dataset_by_node(shards, process, processes)
         self.config, self.seed, self.process, self.processes, self.rows = config, seed, process, processes, rows
+        PIL.Image.init()  # threads that fill its list of formats together may miss one
         self.closed = threading.Event()
         self.reader = concurrent.futures.ThreadPoolExecutor(1, "stream")
         self.decoders = concurrent.futures.ThreadPoolExecutor(DECODERS, "decode")
@@ -122,7 +124,7 @@ class Stream:
         self.iterator = None
         while True:
             rows = sources.retried(functools.partial(self.block, place), self.rows.name, self.closed.wait)
-            mixed = torch.randperm(len(rows), generator=data.randomness(self.seed, place.epoch, place.block, "mixed"))
+            mixed = torch.randperm(len(rows), generator=randomness.generator(self.seed, place.epoch, place.block, "mixed"))
             for some in mixed[place.position :].split(AHEAD):
                 for row in self.decoders.map(decode, [rows[i] for i in some.tolist()]):
                     usable = not row["problem"] and (row["captions"] or self.config.missing_caption == "empty")
@@ -150,8 +152,11 @@ class Stream:
             self.iterator = iter(self.dataset)
         iterator, self.iterator = self.iterator, None  # one that fails is not used again
         size, before = self.config.shuffle_buffer, place.block * self.config.shuffle_buffer
-        rows = [sources.fetched(self.rows.read(example, before + i))
-                for i, example in enumerate(itertools.islice(iterator, size))]  # fmt: skip
+        rows = []
+        for i, example in enumerate(itertools.islice(iterator, size)):
+            if self.closed.is_set():
+                raise DataError(f"{self.rows.name} is closed")
+            rows.append(sources.fetched(self.rows.read(example, before + i)))
         self.iterator = iterator if len(rows) == size else None
         return rows
 

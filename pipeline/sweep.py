@@ -14,9 +14,10 @@ from diffusers import UNet2DConditionModel
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-from pipeline import evaluation, guidance, judge, measures, search
+from pipeline import data, evaluation, guidance, measures, search
+from pipeline.judge import NAME, Judge
 from pipeline.measures import EvaluationError
-from pipeline.run import Run
+from pipeline.run import IMAGES, Run
 from pipeline.scheduler import DDPMScheduler
 from pipeline.text_to_image import step_options
 
@@ -106,7 +107,7 @@ def sweep(folder: Path, words: list[str], w: list[float] | None, seed: int, on: 
     values = read(words)
     if w is not None and len(w) > 1:
         raise EvaluationError(f"--w is {w}, expected one number that the sweep starts from: pass the others as --sweep w=0,1")
-    _config, network, bank, pipe = evaluation.finished(folder)
+    _config, judge, bank, pipe = evaluation.finished(folder)
     eta = 1.0 if isinstance(pipe.scheduler, DDPMScheduler) else None
     base = Point(pipe.config.w if w is None else w[0], steps, eta)
     if "interval" in values and base.w in (0, -1):
@@ -114,11 +115,11 @@ def sweep(folder: Path, words: list[str], w: list[float] | None, seed: int, on: 
     curves = {knob: [(label(value), replace(base, **{knob: value})) for value in some] for knob, some in values.items()}
     points = list(dict.fromkeys([base, *(point for curve in curves.values() for _, point in curve)]))
 
-    rows = torch.linspace(0, len(bank.captions) - 1, min(on, len(bank.captions))).long()
+    rows = data.evenly(on, len(bank.captions))
     if len(rows) < measures.LEAST:
         raise EvaluationError(f"{len(rows)} captions would be drawn, --on {on} of {len(bank.captions)}, expected "
                               f"{measures.LEAST} or more for the error of a KID: leave --on out")  # fmt: skip
-    prompts, what = [bank.captions[i] for i in rows], "all" if len(rows) == len(bank.captions) else f"sweep{len(rows)}"
+    prompts, what = bank.captions_of(rows), "all" if len(rows) == len(bank.captions) else f"sweep{len(rows)}"
     unets = {"averaged": pipe.unet}
     if any(point.weights == "raw" for point in points):
         unets["raw"] = raw(folder).to(pipe.device)
@@ -135,18 +136,18 @@ def sweep(folder: Path, words: list[str], w: list[float] | None, seed: int, on: 
             pipe.unet = unets[point.weights]
             images = evaluation.draw(pipe, prompts, point.guidance, seed, point.steps, places[point], batch,
                                      lambda n, point=point: bar.update(n * calls[point]), eta=point.eta)  # fmt: skip
-            found[point] = judged(network, bank, images, rows) | {"calls": calls[point]}
-    result = {"features": judge.NAME, "captions": len(rows), "seed": seed,
+            found[point] = judged(judge, bank, images, rows) | {"calls": calls[point]}
+    result = {"features": NAME, "captions": len(rows), "seed": seed,
               "base": {"at": {knob: label(value) for knob, value in asdict(base).items()}} | found[base],
               "curves": {knob: [{"at": at} | found[point] for at, point in some] for knob, some in curves.items()}}  # fmt: skip
-    (folder / evaluation.IMAGES).mkdir(exist_ok=True)
-    figure(result).savefig(folder / evaluation.IMAGES / "sweep.png", dpi=110)
+    (folder / IMAGES).mkdir(exist_ok=True)
+    figure(result).savefig(folder / IMAGES / "sweep.png", dpi=110)
     return evaluation.record(folder, drawn_by["averaged"], sweep=result)
 
 
-def judged(network: judge.Judge, bank: evaluation.Bank, images: torch.Tensor, rows: torch.Tensor) -> dict:
+def judged(judge: Judge, bank: evaluation.Bank, images: torch.Tensor, rows: torch.Tensor) -> dict:
     """Quality and alignment of drawings (N, 3, H, W) of some rows of the bank: KID, first, first five."""
-    features, own = network.features(images), bank.own[rows]
+    features, own = judge.features(images), bank.own[rows]
     ranks = measures.summary(measures.retrieval_ranks(features, bank.features, own))
     return {"kid": measures.kid(bank.features[own], features), "first": ranks["first"], "first_five": ranks["first_five"]}
 

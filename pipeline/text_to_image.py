@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import inspect
-import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -19,6 +18,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .captions import last_states, normalize
 from .guidance import InputError, Weight, guide, of_scale, plus, weights
 from .layout import Layout
 
@@ -26,7 +26,6 @@ logger = logging.get_logger(__name__)
 
 ENCODED = 8  # images that a VAE encodes or decodes at once
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-CLIP = ("clip", "clip_text_model")  # text encoders that Stable Diffusion runs without an attention mask
 
 
 @dataclass
@@ -153,6 +152,7 @@ class TextToImagePipeline(Layout, DiffusionPipeline, StableDiffusionLoraLoaderMi
         """Call diffusers' callback, and write what it changed to the step."""
         fields = {"latents": "x_t", "prompt_embeds": "captions", "negative_prompt_embeds": "empty"}
         scale = self._guidance_scale
+        before = scale.clone() if isinstance(scale, Tensor) else scale
         changed = callback(self, i, step.t, {name: getattr(step, fields[name]) for name in names}) or {}
         for name, field in fields.items():
             had, new = getattr(step, field), changed.get(name, getattr(step, field))
@@ -160,7 +160,8 @@ class TextToImagePipeline(Layout, DiffusionPipeline, StableDiffusionLoraLoaderMi
                 raise InputError(f"the callback gave {name} of shape {tuple(new.shape)}, expected {tuple(had.shape)}: a row an "
                                  "image here, and `_guidance_scale` alone switches guidance")  # fmt: skip
             setattr(step, field, new)
-        if self._guidance_scale is not scale:
+        in_place = isinstance(scale, Tensor) and not torch.equal(scale, before)  # by `+=`
+        if self._guidance_scale is not scale or in_place:
             step.w = of_scale(self._guidance_scale)
 
     def denoise(
@@ -198,7 +199,7 @@ class TextToImagePipeline(Layout, DiffusionPipeline, StableDiffusionLoraLoaderMi
             raise InputError(f"num_images_per_prompt is {num_images_per_prompt!r}, expected a whole number from 1: pass 1")
         w, device = self._weight(w, guidance_scale, prompts), self._execution_device
         scheduler = self._own_scheduler(num_inference_steps, timesteps, device)
-        plan_w = [weights(w, prompts, noise_level(scheduler, t) if callable(w) else None) for t in scheduler.timesteps]
+        plan_w = [weights_at(w, prompts, scheduler, t) for t in scheduler.timesteps]
         guided = any(bool((w_t != 0).any()) for w_t in plan_w)
         B = prompts * num_images_per_prompt
         generator = generators(B, seed, generator)
@@ -222,7 +223,7 @@ class TextToImagePipeline(Layout, DiffusionPipeline, StableDiffusionLoraLoaderMi
         plan = zip(scheduler.timesteps, [*scheduler.timesteps[1:], scheduler.timesteps.new_tensor(-1)], strict=True)
         dtype = self.unet.dtype  # asked once: diffusers walks through every module to tell
         for t, s in plan:
-            w_t = weights(w, prompts, noise_level(scheduler, t) if callable(w) else None)
+            w_t = weights_at(w, prompts, scheduler, t)
             w_t = w_t.repeat_interleave(len(x_t) // prompts).to(x_t)
             eps_hat = self._predict(scheduler.scale_model_input(x_t, t), t, captions, empty, w_t, dtype, unet_kwargs)  # (17)
             out = scheduler.step(eps_hat, t, x_t, **step_kwargs)  # (15), (8), (9), (16)
@@ -244,10 +245,10 @@ class TextToImagePipeline(Layout, DiffusionPipeline, StableDiffusionLoraLoaderMi
 
     @torch.no_grad()
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """What the network sees (B, c, h, w) of images (B, 3, H, W) in [-1, 1], `decode`'s inverse; a VAE's most likely.
+        """Latents (B, c, h, w) of images (B, 3, H, W) in [-1, 1], the inverse of `decode`; an AutoencoderKL's posterior's mode.
 
-        noise: (B, c, h, w), standard normal, draws from what an AutoencoderKL says instead. A few images at a time, since a
-        VAE's activations are hundreds of times as large as its latents.
+        noise: (B, c, h, w), standard normal; with it they are drawn from that posterior. ENCODED images at a time, since a VAE's
+        activations are hundreds of times as large as its latents.
         """
         if self.vae is None:
             return images
@@ -258,7 +259,7 @@ class TextToImagePipeline(Layout, DiffusionPipeline, StableDiffusionLoraLoaderMi
         return (z.to(images.dtype) - (getattr(config, "shift_factor", None) or 0)) * config.scaling_factor
 
     def decode(self, x: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in about [-1, 1] of what the network draws (B, c, h, w): x itself in pixels."""
+        """Images (B, 3, H, W) in about [-1, 1] of latents (B, c, h, w); without a VAE they are the same."""
         if self.vae is None:
             return x
         config = self.vae.config
@@ -296,7 +297,6 @@ class TextToImagePipeline(Layout, DiffusionPipeline, StableDiffusionLoraLoaderMi
                 raise InputError(f"negative_prompt has {len(negative)} texts for {prompts} prompts, expected one for each: "
                                  f"pass {prompts} or a single text")  # fmt: skip
             negative_prompt_embeds = self._caption_states(negative, device, "negative_prompt_embeds", prompt_embeds.shape[1])
-        self._check_states("prompt_embeds", prompt_embeds)
         if negative_prompt_embeds is not None and negative_prompt_embeds.shape != prompt_embeds.shape:
             raise InputError(f"negative_prompt_embeds is {tuple(negative_prompt_embeds.shape)}, expected the shape of "
                              f"prompt_embeds, {tuple(prompt_embeds.shape)}: encode both alike")  # fmt: skip
@@ -308,22 +308,15 @@ class TextToImagePipeline(Layout, DiffusionPipeline, StableDiffusionLoraLoaderMi
     @torch.no_grad()
     def _caption_states(self, captions: list[str], device: torch.device, instead: str = "prompt_embeds",
                         length: int | None = None) -> Tensor:  # fmt: skip
-        """Last hidden states (B, L, D) of captions, padded to one length L, and whitened if the model was trained so.
-
-        A CLIP encoder sees its padding, as in Stable Diffusion; others do not, and their padded positions are zero.
+        """The states (B, L, D) of captions at one length L, whitened if the model was trained so; `instead` is what to pass where
+        there is no text encoder.
         """
         if self.tokenizer is None or self.text_encoder is None:
             raise InputError(f"this pipeline has no text encoder to read {captions} with, expected one: load it with "
                              f"pipeline.hub.load, which supplies the one that config.yaml names, or pass {instead}")  # fmt: skip
         captions = [normalize(caption) for caption in captions]
         length = self._caption_length(captions, length)
-        tokens = self.tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt",
-                                return_attention_mask=True).to(device)  # fmt: skip
-        if self.text_encoder.config.model_type in CLIP:
-            states = self.text_encoder(tokens.input_ids).last_hidden_state
-        else:
-            states = self.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
-            states = states * tokens.attention_mask[..., None]
+        states = last_states(captions, self.tokenizer, self.text_encoder, length, device)
         return states if self.whitening is None else self.whitening(states)
 
     def _caption_length(self, captions: list[str], other: int | None = None) -> int:
@@ -344,7 +337,7 @@ class TextToImagePipeline(Layout, DiffusionPipeline, StableDiffusionLoraLoaderMi
             raise InputError(f"prompt and prompt_embeds were {'both' if prompt_embeds is not None else 'not'} given, "
                              "expected exactly one of them: pass a text")  # fmt: skip
         if prompt is None:
-            self._check_states("prompt_embeds", prompt_embeds)
+            self._check_states(prompt_embeds)
             return len(prompt_embeds)
         self._check_texts("prompt", [prompt] if isinstance(prompt, str) else prompt)
         return 1 if isinstance(prompt, str) else len(prompt)
@@ -357,11 +350,11 @@ class TextToImagePipeline(Layout, DiffusionPipeline, StableDiffusionLoraLoaderMi
         if broken:
             raise InputError(f"{name} {broken[0]!r} holds half a surrogate pair, expected Unicode text: decode it anew")
 
-    def _check_states(self, name: str, states: Tensor) -> None:
-        """Refuse caption states that are not (B, L, D) at the length L that the model was trained with."""
+    def _check_states(self, states: Tensor) -> None:
+        """Refuse prompt_embeds that are not (B, L, D) at the length L that the model was trained with."""
         length = self.config.caption_length
         if states.ndim != 3 or not len(states) or (length is not None and states.shape[1] != length):
-            raise InputError(f"{name} is {tuple(states.shape)}, expected (prompts, {length or 'tokens'}, width): "
+            raise InputError(f"prompt_embeds is {tuple(states.shape)}, expected (prompts, {length or 'tokens'}, width): "
                              "encode the captions with encode_prompt")  # fmt: skip
 
     def _weight(self, w: Weight | None, guidance_scale: Weight | None, prompts: int) -> Weight:
@@ -400,7 +393,8 @@ class TextToImagePipeline(Layout, DiffusionPipeline, StableDiffusionLoraLoaderMi
         for name, side in (("height", height), ("width", width)):
             if not whole(side) or side < 1 or side % f:
                 raise InputError(f"{name} is {side!r}, expected a multiple of {f}: this model was trained at {h * f}x{w * f}")
-        shape, dtype = (B, self.unet.config.in_channels, height // f, width // f), at_least_float32(self.unet.dtype)
+        shape = (B, self.unet.config.in_channels, height // f, width // f)
+        dtype = torch.promote_types(self.unet.dtype, torch.float32)
         if latents is None:
             return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
         if tuple(latents.shape) != shape:
@@ -408,20 +402,9 @@ class TextToImagePipeline(Layout, DiffusionPipeline, StableDiffusionLoraLoaderMi
         return latents.to(device, dtype)
 
 
-def normalize(caption: str) -> str:
-    """A caption as training reads it: NFC, no control characters, single spaces."""
-    kept = "".join(letter if unicodedata.category(letter) != "Cc" else " " if letter.isspace() else "" for letter in caption)
-    return " ".join(unicodedata.normalize("NFC", kept).split())
-
-
 def whole(n) -> bool:
     """Whether n is an int and not a bool."""
     return isinstance(n, int) and not isinstance(n, bool)
-
-
-def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that x_t is kept in for a network of some dtype."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def noise_level(scheduler: SchedulerMixin, t: Tensor) -> float:
@@ -430,6 +413,11 @@ def noise_level(scheduler: SchedulerMixin, t: Tensor) -> float:
         raise InputError(f"w is a function of the noise level, which {type(scheduler).__name__} does not tell: pass a number")
     abar = scheduler.alphas_cumprod
     return float((1 - abar[min(max(round(float(t)), 0), len(abar) - 1)]).sqrt())
+
+
+def weights_at(w: Weight, prompts: int, scheduler: SchedulerMixin, t: Tensor) -> Tensor:
+    """The weight of each prompt (prompts,) at a timestep, float64."""
+    return weights(w, prompts, noise_level(scheduler, t) if callable(w) else None)
 
 
 def generators(B: int, seed: int | None, generator: Generator | list[Generator] | None) -> Generator | list[Generator]:

@@ -10,7 +10,7 @@ from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normal
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from tiny import WORDS, tiny_pipeline
 
-from benchmarks import bench, growth, guidance, ladder, muon, sampling, scheduler, train_step, training
+from benchmarks import bench, growth, guidance, ladder, muon, sampling, scheduler, training
 from pipeline import config as settings
 from pipeline import emoji
 from pipeline.guidance import guide
@@ -191,7 +191,7 @@ def test_guidance(run, tmp_path):
 
 
 def test_training_and_muon(tiny_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_step, "SIDE", 256)
+    monkeypatch.setattr(bench, "SIDE", 256)
     text = written(training, tmp_path, "--config", tiny_config)
     assert "example, float32, cached" in text and "like for like, float32, batch 2" in text
     text = written(muon, tmp_path, "--config", tiny_config)

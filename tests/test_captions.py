@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from pipeline import captions
 from pipeline.captions import CaptionWhitening
 
 RIDGE = 0.02
@@ -62,3 +63,12 @@ def test_it_is_saved_and_loaded(states, tmp_path):
 def test_what_cannot_be_whitened_is_refused(states, ridge, rows, says):
     with pytest.raises(ValueError, match=says):
         CaptionWhitening.fit(states[:rows], ridge)
+
+
+def test_many_captions_are_whitened_a_piece_at_a_time(states, monkeypatch):
+    """Their statistics are those of all, and so is what comes out, in the memory that they had."""
+    whole = CaptionWhitening.fit(states, RIDGE)
+    monkeypatch.setattr(captions, "PIECE", 7)
+    pieces, memory = CaptionWhitening.fit(states, RIDGE), states.clone()
+    assert torch.allclose(pieces.matrix, whole.matrix, atol=1e-5) and torch.allclose(pieces.mean, whole.mean, atol=1e-5)
+    assert whole.whiten_(memory) is memory and torch.allclose(memory, whole(states), atol=1e-5)

@@ -186,3 +186,19 @@ def test_any_flag_is_known_or_refused(name):
         load([f"--train.{name}", "1"])
     except ConfigError as refused:
         assert str(refused)  # noqa: PT017
+    else:
+        assert f"train.{name}" in KEYS
+
+
+@pytest.mark.parametrize("last", [("--config", "FILE"), ("--config=FILE",)])
+def test_the_command_line_overrides_a_file_wherever_that_is_named(tmp_path, last):
+    (tmp_path / "a.yaml").write_text("train: {steps: 7, lr: 0.5}")
+    config, _ = load(["--train.steps", "9", *(word.replace("FILE", str(tmp_path / "a.yaml")) for word in last), "--seed", "3"])
+    assert (config.train.steps, config.train.lr, config.seed) == (9, 0.5, 3)
+
+
+def test_a_file_that_sets_something_twice_is_refused(tmp_path):
+    """PyYAML keeps the last one, and all else of the first is lost."""
+    (tmp_path / "a.yaml").write_text("train: {lr: 0.5}\nseed: 1\ntrain: {steps: 9}")
+    with pytest.raises(ConfigError, match="'train' is there twice, expected once"):
+        load(["--config", str(tmp_path / "a.yaml")])

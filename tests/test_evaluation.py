@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,20 +82,23 @@ def test_siblings_share_all_factors_but_one():
     assert bank.siblings(1) == []
 
 
-def test_an_evaluation_goes_on_where_it_stopped(run, monkeypatch, capsys):
+def test_an_evaluation_goes_on_where_it_stopped(run, bank, monkeypatch, capsys):
+    """What chooses w are at w = 1 the real pictures, so that w = 1 it is."""
     calls, draw = [], evaluation.TextToImagePipeline.__call__
 
     def counted(self, prompts, **options):
         calls.append((options["w"], options["seed"], len(prompts)))
         if len(calls) == stop_at:
             raise KeyboardInterrupt
+        if calls[-1][:2] == (1, 1000_000_000):
+            return SimpleNamespace(images=bank.images[[bank.captions.index(prompt) for prompt in prompts]] / 255)
         return draw(self, prompts, **options)
 
     monkeypatch.setattr(evaluation.TextToImagePipeline, "__call__", counted)
     command, stop_at = [str(run), "--w", "0", "1", "--seeds", "0", "3", *STEPS], 3
     with pytest.raises(KeyboardInterrupt):
         evaluation.main(command)
-    assert calls == [(0, 1000_000_000, 5), (1, 1000_000_000, 5), (calls[2][0], 0, 16)]
+    assert calls == [(0, 1000_000_000, 5), (1, 1000_000_000, 5), (1, 0, 16)]
     calls.clear()
     stop_at = None
     assert evaluation.main(command) == 0
@@ -139,7 +143,7 @@ def test_drawings_are_known_again_by_another_process(bank):
 @pytest.mark.parametrize("chosen", ["bf16", "no"])
 def test_drawings_are_computed_in_the_precision_of_training(chosen, monkeypatch, tmp_path):
     pipe, seen = tiny_pipeline(caption_length=8), set()
-    monkeypatch.setattr(evaluation.models, "precision", lambda choice, device: chosen)
+    monkeypatch.setattr(evaluation.models, "has_bf16", lambda device: chosen == "bf16")
     pipe.unet.conv_in.register_forward_hook(lambda net, args, out: seen.add(out.dtype))
     drawn = evaluation.draw(pipe, ["red", "blue"], 1.0, 0, 2, tmp_path / "images.safetensors", 2)
     assert seen == {torch.bfloat16 if chosen == "bf16" else torch.float32} and drawn.shape == (2, 3, 8, 8)
@@ -211,7 +215,10 @@ def colours(monkeypatch):
 
 def test_more_measures_the_same_drawings_by_more_and_names_every_network(run, colours, capsys):
     command = [str(run), "--w", "1", *ONE]
+    (run / card.FACTS).write_text(json.dumps(card.facts("28 images", 1.0) | {"model": str(run / "pipeline")}))
     assert evaluation.main(command) == 0
+    assert not (run / "README.md").exists(), "a card would pass for the end of a run that is trained on"
+    (run / "README.md").write_text("a card")
     plain = json.loads((run / "metrics.json").read_text())
     assert set(plain["by_seed"]["0"]["distances"]) == {NAME} and "more" not in plain
     assert "frechet" not in plain["by_seed"]["0"]["distances"][NAME]
@@ -230,7 +237,7 @@ def test_more_measures_the_same_drawings_by_more_and_names_every_network(run, co
     told = capsys.readouterr().out
     for line in ("kid (colours)", f"kid ({NAME})", f"Fréchet distance ({NAME})", "bits per dimension by the bound; as PNG"):
         assert line in told
-    assert card.measured(found) in told
+    assert card.measured(found) in told and card.measured(found) in (run / "README.md").read_text()
     assert evaluation.main(command) == 0
     assert json.loads((run / "metrics.json").read_text())["more"] == more, "what still holds was lost"
     tiny_unet(sample_size=16, seed=1).save_pretrained(run / "pipeline" / "unet")

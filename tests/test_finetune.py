@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import datasets
@@ -19,7 +20,7 @@ from tiny import seeded, tiny_pipeline, tiny_text, tiny_unet
 
 import train_text2img
 from pipeline import config as settings
-from pipeline import data, hub, latents, models
+from pipeline import data, hub, latents, models, randomness
 from pipeline.config import Config, ConfigError, DiffusionConfig, LoraConfig
 from pipeline.run import Run
 
@@ -287,8 +288,14 @@ def test_latents_are_encoded_once(images, tmp_path):
     once = len(calls)
     assert torch.equal(latents.encode(pictures, vae, tmp_path).sample(rows, rows < 0, z), first)
     assert once == 3 and len(calls) == once + 1  # both flips of the batch of 8, and one picture for the shape
+    for i, path in enumerate(sorted((images / "train").iterdir())):  # the same pictures, called otherwise
+        (tmp_path / "renamed").mkdir(exist_ok=True)
+        shutil.copy(path, tmp_path / "renamed" / f"{i}.png")
+    renamed = data.load_images(tmp_path / "renamed", resolution=16, cache_dir=tmp_path)
+    assert renamed.fingerprint != pictures.fingerprint and renamed.captions != pictures.captions
+    assert torch.equal(latents.encode(renamed, vae, tmp_path).sample(rows, rows < 0, z), first) and len(calls) == once + 2
     alone = latents.encode(pictures, vae, tmp_path, mirrored=False)
-    assert len(calls) == once + 3 and torch.equal(alone.sample(rows, rows < 0, z), first)
+    assert len(calls) == once + 4 and torch.equal(alone.sample(rows, rows < 0, z), first)
 
 
 def test_every_step_draws_another_latent_of_the_same_picture(config):
@@ -320,9 +327,9 @@ def test_mirrored_examples_come_from_the_mirrored_latents(config):
     chosen, _ = settings.load(["--config", str(config), "--data.flip", "true"])
     parts = train_text2img.prepare(chosen, None, torch.device("cpu"))
     slots, rows = torch.arange(4), data.batch_indices(0, 0, 4, len(parts.images))
-    flip = data.flips(0, 0, slots)
+    flip = randomness.flips(0, 0, slots)
     assert flip.any() and not flip.all()
-    z = data.noise(0, 0, slots, parts.latents.shape, "posterior")
+    z = randomness.noise(0, 0, slots, parts.latents.shape, "posterior")
     assert torch.equal(train_text2img.examples(parts, chosen, 0, slots)[0], parts.latents.sample(rows, flip, z))
     assert not torch.equal(parts.latents.sample(rows, flip, z), parts.latents.sample(rows, ~flip, z))
 

@@ -26,7 +26,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from tiny import WIDTH, tiny_pipeline, tiny_text, tiny_unet
 
-from pipeline import card, hub, models, safe, sample
+from pipeline import card, hub, loading, models, safe
 from pipeline.captions import CaptionWhitening
 from pipeline.config import Config, DataConfig, HubConfig, LoraConfig, ModelConfig, SampleConfig, TrainConfig, load_file
 from pipeline.run import Run
@@ -100,7 +100,8 @@ def owner(world, place):
     """A process with this package, logged in."""
     process = Process(world.env(place / "owner-home", PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}"), place / "owner")
     process("import os, sys, numpy as np\nfrom pathlib import Path\nfrom huggingface_hub import constants\n"
-            "import train_text2img\nfrom pipeline import hub, safe, sample\nfrom pipeline.config import Config, HubConfig\n"
+            "import train_text2img\nfrom pipeline import hub, loading, safe, sample\n"
+            "from pipeline.config import Config, HubConfig\n"
             "from pipeline.text_to_image import TextToImagePipeline\nhub.WAITS = (0.1, 0.1, 0.1)")  # fmt: skip
     yield process
     process.close()
@@ -121,18 +122,19 @@ def run(place):
     run.log(step=6, loss=0.5)
     Image.fromarray(np.arange(32 * 32 * 3, dtype=np.uint8).reshape(32, 32, 3)).save(run.samples / "000006.png")
     Image.new("RGB", (8, 8)).save(run.figures / "training.png")
-    (run.folder / "metrics.json").write_text(json.dumps(METRICS))
     (run.checkpoints / "optimizer.safetensors").write_bytes(b"secret")
     (run.pipeline / "notes.py").write_text("private = 1")
     (run.pipeline / "unet" / "optimizer.bin").write_bytes(b"secret")
     card.describe(config, run, pipe, SimpleNamespace(report="emoji-small: 425 of 425 images usable"), 60.0)
+    (run.folder / "metrics.json").write_text(json.dumps(METRICS))
+    card.refresh(run.folder)
     return run
 
 
 @pytest.fixture(scope="module")
 def expected(run):
     """What the run's pipeline draws here (1, H, W, 3)."""
-    pipe = sample.load(run.pipeline)
+    pipe = loading.load_folder(run.pipeline)
     pipe.set_progress_bar_config(disable=True)
     return eval(f"pipe({REQUEST}).images", {"pipe": pipe})
 
@@ -205,8 +207,8 @@ def commits(world, name, kind="models"):
 def test_a_push_is_one_commit_of_what_a_stranger_needs_and_nothing_else(world, pushed, run):
     assert commits(world, pushed) == 1
     assert sorted(world.files("models", pushed)) == sorted([
-        "README.md", "guidance.py", "images/prompt-0.png", "images/prompt-1.png", "images/samples.png", "images/training.png",
-        "layout.py", "metrics.json", "model_index.json", "pipeline.py", "scheduler/scheduler.py",
+        "README.md", "captions.py", "guidance.py", "images/prompt-0.png", "images/prompt-1.png", "images/samples.png",
+        "images/training.png", "layout.py", "metrics.json", "model_index.json", "pipeline.py", "scheduler/scheduler.py",
         "scheduler/scheduler_config.json", "text_encoder/config.json", "text_encoder/model.safetensors",
         "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json", "training_config.yaml",
         "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "vae/config.json",
@@ -270,7 +272,7 @@ def test_a_strangers_own_push_is_the_same_and_loads_again(world, place, stranger
     other("pipe.push_to_hub('tester/fork')\npipe.save_pretrained('saved', push_to_hub=True, repo_id='tester/fork')")
     other.close()
     assert commits(world, "tester/fork") == 2, "the second time nothing had changed"
-    sample.load(place / "other" / "saved")
+    loading.load_folder(place / "other" / "saved")
 
 
 def test_what_diffusers_cannot_load_is_as_the_readme_says(stranger, pushed):
@@ -299,7 +301,7 @@ def test_diffusers_cannot_import_code_from_a_repository_with_a_dot_in_its_name(w
 
 
 def test_no_file_of_a_saved_pipeline_tells_where_it_was(run, tmp_path):
-    sample.load(run.pipeline).save_pretrained(tmp_path)
+    loading.load_folder(run.pipeline).save_pretrained(tmp_path)
     for path in (path for path in tmp_path.rglob("*") if path.is_file()):
         assert str(run.pipeline).encode() not in path.read_bytes(), path
     assert "local" not in (tmp_path / "tokenizer" / "tokenizer_config.json").read_text()
@@ -323,7 +325,7 @@ def stable(owner, place):
 
 
 def test_a_stable_diffusion_loads_in_stock_diffusers_and_ours_lies_beside_it(world, stable, stranger, place):
-    pipe = sample.load(place / "stable")
+    pipe = loading.load_folder(place / "stable")
     scheduler = pipe.scheduler
     assert pipe.is_stable_diffusion()
     for other in ({"clip_sample": True}, {"steps_offset": 0}, {"variance_type": "fixed_large"}):  # which it would change, or draw
@@ -345,7 +347,7 @@ for name, pipeline in (("stock", stock), ("ours", ours)):
     np.save(name + ".npy", pipeline({joint}).images)""")
     stock, ours = (np.load(stranger.cwd / f"{name}.npy") for name in ("stock", "ours"))
     close(stock, ours)
-    again = sample.load(place / "stable")
+    again = loading.load_folder(place / "stable")
     assert type(again.scheduler) is DDPMScheduler and again.config.w == 3.0
     again.set_progress_bar_config(disable=True)
     with pytest.warns(UserWarning, match="that is no pure noise"):
@@ -366,7 +368,8 @@ def test_a_model_of_the_hub_is_drawn_with_by_its_name_alone(owner, pushed, expec
     close(np.load(owner.cwd / "drawn.npy"), expected)
     said = owner(f"print(sample.main([{pushed!r}, 'red heart', '--steps', '2', '--device', 'cpu', '-o', 'cat.png']))")
     assert said.endswith("cat.png\n0\n") and (owner.cwd / "cat.png").is_file()
-    owner(f"assert type(TextToImagePipeline.from_pretrained({pushed!r}).vae).__module__ == 'pipeline.patches'")
+    owner(f"loaded = TextToImagePipeline.from_pretrained({pushed!r})\nassert type(loaded.vae).__module__ == 'pipeline.patches'\n"
+          f"assert loaded.name_or_path == {pushed!r}")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -391,12 +394,19 @@ def test_a_variant_alone_is_said_to_be_one(owner, half, place):
     assert "from_pretrained('tester/half', variant='fp16') loads it" in said
 
 
-def test_a_push_has_the_variant_and_the_shards_that_were_saved(world, owner):
-    owner("pipe.save_pretrained('shards', variant='fp16', max_shard_size='100KB', push_to_hub=True, repo_id='tester/shards')\n"
-          "pipe.push_to_hub('tester/variant', variant='fp16')")  # fmt: skip
+def test_a_push_has_the_variant_and_the_shards_that_were_saved(world, owner, half):
+    owner(f"pipe = TextToImagePipeline.from_pretrained({half!r}, variant='fp16', use_safetensors=True)\n"
+          "pipe.save_pretrained('shards', variant='fp16', max_shard_size='100KB', push_to_hub=True, repo_id='tester/shards')\n"
+          "pipe.push_to_hub('tester/variant', variant='fp16', private=True)")  # fmt: skip
+    assert world.repos["models", "tester/variant"].private and not world.repos["models", "tester/shards"].private
     kept = {path.relative_to(owner.cwd / "shards").as_posix() for path in (owner.cwd / "shards").rglob("*") if path.is_file()}
     assert kept == world.files("models", "tester/shards").keys() - {"README.md"}
     assert len([name for name in kept if name.startswith("unet/") and ".fp16" in name and name.endswith(".safetensors")]) > 1
+    owner("pipe.push_to_hub('tester/shards', max_shard_size='100KB')\n"
+          "pipe.push_to_hub('tester/shards')")  # fmt: skip  # whose weights an index of those shards would hide
+    now = world.files("models", "tester/shards").keys()
+    assert {name for name in now - kept if name.startswith("unet/")} == {"unet/diffusion_pytorch_model.safetensors"}
+    assert kept < now and "README.md" in now, "the variant is another model's"
     files = world.files("models", "tester/variant")
     assert "unet/diffusion_pytorch_model.fp16.safetensors" in files
     assert files["README.md"].count(b"use_safetensors=True, variant='fp16')") == 2
@@ -418,12 +428,12 @@ def test_what_is_no_finished_model_is_told_before_the_hub_hears_of_it(world, own
     (damaged / card.FACTS).write_text("{")
     (damaged / card.IMAGES / "samples.png").write_bytes(bytes(5000))
     world.requests.clear()
-    for source, words in ((tmp_path / "mistyped", "mistyped does not exist, expected the folder of a run"),
-                          (unfinished, "its training has not finished: run the training command again"),
-                          (adapter.adapter, "is an adapter without its run, expected a run's folder"),
-                          (damaged, f"{card.FACTS} is damaged")):  # fmt: skip
+    for source, code, words in ((tmp_path / "mistyped", 2, "mistyped does not exist, expected the folder of a run"),
+                                (unfinished, 2, "its training has not finished: run the training command again"),
+                                (adapter.adapter, 1, "is an adapter without its run, expected a run's folder"),
+                                (damaged, 2, f"{card.FACTS} is damaged")):  # fmt: skip
         said = owner(f"print(hub.main(['push', {str(source)!r}, 'tester/never']))")
-        assert words in said and said.startswith("error: ") and said[-2] in "12" and said.count("\n") == 2, said
+        assert words in said and said.startswith("error: ") and said.endswith(f"\n{code}\n") and said.count("\n") == 2, said
         assert "is complete" not in said
     assert world.requests == []
     with full_disk(), pytest.raises(hub.HubError, match=r"gathering .* failed \(.*[Tt]oo large.*\), expected room"):
@@ -495,11 +505,21 @@ def test_an_adapter_is_pushed_alone_and_drawn_with_on_its_base(world, owner, pus
     assert not [name for name in files if name.endswith(".py") or name.startswith("unet/")]
     data = ModelCard(files["README.md"].decode()).data.to_dict()
     assert (data["base_model"], data["base_model_relation"]) == (pushed, "adapter")
-    owner("adapted = sample.opened('tester/adapter')")
+    owner("adapted = loading.load('tester/adapter')")
     with_it = drawn(owner, "adapted")
     owner("adapted.unload_lora_weights()")
     close(drawn(owner, "adapted"), expected)
     assert np.abs(with_it - expected).max() > 1e-2
+
+
+def test_an_adapter_is_not_pushed_over_a_pipeline(world, owner, pushed, adapter):
+    """Whoever loads that name would get the pipeline still, whatever its new card says; it is told before training too."""
+    commits, says = len(world.repos["models", pushed].commits), "tester/tiny holds a pipeline (model_index.json), expected a"
+    assert says in refused(owner, f"hub.push({str(adapter.folder)!r}, {pushed!r})")
+    config = f"Config(hub=HubConfig({pushed!r}), model=ModelConfig(pretrained={pushed!r}), train=TrainConfig(method='lora'))"
+    owner("from pipeline.config import ModelConfig, TrainConfig")
+    assert says in refused(owner, f"hub.check({config})")
+    assert len(world.repos["models", pushed].commits) == commits
 
 
 def test_the_lines_of_the_card_of_an_adapter_run(world, owner, stranger, stable, pushed, adapter, place):
@@ -510,7 +530,7 @@ def test_the_lines_of_the_card_of_an_adapter_run(world, owner, stranger, stable,
     then = lines[lines.index("pipe.load_lora_weights") :]  # what comes before, as the card of the base says
     stranger(f"{then}\nassert picture.size == (16, 16) and pipe.get_list_adapters()\npipe.unload_lora_weights()")
     pinned = f"{stable}@{world.repos['models', stable].refs['main']}"
-    run = adapter_of(pinned, sample.load(place / "stable"), place / "runs" / "of-stable")
+    run = adapter_of(pinned, loading.load_folder(place / "stable"), place / "runs" / "of-stable")
     owner(f"hub.push({str(run.folder)!r}, 'tester/of-stable')")
     readme = world.files("models", "tester/of-stable")["README.md"].decode()
     (lines,) = code_of(readme)
@@ -550,13 +570,14 @@ def test_an_adapter_is_not_pushed_on_a_model_that_it_does_not_fit(world, owner, 
     world.add("tester/wide", changed(block_out_channels=[8, 32]))
     world.add("tester/bare", changed(down_block_types=["DownBlock2D"] * 2))
     world.add("tester/lone", {"pytorch_lora_weights.safetensors": b""})
-    for base, words in {
-        "tester/gone": "tester/gone is not on the Hub", "tester/lone": "tester/lone holds no model_index.json",
-        "tester/wide": r"fit tester/wide, whose \S+attn1\.to_\w is \(32, 32\), expected \(16, 16\): name the model that .*/base,",
-        "tester/bare": r"fit tester/bare, whose down_blocks\.1\.attentions\S+ is missing, expected \(16, 16\)",
-    }.items():
-        said = pushed_on(owner, base, local)
-        assert re.search(words, said) and said[-2] in "12" and "warning" not in said and "is complete" not in said, said
+    for base, code, words in (
+        ("gone", 2, "tester/gone is not on the Hub"), ("lone", 2, "tester/lone holds no model_index.json"),
+        ("wide", 1, r"fit tester/wide, whose \S+attn1\.to_\w is \(32, 32\), expected \(16, 16\): name the model that .*/base,"),
+        ("bare", 1, r"fit tester/bare, whose down_blocks\.1\.attentions\S+ is missing, expected \(16, 16\)"),
+    ):
+        said = pushed_on(owner, f"tester/{base}", local)
+        assert re.search(words, said) and said.endswith(f"\n{code}\n"), said
+        assert "warning" not in said and "is complete" not in said, said
     assert ("models", "tester/local-on") not in world.repos
     world.add("tester/other", files | {name: files[name][:-4] + b"1234"})
     said = pushed_on(owner, "tester/other", local)
@@ -573,7 +594,7 @@ def test_an_adapter_of_a_folder_is_pushed_with_the_name_of_its_base_on_the_hub(w
     files = world.files("models", "tester/local-on")
     assert ModelCard(files["README.md"].decode()).data.base_model == pushed and str(base).encode() not in files["README.md"]
     assert yaml.safe_load(files["training_config.yaml"])["model"]["pretrained"] == pushed
-    owner("sample.opened('tester/local-on')")
+    owner("loading.load('tester/local-on')")
     local = Config(model=ModelConfig(pretrained=str(tmp_path)), train=TrainConfig(method="lora"), hub=HubConfig("tester/x"))
     with pytest.raises(hub.HubError, match=f"the adapter is one of {tmp_path}"):
         hub.check(local)
@@ -588,7 +609,7 @@ def test_a_folder_that_is_gone_does_not_become_a_name_of_the_hub(run, tmp_path, 
     config, made = Config(name="x", data=DataConfig("data/mine")), Run(tmp_path / "x")
     made.create()
     made.config.write_text(config.to_yaml())
-    card.describe(config, made, sample.load(run.pipeline), SimpleNamespace(report=""), 1.0, base_model="data/mine")
+    card.describe(config, made, loading.load_folder(run.pipeline), SimpleNamespace(report=""), 1.0, base_model="data/mine")
     (tmp_path / "data" / "mine").rmdir()
     data = card.read(made.folder, "a/b").data
     assert data.datasets is None and data.base_model is None
@@ -611,7 +632,7 @@ def test_an_adapter_of_what_is_on_another_machine_is_refused(tmp_path):
     (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(b"")
     (tmp_path / "training_config.yaml").write_text("model: {pretrained: /srv/model}")
     with pytest.raises(safe.ModelError, match="is an adapter of '/srv/model', expected one of a model of the Hub"):
-        sample.opened(str(tmp_path))
+        loading.load(str(tmp_path))
 
 
 def test_a_revision_stays_what_it_was(world, owner, pushed):
@@ -622,6 +643,10 @@ def test_a_revision_stays_what_it_was(world, owner, pushed):
         {path: (json.dumps(index).encode() if path == "model_index.json" else content, path.endswith(".safetensors"))
          for path, content in files.items()}, "stronger", "main")  # fmt: skip
     assert owner(f"print(*(hub.load('mallory/moving' + at).config.w for at in ('', '@{old}', '@main')))") == "9.0 1.0 9.0\n"
+    said = owner(f"print(TextToImagePipeline.from_pretrained('mallory/moving', revision={old!r}).config.w)")
+    assert said.endswith("1.0\n"), said
+    assert owner(f"print(hub.main(['space', 'tester/old-page', '--model', 'mallory/moving@{old}']))").endswith("page\n0\n")
+    assert world.files("spaces", "tester/old-page")["model.txt"].decode() == f"mallory/moving@{old}\n"
 
 
 def test_a_model_in_the_cache_needs_no_network(world, owner, pushed):
@@ -732,6 +757,9 @@ def test_what_a_push_needs_is_tried_before_training(world, owner, run):
     owner("kept = os.environ.pop('HF_TOKEN')")
     assert "needs a token and there is none, expected one that may write: `hf auth login`" in check("tester/checked")
     assert "there is no valid token" in refused(owner, f"hub.push({str(run.folder)!r}, 'tester/checked')")
+    told = f"Config(hub=HubConfig('tester/told', private=True, token={CANARY!r}))"  # the settings' own token is enough
+    owner(f"from pipeline.run import Run\nassert hub.publish({told}, Run({str(run.folder)!r})) == 0")
+    assert commits(world, "tester/told") == 1 and world.repos["models", "tester/told"].private
     owner("os.environ['HF_TOKEN'] = kept")
 
 
@@ -756,7 +784,7 @@ def test_a_push_that_fails_says_how_to_do_it_again(world, owner, run):
     said = owner(f"print(hub.main(['push', {str(run.folder)!r}, 'tester/failed']))")
     assert said.endswith(f"is complete, push it again with `python -m pipeline.hub push {run.folder} tester/failed`\n1\n"), said
     assert world.files("models", "tester/failed") == {} and "Traceback" not in said
-    sample.load(run.pipeline)
+    loading.load_folder(run.pipeline)
 
 
 def test_a_file_that_does_not_get_through_is_one_sentence_with_the_command(world, owner, run):
@@ -913,8 +941,9 @@ def test_a_space_that_could_not_start_is_not_made(world, owner, pushed):
         assert words in refused(owner, f"hub.space('tester/broken', {model!r})")
     assert ("spaces", "tester/broken") not in world.repos
     world.add("tester/hidden", world.files("models", pushed), private=True)
-    said = owner("print(hub.main(['space', 'tester/hidden-page', '--model', 'tester/hidden']))")
+    said = owner("print(hub.main(['space', 'tester/hidden-page', '--model', 'tester/hidden', '--private']))")
     assert "tester/hidden is not for everybody: the Space needs a secret HF_TOKEN" in said and said.endswith("hidden-page\n0\n")
+    assert world.repos["spaces", "tester/hidden-page"].private
 
 
 def test_a_space_serves_the_model_that_it_is_pinned_to(world, owner, place, pushed):

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pipeline import run as runs
-from pipeline.run import MANIFEST, Run, RunError, SaveError, Stopped, StopRequest, load_state, save_state, verify
+from pipeline.run import MANIFEST, Run, RunError, SaveError, Stopped, StopRequest, load_state, replace_folder, save_state, verify
 
 
 @pytest.fixture
@@ -104,22 +104,42 @@ def test_a_file_that_the_system_refuses_is_a_save_error(run):
 
 
 def test_a_published_folder_is_replaced_whole(run):
-    run.publish(run.pipeline, lambda folder: (folder.mkdir(), (folder / "a").write_text("1")))
+    replace_folder(run.pipeline, lambda folder: (folder.mkdir(), (folder / "a").write_text("1")))
     with pytest.raises(ZeroDivisionError):
-        run.publish(run.pipeline, lambda folder: (folder.mkdir(), 1 / 0))
+        replace_folder(run.pipeline, lambda folder: (folder.mkdir(), 1 / 0))
     assert (run.pipeline / "a").read_text() == "1"
-    run.publish(run.pipeline, lambda folder: (folder.mkdir(), (folder / "b").write_text("2")))
+    replace_folder(run.pipeline, lambda folder: (folder.mkdir(), (folder / "b").write_text("2")))
     assert [p.name for p in run.pipeline.iterdir()] == ["b"] and not list(run.folder.glob(".*-pipeline"))
 
 
 def test_only_the_last_few_are_kept_and_foreign_names_are_left_alone(run):
-    for name in ("checkpoint-old", "7.bak"):
+    for name in ("checkpoint-old", "7.bak", "0500"):
         (run.checkpoints / name).mkdir()
     (run.checkpoints / "9").write_text("a file")
     for step in (1, 2, 3):
         run.save(step, write(), keep=2)
     assert run.steps() == [2, 3]
-    assert {"checkpoint-old", "7.bak", "9"} < {p.name for p in run.checkpoints.iterdir()}
+    assert {"checkpoint-old", "7.bak", "0500", "9"} < {p.name for p in run.checkpoints.iterdir()}
+
+
+def test_what_cannot_be_deleted_is_told_and_a_saved_checkpoint_stays_saved(run, tmp_path, monkeypatch):
+    """Another program reads an old checkpoint; or somebody has moved it to a larger disk, and linked it."""
+    for step in (1, 2):
+        run.save(step, write(), keep=2)
+    (run.checkpoints / "1").rename(tmp_path / "moved")
+    (run.checkpoints / "1").symlink_to(tmp_path / "moved")
+    (run.checkpoints / ".tmp-7").write_text("a file")
+    with run.lock():
+        run.save(3, write(), keep=2)
+    assert run.steps() == [2, 3] and (tmp_path / "moved").is_dir() and not (run.checkpoints / ".tmp-7").exists()
+
+    def busy(path):
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors=False: ignore_errors or busy(path))
+    with pytest.warns(UserWarning, match="2 is no longer needed and cannot be deleted: .*Directory not empty"):
+        run.save(4, write(), keep=2)
+    assert run.newest().name == "4"
 
 
 def test_a_torn_checkpoint_further_on_is_no_reason_to_delete_a_whole_one(run):
@@ -146,8 +166,11 @@ def test_the_log_rewinds_and_forgives_a_line_cut_short(run):
         run.log(step=step, loss=step / 2)
     with open(run.metrics, "a") as file:
         file.write('{"step": 4, "lo')
+    for name in ("000002.png", "000003.png", "mine.png"):
+        (run.samples / name).touch()
     run.rewind(2)
     assert run.history() == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 1.0}]
+    assert sorted(path.name for path in run.samples.iterdir()) == ["000002.png", "mine.png"]
 
 
 def test_a_second_process_is_refused_while_the_run_is_held(run):
@@ -189,13 +212,24 @@ def test_a_signal_is_a_request_and_the_handlers_are_put_back(number, code):
 
 def test_before_there_is_anything_to_save_a_signal_ends_the_work_at_once():
     with StopRequest() as stop:
-        with pytest.raises(Stopped, match="SIGTERM"), stop.at_once():
+        with pytest.raises(Stopped, match=r"^Stopped \(SIGTERM\) before the first step$"), stop.at_once("before the first step"):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(5)
             pytest.fail("it went on")
-        with pytest.raises(Stopped), stop.at_once():
+        with pytest.raises(Stopped), stop.at_once("now"):
             pytest.fail("it had been asked before")
         assert stop.exit_code == 143
+
+
+def test_a_second_ctrl_c_leaves_at_once():
+    code = "\n".join([
+        "import time", "from pipeline.run import StopRequest", "with StopRequest() as stop:", " print('up', flush=True)",
+        " while not stop: time.sleep(0.01)", " print(stop.reason, flush=True)", " time.sleep(5)"])  # fmt: skip
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        for said in ("up\n", "SIGINT\n"):
+            assert process.stdout.readline() == said
+            process.send_signal(signal.SIGINT)
+        assert process.wait() == 130
 
 
 @pytest.mark.parametrize("launched", [True, False])

@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 from tiny import tiny_pipeline
 
-from pipeline import models, sample
+from pipeline import loading, models, sample
 from pipeline.config import Config, DataConfig, LoraConfig, ModelConfig, TrainConfig
-from pipeline.serving import Studio, settings_of
+from pipeline.request import read_png
+from pipeline.serving import Studio
 from pipeline.text_to_image import TextToImagePipeline
 
 ROOT = Path(__file__).parents[1]
@@ -88,9 +89,9 @@ def test_a_png_carries_what_draws_it_again_on_the_page(run, output):
                  "--n", "2", "--device", "cpu", "-o", str(output)]  # fmt: skip
     assert sample.main(arguments) == 0
     path = output.with_stem("cat-1")
-    request, denoiser, model = settings_of(path, 1000)
+    request, denoiser, model = read_png(path, 1000)
     assert (denoiser, request.seed, request.images) == ("network", 8, 1)
-    studio = Studio(sample.opened(str(run)), "tiny", DataConfig())
+    studio = Studio(loading.load(str(run)), "tiny", DataConfig())
     assert model == studio.identity
     *_, frame = studio.create(request, denoiser)
     assert np.abs(np.asarray(frame.images[0]).astype(int) - np.asarray(Image.open(path))).max() <= 1
@@ -101,7 +102,7 @@ def test_ctrl_c_is_a_word_and_no_traceback(run, output, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(TextToImagePipeline, "__call__", stop)
-    assert sample.stoppable(lambda: sample.main([str(run), "cat", "-o", str(output)]), "none is saved") == 130
+    assert loading.stoppable(lambda: sample.main([str(run), "cat", "-o", str(output)]), "none is saved") == 130
     assert capsys.readouterr().err == "\nstopped: none is saved\n"
 
 

@@ -190,6 +190,19 @@ def test_every_step_is_that_of_diffusers(n, spacing, variance, prediction, clip)
         assert torch.equal(generators[0].get_state(), generators[1].get_state())
 
 
+@pytest.mark.parametrize("config", [
+    {"clip_sample_range": 0.5}, {"clip_sample_range": 2.0}, {"thresholding": True, "sample_max_value": 3.0},
+    {"thresholding": True, "sample_max_value": 50.0, "dynamic_thresholding_ratio": 0.8}], ids=str)  # fmt: skip
+def test_x_0_is_kept_in_range_as_by_diffusers(config):
+    ours, theirs = DDPMScheduler(**config), diffusers.DDPMScheduler(**config)
+    x = normal(2, 3, 4, 4, dtype=torch.float32)
+    for t in (999, 500, 3):
+        output = normal(2, 3, 4, 4, seed=t, dtype=torch.float32)
+        a, b = (scheduler.step(output, t, x, generator=noise()) for scheduler in (ours, theirs))
+        torch.testing.assert_close(a.prev_sample, b.prev_sample, rtol=1e-4, atol=round_off(t))
+        torch.testing.assert_close(a.pred_original_sample, b.pred_original_sample, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize("prediction", PREDICTIONS)

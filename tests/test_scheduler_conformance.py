@@ -36,12 +36,15 @@ def noise(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def assert_survives_saving(folder, t=0, **changes):
+def assert_survives_saving(folder, t=None, **changes):
+    """At t, or at the last step and at one in the middle, where every setting has its influence; the outputs are out of range."""
     ours, x = make(**changes), torch.rand(4, 3, 8, 8, generator=noise(1))
     ours.save_config(folder)
     loaded = DDPMScheduler.from_pretrained(folder)
-    a, b = (s.step(0.1 * x, t, x, generator=noise()).prev_sample for s in (ours, loaded))
-    assert a.isfinite().all() and (a - b).abs().sum() < 1e-5
+    assert len(loaded) == len(ours)
+    for each in (0, len(ours) // 2) if t is None else (t,):
+        a, b = (s.step(3 * x, each, x, generator=noise()).prev_sample for s in (ours, loaded))
+        assert a.isfinite().all() and (a - b).abs().sum() < 1e-5
 
 
 ROUND_TRIPS = [
@@ -95,6 +98,16 @@ def test_custom_timesteps_follow_each_other():
     scheduler, plan = make(), [100, 87, 50, 1, 0]
     scheduler.set_timesteps(timesteps=plan)
     assert [scheduler.previous_timestep(t).item() for t in scheduler.timesteps] == [87, 50, 1, 0, -1]
+
+
+def test_each_example_goes_on_from_its_own_timestep_of_the_plan():
+    """As where `previous_timestep` names what follows."""
+    scheduler, x = make(), ramp()
+    scheduler.set_timesteps(timesteps=[900, 500, 20, 10])
+    t, s = torch.tensor([20, 900, 10, 500]), torch.tensor([10, 500, -1, 20])
+    a, b = (scheduler.step(0.1 * x, t, x, [noise(i) for i in range(4)], **more).prev_sample
+            for more in ({}, {"previous_timestep": s}))  # fmt: skip
+    assert torch.equal(a, b) and torch.equal(scheduler.previous_timestep(t), s)
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,13 @@ from diffusers import DDIMScheduler, HeunDiscreteScheduler, LMSDiscreteScheduler
 from PIL import Image
 from tiny import tiny_clip, tiny_pipeline
 
-from pipeline import sample
+from pipeline import loading
 from pipeline import search as module
 from pipeline.exact import ExactDenoiser
 from pipeline.guidance import InputError, interval
+from pipeline.request import Request, read_png
 from pipeline.scheduler import DDPMScheduler
 from pipeline.search import METHODS, calls_of_sample, search, searching, walked
-from pipeline.serving import settings_of
 from pipeline.verifiers import Likelihood
 
 
@@ -61,7 +61,8 @@ def test_no_budget_is_overdrawn_and_every_call_is_counted(pipe, method, verifier
     assert found.curve[-1] == (found.calls, pytest.approx(found.scores.max().item()))
 
 
-def test_the_best_of_several_is_returned_first(pipe):
+def test_the_best_of_several_is_returned_first(pipe, monkeypatch):
+    monkeypatch.setattr(module, "BATCH", 4)  # ten candidates are three batches
     found = search(pipe, "red heart", 80, Brightness(), steps=4, seed=3)
     alone = torch.stack([pipe("red heart", seed=3 + i, num_inference_steps=4, output_type="latent").images[0] for i in range(10)])
     assert torch.allclose(found.scores, alone.flatten(1).mean(1).sort(descending=True).values, atol=1e-5)
@@ -179,19 +180,21 @@ def saved(tmp_path_factory):
 def test_the_command_saves_the_best_and_prints_the_curve(saved, tmp_path, capsys):
     model, clip = saved
     out, command = tmp_path / "best.png", [str(model), "red heart", "--budget", "24", "--steps", "4", "--device", "cpu"]
-    assert module.main([*command, "--verifier", str(clip), "--seed", "3", "--out", str(out)]) == 0
+    settings = ["--negative", "blue", "--w", "2", "--eta", "0.5", "--seed", "3"]
+    assert module.main([*command, *settings, "--verifier", str(clip), "--out", str(out)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" network")[0] for line in lines[:3]] == ["8", "16", "24"]
     (seed,) = re.fullmatch(rf"{out}: the best of 3 by 24 network calls; seed (\d) draws it alone", lines[3]).groups()
     pipe = tiny_pipeline(w=1.5, caption_length=8)
-    drawn = pipe("red heart", seed=3, num_images_per_prompt=3, num_inference_steps=4).images
+    drawn = pipe("red heart", negative_prompt="blue", w=2.0, eta=0.5, seed=3, num_images_per_prompt=3,
+                 num_inference_steps=4).images  # fmt: skip
     assert np.array_equal(np.asarray(Image.open(out)), np.asarray(drawn[int(seed) - 3]))
-    request, _denoiser, _model = settings_of(out, 1000)
-    assert (request.seed, request.think, request.steps, request.prompt) == (int(seed), 1, 4, "red heart")
+    request, _denoiser, _model = read_png(out, 1000)
+    assert request == Request("red heart", "blue", w=2.0, steps=4, eta=0.5, seed=int(seed))
     assert module.main([*command, "--pairs", "2", "--method", "paths", "-o", str(out)]) == 0
     assert capsys.readouterr().out == f"{out}: the best of 1 by 8 network calls\n"
     with pytest.raises(InputError, match="carries no settings"):
-        settings_of(out, 1000)
+        read_png(out, 1000)
 
 
 class Stopping(Brightness):
@@ -217,7 +220,7 @@ def test_a_search_that_is_stopped_keeps_the_best_so_far(saved, tmp_path, capsys,
     assert int(seed) == max(range(8), key=lambda i: np.asarray(images[i]).mean())
     assert np.array_equal(np.asarray(Image.open(out)), np.asarray(images[int(seed)]))
     out.unlink()
-    code = sample.stoppable(lambda: module.main([*command, "--budget", "160", "--verifier", "1", "--out", str(out)]), "nothing")
+    code = loading.stoppable(lambda: module.main([*command, "--budget", "160", "--verifier", "1", "--out", str(out)]), "nothing")
     assert code == 130 and not out.exists() and "stopped: nothing" in capsys.readouterr().err
 
 

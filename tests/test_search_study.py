@@ -59,7 +59,7 @@ def test_a_score_from_kept_differences_is_the_verifiers_own():
 
 @pytest.mark.slow
 def test_the_study_draws_once_what_search_finds_and_writes_its_section(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "precision", lambda choice, device: "no")
+    monkeypatch.setattr(models, "has_bf16", lambda device: False)
     docs = tmp_path / "docs"
     docs.mkdir()
     (docs / "benchmarks.md").write_text("# Before\n\n<!-- search -->\nold\n<!-- /search -->\n\n# After\n")

@@ -26,9 +26,10 @@ import app
 from pipeline import hub, models, search, serving
 from pipeline.config import Config, DataConfig, ModelConfig
 from pipeline.guidance import InputError, interval
+from pipeline.request import BUDGET, SEEDS, Request, read_png, same_model
 from pipeline.run import Run, save_state
 from pipeline.scheduler import DDPMScheduler
-from pipeline.serving import Request, Shelf, Studio
+from pipeline.serving import Shelf, Studio
 
 COLORS = {"red heart": (250, 20, 20), "green heart": (20, 250, 20), "blue circle": (20, 20, 250), "yellow square": (250, 250, 20)}
 
@@ -122,8 +123,8 @@ def test_anything_that_json_can_say_is_either_drawable_or_refused(raw):
         request = Request.read(raw, T=1000)
     except InputError:
         return
-    assert 1 <= request.steps * request.images * request.think <= serving.BUDGET and math.isfinite(request.w)
-    assert 0 <= request.low <= request.high <= 1 and 0 <= request.seed <= serving.SEEDS and len(request.prompt) <= 500
+    assert 1 <= request.steps * request.images * request.think <= BUDGET and math.isfinite(request.w)
+    assert 0 <= request.low <= request.high <= 1 and 0 <= request.seed <= SEEDS and len(request.prompt) <= 500
     json.dumps(request.prompt).encode()
 
 
@@ -143,9 +144,9 @@ def test_a_picture_carries_what_draws_it_again(studio, tmp_path):
     drawn = last(studio.create(request)).images
     for i, image in enumerate(drawn):
         image.save(tmp_path / "a.png", pnginfo=_text(image.info))
-        assert serving.settings_of(tmp_path / "a.png", T=1000) == (request, "network", studio.identity)
+        assert read_png(tmp_path / "a.png", T=1000) == (request, "network", studio.identity)
         assert json.loads(image.info["parameters"])["image"] == i
-    again = last(studio.create(serving.settings_of(tmp_path / "a.png", T=1000)[0])).images
+    again = last(studio.create(read_png(tmp_path / "a.png", T=1000)[0])).images
     assert np.array_equal(pixels(drawn), pixels(again))
 
 
@@ -253,11 +254,22 @@ def test_thinking_longer_is_the_search_and_shows_what_it_discarded(studio):
     assert np.array_equal(pixels([*drawn.images, *drawn.discarded]), pixels(images))
 
 
+def test_thinking_longer_goes_by_all_that_was_asked(studio):
+    asked = Request("red heart", "blue", w=2.0, steps=20, eta=0.5, seed=7, low=0.2, high=0.9, think=6)
+    drawn, w = last(studio.create(asked)), interval(2.0, 0.2, 0.9)
+    budget = 6 * search.calls_of_sample(studio.network, w, 20)
+    found = search.search(studio.network, "red heart", budget, serving.VERIFIER, negative_prompt="blue", w=w, steps=20, eta=0.5,
+                          seed=7)  # fmt: skip
+    assert len(found.candidates) > 1 and drawn.calls == found.calls
+    images = serving.pictures(studio.network, found.candidates)
+    assert np.array_equal(pixels([*drawn.images, *drawn.discarded]), pixels(images))
+
+
 def test_a_searched_picture_and_the_discarded_carry_what_draws_them_again(studio, tmp_path):
     drawn = last(studio.create(THOUGHT))
     for image, best in [(drawn.images[0], True), *((image, False) for image in drawn.discarded)]:
         image.save(tmp_path / "a.png", pnginfo=_text(image.info))
-        request, *_ = serving.settings_of(tmp_path / "a.png", T=1000)
+        request, *_ = read_png(tmp_path / "a.png", T=1000)
         assert (request == THOUGHT) == best and request.think == (6 if best else 1)
         again = last(studio.create(request)).images
         assert np.abs(pixels(again) - pixels([image])).max() <= (0 if best else 1)  # alone it rounds otherwise
@@ -292,7 +304,7 @@ def test_the_exact_denoiser_thinks_too(studio):
 def test_a_picture_of_before_the_search_is_read(tmp_path):
     old = {name: value for name, value in vars(Request("cat", steps=9)).items() if name != "think"}
     content = png(pnginfo=_text({"parameters": json.dumps(old | {"denoiser": "exact", "model": "emoji"})}))
-    assert serving.settings_of(saved(tmp_path, content), T=1000) == (Request("cat", steps=9), "exact", "emoji")
+    assert read_png(saved(tmp_path, content), T=1000) == (Request("cat", steps=9), "exact", "emoji")
 
 
 # ---- the exact denoiser
@@ -355,6 +367,14 @@ def test_two_models_of_one_name_are_told_apart(studio, source):
     assert Studio(tiny_pipeline(w=2.0), "tiny", source).identity == studio.identity, "of the same weights"
 
 
+@pytest.mark.parametrize("one, other, same", [
+    ("x (abcdef12)", "x (abcdef12)", True), ("x at step 560 (abcdef12)", "y (1) (abcdef12)", True),
+    ("x (abcdef12)", "x (abcdef13)", False), ("x", "x", True), ("x", "y", False),
+])  # fmt: skip
+def test_a_model_is_known_by_the_digits_of_its_weights_and_without_them_by_its_name(one, other, same):
+    assert same_model(one, other) == same_model(other, one) == same
+
+
 def test_an_unknown_picture_is_refused(studio):
     with pytest.raises(InputError, match="picture is 'purple', expected one of the set's 4 names"):
         studio.named("purple")
@@ -369,10 +389,10 @@ def test_the_curves_are_the_schedule(studio):
 
 
 def test_the_strip_goes_from_noise_to_the_picture(studio):
-    *_, strip = studio.backward(Request("red heart", w=1.0, steps=20, seed=4))
+    *_, strip = studio.backward(Request("red heart", w=3.0, steps=20, eta=0.0, seed=4))
     assert len(strip) == serving.COLUMNS and strip[-1][0] == 0
     assert [t for t, _, _ in strip] == sorted((t for t, _, _ in strip), reverse=True)
-    picture = studio.network("red heart", w=1.0, num_inference_steps=20, seed=4).images
+    picture = studio.network("red heart", w=3.0, num_inference_steps=20, eta=0.0, seed=4).images
     assert np.array_equal(pixels([strip[-1][1]]), pixels(picture))
 
 
@@ -417,7 +437,7 @@ def bomb(width, height):
     (b"<svg/>", "cannot be read, expected a picture"),
     (png(kind="GIF"), "cannot be read, expected a picture"),
     (bomb(2001, 2000), "the picture is 2001 x 2000, expected 4 megapixels at most"),
-    (bomb(60000, 60000), "expected"),
+    (bomb(60000, 60000), "cannot be read, expected a picture"),  # Pillow itself will not open it
     (png((300, 300))[:-40], "damaged"),
     (b"\0" * 2_000_001, "the file has 2.0 MB, expected 2 at most"),
 ])  # fmt: skip
@@ -427,7 +447,7 @@ def test_a_file_that_is_no_reasonable_picture_is_refused(tmp_path, content, mess
 
 
 def test_a_file_that_is_deleted_meanwhile_is_told(tmp_path):
-    for read in (lambda path: serving.uploaded(path, 8), lambda path: serving.settings_of(path, T=1000)):
+    for read in (lambda path: serving.uploaded(path, 8), lambda path: read_png(path, T=1000)):
         with pytest.raises(InputError, match="the file is no longer here, expected one dropped within the hour: drop it again"):
             read(tmp_path / "gone.png")
 
@@ -457,7 +477,7 @@ DREW = {"denoiser": "network", "model": "emoji"}
 def test_settings_of_a_foreign_picture_are_checked(tmp_path, parameters, message):
     content = png(pnginfo=_text({} if parameters is None else {"parameters": parameters}))
     with pytest.raises(InputError, match=message):
-        serving.settings_of(saved(tmp_path, content), T=1000)
+        read_png(saved(tmp_path, content), T=1000)
 
 
 # ---- which model

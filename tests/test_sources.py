@@ -73,6 +73,8 @@ def test_a_folder_of_shards_has_the_splits_of_its_names_and_slices_of_them(load,
     assert reds(load(tmp_path / "set")) == [*range(6)] and reds(load(tmp_path / "set", split="test")) == [6, 7]
     assert reds(load(tmp_path / "set", split="train[:50%]")) == [0, 1, 2]
     assert reds(load(tmp_path / "set", split="train[4:]+test")) == [4, 5, 6, 7]
+    with pytest.raises(DataError, match="has no rows: expected images with captions"):
+        load(tmp_path / "set", split="train[5:3]")
     with pytest.raises(DataError, match=r"has no split 'validation': it has \[?'?t\w+'?, t\w+"):
         load(tmp_path / "set", split="validation[:3]")
 

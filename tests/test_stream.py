@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import signal
+import time
 
 import datasets
 import pytest
@@ -12,7 +15,8 @@ from test_train import ROOT, TINY, encoder, killed_after, same, train, weights  
 
 from pipeline import sources
 from pipeline.config import DataConfig
-from pipeline.sources import DataError
+from pipeline.run import Run
+from pipeline.sources import DataError, Unreachable
 from pipeline.stream import Stream
 
 SHARDS, ROWS = 5, 7
@@ -147,10 +151,11 @@ def test_a_network_that_fails_now_and_then_changes_nothing(stream, monkeypatch):
     assert take(stream(), 60) == whole and errors == []
 
 
-@pytest.mark.parametrize(("error", "says"), [
-    (ConnectionError("reset by peer"), r"cannot read a flaky table in 3 attempts \(reset by peer\): run the same command again"),
-    (FileNotFoundError("shard 7 is gone"), "cannot read a flaky table: shard 7 is gone")])  # fmt: skip
-def test_a_network_that_fails_for_good_is_one_sentence_and_the_place_before_it_is_kept(stream, monkeypatch, error, says):
+@pytest.mark.parametrize(("error", "says", "kind"), [
+    (ConnectionError("reset by peer"), r"cannot read a flaky table in 3 attempts \(reset by peer\): run the same command again",
+     Unreachable),
+    (FileNotFoundError("shard 7 is gone"), "cannot read a flaky table: shard 7 is gone", DataError)])  # fmt: skip
+def test_a_network_that_fails_for_good_is_one_sentence_and_the_place_before_it_is_kept(stream, monkeypatch, error, says, kind):
     monkeypatch.setattr(sources, "WAITS", (0.01, 0.01))
     monkeypatch.setattr(sources, "open_rows", flaky([]))
     whole = take(stream(), 40)
@@ -158,7 +163,7 @@ def test_a_network_that_fails_for_good_is_one_sentence_and_the_place_before_it_i
     one = stream()
     with pytest.raises(DataError, match=says) as caught:
         take(one, 32)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and caught.type is kind
     monkeypatch.setattr(sources, "open_rows", flaky([]))
     mended = stream()
     mended.load_state_dict(one.state_dict())
@@ -227,18 +232,40 @@ def test_a_stream_that_fails_for_good_saves_the_steps_before(whole, tmp_path, mo
     def take(self, n):
         taken.append(n)
         if sum(taken) > 4 * 4 + 2:  # in the fifth batch of four
-            raise DataError("cannot read both.parquet in 3 attempts (reset by peer): run the same command again")
+            raise Unreachable("cannot read both.parquet in 3 attempts (reset by peer): run the same command again")
         return real(self, n)
 
     config, seldom = whole[0] / "config.yaml", ("--train.save_every", "100", *more)
     train(config, tmp_path / "whole", *seldom)
     monkeypatch.setattr(Stream, "take", take)
     done = train(config, tmp_path, *seldom, check=False)
-    assert done.returncode == 2
+    assert done.returncode == 1
     assert "(reset by peer)" in done.stderr and "step 4 is saved: the same command goes on from it" in done.stderr
     monkeypatch.setattr(Stream, "take", real)
     assert "going on from step 4" in train(config, tmp_path, *seldom).stdout
     assert same(weights(tmp_path / "tiny"), weights(tmp_path / "whole" / "tiny"))
+
+
+@pytest.mark.parametrize("every", ["2", "100"])
+def test_a_stop_is_heard_while_a_stream_is_waited_for(whole, tmp_path, monkeypatch, every):
+    """The steps before are saved, once."""
+    real, taken, saved, save = Stream.take, [], [], Run.save
+
+    def take(self, n):
+        taken.append(n)
+        if len(taken) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        return real(self, n)
+
+    monkeypatch.setattr(Run, "save", lambda run, step, *more, **facts: saved.append(step) or save(run, step, *more, **facts))
+    monkeypatch.setattr(Stream, "take", take)
+    done = train(whole[0] / "config.yaml", tmp_path, "--train.save_every", every, check=False)
+    assert done.returncode == 143 and "Stopped (SIGTERM) after step 4 of 6; run the same command to go on." in done.stdout
+    assert saved == ([2, 4] if every == "2" else [4])
+    monkeypatch.undo()
+    assert "going on from step 4" in train(whole[0] / "config.yaml", tmp_path, "--train.save_every", every).stdout
+    assert same(weights(tmp_path / "tiny"), weights(whole[0]))
 
 
 def test_a_stream_that_fails_before_the_first_step_leaves_no_checkpoint(whole, tmp_path, monkeypatch):

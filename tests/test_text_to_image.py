@@ -138,6 +138,21 @@ def test_p8_p11_dtypes_follow_and_draw_the_same_picture(dtype, off):
     assert draw(pipe, output_type="latent").dtype == torch.promote_types(dtype, torch.float32)
 
 
+def test_p9_a_saved_half_precision_model_loads_as_one_and_draws_the_same(tmp_path):
+    pipe = tiny_pipeline(patch_size=2).to(torch.float16)
+    pipe.save_pretrained(tmp_path)
+    again = TextToImagePipeline.from_pretrained(tmp_path, dtype=torch.float16)
+    again.set_progress_bar_config(disable=True)
+    assert all(part.dtype == torch.float16 for part in again.components.values() if isinstance(part, torch.nn.Module))
+    close(draw(again, w=2.0), draw(pipe, w=2.0), atol=1e-2)
+
+
+def test_p9_weights_may_lie_in_a_narrower_dtype_than_is_computed_in(pipe):
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert np.isfinite(draw(pipe, w=2.0)).all()
+    assert pipe.unet.conv_in.weight.dtype == torch.float8_e4m3fn
+
+
 def test_p1_a_pipeline_with_whitened_captions_draws_the_same_after_loading(tmp_path, pipe):
     states = torch.cat([pipe.encode_prompt(word)[0] for word in WORDS])
     white = TextToImagePipeline(**{**pipe.components, "whitening": CaptionWhitening.fit(states, 0.1)})
@@ -219,6 +234,8 @@ def test_p15_callbacks_may_raise_the_guidance(pipe):
     assert pipe.guidance_scale == 2.0 + pipe.num_timesteps
     levels = [noise_level(pipe.scheduler, t) for t in plan(pipe.scheduler, STEPS)]
     assert np.array_equal(raised, draw(pipe, w=lambda level: 1.0 + levels.index(level)))
+    of_tensors = draw(pipe, guidance_scale=torch.tensor([2.0]), callback_on_step_end=raise_it)  # which `+=` changes in place
+    assert np.array_equal(of_tensors, raised)
 
 
 def test_an_eta_that_the_variance_does_not_go_with_is_refused():
@@ -271,9 +288,10 @@ def test_p17_prompts_are_encoded_without_the_network(kind):
     assert "return prompt_embeds, negative_prompt_embeds" in inspect.getsource(TextToImagePipeline.encode_prompt)
 
 
-def test_p18_each_part_may_load_in_its_own_dtype(pipe, tmp_path):
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_p18_each_part_may_load_in_its_own_dtype(pipe, tmp_path, name):
     pipe.save_pretrained(tmp_path)
-    again = TextToImagePipeline.from_pretrained(tmp_path, torch_dtype={"unet": torch.bfloat16, "default": torch.float32})
+    again = TextToImagePipeline.from_pretrained(tmp_path, **{name: {"unet": torch.bfloat16, "default": torch.float32}})
     assert (again.unet.dtype, again.text_encoder.dtype) == (torch.bfloat16, torch.float32)
     assert np.isfinite(draw(again)).all()
 
@@ -385,9 +403,10 @@ def test_states_of_another_length_than_the_tokenizers_draw_as_in_stable_diffusio
         ours(prompt_embeds=states.repeat(1, 3, 1), guidance_scale=3.0)
 
 
-def test_lora_layers_of_the_text_encoder_are_scaled_with_the_networks():
+@pytest.mark.parametrize(("part", "targets"), [("text_encoder", ["q_proj", "v_proj"]), ("unet", ["to_q", "to_v"])])
+def test_lora_layers_of_the_text_encoder_are_scaled_with_the_networks(part, targets):
     theirs = stable_diffusion()
-    theirs.text_encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    getattr(theirs, part).add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
     ours = TextToImagePipeline.from_pipe(theirs)
     ours.set_progress_bar_config(disable=True)
     full, half = ([draw_jointly(p, cross_attention_kwargs={"scale": scale}) for p in (theirs, ours)] for scale in (1.0, 0.5))

@@ -23,7 +23,7 @@ from tiny import tiny_text, tiny_unet
 
 import train_text2img
 from pipeline import config as settings
-from pipeline import hub
+from pipeline import data, hub, losses, models, randomness
 from pipeline.captions import CaptionWhitening
 from pipeline.run import Run
 from pipeline.serving import Shelf
@@ -172,6 +172,22 @@ def test_a_checkpoint_draws_with_its_averaged_weights(whole):
     assert np.array_equal(*drawn)
 
 
+def test_an_average_of_decay_zero_is_the_last_weights(whole, tmp_path):
+    train(whole[0] / "config.yaml", tmp_path, "--train.ema", "0", "--train.steps", "2")
+    for run, step, expected in ((tmp_path / "tiny", "2", True), (whole[0], "6", False)):
+        last = load_file(run / "checkpoints" / step / "unet" / "diffusion_pytorch_model.safetensors")
+        assert all(torch.allclose(last[name], value) for name, value in weights(run).items()) == expected
+
+
+def test_checks_and_samples_see_the_average_and_training_goes_on_with_its_own_weights():
+    network = tiny_unet().train()
+    own, ema = [weight.detach().clone() for weight in network.parameters()], models.moving_average(network, 0.9)
+    ema.shadow_params = [torch.full_like(weight, 0.5) for weight in own]
+    with train_text2img.averaged(ema, network) as shown:
+        assert not shown.training and all((weight == 0.5).all() for weight in shown.parameters())
+    assert network.training and all(map(torch.equal, network.parameters(), own))
+
+
 def test_a_shipped_model_is_small_and_draws_with_the_encoder_that_its_settings_name(whole, tmp_path):
     shipped = hub.ship(whole[0], tmp_path / "new" / "shipped")
     index = json.loads((shipped / "model_index.json").read_text())
@@ -233,12 +249,14 @@ def test_the_newest_run_is_served(whole, tmp_path):
     assert hub.newest(tmp_path) == tmp_path / "new" and hub.newest(tmp_path, finished=True) == tmp_path / "old"
 
 
-def test_the_same_command_on_a_finished_run_says_so_and_changes_nothing(whole):
+@pytest.mark.parametrize(("more", "steps"), [((), 6), (("--train.steps", "4"), 4)])
+def test_the_same_command_on_a_finished_run_says_so_and_changes_nothing(whole, more, steps):
+    """Nor does one that asks for fewer steps."""
     run, _ = whole
-    before = (run / "metrics.jsonl").read_text()
-    done = train(run / "config.yaml", run.parent)
-    assert "is finished at step 6 of 6" in done.stdout
-    assert (run / "metrics.jsonl").read_text() == before
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+    done = train(run / "config.yaml", run.parent, *more)
+    assert f"is finished at step 6 of {steps}" in done.stdout
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"} == before
 
 
 @pytest.mark.parametrize("step", [2, 4])
@@ -265,18 +283,60 @@ def test_a_run_by_muon_resumes_in_the_same_bytes(config, tmp_path):
 def test_a_finished_run_that_goes_on_is_unfinished_until_its_new_end(whole, tmp_path, monkeypatch):
     """Its first card must not pass for the second one's."""
     shutil.copytree(whole[0], tmp_path / "tiny")
-    longer = ("--train.steps", "8")
+    run, longer = tmp_path / "tiny", ("--train.steps", "8")
+    for measured in ("metrics.json", "images/free.png", "images/sweep.png"):
+        (run / measured).write_text("{}")
     monkeypatch.setattr(train_text2img, "finish", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(whole[0] / "config.yaml", tmp_path, *longer)
     monkeypatch.undo()
-    assert Run(tmp_path / "tiny").newest().name == "8" and not Run(tmp_path / "tiny").finished
-    assert "is its card" in train(whole[0] / "config.yaml", tmp_path, *longer).stdout
-    assert not same(weights(tmp_path / "tiny"), weights(whole[0])) and Run(tmp_path / "tiny").finished
+    assert Run(run).newest().name == "8" and not Run(run).finished
+    for shared in (lambda: hub.ship(run, tmp_path / "shipped"), lambda: hub.assemble(run, tmp_path / "pushed")):
+        with pytest.raises(hub.HubError, match="tiny is being trained on, expected a finished run"):
+            shared()
+    assert "is its card" in train(whole[0] / "config.yaml", tmp_path, *longer, "--sample.prompts", "[red]").stdout
+    assert not same(weights(run), weights(whole[0])) and Run(run).finished
+    assert not {"metrics.json", "images/free.png", "images/sweep.png"} & {str(p.relative_to(run)) for p in run.rglob("*")}
+    assert Image.open(run / "samples" / "000008.png").size == (16, 2 * 16), "drawn anew: its prompts are others"
+
+
+@pytest.mark.parametrize("check", [1, 2])
+def test_a_check_and_a_picture_that_a_stop_cut_short_are_made_up(whole, tmp_path, monkeypatch, check):
+    """After step 3, and after the last one, where nothing else is left to do."""
+    real, asked = train_text2img.validate, []
+
+    def validate(*arguments):
+        asked.append(1)
+        if len(asked) == check:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    monkeypatch.setattr(train_text2img, "validate", validate)
+    done = train(whole[0] / "config.yaml", tmp_path, check=False)
+    assert done.returncode == 143 and f"Stopped (SIGTERM) after step {3 * check} of 6" in done.stdout
+    train(whole[0] / "config.yaml", tmp_path)
+    assert log(tmp_path / "tiny") == log(whole[0]) and same(weights(tmp_path / "tiny"), weights(whole[0]))
+    drawn = [{p.name: p.read_bytes() for p in (run / "samples").iterdir()} for run in (tmp_path / "tiny", whole[0])]
+    assert drawn[0] == drawn[1]
+
+
+def test_a_stop_is_heard_while_results_are_left_and_pushed(whole, tmp_path, monkeypatch):
+    def stopped(*_args, **_options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    run = killed_after(6, whole[0], tmp_path)
+    for place, name, when in ((train_text2img.card, "plot_strips", "after the last step"),
+                              (hub, "publish", "before the model was pushed")):  # fmt: skip
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, stopped)
+            done = train(whole[0] / "config.yaml", tmp_path, check=False)
+        assert done.returncode == 143 and f"Stopped (SIGTERM) {when}; run the same command to go on." in done.stdout
+    assert Run(run).finished and same(weights(run), weights(whole[0]))
 
 
 def test_a_longer_run_says_where_its_learning_rate_goes_on(config, tmp_path):
-    more = ("--train.lr_schedule", "linear", "--train.lr", "0.002", "--train.warmup", "0", "--model.text_encoder", "minilm")
+    more = ("--train.lr_schedule", "linear", "--train.lr", "0.002", "--train.warmup", "0")
     train(config, tmp_path, *more, "--train.steps", "2")
     said = train(config, tmp_path, *more, "--train.steps", "4").stdout
     assert "With 4 steps the schedule goes on at a learning rate of 0.001, where it was 0\n" in said
@@ -328,6 +388,9 @@ def test_the_learning_rate_rises_stays_and_falls():
     share = schedule.lr_lambdas[0]
     assert [share(step) for step in (0, 4, 9, 30, 60)] == pytest.approx([0.1, 0.5, 1, 1, 1])
     assert [share(step) for step in (70, 80, 100)] == pytest.approx([0.1 + 0.9 * 0.75, 0.1 + 0.9 * 0.5, 0.1])
+    constant = dataclasses.replace(shape, lr_schedule="constant")
+    (share,) = train_text2img.lr_schedule(torch.optim.SGD([weight], shape.lr), constant).lr_lambdas
+    assert [share(step) for step in (0, 5, 10, 100)] == pytest.approx([0, 0.5, 1, 1])
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
@@ -344,6 +407,8 @@ def test_the_logged_learning_rate_is_the_steps_own_and_its_gradient_is_clipped(c
     for name, clip in (("free", "1.0"), ("held", "1e-14")):
         train(config, tmp_path / name, *more, "--train.clip", clip)
     assert [line["lr"] for line in log(tmp_path / "free" / "tiny") if "lr" in line] == pytest.approx([1e-3, 5e-4])
+    norms = [log(tmp_path / name / "tiny")[0]["grad_norm"] for name in ("free", "held")]
+    assert norms[0] == norms[1] > 1e-14
     free, held = (load_file(Run(tmp_path / name / "tiny").checkpoints / "2" / "unet" / "diffusion_pytorch_model.safetensors")
                   for name in ("free", "held"))  # fmt: skip
     chosen, _ = settings.load(["--config", str(config)])
@@ -409,6 +474,17 @@ def test_a_request_to_stop_ends_a_drawing_within_a_step(whole, tmp_path):
     assert len(calls) == 3 and not list(tmp_path.iterdir())
 
 
+def test_the_samples_are_a_column_a_prompt_and_a_row_a_w(whole, tmp_path):
+    chosen, pipe = settings.load_file(whole[0] / "config.yaml"), hub.load(whole[0])
+    chosen = dataclasses.replace(chosen, sample=dataclasses.replace(chosen.sample, w=(0.0, 1.0, 4.0)))
+    train_text2img.draw(pipe, chosen, tmp_path / "samples.png", False)
+    grid = np.asarray(Image.open(tmp_path / "samples.png"))
+    assert grid.shape == (3 * 16, 2 * 16, 3)
+    for row, w in enumerate(chosen.sample.w):
+        alone = pipe(list(chosen.sample.prompts), w=w, seed=0, num_inference_steps=2).images
+        assert np.array_equal(grid[16 * row : 16 * (row + 1)], np.hstack(alone))
+
+
 @pytest.mark.parametrize("line", ["loss", "train_loss"])
 def test_a_disk_that_is_full_anywhere_is_one_sentence(line, config, tmp_path, monkeypatch):
     """A line of the log that is cut is the last one: the run may not go on after it."""
@@ -421,11 +497,14 @@ def test_a_disk_that_is_full_anywhere_is_one_sentence(line, config, tmp_path, mo
 
     monkeypatch.setattr(Run, "log", full)
     done = train(config, tmp_path, check=False)
-    monkeypatch.setattr(Run, "log", lambda *_args, **_record: Path("/no/such/file").read_text())
-    with pytest.raises(FileNotFoundError):  # a mistake of ours keeps its traceback
-        train(config, tmp_path / "other", check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert f"error: {tmp_path}/tiny/metrics.jsonl: No space left on device, expected room and leave to write" in done.stderr
+
+
+def test_a_file_that_is_missing_by_a_mistake_of_ours_keeps_its_traceback(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(Run, "log", lambda *_args, **_record: Path("/no/such/file").read_text())
+    with pytest.raises(FileNotFoundError):
+        train(config, tmp_path, check=False)
 
 
 def test_how_often_it_logs_checks_and_saves_does_not_change_what_it_learns(whole, tmp_path):
@@ -520,6 +599,30 @@ def test_the_loss_depends_on_captions_exactly_where_they_are_kept(config, dropou
     assert torch.equal(a, b) == bool(dropout) and torch.isfinite(a).all()
 
 
+def test_the_loss_is_weighted_as_configured(whole):
+    """The network predicts x_0, whose own weight is 1."""
+    weighted = lambda *more: settings.load(["--config", str(whole[0] / "config.yaml"), "--train.weighting", *more])[0]
+    plain, clipped = weighted("x_0", "--train.gamma", "null"), weighted("min_snr", "--train.gamma", "2")
+    parts, slots = train_text2img.prepare(plain, None, torch.device("cpu")), torch.arange(4)
+    with torch.no_grad():
+        a, b = (train_text2img.batch_loss(parts.unet, parts, chosen, 0, slots) for chosen in (plain, clipped))
+    t = randomness.timesteps(0, 0, slots, 4, 100)
+    torch.testing.assert_close(b, losses.weight(parts.scheduler, t, "min_snr", 2.0) * a)
+
+
+def test_pictures_are_mirrored_as_drawn(whole):
+    """Others in the place of these, which are plain."""
+    chosen, _ = settings.load(["--config", str(whole[0] / "config.yaml"), "--data.flip", "true"])
+    parts, slots = train_text2img.prepare(chosen, None, torch.device("cpu")), torch.arange(4)
+    pixels = torch.randint(256, (9, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    parts.images = dataclasses.replace(parts.images, images=pixels)
+    shown, flip = pixels[data.batch_indices(0, 0, 4, 9)], randomness.flips(0, 0, slots)
+    assert flip.any() and not flip.all()
+    shown[flip] = shown[flip].flip(-1)
+    x_0, _ = train_text2img.examples(parts, chosen, 0, slots)
+    assert torch.equal(parts.pipe.decode(x_0), data.as_float(shown))
+
+
 def test_accumulated_micro_steps_are_one_batch(whole, tmp_path):
     """Slots belong to the global batch: two micro-steps of 2 see what one of 4 sees (sums differ by rounding)."""
     train(whole[0] / "config.yaml", tmp_path, "--train.accumulation", "2", "--train.precision", "no")
@@ -576,7 +679,7 @@ def test_the_command_line_exits_with_2_on_bad_input(config, tmp_path):
 
 
 def test_a_dry_run_says_what_would_happen_and_keeps_nothing(config, tmp_path):
-    done = train(config, tmp_path / "dry", "--dry_run")
+    done = train(config, tmp_path / "dry", "--dry_run", "--model.text_encoder", "minilm")  # the embedded one, as make train's
     assert "weights to train" in done.stdout and "6 steps of 4 images" in done.stdout
     assert not (tmp_path / "dry").exists()
 
