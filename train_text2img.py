@@ -2,7 +2,7 @@
 
 The loop is the lecture's: a batch of captioned images, a timestep and noise each, the direct jump (5), caption dropout
 (14), the network's prediction, its loss (13), a step. Everything random is a function of (seed, step, position in the
-global batch), so running the same command again after an interruption repeats what was lost, bit for bit.
+global batch), so running the same command again after an interruption repeats what was lost, on a CPU bit for bit.
 """
 
 import contextlib
@@ -17,7 +17,13 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType, broadcast_object_list, gather_object, parse_flag_from_env
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    LoggerType,
+    broadcast_object_list,
+    gather_object,
+    parse_flag_from_env,
+)
 from diffusers import UNet2DConditionModel
 from diffusers.utils import make_image_grid
 from tqdm.auto import tqdm
@@ -235,14 +241,17 @@ def draw(pipe: TextToImagePipeline, config: Config, path: Path, stop) -> None:
 
 @contextlib.contextmanager
 def averaged(ema, unet):
-    """The network with its moving average for weights."""
-    weights = models.trainable(unet)
-    ema.store(weights)
-    ema.copy_to(weights)
+    """The network with its moving average for weights, which change places: nothing is copied."""
+
+    def exchange():
+        for weight, mean in zip(models.trainable(unet), ema.shadow_params, strict=True):
+            weight.data, mean.data = mean.data, weight.data
+
+    exchange()
     try:
         yield unet.eval()
     finally:
-        ema.restore(weights)
+        exchange()
         unet.train()
 
 
@@ -283,7 +292,8 @@ def train(config: Config, dry_run: bool = False) -> int:
         raise ConfigError("train.precision must be auto, no or bf16 on a CPU, got fp16")
     accelerator = Accelerator(
         cpu=cpu, mixed_precision=precision, log_with=config.report_to,
-        gradient_accumulation_steps=config.train.accumulation, project_dir=config.folder)  # fmt: skip
+        gradient_accumulation_steps=config.train.accumulation, project_dir=config.folder,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)])  # fmt: skip  # no second copy of them
     set_threads(config.train.threads, accelerator)
     keep_freed_memory()
     share = config.train.batch_size // config.train.accumulation
@@ -298,13 +308,16 @@ def train(config: Config, dry_run: bool = False) -> int:
     with accelerator.main_process_first():
         run.create()
     with runs.StopRequest() as stop, run.lock() if main else contextlib.nullcontext():
-        (checkpoint,) = broadcast_object_list([resume_point(run, config) if main else None])  # one decides for all
+        checkpoint, finished = broadcast_object_list([resume_point(run, config), run.finished] if main else [None, None])
+        if checkpoint and not (checkpoint / runs.MANIFEST).is_file():  # one process has decided for all
+            raise runs.RunError(f"process {accelerator.process_index} does not see {checkpoint}, expected `output` on a disk "
+                                "that all machines share: put the run there")  # fmt: skip
         start = int(checkpoint.name) if checkpoint else 0
-        if start > config.train.steps and not run.finished:
+        if start > config.train.steps and not finished:
             raise runs.RunError(f"{run.folder} is at step {start} already, got train.steps {config.train.steps}: give at least "
                                 f"{start}, or a new run another --name")  # fmt: skip
         try:
-            if start >= config.train.steps and run.finished:
+            if start >= config.train.steps and finished:
                 accelerator.print(f"{run.folder} is finished at step {start} of {config.train.steps}.\n{usage(run, config)}")
                 return publish(config, run, stop) if main else 0
             with stop.at_once("before the first step"):
@@ -322,6 +335,9 @@ def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Pa
     with stop.at_once("before the first step"), local_main_first(accelerator):  # the others find in the cache what it prepares
         parts = prepare(config, checkpoint, accelerator.device, again=checkpoint is None)
     read = None if stream is not None else parts.images.fingerprint
+    if len(set(gather_object([read]))) > 1:
+        raise data.DataError(f"the processes read different pictures or captions in {config.data.source}, expected the same on "
+                             "all machines: copy those of one to the others")  # fmt: skip
     if checkpoint and (was := runs.manifest(checkpoint).get("data", read)) != read:
         raise runs.RunError(f"{run.folder} was begun on other pictures or captions: the fingerprint of {config.data.source} "
                             f"was {was} and is now {read}. Put them back, or give the new run another --name")  # fmt: skip
@@ -336,11 +352,14 @@ def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Pa
         restore(optimizer, saved["optimizer"])
         was, now = resume_schedule(schedule, saved["schedule"])
         ema.load_state_dict(saved["ema"])
+        ema.shadow_params = [torch.empty_like(weight).copy_(mean)  # as the weights lie, or the average takes torch's slow path
+                             for weight, mean in zip(models.trainable(parts.unet), ema.shadow_params, strict=True)]  # fmt: skip
         if accelerator.scaler is not None and saved.get("scaler"):  # none from a machine that computes in another precision
             accelerator.scaler.load_state_dict(saved["scaler"])
         state |= saved["state"] | {"losses": of_rank(saved.get("losses", [saved["state"]["losses"]]), accelerator)}
         if stream is not None:
             stream.load_state_dict(of_rank(saved["streams"], accelerator))
+        del saved  # which maps the checkpoint's files: deleted, they would keep their room
     if main:
         run.card.unlink(missing_ok=True)  # a run's own: until it is finished again
         run.rewind(state["step"])
@@ -434,18 +453,20 @@ def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Pa
                     accelerator.backward(each.mean())
                     seen.append((mine, each.detach()))
                     if accelerator.sync_gradients:
-                        norm = accelerator.clip_grad_norm_(weights, config.train.clip)
-                        sound = bool(torch.isfinite(norm))  # of the gradients of all processes
-                        if sound or accelerator.scaler is not None:  # a scaler skips by itself, and lowers its scale
-                            optimizer.step()
+                        norm = accelerator.clip_grad_norm_(weights, config.train.clip)  # of the gradients of all processes
+                        norm, *means = torch.stack([norm, *(each.mean() for _, each in seen)]).tolist()  # the one wait for a GPU
+                        sound = math.isfinite(norm)
                         if sound:
+                            optimizer.step()
                             ema.step(weights)
+                        elif accelerator.scaler is not None:
+                            accelerator.scaler.update()  # which lowers its scale
                     optimizer.zero_grad()
             lr = optimizer.param_groups[-1]["lr"]  # what this step took
             schedule.step()
             state["in_a_row"] = 0 if sound else state["in_a_row"] + 1
             state["skipped"] += not sound
-            state["losses"] += [each.mean().item() for _, each in seen if each.isfinite().all()]
+            state["losses"] += filter(math.isfinite, means)
             state["step"] = step = step + 1
             if not sound:
                 bad = gather_object(spoilt(parts, config, step - 1, seen))
@@ -461,7 +482,7 @@ def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Pa
             if step % config.train.log_every == 0 or step == steps:
                 mean = accelerator.reduce(torch.tensor(state["losses"], device=accelerator.device).mean(), "mean").item()
                 record = {"step": step, "loss": mean if math.isfinite(mean) else None,
-                          "grad_norm": norm.item() if sound else None, "lr": lr, "skipped": state["skipped"],
+                          "grad_norm": norm if sound else None, "lr": lr, "skipped": state["skipped"],
                           "images_per_s": config.train.batch_size * counted / busy, "seconds": clock()}  # fmt: skip
                 state["losses"], busy, counted = [], 0.0, 0
                 bar.set_postfix(loss=f"{mean:.4f}")
@@ -469,9 +490,10 @@ def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Pa
                     run.log(**record)
                 trackers.log(step, record)
             last, ended = step == steps, stopped(stop, accelerator)
-            if main and not ended:
-                show(step)
-            ended = ended or stopped(stop, accelerator)
+            if not ended and (last or step % config.train.validate_every == 0 or step % config.sample.every == 0):
+                if main:
+                    show(step)
+                ended = stopped(stop, accelerator)
             if ended or last or step % config.train.save_every == 0:
                 save()
             if ended:
@@ -521,10 +543,12 @@ def tell(step: int, bad: list[str]) -> None:
 
 
 def stopped(stop, accelerator: Accelerator) -> bool:
-    """Has any process been asked to stop? All of them get the same answer."""
-    if accelerator.num_processes == 1:
-        return bool(stop)
-    return bool(accelerator.reduce(torch.tensor(int(bool(stop)), device=accelerator.device), "sum").item())
+    """Has any process been asked to stop? All of them get the same answer, and end with the same exit code."""
+    if accelerator.num_processes > 1:
+        code = int(accelerator.gather(torch.tensor([stop.exit_code], device=accelerator.device)).max())
+        if code and not stop:
+            stop.reason, stop.exit_code = "as another process", code
+    return bool(stop)
 
 
 def finish(config: Config, run: runs.Run, parts: Parts, ema, seconds: float) -> None:
@@ -563,10 +587,12 @@ def usage(run: runs.Run, config: Config) -> str:
 
 def rehearse(config: Config, accelerator: Accelerator) -> int:
     """`--dry_run`: the plan, from one timed step; nothing is kept but the prepared data."""
-    parts = prepare(config, None, accelerator.device)
+    with local_main_first(accelerator):
+        parts = prepare(config, None, accelerator.device)
     try_sampling(parts, config)
-    optimizer = optimizer_of(parts.unet, config.train)
+    optimizer, ema = optimizer_of(parts.unet, config.train), models.moving_average(parts.unet, config.train.ema)
     unet, optimizer = accelerator.prepare(parts.unet, optimizer)
+    ema.to(accelerator.device)
     share, weights, timed = config.train.batch_size // config.train.accumulation, models.trainable(parts.unet), []
     slots = torch.arange(accelerator.process_index, share, accelerator.num_processes)
     with open_stream(config, accelerator) as parts.stream:
@@ -575,6 +601,7 @@ def rehearse(config: Config, accelerator: Accelerator) -> int:
             accelerator.backward(batch_loss(unet, parts, config, step, slots).mean())
             norm = accelerator.clip_grad_norm_(weights, config.train.clip)
             optimizer.step()
+            ema.step(weights)
             optimizer.zero_grad()
             norm.item()  # a GPU's clock stops when it is done
             timed.append((time.perf_counter() - began) * config.train.accumulation)

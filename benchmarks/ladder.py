@@ -27,6 +27,7 @@ from benchmarks.bench import table, target
 from pipeline import config as settings
 from pipeline import data, evaluation, hub, machine, measures, models
 from pipeline import run as runs
+from pipeline.sources import digest
 
 CONFIG = "configs/emoji-small.yaml"
 DIFFUSERS = {  # the text-to-image example's recipe, on the network's own shape; captions are cached, as the trainer always does
@@ -51,7 +52,7 @@ RUNGS = {  # each changes the one before
 }  # fmt: skip
 PEER = "denoising-diffusion-pytorch"
 PEERS = {f"{PEER}-{width}": width for width in (64, 32)}  # its example's width; and a quarter of the weights, so more steps
-START = "the example's recipe, captions cached"
+START = "the example's recipe with --use_ema, captions cached; our dropout of captions (0.1) and warm-up of the average"
 GOAL = 0.4  # of the training captions, own picture among the first five
 CHECKS = 8  # checkpoints of a run
 SEED = 4000
@@ -161,7 +162,9 @@ def loaded(folder: Path):
 
 
 def peer(width: int, seed: int, args) -> dict:
-    """The peer with its trainer's own settings (Adam 1e-4, batch 16, EMA 0.995 every 10 steps), judged at its better scale."""
+    """The peer with its trainer's own settings (Adam 1e-4, batch 16, an average of decay 0.995 every 10 steps, which warms up as
+    diffusers' does), judged at its better scale.
+    """
     from diffusers.training_utils import EMAModel
 
     bench.prepare()
@@ -244,6 +247,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--peers", type=Path, default=Path("data/peers"), help="where the peer was installed")
     parser.add_argument("--dry-run", action="store_true", help="print the runs and their time, and check their settings")
     args = bench.parse(parser, argv)
+    args.folder /= f"{args.minutes:g}-minutes-{digest(bench.machine())[:8]}"  # a run of another way is not gone on with
     if args.dry_run or args.quick:
         for rung in (rung for rung in args.rungs if rung in RUNGS):
             settings.load(command(rung, args.seeds[0], args.folder, 100)[1:])

@@ -33,10 +33,10 @@ def calls(batch: int) -> dict[str, dict]:
     found = {"step": {}, "add_noise": {}}
     for name, scheduler in schedulers.items():
         scheduler.set_timesteps(STEPS)
-        at, generator = scheduler.timesteps[STEPS // 2], torch.Generator()
+        at, generator = scheduler.timesteps[STEPS // 2], torch.Generator().manual_seed(0)
 
         def step(scheduler=scheduler, at=at, generator=generator):
-            return scheduler.step(eps, at, x, generator=generator.manual_seed(0), return_dict=False)[0]
+            return scheduler.step(eps, at, x, generator=generator, return_dict=False)[0]
 
         found["step"][name] = step
         found["add_noise"][name] = lambda scheduler=scheduler: scheduler.add_noise(x, eps, t)
@@ -83,7 +83,8 @@ def share_of_sampling(pipe, batches: list[int], repeats: int, w: float) -> tuple
         some = Contenders(pipe, batch, 2, w, bf16)
         scheduler, x = DDPMScheduler.from_config(pipe.scheduler.config), some.x_T
         scheduler.set_timesteps(STEPS)
-        step = lambda: scheduler.step(x, scheduler.timesteps[STEPS // 2], x, generator=some.generators())
+        generators = some.generators()  # made once a picture
+        step = lambda: scheduler.step(x, scheduler.timesteps[STEPS // 2], x, generator=generators)
         seconds = bench.in_turns({"step": again(step, 10), "network": some.bare}, repeats)
         one, call = [s / 10 for s in seconds["step"]], [s / 2 for s in seconds["network"]]
         shares = [a / (a + b) for a, b in zip(one, call, strict=True)]

@@ -325,7 +325,7 @@ def main(argv: list[str] | None = None) -> int:
         hidden = bank.n_train + data.evenly(held if args.held_out is None else args.held_out, held)
         rows, w = torch.cat([shown, hidden]), pipe.config.w if args.w is None else args.w
         captions = hashlib.sha256(json.dumps([bank.captions[row] for row in rows]).encode()).hexdigest()[:8]
-        name = f"{data.weights_digest(pipe.unet)[:8]}-{captions}-steps{args.steps}-w{w:g}-seed{args.seed}"
+        name = f"{evaluation.identity(pipe, bank)}-{captions}-steps{args.steps}-w{w:g}-seed{args.seed}"
         study = Study(pipe, judge, bank, rows, args.run / "search" / name, w, args.steps, args.seed, args.batch)
         found = measured(study, args.candidates, args.pairs, args.multiples, args.paths)
     except (ValueError, OSError) as error:

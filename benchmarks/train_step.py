@@ -92,12 +92,12 @@ def main() -> None:
     torch.set_num_threads(bench.cores())
     if not args.stock_malloc:
         keep_freed_memory()
-    if not args.alone:
-        print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}")
-    measure(settings.load_file(args.config), args.batch, args.fused_attention)
-    if not args.alone:
-        again = [sys.executable, __file__, "--alone", *sys.argv[1:]]
-        subprocess.run(again, env={**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}, check=True)
+    if args.alone:
+        measure(settings.load_file(args.config), args.batch, args.fused_attention)
+        return
+    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}", flush=True)
+    for more in ({}, {"ATEN_CPU_CAPABILITY": "avx2"}):  # a process each: a child's peak memory begins with its parent's
+        subprocess.run([sys.executable, __file__, "--alone", *sys.argv[1:]], env={**os.environ, **more}, check=True)
 
 
 if __name__ == "__main__":

@@ -41,21 +41,21 @@ class ConfigError(ValueError):
 class DataConfig:
     """The captioned images.
 
-    `source` is a named emoji set (emoji, emoji-small, shapes), a folder of images, a table on disk (a parquet or WebDataset
-    file, or a folder of them), or the id of a data set on the Hub.
+    `source` is an embedded set (emoji, emoji-small, emoji-varied, shapes), a folder of images, a table on disk (a parquet or
+    WebDataset file, or a folder of them), or the id of a data set on the Hub.
     """
 
     source: str = "emoji-small"  # a named set, a folder of images, a table's file or folder, or the id of a data set on the Hub
     subset: str | None = None  # of a Hub data set that has several
     revision: str | None = None  # of a Hub data set: a branch, a tag or a commit
-    split: str = "train"  # a table's may be a slice: train[:95%]
+    split: str = "train"  # the split that is trained on; a table's may be a slice: train[:95%]
     held_out: str | None = "test"  # the split of the validation loss and of the judge's combinations
     image_column: str | None = None  # None: the only one that holds images
     caption_column: str | tuple[str, ...] | None = None  # None: caption or text; several: every step draws one of a row's
     missing_caption: str = "empty"  # what an image without a caption is: unconditional, or left out (skip)
     streaming: bool = False  # read a table while training, instead of before
     shuffle_buffer: int = 1000  # rows of a stream that are mixed at a time
-    flip: bool = False  # show every second example mirrored, drawn anew every step
+    flip: bool = False  # show half of the examples mirrored, drawn anew every step
     crop: str = "center"  # the square that is kept of a picture: its middle, or one anywhere (random), the same at every start
     resolution: int = 64  # pixels a side; pictures are cropped to a square and scaled to it
     caption_length: int = 16  # tokens; longer captions are cut, and counted
@@ -124,7 +124,7 @@ class ModelConfig:
         return found
 
 
-NOISE = {  # the noise process of a new model: the slides', but for `trailing`, which starts at pure noise
+NOISE = {  # the noise process of a new model: the slides', but for `trailing`, which starts at pure noise, and for clipping x_0
     "num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "prediction_type": "epsilon",
     "variance_type": "fixed_small", "timestep_spacing": "trailing", "rescale_betas_zero_snr": False, "clip_sample": True,
 }  # fmt: skip
@@ -178,9 +178,9 @@ class TrainConfig:
     lr_schedule: str = "constant"  # after the warm-up
     lr_end: float = 0.0  # the last learning rate, as a share of lr
     decay_share: float = 0.4  # flat_then_linear: the share of the run in which lr falls
-    warmup: int = 0  # steps in which lr rises from 0
+    warmup: int = 0  # steps in which lr rises to its full value
     betas: tuple[float, float] = (0.9, 0.999)  # of AdamW's two moving averages
-    weight_decay: float = 0.01  # decoupled, each step a share lr times it of every weight
+    weight_decay: float = 0.01  # decoupled: each step takes lr x weight_decay off every weight
     clip: float = 1.0  # the largest norm of a step's gradient
     max_skipped: int = 10  # steps in a row without a finite gradient end the run; each is skipped
     weighting: str = "simple"  # losses.WEIGHTS; (13) by default

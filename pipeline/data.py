@@ -204,7 +204,7 @@ def prepare(rows: sources.Rows, config: DataConfig, again: bool = True) -> Capti
     path = cache_file(config.cache, "images", key)
     first = os.environ.get("LOCAL_RANK", "0") == "0"  # of a machine's processes; the others read what it has written
     if again and first and (known := readable(path, len(rows.table))) and readable_again(known, rows):
-        path.unlink()
+        path.unlink(missing_ok=True)  # another machine may have been first
     PIL.Image.init()  # threads that fill its list of formats together may miss one
     with concurrent.futures.ThreadPoolExecutor(min(cores(), THREADS), "prepare") as pool:
         work = functools.partial(prepare_rows, pool=pool, read=rows.read, resolution=config.resolution, crop=config.crop)

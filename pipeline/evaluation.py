@@ -159,14 +159,15 @@ def identity(pipe: TextToImagePipeline, bank: Bank) -> str:
     networks = {name: data.weights_digest(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     process = sorted((name, str(value)) for name, value in pipe.scheduler.config.items() if not name.startswith("_"))
     drawn_by = digest(sorted(networks.items()), type(pipe.scheduler).__name__, process, pipe.config.caption_length)
-    return f"{drawn_by[:8]}-{digest(bank.captions)[:8]}"
+    rounded = "" if models.has_bf16(pipe.device) else "-float32"  # as `drawn` computes
+    return f"{drawn_by[:8]}-{digest(bank.captions)[:8]}{rounded}"
 
 
 def record(folder: Path, model: str, **found) -> dict:
     """metrics.json with these results beside those that it holds of the same `identity`; other models' results go."""
     path = folder / "metrics.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    result = (known if known.get("model", "").startswith(model) else {}) | found | {"model": model}
+    result = (known if known.get("model") == model else {}) | found | {"model": model}
     runs.replace(path, json.dumps(result, indent=1))
     return json.loads(json.dumps(result))
 
@@ -245,7 +246,7 @@ def from_real(judge: Judge, bank: Bank, pipe: TextToImagePipeline, rows: Tensor,
     for n, some in enumerate(rows.split(batch)):
         z = pipe.encode(as_float(bank.images[some]).to(pipe.device))
         x_t = scheduler.add_noise(z, torch.randn(z.shape, generator=generator).to(z), plan[0])
-        images.append(drawn(pipe, bank.captions_of(some), w=w, seed=seed + n * batch, timesteps=plan, latents=x_t))
+        images.append(drawn(pipe, bank.captions_of(some), w=w, seed=seed * STRIDE + 1 + n * batch, timesteps=plan, latents=x_t))
     return {"t": plan[0]} | summary(retrieval_ranks(judge.features(torch.cat(images)), bank.features, bank.own[rows]))
 
 

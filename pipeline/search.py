@@ -214,14 +214,16 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--method", default="random", help=f"one of {', '.join(METHODS)} (default: random)")
     arguments.add_argument("--verifier", default="likelihood",
                            help="likelihood (the model's own, the default), or a CLIP model's folder or Hub id")  # fmt: skip
-    arguments.add_argument("--pairs", type=int, default=16, help="how closely likelihood looks, two calls each (default: 16)")
+    arguments.add_argument("--pairs", type=int, default=16,
+                           help="how closely likelihood looks: two calls each, and two more (default: 16)")  # fmt: skip
     arguments.add_argument("--negative", default="", help="what to keep away from, instead of the empty prompt")
     arguments.add_argument("--w", type=float, help="guidance (default: the model's own)")
     arguments.add_argument("--seed", type=int, default=0, help="candidate i draws its noise from seed + i (default: 0)")
     arguments.add_argument("--steps", type=int, default=50, help="denoising steps (default: 50)")
     arguments.add_argument("--eta", type=float, help="1 draws new noise at every step, 0 none (default: the scheduler's own)")
     arguments.add_argument("--device", help="cpu, cuda, or mps for a CLIP verifier (default: the fastest there is)")
-    arguments.add_argument("-o", "--out", type=Path, default=Path("best.png"), help="the picture's file (default: best.png)")
+    arguments.add_argument("-o", "--out", "--output", dest="out", type=Path, default=Path("best.png"),
+                           help="the picture's file (default: best.png)")  # fmt: skip
     return arguments
 
 

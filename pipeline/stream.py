@@ -19,7 +19,7 @@ from pipeline import data, randomness, sources
 from pipeline.config import DataConfig
 from pipeline.sources import DataError
 
-AHEAD = 32  # examples that are decoded while the network computes
+AHEAD = 32  # examples that are decoded while the network computes, and no fewer than a batch
 DECODERS = 4  # threads
 TRUSTED = 100  # rows before a share of broken ones means anything
 
@@ -82,9 +82,9 @@ class Stream:
     def take(self, n: int) -> Batch:
         """The next n examples; DataError where there are none to be had."""
         while len(self.ready) < n:
-            self.coming = self.coming or self.reader.submit(self.some)
+            self.coming = self.coming or self.reader.submit(self.some, n)
             self.ready.extend(self.coming.result())
-            self.coming = self.reader.submit(self.some)
+            self.coming = self.reader.submit(self.some, n)
         images, alternatives, places = zip(*(self.ready.popleft() for _ in range(n)), strict=True)
         self.place = places[-1]
         return Batch(torch.from_numpy(np.stack(images)), alternatives)
@@ -112,9 +112,9 @@ class Stream:
 
     # -- in the reader's thread
 
-    def some(self) -> list[tuple[np.ndarray, list[str], Place]]:
-        """The next AHEAD examples, each with the place after it."""
-        return list(itertools.islice(self.examples, AHEAD))
+    def some(self, n: int) -> list[tuple[np.ndarray, list[str], Place]]:
+        """The next n examples, AHEAD at the least, each with the place after it."""
+        return list(itertools.islice(self.examples, max(AHEAD, n)))
 
     def read(self, place: Place) -> Iterator[tuple[np.ndarray, list[str], Place]]:
         """The usable rows from a place on, decoded, each with the place after it."""

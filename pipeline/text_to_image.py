@@ -51,7 +51,8 @@ class TextToImagePipeline(Layout, DiffusionPipeline, StableDiffusionLoraLoaderMi
     the network was trained with; None is unknown. w: the guidance used when a call names none.
     """
 
-    model_cpu_offload_seq = "text_encoder->whitening->unet->vae"
+    model_cpu_offload_seq = "text_encoder->unet->vae"
+    _exclude_from_cpu_offload: ClassVar[list[str]] = ["whitening"]  # it has no parameter, by which offloading finds a device
     _optional_components: ClassVar[list[str]] = ["text_encoder", "tokenizer", "vae", "whitening"]
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "prompt_embeds", "negative_prompt_embeds"]
 

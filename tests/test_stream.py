@@ -174,7 +174,7 @@ def test_closing_ends_a_wait_for_the_network(stream, monkeypatch):
     monkeypatch.setattr(sources, "WAITS", (600,))
     monkeypatch.setattr(sources, "open_rows", flaky([ConnectionError("reset")] * 9))
     one = stream(shuffle_buffer=30)
-    one.coming = one.reader.submit(one.some)
+    one.coming = one.reader.submit(one.some, 1)
     one.close()
     with pytest.raises(DataError, match="is closed"):
         one.coming.result(timeout=10)

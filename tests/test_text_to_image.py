@@ -334,6 +334,15 @@ def test_p22_attention_slicing_changes_nothing(pipe, size):
     close(draw(pipe, w=1.0), reference, atol=1e-3)
 
 
+def test_p23_a_pipeline_with_whitening_is_offloaded():
+    """It has buffers alone, and accelerate's hooks ask each part for a parameter."""
+    pipe = tiny_pipeline(w=1.0)
+    pipe.register_modules(whitening=CaptionWhitening(WIDTH))
+    expected = draw(pipe)
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert np.array_equal(draw(pipe), expected) and np.array_equal(draw(pipe), expected)
+
+
 def test_p24_interrupting_stops_within_one_step(pipe):
     seen = []
 
