@@ -359,7 +359,7 @@ def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Pa
         state |= saved["state"] | {"losses": of_rank(saved.get("losses", [saved["state"]["losses"]]), accelerator)}
         if stream is not None:
             stream.load_state_dict(of_rank(saved["streams"], accelerator))
-        del saved  # which maps the checkpoint's files: deleted, they would keep their room
+        del saved  # which maps the trainer's file: deleted, that would keep its room on the disk
     if main:
         run.card.unlink(missing_ok=True)  # a run's own: until it is finished again
         run.rewind(state["step"])
@@ -544,11 +544,12 @@ def tell(step: int, bad: list[str]) -> None:
 
 def stopped(stop, accelerator: Accelerator) -> bool:
     """Has any process been asked to stop? All of them get the same answer, and end with the same exit code."""
-    if accelerator.num_processes > 1:
-        code = int(accelerator.gather(torch.tensor([stop.exit_code], device=accelerator.device)).max())
-        if code and not stop:
-            stop.reason, stop.exit_code = "as another process", code
-    return bool(stop)
+    if accelerator.num_processes == 1:
+        return bool(stop)
+    code = int(accelerator.gather(torch.tensor([stop.exit_code], device=accelerator.device)).max())
+    if code:
+        stop.reason, stop.exit_code = stop.reason or "as another process", code
+    return bool(code)  # not `stop`: what has come meanwhile is heard by all at the next step
 
 
 def finish(config: Config, run: runs.Run, parts: Parts, ema, seconds: float) -> None:

@@ -32,6 +32,7 @@ from pipeline.verifiers import Clip, clip_scores
 
 STRIDE = 1_000_000  # image i of seed s is drawn from s * STRIDE + i: no two seeds share a draw
 WS = (0.0, 1.0, 2.0)
+FLOAT32 = "-float32"  # at the end of an identity, where drawings are not computed in bf16
 NETWORKS: dict[str, Callable[[], nn.Module]] = {NAME: Judge, "inception-v3": measures.inception}  # of features
 DIVERSE = (24, 4)  # captions, seeds
 
@@ -159,14 +160,18 @@ def identity(pipe: TextToImagePipeline, bank: Bank) -> str:
     networks = {name: data.weights_digest(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     process = sorted((name, str(value)) for name, value in pipe.scheduler.config.items() if not name.startswith("_"))
     drawn_by = digest(sorted(networks.items()), type(pipe.scheduler).__name__, process, pipe.config.caption_length)
-    rounded = "" if models.has_bf16(pipe.device) else "-float32"  # as `drawn` computes
+    rounded = "" if models.has_bf16(pipe.device) else FLOAT32  # as `drawn` computes
     return f"{drawn_by[:8]}-{digest(bank.captions)[:8]}{rounded}"
 
 
 def record(folder: Path, model: str, **found) -> dict:
-    """metrics.json with these results beside those that it holds of the same `identity`; other models' results go."""
+    """metrics.json with these results beside those that it holds of the same `identity`; those of others go, also where only the
+    precision differs, which is told.
+    """
     path = folder / "metrics.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if known.get("model", model) != model and known["model"].removesuffix(FLOAT32) == model.removesuffix(FLOAT32):
+        print(f"{path} was of the same model by a machine of another precision: its results are replaced", file=sys.stderr)
     result = (known if known.get("model") == model else {}) | found | {"model": model}
     runs.replace(path, json.dumps(result, indent=1))
     return json.loads(json.dumps(result))

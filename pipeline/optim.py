@@ -47,5 +47,4 @@ def restore(optimizer: torch.optim.Optimizer, state: dict) -> None:
     optimizer.load_state_dict(state)
     for weight, moments in optimizer.state.items():
         for name, value in moments.items():
-            if value.shape == weight.shape:
-                moments[name] = torch.empty_like(weight).copy_(value)
+            moments[name] = torch.empty_like(weight).copy_(value) if value.shape == weight.shape else value.clone()

@@ -568,6 +568,8 @@ MUTANTS = [
     (REQUEST, "digits[0] == digits[1] if all(digits) else one == other", "digits[0] == digits[1]",
      "test_serving.py::test_a_model_is_known_by_the_digits_of_its_weights_and_without_them_by_its_name"),
     (PIPELINE, '= ["whitening"]  # it has no', "= []  # it has no", "test_text_to_image.py::test_p23_a_pipeline_with_whitening_is_offloaded"),
+    (TRAIN, "return bool(code)  # not `stop`", "return bool(stop)  #", "test_train.py::test_every_process_hears_the_same_of_a_stop"),
+    (TRAIN, 'stop.reason or "as another process", code', 'stop.reason, stop.exit_code', "test_train.py::test_every_process_hears_the_same_of_a_stop"),
 ]  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ import train_text2img
 from pipeline import config as settings
 from pipeline import data, hub, losses, models, randomness
 from pipeline.captions import CaptionWhitening
-from pipeline.run import Run
+from pipeline.run import Run, StopRequest
 from pipeline.serving import Shelf
 
 ROOT = Path(__file__).parent.parent
@@ -318,6 +319,21 @@ def test_a_check_and_a_picture_that_a_stop_cut_short_are_made_up(whole, tmp_path
     assert log(tmp_path / "tiny") == log(whole[0]) and same(weights(tmp_path / "tiny"), weights(whole[0]))
     drawn = [{p.name: p.read_bytes() for p in (run / "samples").iterdir()} for run in (tmp_path / "tiny", whole[0])]
     assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize(("other", "stops"), [(0, False), (143, True)])
+def test_every_process_hears_the_same_of_a_stop(other, stops):
+    """A signal that comes while they ask each other is heard by all at the next step: else some would go on and some not."""
+    stop = StopRequest()
+
+    def gather(mine):
+        if not other:
+            stop.handle(signal.SIGTERM, None)
+        return torch.cat([mine, torch.tensor([other])])
+
+    two = SimpleNamespace(num_processes=2, device="cpu", gather=gather)
+    assert train_text2img.stopped(stop, two) == stops and stop.exit_code == 143
+    assert train_text2img.stopped(stop, SimpleNamespace(num_processes=1))
 
 
 def test_a_stop_is_heard_while_results_are_left_and_pushed(whole, tmp_path, monkeypatch):
