@@ -49,7 +49,7 @@ def prepare() -> None:
 
 
 def cores() -> int:
-    """How many CPU cores this process may use."""
+    """How many CPU cores this process may use: pipeline.machine's, without its imports."""
     return len(os.sched_getaffinity(0))
 
 

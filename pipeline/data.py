@@ -203,13 +203,11 @@ def prepare(rows: sources.Rows, config: DataConfig, again: bool = True) -> Capti
         raise DataError(f"{rows.name} has no rows: expected images with captions")
     path = cache_file(config.cache, "images", key)
     first = os.environ.get("LOCAL_RANK", "0") == "0"  # of a machine's processes; the others read what it has written
-    if again and first and (known := readable(path, len(rows.table))) and readable_again(known, rows):
-        path.unlink(missing_ok=True)  # another machine may have been first
-    PIL.Image.init()  # threads that fill its list of formats together may miss one
-    with concurrent.futures.ThreadPoolExecutor(min(cores(), THREADS), "prepare") as pool:
+    outdated = lambda known: again and first and readable_again(known, rows)
+    with decoders(min(cores(), THREADS)) as pool:
         work = functools.partial(prepare_rows, pool=pool, read=rows.read, resolution=config.resolution, crop=config.crop)
         prepared = made_once(
-            path, rows.table, work, with_indices=True, batch_size=64, writer_batch_size=64, features=features,
+            path, rows.table, work, outdated, with_indices=True, batch_size=64, writer_batch_size=64, features=features,
             remove_columns=rows.table.column_names, new_fingerprint=key, desc="Preparing images")  # fmt: skip
     problems, captions = prepared["problem"][:], prepared["captions"][:]
     broken = tuple((name, problem) for name, problem in zip(prepared["name"], problems, strict=True) if problem)
@@ -233,12 +231,20 @@ def prepare(rows: sources.Rows, config: DataConfig, again: bool = True) -> Capti
     return CaptionedImages(images, alternatives, metadata, fingerprint, pixels, report)
 
 
-def made_once(path: Path, table: datasets.Dataset, function: Callable, **options) -> datasets.Dataset:
-    """`table.map(function, batched=True, **options)`, kept in a file of the cache: read where it is there and whole, else made.
+def decoders(threads: int) -> concurrent.futures.ThreadPoolExecutor:
+    """Threads that decode pictures. Pillow's list of formats is filled before: threads that fill it together may miss one."""
+    PIL.Image.init()
+    return concurrent.futures.ThreadPoolExecutor(threads, "decode")
+
+
+def made_once(path: Path, table: datasets.Dataset, function: Callable,
+              outdated: Callable[[datasets.Dataset], bool] = lambda known: False, **options) -> datasets.Dataset:  # fmt: skip
+    """`table.map(function, batched=True, **options)`, kept in a file of the cache: read where it is there, whole and not
+    `outdated`, else made.
 
     It is made in a folder beside it, of which nothing is left where that fails, and gets its name when it is on the disk.
     """
-    if (found := readable(path, len(table))) is not None:
+    if (found := readable(path, len(table))) is not None and not outdated(found):
         return found
     for old in path.parent.glob(f"{MAKING}*"):  # of a process that was killed
         with contextlib.suppress(OSError):  # it is just being finished, or another user's

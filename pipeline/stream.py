@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
-import PIL.Image
 import torch
 from datasets.distributed import split_dataset_by_node
 from torch import Tensor
@@ -68,10 +67,9 @@ class Stream:
         shards = rows.table.shuffle(seed=seed, buffer_size=1, max_buffer_input_shards=1)  # their order; the rows: `mixed`
         self.dataset = split_dataset_by_node(shards, process, processes)
         self.config, self.seed, self.process, self.processes, self.rows = config, seed, process, processes, rows
-        PIL.Image.init()  # threads that fill its list of formats together may miss one
         self.closed = threading.Event()
         self.reader = concurrent.futures.ThreadPoolExecutor(1, "stream")
-        self.decoders = concurrent.futures.ThreadPoolExecutor(DECODERS, "decode")
+        self.decoders = data.decoders(DECODERS)
         self.begin(Place())
 
     def begin(self, place: Place) -> None:

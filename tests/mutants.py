@@ -310,7 +310,7 @@ MUTANTS = [
     (TRAIN, "if length > (limit :=", "if 0 > (limit :=", "test_train.py::test_bad_input_is_one_sentence_and_exit_code_2"),
     (MACHINE, "        if not full and not isinstance(error, OSError):", "        if False:",
      "test_train.py::test_only_want_of_memory_or_room_is_spared"),
-    (DATA, "if again and first", "if first", "test_data.py::test_a_run_that_goes_on_keeps_the_pictures_that_it_began_with"),
+    (DATA, "known: again and first", "known: first", "test_data.py::test_a_run_that_goes_on_keeps_the_pictures_that_it_began_with"),
     (SOURCES, "and not (listed or pictured)", "", "test_sources.py::test_a_table_among_pictures_does_not_make_a_table_of_their_folder"),
     (SOURCES, "raise (ConnectionError if later else Unavailable)", "raise ConnectionError",
      "test_sources.py::test_a_file_that_will_never_come_is_its_rows_problem_and_a_network_that_fails_is_not"),
@@ -570,6 +570,11 @@ MUTANTS = [
     (PIPELINE, '= ["whitening"]  # it has no', "= []  # it has no", "test_text_to_image.py::test_p23_a_pipeline_with_whitening_is_offloaded"),
     (TRAIN, "return bool(code)  # not `stop`", "return bool(stop)  #", "test_train.py::test_every_process_hears_the_same_of_a_stop"),
     (TRAIN, 'stop.reason or "as another process", code', 'stop.reason, stop.exit_code', "test_train.py::test_every_process_hears_the_same_of_a_stop"),
+    (TRAIN, "torch.empty_like(weight).copy_(mean)  # as", "mean  # as",
+     "test_train.py::test_an_average_lies_as_its_weights_do_after_a_resume"),
+    (TRAIN, "accelerator.process_index % len(saved)", "0", "test_train.py::test_every_process_goes_on_with_what_a_checkpoint_keeps_for_it"),
+    (EVALUATION, 'known["model"].removesuffix(FLOAT32) == model.removesuffix(FLOAT32)', "True",
+     "test_evaluation.py::test_measurements_of_another_precision_are_replaced_and_that_is_told"),
 ]  # fmt: skip
 
 

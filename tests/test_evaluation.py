@@ -309,3 +309,13 @@ def test_a_model_that_draws_by_a_stock_scheduler_is_measured_by_its_noise_proces
     pipe.save_pretrained(run / "pipeline")
     assert evaluation.main([str(run), "--from-real", "500", "--steps", "2"]) == 2
     assert "this model draws by DDIMScheduler" in capsys.readouterr().err
+
+
+def test_measurements_of_another_precision_are_replaced_and_that_is_told(tmp_path, capsys):
+    evaluation.record(tmp_path, "abc-def", w=1.0)
+    assert evaluation.record(tmp_path, "abc-def", sweep={}) == {"w": 1.0, "sweep": {}, "model": "abc-def"}
+    assert not capsys.readouterr().err
+    assert evaluation.record(tmp_path, "abc-def-float32", w=2.0) == {"w": 2.0, "model": "abc-def-float32"}
+    assert "metrics.json was of the same model by a machine of another precision" in capsys.readouterr().err
+    evaluation.record(tmp_path, "another", w=2.0)
+    assert not capsys.readouterr().err

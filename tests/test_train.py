@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from diffusers.training_utils import EMAModel
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import tiny_text, tiny_unet
@@ -26,7 +27,7 @@ import train_text2img
 from pipeline import config as settings
 from pipeline import data, hub, losses, models, randomness
 from pipeline.captions import CaptionWhitening
-from pipeline.run import Run, StopRequest
+from pipeline.run import Run, StopRequest, load_state
 from pipeline.serving import Shelf
 
 ROOT = Path(__file__).parent.parent
@@ -258,6 +259,26 @@ def test_the_same_command_on_a_finished_run_says_so_and_changes_nothing(whole, m
     done = train(run / "config.yaml", run.parent, *more)
     assert f"is finished at step 6 of {steps}" in done.stdout
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"} == before
+
+
+def test_an_average_lies_as_its_weights_do_after_a_resume(whole, tmp_path, monkeypatch):
+    """A file's is contiguous, and torch adds up what lies otherwise tensor by tensor."""
+    real, strides = EMAModel.step, []
+
+    def step(ema, weights):
+        strides.extend((weight.stride(), mean.stride()) for weight, mean in zip(weights, ema.shadow_params, strict=True))
+        return real(ema, weights)
+
+    monkeypatch.setattr(EMAModel, "step", step)
+    killed_after(4, whole[0], tmp_path)
+    train(whole[0] / "config.yaml", tmp_path)
+    assert strides and all(weight == mean for weight, mean in strides)
+
+
+def test_every_process_goes_on_with_what_a_checkpoint_keeps_for_it(whole):
+    saved = load_state(whole[0] / "checkpoints" / "4", "trainer")
+    assert saved["losses"] == [saved["state"]["losses"]], "of one process"
+    assert [train_text2img.of_rank(["a", "b"], SimpleNamespace(process_index=i)) for i in range(3)] == ["a", "b", "a"]
 
 
 @pytest.mark.parametrize("step", [2, 4])
