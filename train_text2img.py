@@ -7,12 +7,14 @@ global batch), so running the same command again after an interruption repeats w
 
 import contextlib
 import errno
+import functools
 import math
 import resource
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -24,18 +26,16 @@ from accelerate.utils import (
     gather_object,
     parse_flag_from_env,
 )
-from diffusers import UNet2DConditionModel
 from diffusers.utils import make_image_grid
 from tqdm.auto import tqdm
 
-from pipeline import card, data, emoji, hub, latents, losses, models, randomness
+from pipeline import card, data, emoji, hub, models, randomness
 from pipeline import config as settings
 from pipeline import run as runs
 from pipeline.config import Config, ConfigError
 from pipeline.machine import DRAWING, keep_freed_memory, local_main_first, of_memory, set_threads, spared
 from pipeline.optim import lr_schedule, optimizer_of, restore, resume_schedule
-from pipeline.patches import PatchAutoencoder
-from pipeline.scheduler import DDPMScheduler
+from pipeline.parts import Parts, prepare
 from pipeline.stream import Stream
 from pipeline.text_to_image import TextToImagePipeline
 from pipeline.trackers import Trackers
@@ -48,109 +48,6 @@ FEWER = ": give fewer sample.prompts"
 GRID, HELD = 8, 16  # timesteps, and images of each split, of the validation grid
 
 
-@dataclass
-class Parts:
-    """What a step needs: the images with their caption states, and the models."""
-
-    images: data.CaptionedImages  # of a stream its first rows
-    held_out: data.CaptionedImages | None
-    states: torch.Tensor  # (M, L, D) on the CPU, one row a caption of the training split
-    held_states: torch.Tensor | None  # on the CPU
-    empty: torch.Tensor  # (1, L, D) where the network is, the empty caption
-    pipe: TextToImagePipeline
-    latents: latents.Latents | None  # of the training split, where an autoencoder is worth asking only once
-    encode: data.CaptionStates  # of a stream's captions
-    stream: Stream | None = None
-
-    @property
-    def unet(self) -> UNet2DConditionModel:
-        """The network that trains."""
-        return self.pipe.unet
-
-    @property
-    def scheduler(self) -> DDPMScheduler:
-        """The noise process."""
-        return self.pipe.scheduler
-
-    def encoded(self, images: data.CaptionedImages, rows, flip: torch.Tensor | None = None,
-                noise: torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip
-        """Images by row as the network sees them, (B, c, h, w), mirrored where `flip` (B,) says so; noise: as `encode` has it."""
-        pixels = data.as_float(images.images[rows].to(self.empty.device))
-        if flip is not None:
-            pixels = torch.where(flip.to(pixels.device)[:, None, None, None], pixels.flip(-1), pixels)
-        return self.pipe.encode(pixels, noise)
-
-    def loss(self, config: Config, output, x_0, eps, t) -> torch.Tensor:
-        """The configured loss of a batch, one value each (B,)."""
-        return losses.training_loss(self.scheduler, output, x_0, eps, t, config.train.weighting, config.train.gamma)
-
-
-def prepare(config: Config, checkpoint: Path | None, device: torch.device, again: bool = False) -> Parts:
-    """Load or build the models, read the data, encode its captions: what may be misspelt is looked for before what takes long.
-
-    again: whether pictures that could not be read are tried anew.
-    """
-    noise = [f"diffusion.{name}" for name, value in vars(config.diffusion).items() if value is not None]
-    if config.train.method == "lora" and noise and checkpoint is None:
-        raise ConfigError(f"an adapter is drawn with its model's own noise process: leave {', '.join(noise)} out")
-    base = None if config.model.pretrained is None else pretrained(config)
-    tokenizer, encoder = (base.tokenizer, base.text_encoder) if base else models.text_encoder(config.model.text_encoder)
-    length = (base.config.caption_length or tokenizer.model_max_length) if base else config.data.caption_length
-    if length > (limit := getattr(encoder.config, "max_position_embeddings", None) or length):
-        where = "data.caption_length" if base is None else f"the tokenizer's model_max_length of {config.model.pretrained}"
-        raise ConfigError(f"{where} must be at most {limit}, the text encoder's positions, got {length}")
-    if config.train.method == "lora":
-        torch.manual_seed(config.seed)  # the adapter's first weights
-        models.adapt(base.unet, config.lora)
-    images, held_out = data.load_splits(config.data, again)
-    images = images.measured(tokenizer, length)
-    encode = lambda captions: data.encode_captions(captions, tokenizer, encoder, length, config.data.cache, device)
-    states = encode(images.all_captions)
-    whitening = models.saved_whitening(checkpoint) if checkpoint else None
-    if whitening is None:
-        whitening = base.whitening if base else models.whitening(config.model, states)
-    white = whitening.whiten_ if whitening else lambda raw: raw
-    held = white(encode(held_out.all_captions)) if held_out else None
-    states, empty = white(states), white(encode([""]))
-    torch.manual_seed(config.seed)  # the network's first weights
-    unet = base.unet if base else models.unet(config, empty.shape[-1]) if checkpoint is None else None
-    if config.train.method == "lora" and checkpoint:
-        models.load_adapter(unet, checkpoint / "lora")
-    elif checkpoint:
-        unet = UNet2DConditionModel.from_pretrained(checkpoint / "unet", use_safetensors=True)
-    if config.train.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    pipe = models.pipeline(config, models.for_training(unet, device), tokenizer, encoder, whitening, base).to(device)
-    if found := settings.zero_snr_problems(pipe.scheduler.config, config.train.weighting):
-        raise ConfigError(found[0])
-    keep = costly(pipe.vae) and not config.data.streaming
-    kept = latents.encode(images, pipe.vae, config.data.cache, mirrored=config.data.flip) if keep else None
-    return Parts(images, held_out, states, held, empty.to(device), pipe, kept, data.CaptionStates(tokenizer, encoder, length))
-
-
-def costly(vae: torch.nn.Module | None) -> bool:
-    """Whether an autoencoder is a network, which is worth asking only once an image, and says a distribution of it."""
-    return vae is not None and not isinstance(vae, PatchAutoencoder)
-
-
-def pretrained(config: Config) -> TextToImagePipeline:
-    """The pipeline that a fine-tune goes on from, set to the data's resolution; ConfigError where it cannot be used."""
-    try:
-        pipe = hub.load(config.model.pretrained)
-    except ValueError as error:
-        raise ConfigError(f"model.pretrained: {error}") from error
-    if getattr(pipe.unet, "peft_config", None):
-        raise ConfigError(f"model.pretrained must be a whole model, got {config.model.pretrained}, which is an adapter: give the "
-                          "model that it adapts")  # fmt: skip
-    side, rest = divmod(config.data.resolution, pipe.vae_scale_factor)
-    halvings = 2 ** (len(pipe.unet.config.block_out_channels) - 1)
-    if rest or side % halvings:
-        raise ConfigError(f"data.resolution must be a multiple of {pipe.vae_scale_factor * halvings} for "
-                          f"{config.model.pretrained}, got {config.data.resolution}")  # fmt: skip
-    pipe.unet.register_to_config(sample_size=side)
-    return pipe
-
-
 def open_stream(config: Config, accelerator: Accelerator) -> contextlib.AbstractContextManager[Stream | None]:
     """This process's part of a streamed training split; None within where the data is prepared before."""
     if not config.data.streaming:
@@ -158,29 +55,10 @@ def open_stream(config: Config, accelerator: Accelerator) -> contextlib.Abstract
     return contextlib.closing(Stream(config.data, config.seed, accelerator.process_index, accelerator.num_processes))
 
 
-def examples(parts: Parts, config: Config, step: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x_0 (B, c, h, w) and caption states (B, L, D) of the examples at `slots` of the global batch of one step."""
-    seed, device = config.seed, parts.empty.device
-    flip = randomness.flips(seed, step, slots) if config.data.flip else None
-    if parts.stream is None:
-        rows = data.batch_indices(seed, step, config.train.batch_size, len(parts.images), slots=slots)
-        states = parts.states[parts.images.chosen(seed, step, slots, rows)].to(device)
-        if parts.latents is None:
-            return parts.encoded(parts.images, rows, flip), states
-        z = randomness.noise(seed, step, slots, parts.latents.shape, "posterior")
-        return parts.latents.sample(rows, rows < 0 if flip is None else flip, z).to(device), states
-    batch = parts.stream.take(len(slots))
-    choice = randomness.caption_choice(seed, step, slots, [len(captions) for captions in batch.alternatives]).tolist()
-    states = parts.encode([captions[i] for captions, i in zip(batch.alternatives, choice, strict=True)]).to(device)
-    shape = (parts.unet.config.in_channels, *[parts.unet.config.sample_size] * 2)
-    z = randomness.noise(seed, step, slots, shape, "posterior") if costly(parts.pipe.vae) else None
-    return parts.encoded(batch, slice(None), flip, z), states if parts.pipe.whitening is None else parts.pipe.whitening(states)
-
-
 def batch_loss(unet, parts: Parts, config: Config, step: int, slots: torch.Tensor) -> torch.Tensor:
     """The training loss of the examples at `slots` of the global batch of one step, one value each (B,)."""
     seed, train, device = config.seed, config.train, parts.empty.device
-    x_0, states = examples(parts, config, step, slots)
+    x_0, states = parts.examples(config, step, slots)
     t = randomness.timesteps(seed, step, slots, train.batch_size, len(parts.scheduler)).to(device)
     eps = randomness.noise(seed, step, slots, x_0.shape[1:]).to(device)
     x_t = parts.scheduler.add_noise(x_0, eps, t)  # (5)
@@ -329,186 +207,263 @@ def train(config: Config, dry_run: bool = False) -> int:
             return stop.exit_code
 
 
+class Outcome(NamedTuple):
+    """What a training step came to."""
+
+    norm: float  # of the gradient, before it was clipped
+    lr: float
+    seen: list[tuple[torch.Tensor, torch.Tensor]]  # slots and losses of this process's examples, a pair a micro-step
+
+    @property
+    def sound(self) -> bool:
+        """Whether its gradient was finite, so that it was taken."""
+        return math.isfinite(self.norm)
+
+
+class Trainer:
+    """The network in training: its optimiser, learning rate, average and counters, all that a checkpoint keeps beside it."""
+
+    def __init__(self, config: Config, accelerator: Accelerator, parts: Parts):
+        self.config, self.accelerator, self.parts = config, accelerator, parts
+        optimizer = optimizer_of(parts.unet, config.train)
+        self.schedule = lr_schedule(optimizer, config.train)
+        self.ema = models.moving_average(parts.unet, config.train.ema)
+        self.unet, self.optimizer = accelerator.prepare(parts.unet, optimizer)
+        self.weights = models.trainable(parts.unet)
+        self.ema.to(accelerator.device)
+        self.done, self.skipped, self.in_a_row = 0, 0, 0  # steps; those without a finite gradient; the newest of these
+        self.losses, self.began = [], time.monotonic()  # losses: since the last line of the log
+        self.place = None  # of the stream, where the step began
+
+    @property
+    def seconds(self) -> float:
+        """How long it has trained, earlier sittings too."""
+        return time.monotonic() - self.began
+
+    def step(self, reading: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext) -> Outcome:
+        """Learn from the next global batch; a step whose gradient is not finite is skipped.
+
+        reading: makes the context in which each micro-batch is read.
+        """
+        train, accelerator, seen = self.config.train, self.accelerator, []
+        share, self.place = train.batch_size // train.accumulation, self.parts.stream and self.parts.stream.place
+        for micro in range(train.accumulation):
+            slots = torch.arange(accelerator.process_index, share, accelerator.num_processes) + micro * share
+            with accelerator.accumulate(self.unet):
+                with reading():
+                    each = batch_loss(self.unet, self.parts, self.config, self.done, slots)
+                accelerator.backward(each.mean())
+                seen.append((slots, each.detach()))
+        norm = accelerator.clip_grad_norm_(self.weights, train.clip)  # of the gradients of all processes
+        norm, *means = torch.stack([norm, *(each.mean() for _, each in seen)]).tolist()  # the one wait for a GPU
+        taken = Outcome(norm, self.optimizer.param_groups[-1]["lr"], seen)
+        if taken.sound:
+            self.optimizer.step()
+            self.ema.step(self.weights)
+        elif accelerator.scaler is not None:
+            accelerator.scaler.update()  # which lowers its scale
+        self.optimizer.zero_grad()
+        self.schedule.step()
+        self.done, self.skipped = self.done + 1, self.skipped + (not taken.sound)
+        self.in_a_row = 0 if taken.sound else self.in_a_row + 1
+        self.losses += filter(math.isfinite, means)
+        return taken
+
+    def mean_loss(self) -> float:
+        """The mean loss of all processes since it was last asked for, nan where none was finite."""
+        mean = self.accelerator.reduce(torch.tensor(self.losses, device=self.accelerator.device).mean(), "mean")
+        self.losses = []
+        return mean.item()
+
+    def state_dict(self) -> dict:
+        """What `resume` goes on from, of all processes: each has to ask for it."""
+        scaler, stream = self.accelerator.scaler, self.parts.stream
+        state = {"step": self.done, "skipped": self.skipped, "in_a_row": self.in_a_row, "seconds": self.seconds}
+        return {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(), "ema": self.ema.state_dict(),
+                "scaler": scaler.state_dict() if scaler is not None else {}, "state": state,
+                "losses": gather_object([self.losses]),
+                "streams": gather_object([stream.state_dict()]) if stream is not None else []}  # fmt: skip
+
+    def resume(self, checkpoint: Path) -> tuple[float, float]:
+        """Go on where a checkpoint is; train.lr as it was, and as it is by this run's plan."""
+        saved = runs.load_state(checkpoint, "trainer")
+        restore(self.optimizer, saved["optimizer"])
+        rates = resume_schedule(self.schedule, saved["schedule"])
+        self.ema.load_state_dict(saved["ema"])
+        self.ema.shadow_params = [torch.empty_like(weight).copy_(mean)  # as the weights lie, or it takes torch's slow path
+                                  for weight, mean in zip(self.weights, self.ema.shadow_params, strict=True)]  # fmt: skip
+        if self.accelerator.scaler is not None and saved.get("scaler"):  # none from a machine that computes in another precision
+            self.accelerator.scaler.load_state_dict(saved["scaler"])
+        state = saved["state"]
+        self.done, self.skipped, self.in_a_row = state["step"], state["skipped"], state["in_a_row"]
+        self.began -= state["seconds"]
+        self.losses = of_rank(saved["losses"] if "losses" in saved else [state["losses"]], self.accelerator)
+        if self.parts.stream is not None:
+            self.parts.stream.load_state_dict(of_rank(saved["streams"], self.accelerator))
+        return rates
+
+
+def of_rank(saved: list, accelerator: Accelerator):
+    """What a checkpoint keeps for each process, of this one."""
+    return saved[accelerator.process_index % len(saved)]
+
+
 def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Path | None, stop, stream: Stream | None) -> int:
     """The training loop, from a checkpoint or from nothing to the last step; the exit code."""
-    main, share, steps = accelerator.is_main_process, config.train.batch_size // config.train.accumulation, config.train.steps
+    main, steps, batch = accelerator.is_main_process, config.train.steps, config.train.batch_size
     with stop.at_once("before the first step"), local_main_first(accelerator):  # the others find in the cache what it prepares
         parts = prepare(config, checkpoint, accelerator.device, again=checkpoint is None)
-    read = None if stream is not None else parts.images.fingerprint
-    if len(set(gather_object([read]))) > 1:
-        raise data.DataError(f"the processes read different pictures or captions in {config.data.source}, expected the same on "
-                             "all machines: copy those of one to the others")  # fmt: skip
-    if checkpoint and (was := runs.manifest(checkpoint).get("data", read)) != read:
-        raise runs.RunError(f"{run.folder} was begun on other pictures or captions: the fingerprint of {config.data.source} "
-                            f"was {was} and is now {read}. Put them back, or give the new run another --name")  # fmt: skip
-    try_sampling(parts, config)
     parts.stream = stream
-    optimizer = optimizer_of(parts.unet, config.train)
-    schedule = lr_schedule(optimizer, config.train)
-    ema = models.moving_average(parts.unet, config.train.ema)
-    state = {"step": 0, "skipped": 0, "in_a_row": 0, "seconds": 0.0, "losses": []}  # losses: since the last line of the log
-    if checkpoint:
-        saved = runs.load_state(checkpoint, "trainer")
-        restore(optimizer, saved["optimizer"])
-        was, now = resume_schedule(schedule, saved["schedule"])
-        ema.load_state_dict(saved["ema"])
-        ema.shadow_params = [torch.empty_like(weight).copy_(mean)  # as the weights lie, or the average takes torch's slow path
-                             for weight, mean in zip(models.trainable(parts.unet), ema.shadow_params, strict=True)]  # fmt: skip
-        if accelerator.scaler is not None and saved.get("scaler"):  # none from a machine that computes in another precision
-            accelerator.scaler.load_state_dict(saved["scaler"])
-        state |= saved["state"] | {"losses": of_rank(saved.get("losses", [saved["state"]["losses"]]), accelerator)}
-        if stream is not None:
-            stream.load_state_dict(of_rank(saved["streams"], accelerator))
-        del saved  # which maps the trainer's file: deleted, that would keep its room on the disk
+    compare_pictures(parts, config, run, checkpoint)
+    try_sampling(parts, config)
+    trainer = Trainer(config, accelerator, parts)
+    rates = trainer.resume(checkpoint) if checkpoint else None
     if main:
-        run.card.unlink(missing_ok=True)  # a run's own: until it is finished again
-        run.rewind(state["step"])
-        if state["step"] == steps:  # nothing is left but its end, whose samples may be of other prompts now
-            sample_path(run, steps).unlink(missing_ok=True)
-        runs.replace(run.config, config.to_yaml())
-        print(f"{parts.images.report}\n{models.count(models.trainable(parts.unet)) / 1e6:.1f} M weights to train;",
-              f"going on from step {state['step']}" if checkpoint else "a new run")  # fmt: skip
-        if checkpoint and (before := runs.manifest(checkpoint)["processes"]) != accelerator.num_processes:
-            print(f"The checkpoint is of {before} process(es), now there are {accelerator.num_processes}: the batches are the "
-                  "same, their sums are rounded otherwise")  # fmt: skip
-        if checkpoint and was != now:
-            print(f"With {steps} steps the schedule goes on at a learning rate of {now:.3g}, where it was {was:.3g}")
-    unet, optimizer = accelerator.prepare(parts.unet, optimizer)
-    weights = models.trainable(parts.unet)
-    ema.to(accelerator.device)
-    trackers = Trackers(accelerator, config)
-    pipe, busy, counted = parts.pipe, 0.0, 0  # steps, and their seconds, since the last line
-    began_at = time.monotonic() - state["seconds"]  # those of earlier sittings count
-    clock = lambda: time.monotonic() - began_at
-    bar = tqdm(total=steps, initial=state["step"], disable=not main, desc=config.name, unit="step", dynamic_ncols=True)
-
-    def save():
-        state["seconds"] = clock()
-        trainer = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "ema": ema.state_dict(),
-                   "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else {}, "state": state,
-                   "losses": gather_object([state["losses"]]),
-                   "streams": gather_object([stream.state_dict()]) if stream is not None else []}  # fmt: skip
-
-        def write(folder):
-            if config.train.method == "lora":
-                models.save_adapter(parts.unet, folder / "lora")
-            else:
-                parts.unet.save_pretrained(folder / "unet", safe_serialization=True)
-                if pipe.whitening is not None:
-                    pipe.whitening.save_pretrained(folder / "whitening", safe_serialization=True)
-            runs.save_state(folder, "trainer", trainer)
-
-        if main:
-            run.save(state["step"], write, config.train.keep, processes=accelerator.num_processes, data=read)
-        accelerator.wait_for_everyone()
-
-    def show(step):
-        """The check and the picture that are due at a step; those that a stop or a death cut short are made up on resuming."""
-        last, path = step == steps, sample_path(run, step)
-        due = step % config.train.validate_every == 0 or last
-        if due and not any("train_loss" in record for record in run.history() if record["step"] == step):
-            record = {}
-            with averaged(ema, parts.unet), spared(f"the check of step {step}"):
-                record = validate(parts.unet, parts, config, stop)
-            if record:
-                run.log(step=step, **record)
-                trackers.log(step, record)
-        if (step % config.sample.every == 0 or last) and not path.is_file() and not stop:
-            with averaged(ema, parts.unet), spared(path, FEWER):
-                draw(pipe, config, path, stop)
-            trackers.show(step, path)
-
-    @contextlib.contextmanager
-    def kept(place):
-        """Save the steps before a stream fails for good, or is waited for when a stop is asked for.
-
-        Several processes cannot agree on it any more, and a step that is saved already is not saved again.
-        """
-        if stream is None or accelerator.num_processes > 1:
-            yield
-            return
-        try:
-            with stop.at_once(f"after step {state['step']} of {steps}"):
-                yield
-        except (data.DataError, runs.Stopped) as error:
-            if not state["step"]:
-                raise
-            stream.place = place
-            if (newest := run.newest()) is None or int(newest.name) != state["step"]:
-                save()
-            if isinstance(error, runs.Stopped):
-                raise
-            raise type(error)(f"{error}\nstep {state['step']} is saved: the same command goes on from it") from error
-
-    if main and state["step"]:
-        show(state["step"])
+        begin(trainer, run, checkpoint, rates)
+    trackers, reading = Trackers(accelerator, config), functools.partial(kept, trainer, run, stop)
+    busy, counted = 0.0, 0  # seconds, and steps, since the last line of the log
+    bar = tqdm(total=steps, initial=trainer.done, disable=not main, desc=config.name, unit="step", dynamic_ncols=True)
+    if main and trainer.done:
+        show(trainer, run, trackers, stop)
     with trackers, bar:
-        while state["step"] < steps:
-            step, began, seen, place = state["step"], time.perf_counter(), [], stream and stream.place
-            for micro in range(config.train.accumulation):
-                mine = torch.arange(accelerator.process_index, share, accelerator.num_processes) + micro * share
-                with accelerator.accumulate(unet):
-                    with kept(place):
-                        each = batch_loss(unet, parts, config, step, mine)
-                    accelerator.backward(each.mean())
-                    seen.append((mine, each.detach()))
-                    if accelerator.sync_gradients:
-                        norm = accelerator.clip_grad_norm_(weights, config.train.clip)  # of the gradients of all processes
-                        norm, *means = torch.stack([norm, *(each.mean() for _, each in seen)]).tolist()  # the one wait for a GPU
-                        sound = math.isfinite(norm)
-                        if sound:
-                            optimizer.step()
-                            ema.step(weights)
-                        elif accelerator.scaler is not None:
-                            accelerator.scaler.update()  # which lowers its scale
-                    optimizer.zero_grad()
-            lr = optimizer.param_groups[-1]["lr"]  # what this step took
-            schedule.step()
-            state["in_a_row"] = 0 if sound else state["in_a_row"] + 1
-            state["skipped"] += not sound
-            state["losses"] += filter(math.isfinite, means)
-            state["step"] = step = step + 1
-            if not sound:
-                bad = gather_object(spoilt(parts, config, step - 1, seen))
-                if main:
-                    tell(step, bad)
-                    run.log(step=step, no_finite_loss=bad)
-                if state["in_a_row"] >= config.train.max_skipped:
-                    raise runs.Diverged(f"{state['in_a_row']} steps in a row, up to step {step}, had no finite gradient; the "
-                                        f"last checkpoint is kept: lower train.lr (now {config.train.lr:g}) in a run of another "
-                                        "--name")  # fmt: skip
+        while trainer.done < steps:
+            began = time.perf_counter()
+            taken = trainer.step(reading)
+            step, last = trainer.done, trainer.done == steps
+            if not taken.sound:
+                tell_skipped(trainer, run, taken)
             busy, counted = busy + time.perf_counter() - began, counted + 1
             bar.update()
-            if step % config.train.log_every == 0 or step == steps:
-                mean = accelerator.reduce(torch.tensor(state["losses"], device=accelerator.device).mean(), "mean").item()
+            if last or step % config.train.log_every == 0:
+                mean = trainer.mean_loss()
                 record = {"step": step, "loss": mean if math.isfinite(mean) else None,
-                          "grad_norm": norm if sound else None, "lr": lr, "skipped": state["skipped"],
-                          "images_per_s": config.train.batch_size * counted / busy, "seconds": clock()}  # fmt: skip
-                state["losses"], busy, counted = [], 0.0, 0
+                          "grad_norm": taken.norm if taken.sound else None, "lr": taken.lr, "skipped": trainer.skipped,
+                          "images_per_s": batch * counted / busy, "seconds": trainer.seconds}  # fmt: skip
+                busy, counted = 0.0, 0
                 bar.set_postfix(loss=f"{mean:.4f}")
                 if main:
                     run.log(**record)
                 trackers.log(step, record)
-            last, ended = step == steps, stopped(stop, accelerator)
+            ended = stopped(stop, accelerator)
             if not ended and (last or step % config.train.validate_every == 0 or step % config.sample.every == 0):
                 if main:
-                    show(step)
+                    show(trainer, run, trackers, stop)
                 ended = stopped(stop, accelerator)
             if ended or last or step % config.train.save_every == 0:
-                save()
+                save(trainer, run)
             if ended:
                 bar.close()
                 accelerator.print(f"Stopped ({stop.reason}) after step {step} of {steps}; run the same command to go on.")
                 return stop.exit_code
     if main:
         with stop.at_once("after the last step"):
-            finish(config, run, parts, ema, clock())
+            finish(trainer, run)
     return publish(config, run, stop) if main else 0
 
 
-def of_rank(saved: list, accelerator: Accelerator):
-    """What a checkpoint keeps for each process, of this one."""
-    return saved[accelerator.process_index % len(saved)]
+def compare_pictures(parts: Parts, config: Config, run: runs.Run, checkpoint: Path | None) -> None:
+    """Refuse pictures that are not the same on all machines, DataError, or not those that the run was begun on, RunError."""
+    read = parts.fingerprint
+    if len(set(gather_object([read]))) > 1:
+        raise data.DataError(f"the processes read different pictures or captions in {config.data.source}, expected the same on "
+                             "all machines: copy those of one to the others")  # fmt: skip
+    if checkpoint and (was := runs.manifest(checkpoint).get("data", read)) != read:
+        raise runs.RunError(f"{run.folder} was begun on other pictures or captions: the fingerprint of {config.data.source} "
+                            f"was {was} and is now {read}. Put them back, or give the new run another --name")  # fmt: skip
+
+
+def begin(trainer: Trainer, run: runs.Run, checkpoint: Path | None, rates: tuple[float, float] | None) -> None:
+    """Clear away what the coming steps write anew, and say what they are; rates: train.lr before the checkpoint and after."""
+    steps, now = trainer.config.train.steps, trainer.accelerator.num_processes
+    run.card.unlink(missing_ok=True)  # a run's own: until it is finished again
+    run.rewind(trainer.done)
+    if trainer.done == steps:  # nothing is left but its end, whose samples may be of other prompts now
+        sample_path(run, steps).unlink(missing_ok=True)
+    runs.replace(run.config, trainer.config.to_yaml())
+    print(f"{trainer.parts.images.report}\n{models.count(trainer.weights) / 1e6:.1f} M weights to train;",
+          f"going on from step {trainer.done}" if checkpoint else "a new run")  # fmt: skip
+    if checkpoint and (before := runs.manifest(checkpoint)["processes"]) != now:
+        print(f"The checkpoint is of {before} process(es), now there are {now}: the batches are the same, their sums are rounded "
+              "otherwise")  # fmt: skip
+    if rates and rates[0] != rates[1]:
+        print(f"With {steps} steps the schedule goes on at a learning rate of {rates[1]:.3g}, where it was {rates[0]:.3g}")
+
+
+def save(trainer: Trainer, run: runs.Run) -> None:
+    """A checkpoint of the step that is done, by all processes together."""
+    config, accelerator, state = trainer.config, trainer.accelerator, trainer.state_dict()
+
+    def write(folder):
+        trainer.parts.save(config, folder)
+        runs.save_state(folder, "trainer", state)
+
+    if accelerator.is_main_process:
+        run.save(trainer.done, write, config.train.keep, processes=accelerator.num_processes, data=trainer.parts.fingerprint)
+    accelerator.wait_for_everyone()
+
+
+def show(trainer: Trainer, run: runs.Run, trackers: Trackers, stop) -> None:
+    """The check and the picture that are due at a step; those that a stop or a death cut short are made up on resuming."""
+    config, parts, step = trainer.config, trainer.parts, trainer.done
+    last, path = step == config.train.steps, sample_path(run, step)
+    due = step % config.train.validate_every == 0 or last
+    if due and not any("train_loss" in record for record in run.history() if record["step"] == step):
+        record = {}
+        with averaged(trainer.ema, parts.unet), spared(f"the check of step {step}"):
+            record = validate(parts.unet, parts, config, stop)
+        if record:
+            run.log(step=step, **record)
+            trackers.log(step, record)
+    if (step % config.sample.every == 0 or last) and not path.is_file() and not stop:
+        with averaged(trainer.ema, parts.unet), spared(path, FEWER):
+            draw(parts.pipe, config, path, stop)
+        trackers.show(step, path)
+
+
+@contextlib.contextmanager
+def kept(trainer: Trainer, run: runs.Run, stop):
+    """Save the steps before a stream fails for good, or is waited for when a stop is asked for.
+
+    Several processes cannot agree on it any more, and a step that is saved already is not saved again.
+    """
+    stream, done = trainer.parts.stream, trainer.done
+    if stream is None or trainer.accelerator.num_processes > 1:
+        yield
+        return
+    try:
+        with stop.at_once(f"after step {done} of {trainer.config.train.steps}"):
+            yield
+    except (data.DataError, runs.Stopped) as error:
+        if not done:
+            raise
+        stream.place = trainer.place
+        if (newest := run.newest()) is None or int(newest.name) != done:
+            save(trainer, run)
+        if isinstance(error, runs.Stopped):
+            raise
+        raise type(error)(f"{error}\nstep {done} is saved: the same command goes on from it") from error
+
+
+def tell_skipped(trainer: Trainer, run: runs.Run, taken: Outcome) -> None:
+    """Say for which examples of all processes a step was skipped; Diverged where too many were in a row."""
+    step, config, bad = trainer.done, trainer.config, gather_object(spoilt(trainer, taken))
+    if trainer.accelerator.is_main_process:
+        why = f"no finite loss for {'; '.join(bad)}" if bad else "its gradient is not finite"
+        tqdm.write(f"step {step} is skipped: {why}")
+        run.log(step=step, no_finite_loss=bad)
+    if trainer.in_a_row >= config.train.max_skipped:
+        raise runs.Diverged(f"{trainer.in_a_row} steps in a row, up to step {step}, had no finite gradient; the last checkpoint "
+                            f"is kept: lower train.lr (now {config.train.lr:g}) in a run of another --name")  # fmt: skip
+
+
+def spoilt(trainer: Trainer, taken: Outcome) -> list[str]:
+    """Which of this process's examples of the step that is done had no finite loss: their names and timesteps."""
+    config, parts, step = trainer.config, trainer.parts, trainer.done - 1
+    bad = [int(slot) for slots, each in taken.seen for slot in slots[~each.isfinite().cpu()]]
+    if not bad:
+        return []
+    t = randomness.timesteps(config.seed, step, bad, config.train.batch_size, len(parts.scheduler)).tolist()
+    return [f"{name} at t = {k}" for name, k in zip(parts.names(config, step, bad), t, strict=True)]
 
 
 def sample_path(run: runs.Run, step: int) -> Path:
@@ -522,26 +477,6 @@ def publish(config: Config, run: runs.Run, stop) -> int:
         return hub.publish(config, run)
 
 
-def spoilt(parts: Parts, config: Config, step: int, seen: list[tuple[torch.Tensor, torch.Tensor]]) -> list[str]:
-    """Which of this process's examples of a step, of (slots, losses) each, had no finite loss: their names and timesteps."""
-    bad = [int(slot) for slots, each in seen for slot in slots[~each.isfinite().cpu()]]
-    if bad:
-        size, T = config.train.batch_size, len(parts.scheduler)
-        t = randomness.timesteps(config.seed, step, bad, size, T).tolist()
-        names = [f"the batch's image {slot}" for slot in bad]  # of a stream
-        if parts.stream is None:
-            rows = data.batch_indices(config.seed, step, size, len(parts.images), slots=bad).tolist()
-            names = [parts.images.metadata[row].get("file_name", f"row {row}") for row in rows]
-        return [f"{name} at t = {k}" for name, k in zip(names, t, strict=True)]
-    return []
-
-
-def tell(step: int, bad: list[str]) -> None:
-    """Say that a step is skipped, and for which examples of all processes."""
-    why = f"no finite loss for {'; '.join(bad)}" if bad else "its gradient is not finite"
-    tqdm.write(f"step {step} is skipped: {why}")
-
-
 def stopped(stop, accelerator: Accelerator) -> bool:
     """Has any process been asked to stop? All of them get the same answer, and end with the same exit code."""
     if accelerator.num_processes == 1:
@@ -552,10 +487,11 @@ def stopped(stop, accelerator: Accelerator) -> bool:
     return bool(code)  # not `stop`: what has come meanwhile is heard by all at the next step
 
 
-def finish(config: Config, run: runs.Run, parts: Parts, ema, seconds: float) -> None:
+def finish(trainer: Trainer, run: runs.Run) -> None:
     """Leave the averaged weights as a loadable pipeline, with its card and figures."""
+    config, parts, seconds = trainer.config, trainer.parts, trainer.seconds
     pipe = parts.pipe
-    ema.copy_to(models.trainable(parts.unet))
+    trainer.ema.copy_to(trainer.weights)
     parts.unet.eval()
     if config.train.method == "lora":
         runs.replace_folder(run.adapter, lambda folder: models.save_adapter(parts.unet, folder))
@@ -591,29 +527,19 @@ def rehearse(config: Config, accelerator: Accelerator) -> int:
     with local_main_first(accelerator):
         parts = prepare(config, None, accelerator.device)
     try_sampling(parts, config)
-    optimizer, ema = optimizer_of(parts.unet, config.train), models.moving_average(parts.unet, config.train.ema)
-    unet, optimizer = accelerator.prepare(parts.unet, optimizer)
-    ema.to(accelerator.device)
-    share, weights, timed = config.train.batch_size // config.train.accumulation, models.trainable(parts.unet), []
-    slots = torch.arange(accelerator.process_index, share, accelerator.num_processes)
+    trainer = Trainer(config, accelerator, parts)
     with open_stream(config, accelerator) as parts.stream:
-        for step in range(2):  # the first one warms up
-            began = time.perf_counter()
-            accelerator.backward(batch_loss(unet, parts, config, step, slots).mean())
-            norm = accelerator.clip_grad_norm_(weights, config.train.clip)
-            optimizer.step()
-            ema.step(weights)
-            optimizer.zero_grad()
-            norm.item()  # a GPU's clock stops when it is done
-            timed.append((time.perf_counter() - began) * config.train.accumulation)
+        trainer.step()  # which warms up
+        began = time.perf_counter()
+        trainer.step()
+    seconds = time.perf_counter() - began
     card.build(config, card.facts(str(parts.images.report), 0.0, **base_of(config)))
-    minutes = timed[-1] * config.train.steps / 60
     memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == 'darwin' else 2**20):.1f} GiB"
     if accelerator.device.type == "cuda":
         memory += f" and {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of each GPU's"
-    accelerator.print(config.to_yaml() + f"\n{parts.images.report}\n{models.count(weights):,} weights to train\n"
-                      f"{config.train.steps} steps of {config.train.batch_size} images, {timed[-1]:.3f} s each: about "
-                      f"{minutes:.1f} minutes\n{memory} of memory at most so far")  # fmt: skip
+    accelerator.print(config.to_yaml() + f"\n{parts.images.report}\n{models.count(trainer.weights):,} weights to train\n"
+                      f"{config.train.steps} steps of {config.train.batch_size} images, {seconds:.3f} s each: about "
+                      f"{seconds * config.train.steps / 60:.1f} minutes\n{memory} of memory at most so far")  # fmt: skip
     return 0
 
 

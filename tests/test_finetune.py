@@ -303,7 +303,7 @@ def test_every_step_draws_another_latent_of_the_same_picture(config):
     parts = train_text2img.prepare(chosen, None, torch.device("cpu"))
     rows = [data.batch_indices(0, step, 4, len(parts.images)) for step in range(4)]  # two epochs of eight
     later, slot = next((step, slot) for step in (2, 3) for slot in range(4) if rows[step][slot] == rows[0][1])
-    drawn = lambda step: train_text2img.examples(parts, chosen, step, torch.arange(4))[0]
+    drawn = lambda step: parts.examples(chosen, step, torch.arange(4))[0]
     first, again = drawn(0)[1], drawn(later)[slot]
     assert not torch.equal(first, again)
     assert torch.equal(first, drawn(0)[1])
@@ -317,7 +317,7 @@ def test_a_streams_latents_are_drawn_from_what_the_autoencoder_says_too(config, 
                             "--data.cache", str(tmp_path / "cache")])[0]  # fmt: skip
     parts, slots = train_text2img.prepare(chosen, None, torch.device("cpu")), torch.arange(4)
     with train_text2img.open_stream(chosen, Accelerator(cpu=True)) as parts.stream:
-        drawn = torch.cat([train_text2img.examples(parts, chosen, step, slots)[0] for step in range(8)])
+        drawn = torch.cat([parts.examples(chosen, step, slots)[0] for step in range(8)])
     mean, std = latents.posterior(parts.pipe.vae, parts.images.images[:1].float() / 127.5 - 1)
     z = drawn / parts.pipe.vae.config.scaling_factor - mean
     assert (z / std).std().item() == pytest.approx(1, abs=0.05) and (z / std).mean().abs().item() < 0.05
@@ -330,7 +330,7 @@ def test_mirrored_examples_come_from_the_mirrored_latents(config):
     flip = randomness.flips(0, 0, slots)
     assert flip.any() and not flip.all()
     z = randomness.noise(0, 0, slots, parts.latents.shape, "posterior")
-    assert torch.equal(train_text2img.examples(parts, chosen, 0, slots)[0], parts.latents.sample(rows, flip, z))
+    assert torch.equal(parts.examples(chosen, 0, slots)[0], parts.latents.sample(rows, flip, z))
     assert not torch.equal(parts.latents.sample(rows, flip, z), parts.latents.sample(rows, ~flip, z))
 
 

@@ -12,7 +12,21 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from test_train import ROOT, command, config, encoder, images, log, same, train, weights, whole, written  # noqa: F401
+from test_train import (  # noqa: F401
+    ROOT,
+    command,
+    config,
+    encoder,
+    images,
+    log,
+    same,
+    script,
+    started,
+    train,
+    weights,
+    whole,
+    written,
+)  # fmt: skip
 
 import train_text2img
 from pipeline import config as settings
@@ -20,9 +34,9 @@ from pipeline import data, randomness
 from pipeline import run as runs
 from pipeline.run import Run
 
-KILLS = int(os.environ.get("KILLS", "3"))  # 25 for the whole loop
+KILLS = int(os.environ.get("KILLS", "5"))  # 25 for the whole loop
 QUICK = ("--train.save_every", "1", "--train.validate_every", "10", "--sample.every", "20", "--train.keep", "2",
-         "--train.steps", "40" if KILLS > 3 else "20")  # fmt: skip  # nearly always in a save
+         "--train.steps", "40" if KILLS > 5 else "20")  # fmt: skip  # nearly always in a save
 
 
 def wait_for(done, seconds=60, every=0.01):
@@ -34,20 +48,20 @@ def wait_for(done, seconds=60, every=0.01):
 
 
 @pytest.mark.slow
-def test_a_run_killed_again_and_again_ends_in_the_bytes_of_one_left_alone(config, tmp_path):
+def test_a_run_killed_again_and_again_ends_in_the_bytes_of_one_left_alone(config, started, tmp_path):
     """Case 1: SIGKILL at random moments, saves among them; the same command goes on each time."""
     train(config, tmp_path / "alone", *QUICK)
     moments, kills, out = random.Random(0), 0, tmp_path / "killed"
-    metrics, again = out / "tiny" / "metrics.jsonl", command(config, out, *QUICK)
+    metrics = out / "tiny" / "metrics.jsonl"
     while kills < KILLS:
         lines = metrics.read_text().count("\n") if metrics.exists() else 0
-        process = subprocess.Popen(again, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        wait_for(lambda: process.poll() is not None or (metrics.exists() and metrics.read_text().count("\n") > lines))
+        process, said = started(script, command(config, out, *QUICK)[2:])
+        wait_for(lambda: not process.is_alive() or (metrics.exists() and metrics.read_text().count("\n") > lines))
         time.sleep(moments.random() * 0.1)
         process.kill()
-        errors = process.communicate()[1]
-        if process.returncode != -signal.SIGKILL:  # it had come to its end: start anew, so that every kill hits a run at work
-            assert process.returncode == 0, errors
+        process.join()
+        if process.exitcode != -signal.SIGKILL:  # it had come to its end: start anew, so that every kill hits a run at work
+            assert process.exitcode == 0, said.read_text()
             assert same(weights(out / "tiny"), weights(tmp_path / "alone" / "tiny"))
             shutil.rmtree(out)
             continue

@@ -3,9 +3,13 @@
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
+import math
+import multiprocessing
 import os
 import platform
+import resource
 import shutil
 import signal
 import subprocess
@@ -17,6 +21,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers.training_utils import EMAModel
 from PIL import Image
@@ -27,7 +32,7 @@ import train_text2img
 from pipeline import config as settings
 from pipeline import data, hub, losses, models, randomness
 from pipeline.captions import CaptionWhitening
-from pipeline.run import Run, StopRequest, load_state
+from pipeline.run import Run, StopRequest, load_state, save_state
 from pipeline.serving import Shelf
 
 ROOT = Path(__file__).parent.parent
@@ -95,6 +100,31 @@ def train(config, out, *more, check=True):
     done = subprocess.CompletedProcess(more, code, said.getvalue(), complained.getvalue())
     assert not check or code == 0, done.stdout + done.stderr
     return done
+
+
+def script(said, argv):
+    """The script's main as a process ends with it, what it says in a file."""
+    with open(said, "w", encoding="utf-8") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        sys.exit(train_text2img.main(argv))
+
+
+@pytest.fixture(scope="session")
+def started(tmp_path_factory):
+    """Calls a function of this module in a process that is forked by one that has imported it: its imports take ten seconds.
+
+    The function's first argument is the file for what it has to say, which is returned beside the process.
+    """
+    context, folder, numbers = multiprocessing.get_context("forkserver"), tmp_path_factory.mktemp("said"), itertools.count()
+    context.set_forkserver_preload(["test_train"])
+
+    def start(function, argv):
+        process = context.Process(target=function, args=(said := folder / str(next(numbers)), argv))
+        process.start()
+        return process, said
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+        yield start
 
 
 def weights(run):
@@ -276,9 +306,47 @@ def test_an_average_lies_as_its_weights_do_after_a_resume(whole, tmp_path, monke
 
 
 def test_every_process_goes_on_with_what_a_checkpoint_keeps_for_it(whole):
-    saved = load_state(whole[0] / "checkpoints" / "4", "trainer")
-    assert saved["losses"] == [saved["state"]["losses"]], "of one process"
+    assert len(load_state(whole[0] / "checkpoints" / "4", "trainer")["losses"]) == 1
     assert [train_text2img.of_rank(["a", "b"], SimpleNamespace(process_index=i)) for i in range(3)] == ["a", "b", "a"]
+
+
+@pytest.fixture
+def accelerator():
+    yield Accelerator(cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def trainer_of(config, accelerator):
+    """The network of these tests in training, without a run."""
+    chosen = settings.load_file(config)
+    return train_text2img.Trainer(chosen, accelerator, train_text2img.prepare(chosen, None, torch.device("cpu")))
+
+
+def test_an_older_checkpoint_whose_losses_are_those_of_one_process_is_gone_on_from(config, accelerator, tmp_path):
+    trainer = trainer_of(config, accelerator)
+    trainer.step()
+    state = trainer.state_dict()
+    state["state"]["losses"] = state.pop("losses")[0]
+    save_state(tmp_path, "trainer", state)
+    losses, trainer.losses = trainer.losses, []
+    trainer.resume(tmp_path)
+    assert trainer.losses == losses and len(losses) == 1 and trainer.done == 1
+
+
+def test_an_overflow_lowers_the_scale_of_half_precision_and_moves_no_weight(config, accelerator, monkeypatch):
+    """By torch's own scaler, on a CPU and in float32; accelerate is told that it is half precision."""
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    trainer, real = trainer_of(config, accelerator), train_text2img.batch_loss
+    accelerator.native_amp = True
+    monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
+    monkeypatch.setattr(train_text2img, "batch_loss", lambda *a: real(*a) * (math.inf if trainer.done == 1 else 1))
+    sound, scales, kept = [], [], []
+    for _ in range(3):
+        sound.append(trainer.step().sound)
+        scales.append(accelerator.scaler.get_scale())
+        kept.append([weight.detach().clone() for weight in trainer.weights])
+    assert sound == [True, False, True] and scales == [4, 2, 2]
+    assert [all(map(torch.equal, *pair)) for pair in itertools.pairwise(kept)] == [True, False]
 
 
 @pytest.mark.parametrize("step", [2, 4])
@@ -656,7 +724,7 @@ def test_pictures_are_mirrored_as_drawn(whole):
     shown, flip = pixels[data.batch_indices(0, 0, 4, 9)], randomness.flips(0, 0, slots)
     assert flip.any() and not flip.all()
     shown[flip] = shown[flip].flip(-1)
-    x_0, _ = train_text2img.examples(parts, chosen, 0, slots)
+    x_0, _ = parts.examples(chosen, 0, slots)
     assert torch.equal(parts.pipe.decode(x_0), data.as_float(shown))
 
 
@@ -675,20 +743,19 @@ def test_changed_settings_are_refused_by_name(whole):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_the_same_command_goes_on(whole, tmp_path, number, code):
+def test_a_signal_saves_and_the_same_command_goes_on(whole, started, tmp_path, number, code):
     """Stopped somewhere in 2000 steps of a constant rate, then run two steps further: as if never stopped."""
     more = ["--train.lr_schedule", "constant", "--train.save_every", "5000", "--train.validate_every", "5000",
             "--sample.every", "5000"]  # fmt: skip
-    process = subprocess.Popen(command(whole[0] / "config.yaml", tmp_path, *more, "--train.steps", "2000"), cwd=ROOT,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    process, said = started(script, command(whole[0] / "config.yaml", tmp_path, *more, "--train.steps", "2000")[2:])
     metrics, deadline = tmp_path / "tiny" / "metrics.jsonl", time.time() + 120
     while not (metrics.exists() and metrics.read_text()) and time.time() < deadline:
         time.sleep(0.01)
-    process.send_signal(number)
-    said, errors = process.communicate(timeout=60)
-    assert process.returncode == code, errors
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == code, said.read_text()
     (stopped,) = (int(p.name) for p in (tmp_path / "tiny" / "checkpoints").iterdir())
-    assert f"Stopped ({number.name}) after step {stopped} of 2000" in said and "Traceback" not in errors
+    assert f"Stopped ({number.name}) after step {stopped} of 2000" in said.read_text() and "Traceback" not in said.read_text()
     assert not (tmp_path / "tiny" / "pipeline").exists()
     resumed = train(whole[0] / "config.yaml", tmp_path, *more, "--train.steps", str(stopped + 2))
     assert f"going on from step {stopped}" in resumed.stdout
@@ -731,14 +798,21 @@ def test_every_core_is_used_whatever_a_launcher_says(config, tmp_path, monkeypat
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc is meant")
-def test_the_script_keeps_freed_memory_so_that_a_step_costs_no_page_faults(config, tmp_path):
-    code = ("import resource, sys, torch\n"
-            "if sys.argv[1:]: import train_text2img; assert train_text2img.main(sys.argv[1:]) == 0\n"
-            "for _ in range(3): torch.ones(2**26)\n"
-            "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-            "for _ in range(5): torch.ones(2**26)\n"
-            "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)")  # fmt: skip
-    count = lambda *argv: int(subprocess.run([sys.executable, "-c", code, *argv], cwd=ROOT, capture_output=True, text=True,
-                                             check=True).stdout.split()[-1])  # fmt: skip
-    assert count(*command(config, tmp_path, "--dry_run")[2:]) < 1000 < count()
+def test_the_script_keeps_freed_memory_so_that_a_step_costs_no_page_faults(config, started, tmp_path):
+    counts = []
+    for argv in (command(config, tmp_path, "--dry_run")[2:], None):
+        process, said = started(page_faults, argv)
+        process.join(60)
+        counts.append(int(said.read_text()))
+    assert counts[0] < 1000 < counts[1]
+
+
+def page_faults(said, argv):
+    """How often memory that has been freed must be fetched again, with what the script tells the system and without."""
+    assert argv is None or train_text2img.main(argv) == 0
+    for tensors in (3, 5):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(tensors):
+            torch.ones(2**26)
+    said.write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before))
 
