@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,12 +13,14 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from PIL import Image
 from test_train import (  # noqa: F401
     ROOT,
     command,
     config,
     encoder,
     images,
+    killed_after,
     log,
     same,
     script,
@@ -224,6 +227,63 @@ def test_when_one_of_two_ranks_dies_the_other_ends(config, tmp_path):
     assert launcher.wait(timeout=60) != 0
     assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in both)
     assert Run(tmp_path / "tiny").newest() is not None
+
+
+def ranked(said, job):
+    """One of several processes, as a launcher starts them: the script in a folder, with its place among them."""
+    rank, world, port, folder, argv = job
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}  # fmt: skip
+    os.chdir(folder)
+    script(said, argv)
+
+
+def together(started, *jobs):
+    """What processes of (folder, argv) each ended with and said; once one fails, the others have two seconds, as by a launcher."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [started(ranked, (rank, len(jobs), port, folder, argv)) for rank, (folder, argv) in enumerate(jobs)]
+    processes = [process for process, _ in ranks]
+    wait_for(lambda: any(p.exitcode for p in processes) or not any(p.is_alive() for p in processes))
+    for process in processes:
+        process.join(2)
+        process.kill()
+        process.join()
+    return [(process.exitcode, said.read_text()) for process, said in ranks]
+
+
+def test_two_ranks_go_on_in_the_same_bytes(config, started, tmp_path):
+    """Each with its own losses since the last line of the log, two of three when the run ends."""
+    more = ("--train.precision", "no", "--train.log_every", "3")
+    for out in (tmp_path / "whole", tmp_path):
+        if out == tmp_path:
+            killed_after(4, tmp_path / "whole" / "tiny", tmp_path)
+        done = together(started, *[(ROOT, command(config, out, *more)[2:])] * 2)
+        assert [code for code, _ in done] == [0, 0], done
+    assert "going on from step 4" in done[0][1] and "process(es), now" not in done[0][1]
+    runs_of = [tmp_path / "whole" / "tiny", tmp_path / "tiny"]
+    assert same(*map(weights, runs_of)) and log(runs_of[0]) == log(runs_of[1])
+
+
+def test_machines_that_read_other_pictures_are_told_before_the_first_step(config, images, started, tmp_path):
+    shutil.copytree(images, tmp_path / "other")
+    Image.new("RGB", (16, 16), "white").save(tmp_path / "other" / "train" / "red.png")
+    elsewhere = ("--data.source", str(tmp_path / "other"), "--data.cache", str(tmp_path / "cache of another"))
+    done = together(started, *((ROOT, command(config, tmp_path, *more)[2:]) for more in ((), elsewhere)))
+    for code, said in done:
+        assert code == 2 and "error: the processes read different pictures or captions in " in said and "Traceback" not in said
+    assert not list((tmp_path / "tiny" / "checkpoints").iterdir())
+
+
+def test_a_machine_without_the_runs_folder_is_told(whole, started, tmp_path):
+    """As two machines that share no disk: the second one's `output` is another folder, without the checkpoint."""
+    (tmp_path / "second").mkdir()
+    killed_after(4, whole[0], tmp_path)
+    argv = command(whole[0] / "config.yaml", ".")[2:]
+    code, said = together(started, (tmp_path, argv), (tmp_path / "second", argv))[1]
+    assert code == 2 and "Traceback" not in said
+    assert "error: process 1 does not see tiny/checkpoints/4, expected `output` on a disk that all machines share" in said
 
 
 SPOILT = """
