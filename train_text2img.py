@@ -36,7 +36,7 @@ from pipeline.config import Config, ConfigError
 from pipeline.machine import DRAWING, keep_freed_memory, local_main_first, of_memory, set_threads, spared
 from pipeline.optim import lr_schedule, optimizer_of, restore, resume_schedule
 from pipeline.parts import Parts, prepare
-from pipeline.stream import Stream
+from pipeline.stream import Place, Stream
 from pipeline.text_to_image import TextToImagePipeline
 from pipeline.trackers import Trackers
 
@@ -233,7 +233,6 @@ class Trainer:
         self.ema.to(accelerator.device)
         self.done, self.skipped, self.in_a_row = 0, 0, 0  # steps; those without a finite gradient; the newest of these
         self.losses, self.began = [], time.monotonic()  # losses: since the last line of the log
-        self.place = None  # of the stream, where the step began
 
     @property
     def seconds(self) -> float:
@@ -246,7 +245,7 @@ class Trainer:
         reading: makes the context in which each micro-batch is read.
         """
         train, accelerator, seen = self.config.train, self.accelerator, []
-        share, self.place = train.batch_size // train.accumulation, self.parts.stream and self.parts.stream.place
+        share = train.batch_size // train.accumulation
         for micro in range(train.accumulation):
             slots = torch.arange(accelerator.process_index, share, accelerator.num_processes) + micro * share
             with accelerator.accumulate(self.unet):
@@ -320,7 +319,7 @@ def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Pa
     rates = trainer.resume(checkpoint) if checkpoint else None
     if main:
         begin(trainer, run, checkpoint, rates)
-    trackers, reading = Trackers(accelerator, config), functools.partial(kept, trainer, run, stop)
+    trackers = Trackers(accelerator, config)
     busy, counted = 0.0, 0  # seconds, and steps, since the last line of the log
     bar = tqdm(total=steps, initial=trainer.done, disable=not main, desc=config.name, unit="step", dynamic_ncols=True)
     if main and trainer.done:
@@ -328,7 +327,7 @@ def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Pa
     with trackers, bar:
         while trainer.done < steps:
             began = time.perf_counter()
-            taken = trainer.step(reading)
+            taken = trainer.step(functools.partial(kept, trainer, run, stop, stream and stream.place))
             step, last = trainer.done, trainer.done == steps
             if not taken.sound:
                 tell_skipped(trainer, run, taken)
@@ -421,10 +420,11 @@ def show(trainer: Trainer, run: runs.Run, trackers: Trackers, stop) -> None:
 
 
 @contextlib.contextmanager
-def kept(trainer: Trainer, run: runs.Run, stop):
+def kept(trainer: Trainer, run: runs.Run, stop, place: Place | None):
     """Save the steps before a stream fails for good, or is waited for when a stop is asked for.
 
-    Several processes cannot agree on it any more, and a step that is saved already is not saved again.
+    place: of the stream, where the step that is next began. Several processes cannot agree on it any more, and a step that is
+    saved already is not saved again.
     """
     stream, done = trainer.parts.stream, trainer.done
     if stream is None or trainer.accelerator.num_processes > 1:
@@ -436,7 +436,7 @@ def kept(trainer: Trainer, run: runs.Run, stop):
     except (data.DataError, runs.Stopped) as error:
         if not done:
             raise
-        stream.place = trainer.place
+        stream.place = place
         if (newest := run.newest()) is None or int(newest.name) != done:
             save(trainer, run)
         if isinstance(error, runs.Stopped):

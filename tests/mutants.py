@@ -191,7 +191,7 @@ MUTANTS = [
     (EMOJI, "len(entry.caption.split()) < 3", "len(entry.caption.split()) < 9",
      "test_variations.py::test_only_what_has_a_short_name_comes_twice_or_three_times"),
     (TRAIN, "        if not done:\n            raise\n", "", "test_stream.py::test_a_stream_that_fails_before_the_first_step_leaves_no_checkpoint"),
-    (TRAIN, "        stream.place = trainer.place\n", "", "test_stream.py::test_a_stream_that_fails_for_good_saves_the_steps_before"),
+    (TRAIN, "        stream.place = place\n", "", "test_stream.py::test_a_stream_that_fails_for_good_saves_the_steps_before"),
     (BENCH, "- np.asarray(theirs, float)", "- np.sort(np.asarray(theirs, float))", "test_benchmarks.py::test_paired_interval_is_that_of_a_mean"),
     (BENCH, "met = value >= goal if at_least else value <= goal", "met = value >= goal",
      "test_benchmarks.py::test_spreads_and_goals_say_what_they_saw"),

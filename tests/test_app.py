@@ -24,6 +24,7 @@ import pytest
 from gradio_client import Client
 from PIL import Image, PngImagePlugin
 from tiny import tiny_pipeline
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 import app
 from pipeline import search, serving
@@ -590,9 +591,7 @@ sys.exit(app.main(sys.argv[1:]))
 @pytest.fixture(scope="module")
 def alone(shelf, tmp_path_factory):
     """(address, process, its folder of files) of a page that has the runtime requirements alone and no network but itself."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = get_free_port()
     files, nowhere = tmp_path_factory.mktemp("files"), "http://127.0.0.1:9"
     env = {**os.environ, "GRADIO_TEMP_DIR": str(files), "http_proxy": nowhere, "https_proxy": nowhere, "no_proxy": "127.0.0.1"}
     for name in ("HF_HUB_OFFLINE", "GRADIO_ANALYTICS_ENABLED"):  # conftest's

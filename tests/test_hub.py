@@ -7,7 +7,6 @@ import pickle
 import re
 import resource
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from hub_stub import LOST, HubStub
 from huggingface_hub import ModelCard
 from PIL import Image
 from tiny import WIDTH, tiny_pipeline, tiny_text, tiny_unet
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from pipeline import card, hub, loading, models, safe
 from pipeline.captions import CaptionWhitening
@@ -959,9 +959,7 @@ def test_a_space_serves_the_model_that_it_is_pinned_to(world, owner, place, push
     for path, content in files.items():
         (place / "space" / path).parent.mkdir(parents=True, exist_ok=True)
         (place / "space" / path).write_bytes(content)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = get_free_port()
     world.requests.clear()
     host = "127.0.0.2"  # whatever the Space says
     direct = f"127.0.0.1,{host}"

@@ -4,7 +4,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import torch
 from PIL import Image
 from test_train import (  # noqa: F401
     ROOT,
+    arguments,
     command,
     config,
     encoder,
@@ -26,10 +26,12 @@ from test_train import (  # noqa: F401
     script,
     started,
     train,
+    wait_for,
     weights,
     whole,
     written,
-)  # fmt: skip
+)
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 import train_text2img
 from pipeline import config as settings
@@ -42,14 +44,6 @@ QUICK = ("--train.save_every", "1", "--train.validate_every", "10", "--sample.ev
          "--train.steps", "40" if KILLS > 3 else "20")  # fmt: skip  # nearly always in a save
 
 
-def wait_for(done, seconds=60, every=0.01):
-    """Poll until `done()` is true."""
-    deadline = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < deadline, "it took too long"
-        time.sleep(every)
-
-
 @pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_in_the_bytes_of_one_left_alone(config, started, tmp_path):
     """Case 1: SIGKILL at random moments, saves among them; the same command goes on each time."""
@@ -58,7 +52,7 @@ def test_a_run_killed_again_and_again_ends_in_the_bytes_of_one_left_alone(config
     metrics = out / "tiny" / "metrics.jsonl"
     while kills < KILLS:
         lines = metrics.read_text().count("\n") if metrics.exists() else 0
-        process, said = started(script, command(config, out, *QUICK)[2:])
+        process, said = started(script, arguments(config, out, *QUICK))
         wait_for(lambda: not process.is_alive() or (metrics.exists() and metrics.read_text().count("\n") > lines))
         time.sleep(moments.random() * 0.1)
         process.kill()
@@ -206,19 +200,14 @@ def test_a_killed_launcher_leaves_no_orphan(config, tmp_path):
     assert Run(tmp_path / "tiny").newest() is not None
 
 
-def ranks(config, out, *more, **env):
-    """The command and environment of two processes on one machine."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    return ([*launch, *command(config, out, *more)[1:]],
-            {**os.environ, "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", **env})  # fmt: skip
-
-
 @pytest.mark.slow
 def test_when_one_of_two_ranks_dies_the_other_ends(config, tmp_path):
     """Case 21."""
-    argv, env = ranks(config, tmp_path, "--train.steps", "100000", "--train.save_every", "20", "--train.validate_every", "100000",
-                      "--sample.every", "100000")  # fmt: skip
-    launcher = subprocess.Popen(argv, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command(
+        config, tmp_path, "--train.steps", "100000", "--train.save_every", "20", "--train.validate_every", "100000",
+        "--sample.every", "100000")[1:]]  # fmt: skip
+    launcher = subprocess.Popen(launch, cwd=ROOT, env={**os.environ, "ACCELERATE_USE_CPU": "true"}, stdout=subprocess.DEVNULL,
+                                stderr=subprocess.DEVNULL)  # fmt: skip
     metrics = tmp_path / "tiny" / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 25)
     both = [p for p in psutil.Process(launcher.pid).children(recursive=True) if "train_text2img.py" in " ".join(p.cmdline())]
@@ -240,9 +229,7 @@ def ranked(said, job):
 
 def together(started, *jobs, function=ranked):
     """What processes of (folder, argv) each ended with and said; when one fails the others have two seconds, as by launchers."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = get_free_port()
     ranks = [started(function, (rank, len(jobs), port, folder, argv)) for rank, (folder, argv) in enumerate(jobs)]
     processes = [process for process, _ in ranks]
     wait_for(lambda: any(p.exitcode for p in processes) or not any(p.is_alive() for p in processes))
@@ -254,12 +241,12 @@ def together(started, *jobs, function=ranked):
 
 
 def test_two_ranks_go_on_in_the_same_bytes(config, started, tmp_path):
-    """Each with its own losses since the last line of the log, two of three when the run ends."""
+    """Each with its own losses since the last line of the log, of one step where the run is killed."""
     more = ("--train.precision", "no", "--train.log_every", "3")
     for out in (tmp_path / "whole", tmp_path):
         if out == tmp_path:
             killed_after(4, tmp_path / "whole" / "tiny", tmp_path)
-        done = together(started, *[(ROOT, command(config, out, *more)[2:])] * 2)
+        done = together(started, *[(ROOT, arguments(config, out, *more))] * 2)
         assert [code for code, _ in done] == [0, 0], done
     assert "going on from step 4" in done[0][1] and "process(es), now" not in done[0][1]
     runs_of = [tmp_path / "whole" / "tiny", tmp_path / "tiny"]
@@ -270,7 +257,7 @@ def test_machines_that_read_other_pictures_are_told_before_the_first_step(config
     shutil.copytree(images, tmp_path / "other")
     Image.new("RGB", (16, 16), "white").save(tmp_path / "other" / "train" / "red.png")
     elsewhere = ("--data.source", str(tmp_path / "other"), "--data.cache", str(tmp_path / "cache of another"))
-    done = together(started, *((ROOT, command(config, tmp_path, *more)[2:]) for more in ((), elsewhere)))
+    done = together(started, *((ROOT, arguments(config, tmp_path, *more)) for more in ((), elsewhere)))
     for code, said in done:
         assert code == 2 and "error: the processes read different pictures or captions in " in said and "Traceback" not in said
     assert not list((tmp_path / "tiny" / "checkpoints").iterdir())
@@ -280,20 +267,20 @@ def test_a_machine_without_the_runs_folder_is_told(whole, started, tmp_path):
     """As two machines that share no disk: the second one's `output` is another folder, without the checkpoint."""
     (tmp_path / "second").mkdir()
     killed_after(4, whole[0], tmp_path)
-    argv = command(whole[0] / "config.yaml", ".")[2:]
+    argv = arguments(whole[0] / "config.yaml", ".")
     code, said = together(started, (tmp_path, argv), (tmp_path / "second", argv))[1]
     assert code == 2 and "Traceback" not in said
     assert "error: process 1 does not see tiny/checkpoints/4, expected `output` on a disk that all machines share" in said
 
 
+def unlucky(step, slot):
+    """Whose loss is no number: in the seventh step, the second process's first example."""
+    return step == 6 and slot == 1
+
+
 def spoilt(said, job):
-    """`ranked`, with a loss that is no number in the seventh step: that of the second process's first example."""
-    real = train_text2img.batch_loss
-
-    def batch_loss(unet, parts, config, step, slots):
-        return real(unet, parts, config, step, slots) * torch.where((slots == 1) & (step == 6), torch.nan, 1.0)
-
-    train_text2img.batch_loss = batch_loss  # of this process alone, which ends with it
+    """`ranked`, `unlucky`."""
+    Broken(pytest.MonkeyPatch(), unlucky)  # of this process alone, which ends with it
     ranked(said, job)
 
 
@@ -302,10 +289,10 @@ def two_and_one(images, encoder, started, tmp_path_factory):
     """Eight steps on two ranks and on one, of which the seventh has a loss that is no number: what the ranks said, both logs."""
     folder, more = tmp_path_factory.mktemp("ranks"), ("--train.precision", "no", "--train.steps", "8")
     config = written(folder, images, encoder)
-    done = together(started, *[(ROOT, command(config, folder, *more)[2:])] * 2, function=spoilt)
+    done = together(started, *[(ROOT, arguments(config, folder, *more))] * 2, function=spoilt)
     assert [code for code, _ in done] == [0, 0], done
     with pytest.MonkeyPatch.context() as patch:
-        Broken(patch, lambda step, slot: step == 6 and slot == 1)
+        Broken(patch, unlucky)
         train(config, folder / "one", *more)
     return "".join(said for _, said in done), log(folder / "tiny"), log(folder / "one" / "tiny")
 

@@ -84,8 +84,12 @@ def config(images, encoder, tmp_path):
     return written(tmp_path, images, encoder)
 
 
+def arguments(config, out, *more):
+    return ["--config", str(config), "--output", str(out), *more]
+
+
 def command(config, out, *more):
-    return [sys.executable, str(ROOT / "train_text2img.py"), "--config", str(config), "--output", str(out), *more]
+    return [sys.executable, str(ROOT / "train_text2img.py"), *arguments(config, out, *more)]
 
 
 def train(config, out, *more, check=True):
@@ -93,13 +97,21 @@ def train(config, out, *more, check=True):
     said, complained, threads = io.StringIO(), io.StringIO(), torch.get_num_threads()
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(complained):
-            code = train_text2img.main(["--config", str(config), "--output", str(out), *more])
+            code = train_text2img.main(arguments(config, out, *more))
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
         torch.set_num_threads(threads)
     done = subprocess.CompletedProcess(more, code, said.getvalue(), complained.getvalue())
     assert not check or code == 0, done.stdout + done.stderr
     return done
+
+
+def wait_for(done, seconds=60, every=0.01):
+    """Poll until `done()` is true."""
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < deadline, "it took too long"
+        time.sleep(every)
 
 
 def script(said, argv):
@@ -110,7 +122,7 @@ def script(said, argv):
 
 @pytest.fixture(scope="session")
 def started(tmp_path_factory):
-    """Calls a function of this module in a process that is forked by one that has imported it: its imports take ten seconds.
+    """Calls a function in a process that is forked by one that has imported this module, which takes ten seconds.
 
     The function's first argument is the file for what it has to say, which is returned beside the process.
     """
@@ -747,10 +759,9 @@ def test_a_signal_saves_and_the_same_command_goes_on(whole, started, tmp_path, n
     """Stopped somewhere in 2000 steps of a constant rate, then run two steps further: as if never stopped."""
     more = ["--train.lr_schedule", "constant", "--train.save_every", "5000", "--train.validate_every", "5000",
             "--sample.every", "5000"]  # fmt: skip
-    process, said = started(script, command(whole[0] / "config.yaml", tmp_path, *more, "--train.steps", "2000")[2:])
-    metrics, deadline = tmp_path / "tiny" / "metrics.jsonl", time.time() + 120
-    while not (metrics.exists() and metrics.read_text()) and time.time() < deadline:
-        time.sleep(0.01)
+    process, said = started(script, arguments(whole[0] / "config.yaml", tmp_path, *more, "--train.steps", "2000"))
+    metrics = tmp_path / "tiny" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.read_text(), seconds=120)
     os.kill(process.pid, number)
     process.join(60)
     assert process.exitcode == code, said.read_text()
@@ -800,7 +811,7 @@ def test_every_core_is_used_whatever_a_launcher_says(config, tmp_path, monkeypat
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc is meant")
 def test_the_script_keeps_freed_memory_so_that_a_step_costs_no_page_faults(config, started, tmp_path):
     counts = []
-    for argv in (command(config, tmp_path, "--dry_run")[2:], None):
+    for argv in (arguments(config, tmp_path, "--dry_run"), None):
         process, said = started(page_faults, argv)
         process.join(60)
         counts.append(int(said.read_text()))
