@@ -10,10 +10,12 @@ import datasets
 import pytest
 import torch
 from PIL import Image
+from test_reliability import Broken
 from test_sources import png, squares, write
 from test_train import ROOT, TINY, encoder, killed_after, same, train, weights  # noqa: F401
 
-from pipeline import sources
+from pipeline import config as settings
+from pipeline import randomness, sources
 from pipeline.config import DataConfig
 from pipeline.run import Run
 from pipeline.sources import DataError, Unreachable
@@ -266,6 +268,13 @@ def test_a_stop_is_heard_while_a_stream_is_waited_for(whole, tmp_path, monkeypat
     monkeypatch.undo()
     assert "going on from step 4" in train(whole[0] / "config.yaml", tmp_path, "--train.save_every", every).stdout
     assert same(weights(tmp_path / "tiny"), weights(whole[0]))
+
+
+def test_a_streams_skipped_step_names_its_examples_by_their_place(whole, tmp_path, monkeypatch):
+    Broken(monkeypatch, lambda step, slot: step == 2 and slot == 1)
+    said = train(whole[0] / "config.yaml", tmp_path).stdout
+    t = randomness.timesteps(settings.load_file(whole[0] / "config.yaml").seed, 2, [1], 4, 100).item()
+    assert f"step 3 is skipped: no finite loss for the batch's image 1 at t = {t}\n" in said
 
 
 def test_a_stream_that_fails_before_the_first_step_leaves_no_checkpoint(whole, tmp_path, monkeypatch):

@@ -345,6 +345,17 @@ def test_an_older_checkpoint_whose_losses_are_those_of_one_process_is_gone_on_fr
     assert trainer.losses == losses and len(losses) == 1 and trainer.done == 1
 
 
+def test_what_is_counted_goes_on_from_a_checkpoint(config, accelerator, tmp_path):
+    """Steps, those that were skipped, the newest of these, which `train.max_skipped` ends, and the hours of earlier sittings."""
+    trainer = trainer_of(config, accelerator)
+    trainer.done, trainer.skipped, trainer.in_a_row = 7, 3, 2
+    trainer.began -= 1000
+    save_state(tmp_path, "trainer", trainer.state_dict())
+    trainer.done, trainer.skipped, trainer.in_a_row, trainer.began = 0, 0, 0, time.monotonic()
+    trainer.resume(tmp_path)
+    assert (trainer.done, trainer.skipped, trainer.in_a_row) == (7, 3, 2) and 1000 < trainer.seconds < 1060
+
+
 def test_an_overflow_lowers_the_scale_of_half_precision_and_moves_no_weight(config, accelerator, monkeypatch):
     """By torch's own scaler, on a CPU and in float32; accelerate is told that it is half precision."""
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
