@@ -378,7 +378,7 @@ def sweep_tab(shelf: Shelf, studio: Studio, checkpoint: gr.Slider) -> None:
 
 def known_caption(studio: Studio) -> str:
     """A prompt to begin with that every denoiser here can draw."""
-    captions = studio.set[0].captions
+    captions = studio.known
     return next((e for e in EXAMPLES if e in captions), captions[0])
 
 

@@ -163,7 +163,7 @@ def train(config: Config, dry_run: bool = False) -> int:
     if config.report_to and config.report_to not in [str(tracker.value) for tracker in get_available_trackers()]:
         raise ConfigError(f"report_to {config.report_to!r} is not installed here: pip install {config.report_to}")
     wanted = parse_flag_from_env("ACCELERATE_USE_CPU")  # of accelerate launch --cpu
-    cpu = wanted or not (torch.cuda.is_available() or torch.backends.mps.is_available())  # told, torchrun's ranks find each other
+    cpu = wanted or not torch.accelerator.is_available()  # told, torchrun's ranks find each other
     device = PartialState(cpu=cpu, timeout=DRAWING).device
     precision = models.precision(config.train.precision, device)
     if precision == "fp16" and device.type == "cpu":
@@ -254,7 +254,7 @@ class Trainer:
                 accelerator.backward(each.mean())
                 seen.append((slots, each.detach()))
         norm = accelerator.clip_grad_norm_(self.weights, train.clip)  # of the gradients of all processes
-        norm, *means = torch.stack([norm, *(each.mean() for _, each in seen)]).tolist()  # the one wait for a GPU
+        norm, *means = torch.stack([norm, *(each.mean() for _, each in seen)]).tolist()  # copies apart, the wait for a GPU
         taken = Outcome(norm, self.optimizer.param_groups[-1]["lr"], seen)
         if taken.sound:
             self.optimizer.step()
@@ -559,9 +559,9 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as error:
         if not of_memory(error):
             raise
-        print(f"error: a step needs more memory than there is ({str(error).splitlines()[0]}), expected room for one micro-batch: "
-              "raise train.accumulation or set train.gradient_checkpointing true; the same command goes on from its newest "
-              "checkpoint", file=sys.stderr)  # fmt: skip
+        print(f"error: there is not enough memory ({str(error).splitlines()[0]}), expected room for one micro-batch: raise "
+              "train.accumulation, set train.gradient_checkpointing true or lower data.resolution; the same command goes on from "
+              "its newest checkpoint, where there is one", file=sys.stderr)  # fmt: skip
         return 1
 
 

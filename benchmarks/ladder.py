@@ -114,9 +114,7 @@ def known(args) -> list[dict]:
 
 
 def once(rung: str, seed: int, args) -> None:
-    """Run a rung, or the peer, and keep what it found, unless that is known."""
-    if any((one["rung"], one["seed"]) == (rung, seed) for one in known(args)):
-        return
+    """Run a rung, or the peer, and keep what it found."""
     found = peer(PEERS[rung], seed, args) if rung in PEERS else climb(rung, seed, args)
     path = args.output.parent / RESULTS
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -149,11 +147,17 @@ def climb(rung: str, seed: int, args) -> dict:
 # ---- the peer
 
 
-def loaded(folder: Path):
-    """classifier_free_guidance.py by its path: its package imports torchvision."""
+def installed(folder: Path) -> Path:
+    """classifier_free_guidance.py where the peer was installed; an error where it was not."""
     path = folder / "denoising_diffusion_pytorch" / "classifier_free_guidance.py"
     if not path.is_file():
         raise SystemExit(f"error: {path} does not exist: pip install --no-deps --target {folder} {PEER} einops tqdm")
+    return path
+
+
+def loaded(folder: Path):
+    """The peer by its file's path: its package imports torchvision."""
+    path = installed(folder)
     sys.path.append(str(folder))
     spec = importlib.util.spec_from_file_location("classifier_free_guidance", path)
     module = importlib.util.module_from_spec(spec)
@@ -256,9 +260,12 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{len(args.rungs) * len(args.seeds)} runs of {args.minutes:g} minutes: "
               f"{len(args.rungs) * len(args.seeds) * args.minutes / 60:.1f} hours of training, and their judging")  # fmt: skip
         return
-    for seed in args.seeds:
-        for rung in args.rungs:
-            once(rung, seed, args)
+    there = {(one["rung"], one["seed"]) for one in known(args)}
+    missing = [(rung, seed) for seed in args.seeds for rung in args.rungs if (rung, seed) not in there]
+    if any(rung in PEERS for rung, _ in missing):
+        installed(args.peers)  # where it is not, that is said before hours of training
+    for rung, seed in missing:
+        once(rung, seed, args)
     done = sorted(known(args), key=lambda one: one["seed"])
     found = {name: [one for one in done if one["rung"] == name] for name in names}
     found, lines = {name: some for name, some in found.items() if some}, []

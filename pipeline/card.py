@@ -92,11 +92,12 @@ def illustrate(config: Config, run: Run) -> None:
     target.mkdir(exist_ok=True)
     for old in target.glob("prompt-*.png"):
         old.unlink()
-    if grids := sorted(run.samples.glob("*.png")):
-        shutil.copyfile(grids[-1], target / "samples.png")
-    if grids and sample.default_w in sample.w:
+    if drawn := run.drawn():
+        _step, newest = drawn[-1]
+        shutil.copyfile(newest, target / "samples.png")
+    if drawn and sample.default_w in sample.w:
         row = sample.w.index(sample.default_w)
-        with Image.open(grids[-1]) as grid:
+        with Image.open(newest) as grid:
             width, height = grid.width // len(sample.prompts), grid.height // len(sample.w)
             for i in range(len(sample.prompts)):
                 grid.crop((i * width, row * height, (i + 1) * width, (row + 1) * height)).save(target / f"prompt-{i}.png")

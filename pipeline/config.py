@@ -74,6 +74,8 @@ class DataConfig:
             *one_of("data.missing_caption", self.missing_caption),
             *one_of("data.crop", self.crop),
         ]
+        if not self.streaming and self.shuffle_buffer != DataConfig.shuffle_buffer:
+            found.append("data.shuffle_buffer is used while data.streaming is on only: leave it out")
         columns = (self.caption_column,) if isinstance(self.caption_column, str) else self.caption_column
         if columns is not None and (not columns or not all(columns) or len(set(columns)) < len(columns)):
             found.append(f"data.caption_column must be a column's name or several different ones, got {self.caption_column!r}")
@@ -158,6 +160,9 @@ class DiffusionConfig:
             *one_of("diffusion.variance_type", got["variance_type"]),
             *one_of("diffusion.timestep_spacing", got["timestep_spacing"]),
         ]
+        if self.beta_schedule == "squaredcos_cap_v2" and not self.beta_start is self.beta_end is None:
+            found.append("diffusion.beta_start and diffusion.beta_end are used by the other schedules only, not by "
+                         "squaredcos_cap_v2: leave them out")  # fmt: skip
         if not 0 < got["beta_start"] <= got["beta_end"] < 1:
             found.append("diffusion.beta_start and diffusion.beta_end must satisfy 0 < start <= end < 1, "
                          f"got {got['beta_start']} and {got['beta_end']}")  # fmt: skip
@@ -336,6 +341,9 @@ class Config:
             found += zero_snr_problems(noise, self.train.weighting)
         if new and self.train.method == "lora":
             found.append("train.method lora adapts a pretrained model: set model.pretrained, or train.method full")
+        if self.train.method != "lora" and self.lora != LoraConfig():
+            found.append(f"lora.rank, .alpha and .targets are used by train.method lora only, not by {self.train.method}: leave "
+                         "them out, or set train.method lora")  # fmt: skip
         return found
 
     def to_dict(self) -> dict:

@@ -413,22 +413,21 @@ def encode_captions(captions: list[str], tokenizer, text_encoder, length: int, c
                     device: torch.device | None = None) -> Tensor:  # fmt: skip
     """The states (N, length, D) of captions, each distinct one encoded once and cached by encoder, length and caption.
 
-    Where any is new, the encoder goes to `device`, and stays there. Warns when captions are longer than `length` tokens and are
-    cut.
+    Where any is new, the encoder goes to `device`, and stays there. What is longer than `length` tokens is cut, which
+    `CaptionedImages.measured` tells.
     """
     captions = [normalize(caption) for caption in captions]
     distinct = sorted(set(captions))
     key = digest("states", VERSION, distinct, length, weights_digest(text_encoder), Hasher.hash(tokenizer.get_vocab()))
-    of_batch = lambda batch: encode_batch(batch["caption"], tokenizer, text_encoder.to(device or text_encoder.device), length)
+
+    def of_batch(batch: dict) -> dict:
+        states = caption_states(batch["caption"], tokenizer, text_encoder.to(device or text_encoder.device), length)
+        return {"states": [state.numpy().tobytes() for state in states]}
+
     encoded = made_once(
         cache_file(cache_dir, "states", key), datasets.Dataset.from_dict({"caption": distinct}), of_batch, batch_size=64,
         new_fingerprint=key, desc="Encoding captions",
-        features=datasets.Features({"caption": datasets.Value("string"), "tokens": datasets.Value("int64"),
-                                    "states": datasets.Value("binary")}))  # fmt: skip
-    long = [c for c, tokens in zip(encoded["caption"], encoded["tokens"], strict=True) if tokens > length]
-    if long:
-        warnings.warn(f"{len(long)} of {len(distinct)} captions are longer than {length} tokens and are cut, e.g. {long[0]!r}",
-                      stacklevel=2)  # fmt: skip
+        features=datasets.Features({"caption": datasets.Value("string"), "states": datasets.Value("binary")}))  # fmt: skip
     row = {caption: i for i, caption in enumerate(distinct)}
     rows, table = torch.tensor([row[caption] for caption in captions]), encoded.select_columns("states").with_format("arrow")
     pieces = (rows[start : start + PIECE] for start in range(0, len(rows), PIECE))
@@ -439,13 +438,6 @@ def encode_captions(captions: list[str], tokenizer, text_encoder, length: int, c
         states = piece.new_empty(len(rows), *piece.shape[1:]) if states is None else states
         states[start * PIECE : start * PIECE + len(some)] = piece
     return states
-
-
-def encode_batch(captions: list[str], tokenizer, text_encoder, length: int) -> dict:
-    """States as bytes, and how many tokens each caption would have uncut."""
-    states = caption_states(captions, tokenizer, text_encoder, length)
-    tokens = [len(ids) for ids in tokenizer(captions, truncation=False, verbose=False).input_ids]
-    return {"states": [s.numpy().tobytes() for s in states], "tokens": tokens}
 
 
 class CaptionStates:

@@ -91,17 +91,30 @@ class Layout:
             pretrained_model_name_or_path = safe().download(str(pretrained_model_name_or_path), kwargs.get("variant"), **options)
         pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         pipe.register_to_config(_name_or_path=str(name))  # and not where the cache keeps it
-        stable = at_home() and safe().of_stable_diffusion(Path(pretrained_model_name_or_path))
-        if stable and pipe.scheduler.config.get("clip_sample"):
-            pipe.scheduler.register_to_config(clip_sample=False)  # as its own pipeline does, whatever was saved
+        if at_home() and safe().of_stable_diffusion(Path(pretrained_model_name_or_path)):
+            noise = pipe.scheduler.config  # of which its own pipeline keeps neither, whatever was saved
+            mended = {"clip_sample": False} if noise.get("clip_sample") else {}
+            if noise.get("timestep_spacing") == "leading" and noise.get("steps_offset", 1) != 1:
+                mended["steps_offset"] = 1
+            pipe.scheduler.register_to_config(**mended)
         return pipe
 
     @classmethod
     def from_pipe(cls, pipeline, **kwargs):
         """The pipeline over the parts of another one, which guides by default as that one does; the rest is diffusers' own."""
-        if not isinstance(pipeline, Layout):
+        if not {"w", "_w"} & pipeline.config.keys():  # _w: of one of ours that it was made from
             kwargs.setdefault("w", SD_W)
-        return super().from_pipe(pipeline, **kwargs)
+        ours = {name: getattr(pipeline, name, None) for name in ("vae", "whitening")}  # diffusers drops classes it does not know
+        return super().from_pipe(pipeline, **{name: part for name, part in ours.items() if part is not None} | kwargs)
+
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        """diffusers' own, with what of ours lies in a Stable Diffusion index, which diffusers does not read."""
+        if config_dict.get("_class_name") == STABLE_DIFFUSION["_class_name"]:
+            private = config_dict.get(PRIVATE, {})
+            ours = {name: private[name] for name in ("w", "caption_length", "caption_dropout") if name in private}
+            config_dict = {"w": SD_W} | ours | config_dict
+        return super().extract_init_dict(config_dict, **kwargs)
 
     @classmethod
     def load_config(cls, *args, **kwargs):
@@ -171,8 +184,10 @@ class Layout:
     def is_stable_diffusion(self) -> bool:
         """Whether diffusers' own StableDiffusionPipeline, given these parts, draws the same pictures."""
         unet, vae, tokenizer, scheduler = self.unet, self.vae, self.tokenizer, self.scheduler
-        if not (isinstance(unet, UNet2DConditionModel) and isinstance(vae, AutoencoderKL) and tokenizer is not None
-                and isinstance(self.text_encoder, CLIPTextModel) and self.whitening is None):  # fmt: skip
+        if scheduler is None or tokenizer is None or self.whitening is not None:
+            return False
+        if not (isinstance(unet, UNet2DConditionModel) and isinstance(vae, AutoencoderKL)
+                and isinstance(self.text_encoder, CLIPTextModel)):  # fmt: skip
             return False
         known = "scheduler" not in self._own_modules() or type(scheduler).__name__ == "DDPMScheduler"
         settings = scheduler.config  # StableDiffusionPipeline puts clip_sample to False and steps_offset to 1, whatever they are
@@ -183,19 +198,17 @@ class Layout:
                 and not vae.config.shift_factor and self.config.caption_length in (None, tokenizer.model_max_length))  # fmt: skip
 
     def _own_modules(self) -> dict[str, str]:
-        """The module of each component that the libraries do not have; ValueError for one that is in no file to copy."""
-        found = {}
-        for name, part in self.components.items():
-            module = type(getattr(part, "_orig_mod", part)).__module__  # _orig_mod: what torch.compile has wrapped
-            if part is not None and module.split(".")[0] not in LIBRARIES:
-                if module == "__main__":
-                    raise ValueError(f"{name} is a {type(part).__name__} of the running script, expected a class of a module: "
-                                     "move it to a file of its own, which can travel")  # fmt: skip
-                found[name] = module
-        return found
+        """The module of each component that the libraries do not have."""
+        modules = {name: type(getattr(part, "_orig_mod", part)).__module__  # _orig_mod: what torch.compile has wrapped
+                   for name, part in self.components.items() if part is not None}  # fmt: skip
+        return {name: module for name, module in modules.items() if module.split(".")[0] not in LIBRARIES}
 
     def _code(self) -> dict[str, Path]:
-        """Path in the saved folder -> source file, of all code that a stranger needs."""
+        """Path in the saved folder -> source file, of all code that a stranger needs; ValueError for what is in no file."""
+        for name, module in self._own_modules().items():
+            if module == "__main__":
+                raise ValueError(f"{name} is a {type(getattr(self, name)).__name__} of the running script, expected a class of a "
+                                 "module: move it to a file of its own, which can travel")  # fmt: skip
         source = Path(inspect.getsourcefile(type(self)))
         code = {f"{FILE}.py": source} | {f"{name}.py": source.with_name(f"{name}.py") for name in get_relative_imports(source)}
         if not self.is_stable_diffusion():

@@ -148,6 +148,9 @@ def pretrained(config: Config) -> TextToImagePipeline:
     if getattr(pipe.unet, "peft_config", None):
         raise ConfigError(f"model.pretrained must be a whole model, got {config.model.pretrained}, which is an adapter: give the "
                           "model that it adapts")  # fmt: skip
+    if missing := [name for name in ("tokenizer", "text_encoder") if getattr(pipe, name) is None]:
+        raise ConfigError(f"model.pretrained must have what reads captions, got {config.model.pretrained} without "
+                          f"{' and '.join(missing)}: save it with them")  # fmt: skip
     side, rest = divmod(config.data.resolution, pipe.vae_scale_factor)
     halvings = 2 ** (len(pipe.unet.config.block_out_channels) - 1)
     if rest or side % halvings:

@@ -56,6 +56,7 @@ class Run:
         self.pipeline, self.figures = self.folder / "pipeline", self.folder / "figures"
         self.metrics, self.config = self.folder / "metrics.jsonl", self.folder / "config.yaml"
         self.card, self.adapter = self.folder / "README.md", self.folder / "lora"
+        self.torn: set[int] = set()  # the steps of checkpoints that were found damaged
 
     @property
     def finished(self) -> bool:
@@ -124,8 +125,11 @@ class Run:
             shutil.rmtree(new, ignore_errors=True)
             raise SaveError(f"the checkpoint of step {step} could not be saved in {self.checkpoints} ({error}); those of steps "
                             f"{self.steps() or 'none'} are whole: make room, then run the same command") from error  # fmt: skip
-        for old in self.steps(step)[:-keep]:  # a later one is torn, or of another plan
-            remove(self.checkpoints / str(old))
+        self.torn.discard(step)
+        kept = [n for n in self.steps(step) if n not in self.torn][-keep:]
+        for old in self.steps(step):  # a later one is torn, or of another plan
+            if old not in kept:
+                remove(self.checkpoints / str(old))
         return target
 
     def _check_room(self, step: int) -> None:
@@ -161,6 +165,7 @@ class Run:
             folder = self.checkpoints / str(step)
             if not (damage := verify(folder)):
                 return folder
+            self.torn.add(step)
             warnings.warn(f"checkpoint {folder} is skipped: {damage}", stacklevel=2)
         if steps:
             raise RunError(f"every checkpoint in {self.checkpoints} is damaged ({len(steps)} of {len(steps)}): "
@@ -179,12 +184,16 @@ class Run:
         *whole, _cut = self.metrics.read_text(encoding="utf-8").split("\n")
         return [json.loads(line) for line in whole if line]
 
+    def drawn(self) -> list[tuple[int, Path]]:
+        """The steps that samples were drawn at, each with its picture, the newest last; other files in the folder are none."""
+        return sorted((int(path.stem), path) for path in self.samples.glob("*.png") if path.stem.isdecimal())
+
     def rewind(self, step: int) -> None:
         """Forget what was logged and drawn after `step`: those steps are about to be repeated."""
         kept = [json.dumps(record) for record in self.history() if record["step"] <= step]
         replace(self.metrics, "".join(line + "\n" for line in kept))
-        for path in self.samples.glob("*.png"):
-            if path.stem.isdecimal() and int(path.stem) > step:
+        for drawn, path in self.drawn():
+            if drawn > step:
                 path.unlink()
 
 
@@ -290,13 +299,15 @@ def load_state(folder: Path, name: str) -> dict:
 
 
 class StopRequest:
-    """Has anybody asked this process to stop? SIGTERM, SIGINT, SIGUSR1, or a launcher's death; a second SIGINT kills.
+    """Has anybody asked this process to stop? SIGTERM, SIGINT, SIGUSR1, SIGHUP, or a launcher's death; a second SIGINT kills.
+
+    A closed terminal's SIGHUP is none where nohup has it ignored.
 
     `bool(stop)` is the poll, `stop.exit_code` 143, 130 or 0; use it as a context manager, which puts the handlers back.
     While `at_once(where)` is open a request raises Stopped instead of waiting for the poll.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
     ORPHAN = "the launcher is gone"
     LAUNCHERS = ("ACCELERATE_", "TORCHELASTIC_")  # what accelerate launch and torchrun set; a shell may go, and the run goes on
 
@@ -304,7 +315,8 @@ class StopRequest:
         self.reason, self.exit_code, self.parent, self.where, self.over = "", 0, os.getppid(), "", threading.Event()
 
     def __enter__(self):
-        self.before = {number: signal.signal(number, self.handle) for number in self.SIGNALS}
+        heard = (n for n in self.SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN)
+        self.before = {number: signal.signal(number, self.handle) for number in heard}
         if any(name.startswith(self.LAUNCHERS) for name in os.environ):
             threading.Thread(target=self._watch, daemon=True).start()
         return self
@@ -330,8 +342,7 @@ class StopRequest:
     def handle(self, number, _frame):
         if self.reason and number == signal.SIGINT:
             os._exit(130)
-        orphan = os.getppid() != self.parent
-        self.reason = self.reason or (self.ORPHAN if orphan else signal.Signals(number).name)
+        self.reason = self.reason or signal.Signals(number).name
         self.exit_code = self.exit_code or (130 if number == signal.SIGINT else 143)
         self._raise()
 
@@ -343,6 +354,7 @@ class StopRequest:
         """Ask for a stop when the launcher is gone: the system tells its children nothing."""
         while not self.over.wait(0.5):
             if os.getppid() != self.parent:
+                self.exit_code, self.reason = self.exit_code or 143, self.reason or self.ORPHAN
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
 

@@ -195,7 +195,7 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         if eta != 1:
             variance = eta**2 * variance
             abar_s = self._factor(s, x_t)
-            mean = root(abar_s) * x_0 + root(1 - abar_s - variance) * self.predict_eps(x_0, x_t, t)
+            mean = root(abar_s) * wide(x_0) + root(1 - abar_s - variance) * self.predict_eps(x_0, x_t, t)
         return mean, variance
 
     def step(
@@ -221,6 +221,9 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         if model_output.shape != sample.shape:
             raise ValueError(f"model_output must have the sample's shape {tuple(sample.shape)}, got "
                              f"{tuple(model_output.shape)}; learned variances are not implemented")  # fmt: skip
+        beyond = s >= t
+        if eta > 0 and (beyond if isinstance(beyond, bool) else beyond.any()):
+            raise ValueError(f"previous_timestep must lie before timestep where eta is above 0, got {s} and {t}")
         x_0 = self.clip(self.predict_x_0(model_output, t, sample))
         mean, variance = self._transition(x_0, wide(sample), t, s, eta)
         if eta > 0 and (s >= 0 if isinstance(s, int) else (s >= 0).any()):
@@ -258,8 +261,9 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
             if not plan or any(a <= b for a, b in itertools.pairwise(plan)):
                 raise ValueError(f"timesteps must be in decreasing order, got {list(timesteps)}")
         if plan[0] >= T or plan[-1] < 0:
+            cure = "" if timesteps is not None else "; take fewer steps, or another steps_offset or timestep_spacing"
             raise ValueError(f"timesteps must lie in [0, {T - 1}] (num_train_timesteps is {T}), "
-                             f"got {plan[0]} … {plan[-1]}")  # fmt: skip
+                             f"got {plan[0]} … {plan[-1]}{cure}")  # fmt: skip
         if timesteps is None and self._abar[plan[0] + 1] > NOISE_FLOOR >= self._abar[-1]:
             warnings.warn(f"{len(plan)} steps spaced {self.config.timestep_spacing!r} start at t={plan[0]}, where "
                           f"abar = {self._abar[plan[0] + 1]:.2g}: that is no pure noise. timestep_spacing='trailing' "
@@ -298,11 +302,11 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
     def _spaced(self, n: int) -> list[int]:
         T = len(self)
         if self.config.timestep_spacing == "linspace":
-            plan = np.linspace(T - 1, 0, n).round()
+            plan = np.linspace(0, T - 1, n).round()[::-1] if n > 1 else np.array([T - 1])
         elif self.config.timestep_spacing == "leading":
             plan = np.arange(n)[::-1] * (T // n) + self.config.steps_offset
         else:
-            plan = np.round(T - np.arange(n) * (T / n)) - 1
+            plan = np.round(np.arange(T, 0, -T / n)[:n]) - 1
         return plan.astype(int).tolist()
 
     # -- diffusers' surface --------------------------------------------------------------------------------------
@@ -338,11 +342,13 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
             beta = torch.as_tensor(trained_betas, dtype=torch.float64)
         else:
             beta = SCHEDULES[beta_schedule](num_train_timesteps, beta_start, beta_end)
+        given = f"beta_start={beta_start}, beta_end={beta_end}" if trained_betas is None else "trained_betas"
         if not len(beta):
-            raise ValueError(f"num_train_timesteps must be at least 1, got {num_train_timesteps}")
+            raise ValueError(f"num_train_timesteps must be at least 1, got {num_train_timesteps}" if trained_betas is None
+                             else "trained_betas must be at least 1 beta, got none")  # fmt: skip
         if not ((beta > 0) & (beta < 1))[:-1].all() or not 0 < beta[-1] <= 1:  # beta_T = 1: zero terminal SNR
             raise ValueError(f"every beta must lie in (0, 1), got {beta.min():.3g} … {beta.max():.3g} "
-                             f"from beta_start={beta_start}, beta_end={beta_end}")  # fmt: skip
+                             f"from {given}")  # fmt: skip
         if rescale_betas_zero_snr and len(beta) < 2:
             raise ValueError("rescale_betas_zero_snr needs at least 2 timesteps, got 1: no signal at the last leaves none at all")
         if beta_schedule not in STOCK_SCHEDULES and trained_betas is None:  # so that stock schedulers take it from this config
@@ -369,7 +375,8 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
             warnings.warn("zero terminal SNR with prediction_type='epsilon': at the last timestep abar = 0 and the "
                           "noise says nothing about x_0; use v_prediction or sample.", stacklevel=4)  # fmt: skip
         if config.thresholding and config.sample_max_value is not None and config.sample_max_value <= 1:
-            warnings.warn(f"thresholding=True with sample_max_value={config.sample_max_value} is a plain clamp, and no "
+            what = "is a plain clamp" if config.sample_max_value == 1 else "clamps to it and divides by it"
+            warnings.warn(f"thresholding=True with sample_max_value={config.sample_max_value} {what}, and is no "
                           "dynamic threshold; sample_max_value=None sets no maximum.", stacklevel=4)  # fmt: skip
         if last > NOISE_FLOOR and not trained:
             scale = 1.01 * math.log(NOISE_FLOOR) / math.log(last)

@@ -182,6 +182,17 @@ def fetched(row: dict) -> dict:
 
 def open_rows(config: DataConfig, split: str) -> Rows:
     """The rows of one split of `config.source`: a folder of images, a table on disk, or a data set of the Hub."""
+    try:
+        return rows_of(config, split)
+    except PermissionError as error:
+        if error.filename is None or not Path(error.filename).is_relative_to(config.source):
+            raise  # such as the Hub's cache
+        raise DataError(f"cannot read {error.filename} of data.source {config.source} ({error.strerror}), expected leave to read "
+                        "it: chmod -R u+rX, say") from error  # fmt: skip
+
+
+def rows_of(config: DataConfig, split: str) -> Rows:
+    """What `open_rows` opens."""
     source = Path(config.source)
     local = source.exists()
     if not (is_table(source, split) if local else HUB_ID.fullmatch(config.source)):

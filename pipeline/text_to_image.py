@@ -375,15 +375,16 @@ class TextToImagePipeline(Layout, DiffusionPipeline, StableDiffusionLoraLoaderMi
             raise InputError(f"{type(self.scheduler).__name__} has no init_noise_sigma, expected a scheduler of noise as in (5), "
                              "not of flow matching: DDPM, DDIM, PNDM, DPMSolverMultistep, …")  # fmt: skip
         scheduler = copy.deepcopy(self.scheduler)
-        if timesteps is not None:
-            if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
-                raise InputError(f"{type(scheduler).__name__} takes no timesteps, expected none: pass num_inference_steps")
-            scheduler.set_timesteps(timesteps=timesteps, device=device)
-            return scheduler
         T = len(scheduler) if hasattr(scheduler, "__len__") else scheduler.config.num_train_timesteps
-        if not whole(n) or not 1 <= n <= T:
+        if timesteps is None and not (whole(n) and 1 <= n <= T):
             raise InputError(f"num_inference_steps is {n!r}, expected a whole number from 1 to {T}: 50 is a good start")
-        scheduler.set_timesteps(n, device=device)
+        if timesteps is not None and "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
+            raise InputError(f"{type(scheduler).__name__} takes no timesteps, expected none: pass num_inference_steps")
+        name, value = ("num_inference_steps", n) if timesteps is None else ("timesteps", timesteps)
+        try:
+            scheduler.set_timesteps(**{name: value}, device=device)
+        except ValueError as error:
+            raise InputError(f"{name} is {value}, expected what {type(scheduler).__name__} can plan: {error}") from error
         return scheduler
 
     def _noise(self, B: int, height: int | None, width: int | None, generator, latents: Tensor | None, device) -> Tensor:

@@ -36,6 +36,7 @@ ROOT = Path(__file__).parent.parent
 FIELDS = ("prompt", "negative_prompt", "w", "steps", "eta", "images", "seed", "randomise", "low", "high", "denoiser",
           "checkpoint", "think")  # fmt: skip
 GOOD = dict(zip(FIELDS, ("red heart", "", 1.0, 4, 1.0, 1, 7, False, 0.0, 1.0, "network", 0, 1), strict=True))
+web = httpx.Client(limits=httpx.Limits(max_keepalive_connections=0))  # a connection each, but the certificates are read once
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,7 @@ def pixels(images):
 
 def call(url, name, *data, client=None):
     """A raw request to an endpoint: (HTTP status, last event's name, its data)."""
-    client = client or httpx
+    client = client or web
     body = json.dumps({"data": list(data)})  # json writes NaN and Infinity, as scripts do
     begun = client.post(f"{url}/gradio_api/call/{name}", content=body, headers={"content-type": "application/json"}, timeout=60)
     if begun.status_code != 200:
@@ -92,17 +93,17 @@ def call(url, name, *data, client=None):
 
 def sent(url, component, trigger, *data):
     """What the page itself sends: (HTTP status, the answer's data) of the event of a component, found by its label or its id."""
-    config = httpx.get(f"{url}/config").json()
+    config = web.get(f"{url}/config").json()
     (target,) = (c["id"] for c in config["components"] if component in (c["props"].get("elem_id"), c["props"].get("label")))
     (found,) = (d["id"] for d in config["dependencies"] if [target, trigger] in d["targets"])
     asked = {"fn_index": found, "data": list(data), "session_hash": "a page"}
-    answer = httpx.post(f"{url}/gradio_api/run/predict", json=asked, timeout=60)
+    answer = web.post(f"{url}/gradio_api/run/predict", json=asked, timeout=60)
     return answer.status_code, answer.json().get("data")
 
 
 def image_of(url, entry):
     """The picture behind a gallery's entry."""
-    return Image.open(io.BytesIO(httpx.get(entry["image"]["url"]).content))
+    return Image.open(io.BytesIO(web.get(entry["image"]["url"]).content))
 
 
 # ---- one request, three ways
@@ -134,7 +135,7 @@ def test_the_readmes_script_draws(url, tmp_path):
 
 
 def test_the_endpoints_are_named_and_described(url):
-    found = httpx.get(f"{url}/gradio_api/info").json()["named_endpoints"]
+    found = web.get(f"{url}/gradio_api/info").json()["named_endpoints"]
     assert set(found) == {"/create", "/sweep", "/forward", "/backward"}
     assert [p["parameter_name"] for p in found["/create"]["parameters"]] == list(FIELDS)
     assert all(endpoint["description"] for endpoint in found.values())
@@ -179,7 +180,7 @@ def test_thinking_longer_answers_with_the_curve_and_the_discarded(url, shelf):
 
 def reused(url, content):
     """What the page makes of a dropped PNG: its settings, and a word where another model drew it."""
-    (path,) = httpx.post(f"{url}/gradio_api/upload", files={"files": ("drawn.png", content)}).json()
+    (path,) = web.post(f"{url}/gradio_api/upload", files={"files": ("drawn.png", content)}).json()
     dropped = {"path": path, "meta": {"_type": "gradio.FileData"}}
     status, (*settings, said) = sent(url, "Reuse the settings of a PNG from this page", "upload", dropped, 0)
     assert status == 200
@@ -191,7 +192,7 @@ def test_a_dropped_picture_tells_every_setting(url):
                    "seed": 123, "low": 0.2, "high": 0.8, "denoiser": "exact"}  # fmt: skip
     _, event, (gallery, *_) = call(url, "create", *drew.values())
     assert event == "complete"
-    settings, said = reused(url, httpx.get(gallery[0]["image"]["url"]).content)
+    settings, said = reused(url, web.get(gallery[0]["image"]["url"]).content)
     assert settings == [drew[name] for name in (*FIELDS[:10], "think", "denoiser")] and not said
 
 
@@ -247,7 +248,7 @@ def test_missing_and_surplus_arguments_are_no_server_error(url, data, event, wor
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"data": 7}', b'{"data": null}', b"\xff\xfe", b'{"data": "\\ud83d"}'])
 def test_what_is_no_request_is_no_server_error(url, body):
-    got = httpx.post(f"{url}/gradio_api/call/create", content=body, headers={"content-type": "application/json"})
+    got = web.post(f"{url}/gradio_api/call/create", content=body, headers={"content-type": "application/json"})
     assert got.status_code < 500, got.text
 
 
@@ -277,11 +278,11 @@ def test_a_picture_elsewhere_on_the_machine_is_not_read(url, tmp_path_factory):
 def test_a_huge_body_is_refused_before_it_is_read(url):
     body = json.dumps({"data": ["x" * 50_000_000]}).encode()
     try:
-        got = httpx.post(f"{url}/gradio_api/call/create", content=body)
+        got = web.post(f"{url}/gradio_api/call/create", content=body)
         assert got.status_code == 413
     except httpx.WriteError:  # the server has closed the connection while it was still being told
         pass
-    streamed = httpx.post(f"{url}/gradio_api/call/create", content=(b"x" * 100_000 for _ in range(30)))
+    streamed = web.post(f"{url}/gradio_api/call/create", content=(b"x" * 100_000 for _ in range(30)))
     assert streamed.status_code == 413
     assert call(url, "create", *GOOD.values())[1] == "complete"
 
@@ -290,7 +291,7 @@ def test_a_dropped_file_that_is_deleted_meanwhile_is_told(server):
     url, _server, files = server
     content = io.BytesIO()
     Image.new("RGB", (16, 16), "red").save(content, "PNG")
-    (path,) = httpx.post(f"{url}/gradio_api/upload", files={"files": ("a.png", content.getvalue())}).json()
+    (path,) = web.post(f"{url}/gradio_api/upload", files={"files": ("a.png", content.getvalue())}).json()
     upload = {"path": path, "meta": {"_type": "gradio.FileData"}}
     assert files in Path(path).parents and call(url, "forward", "", 5, 0, False, upload, 0)[1] == "complete"
     Path(path).unlink()
@@ -320,15 +321,15 @@ def test_an_error_of_ours_is_told_by_its_number_alone(url, shelf, monkeypatch, c
 @pytest.mark.parametrize("path", ["file=/etc/passwd", "file=../../etc/passwd", "file=%2e%2e/%2e%2e/etc/passwd", "file=http://127.0.0.1/",
                                   "file=app.py", "proxy=http://127.0.0.1/"])  # fmt: skip
 def test_files_and_other_servers_are_out_of_reach(url, path):
-    got = httpx.get(f"{url}/gradio_api/{path}")
+    got = web.get(f"{url}/gradio_api/{path}")
     assert got.status_code in (400, 401, 403, 404), got.text[:100]
 
 
 def test_nothing_is_monitored_shared_or_reported(url):
-    config = httpx.get(f"{url}/config").json()
+    config = web.get(f"{url}/config").json()
     assert config["analytics_enabled"] is False and config["show_error"] is False
-    assert httpx.get(f"{url}/monitoring").status_code >= 400
-    hosts = set(re.findall(r"https?://([\w.-]+)", httpx.get(url).text))
+    assert web.get(f"{url}/monitoring").status_code >= 400
+    hosts = set(re.findall(r"https?://([\w.-]+)", web.get(url).text))
     assert not {h for h in hosts if "googleapis" in h or "gstatic" in h}, hosts
 
 
@@ -380,14 +381,14 @@ def test_a_request_after_stop_counts_its_own_calls_alone(url, shelf, monkeypatch
     monkeypatch.setattr(serving, "PREVIEW", 1.0)
     network = shelf.studio().network.unet
     slow = network.register_forward_pre_hook(lambda *_: time.sleep(0.05))
-    config = httpx.get(f"{url}/config").json()
+    config = web.get(f"{url}/config").json()
     (index,) = (d["id"] for d in config["dependencies"] if d["api_name"] == "create")
     asked = {"fn_index": index, "data": list((GOOD | {"steps": 200}).values()), "session_hash": "left"}
-    begun = httpx.post(f"{url}/gradio_api/queue/join", json=asked).json()
-    with httpx.stream("GET", f"{url}/gradio_api/queue/data?session_hash=left", timeout=60) as stream:
+    begun = web.post(f"{url}/gradio_api/queue/join", json=asked).json()
+    with web.stream("GET", f"{url}/gradio_api/queue/data?session_hash=left", timeout=60) as stream:
         next(line for line in stream.iter_lines() if "process_generating" in line)  # 20 more calls until its next preview
         with ThreadPoolExecutor() as threads:
-            stopped = threads.submit(httpx.post, f"{url}/gradio_api/cancel", json=asked | begun, timeout=60)
+            stopped = threads.submit(web.post, f"{url}/gradio_api/cancel", json=asked | begun, timeout=60)
             _, event, (_gallery, said, *_) = call(url, "create", *GOOD.values())
             assert stopped.result().status_code == 200
     slow.remove()
@@ -397,7 +398,7 @@ def test_a_request_after_stop_counts_its_own_calls_alone(url, shelf, monkeypatch
 def test_a_full_queue_leaves_the_schedules_plot_alone(url, shelf):
     body = json.dumps({"data": list(GOOD.values())})
     with shelf.studio().turn:  # nobody draws
-        answers = [httpx.post(f"{url}/gradio_api/call/create", content=body, headers={"content-type": "application/json"})
+        answers = [web.post(f"{url}/gradio_api/call/create", content=body, headers={"content-type": "application/json"})
                    for _ in range(app.QUEUE + 2)]  # fmt: skip
         assert answers[-1].status_code == 503, "Queue is full"
         status, data = sent(url, "t", "change", 250)
@@ -406,7 +407,7 @@ def test_a_full_queue_leaves_the_schedules_plot_alone(url, shelf):
     assert sent(url, "t", "change", 1001)[0] == 500, "refused"
     for answer in answers[:-1]:
         if answer.status_code == 200:
-            httpx.get(f"{url}/gradio_api/call/create/{answer.json()['event_id']}", timeout=60)
+            web.get(f"{url}/gradio_api/call/create/{answer.json()['event_id']}", timeout=60)
 
 
 def test_plots_are_drawn_one_at_a_time(shelf, monkeypatch):
@@ -602,7 +603,7 @@ def alone(shelf, tmp_path_factory):
             deadline = time.monotonic() + 60
             while time.monotonic() < deadline and process.poll() is None:
                 with contextlib.suppress(httpx.ConnectError):
-                    httpx.get(f"http://127.0.0.1:{port}")
+                    web.get(f"http://127.0.0.1:{port}")
                     break
                 time.sleep(0.2)
             else:
@@ -616,7 +617,7 @@ def alone(shelf, tmp_path_factory):
 
 def test_the_page_starts_with_the_runtime_requirements_alone_and_without_a_network(alone):
     url, _, _ = alone
-    assert "Direct Jump" in httpx.get(url).text
+    assert "Direct Jump" in web.get(url).text
     assert call(url, "create", *GOOD.values())[1] == "complete"
 
 
@@ -743,7 +744,7 @@ def test_a_dropped_picture_brings_its_settings_back(page, url, tmp_path):
     settings = GOOD | {"prompt": "green heart", "seed": 123, "steps": 9, "w": 3.5, "eta": 0.5, "low": 0.2, "high": 0.8,
                        "denoiser": "exact"}  # fmt: skip
     _, _, (gallery, *_) = call(url, "create", *settings.values())
-    (tmp_path / "drawn.png").write_bytes(httpx.get(gallery[0]["image"]["url"]).content)
+    (tmp_path / "drawn.png").write_bytes(web.get(gallery[0]["image"]["url"]).content)
     page.get_by_text("More").click()
     page.locator("input[type=file]").first.set_input_files(tmp_path / "drawn.png")
     page.wait_for_function("document.querySelector('#prompt textarea').value == 'green heart'")

@@ -257,6 +257,7 @@ def test_the_ladder_holds_its_last_rung_against_the_better_peer(tmp_path, monkey
     result = lambda rung: {"images": 16, "minutes": None, "first_five": shares[rung], "held_out": None}
     monkeypatch.setattr(ladder, "climb", lambda rung, seed, args: result(rung))
     monkeypatch.setattr(ladder, "peer", lambda width, seed, args: result(f"{ladder.PEER}-{width}"))
+    monkeypatch.setattr(ladder, "installed", lambda folder: folder)
     argv = ["--seeds", "0", "--folder", str(tmp_path), "--output", str(tmp_path / "b.md"), "--rungs", *reversed(shares)]
     ladder.main(argv)
     text = (tmp_path / "b.md").read_text()
@@ -264,6 +265,10 @@ def test_the_ladder_holds_its_last_rung_against_the_better_peer(tmp_path, monkey
     assert "| width 32, captions as classes, in pixels | 0 | 16 | ? | not in 20 | 10% | - |" in text
 
 
-def test_the_peer_is_told_how_to_be_installed(tmp_path):
+def test_the_peer_is_told_how_to_be_installed_before_anything_is_run(tmp_path, monkeypatch):
+    run = []
+    monkeypatch.setattr(ladder, "climb", lambda rung, seed, args: run.append(rung))
+    argv = ["--folder", str(tmp_path), "--peers", str(tmp_path), "--output", str(tmp_path / "b.md")]
     with pytest.raises(SystemExit, match="pip install --no-deps"):
-        ladder.loaded(tmp_path)
+        ladder.main([*argv, "--rungs", "muon", f"{ladder.PEER}-32"])
+    assert not run

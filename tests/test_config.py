@@ -128,6 +128,9 @@ def test_an_unknown_setting_is_refused_with_the_nearest_name(tmp_path, wrong, ne
     (["--model.patch_size", "3", "--data.resolution", "60"], "model.patch_size must be a power of two, got 3"),
     (["--train.lr_schedule", "cosine"], "train.decay_share are used by flat_then_linear only, not by"),
     (["--train.lr_schedule", "cosine", "--train.lr_end", "0", "--train.decay_share", "0.2"], "train.lr_end and"),
+    (["--data.shuffle_buffer", "5"], "data.shuffle_buffer is used while data.streaming is on only: leave it out"),
+    (["--diffusion.beta_schedule", "squaredcos_cap_v2", "--diffusion.beta_end", "0.01"],
+     "not by squaredcos_cap_v2: leave them out"),
 ])  # fmt: skip
 def test_bad_values_are_named(argv, says):
     with pytest.raises(ConfigError, match=r".*") as error:

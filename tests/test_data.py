@@ -10,7 +10,6 @@ import os
 import resource
 import time
 import unicodedata
-import warnings
 from pathlib import Path
 
 import datasets
@@ -586,17 +585,6 @@ def test_states_are_cached_by_encoder_and_caption(tokenizer, tmp_path, monkeypat
     other = data.encode_captions(["cat", "red"], tokenizer, bert(seed=1), 5, tmp_path)
     assert len(calls) == 2 and not torch.allclose(other, first)
     assert data.encode_captions(["cat", "red"], tokenizer, bert(), 6, tmp_path).shape == (2, 6, 16) and len(calls) == 3
-
-
-def test_cut_captions_are_counted_once(tokenizer, tmp_path):
-    """Also when they come from the cache."""
-    for _ in range(2):
-        with pytest.warns(UserWarning, match="1 of 2 captions are longer than 4 tokens.* e.g. 'red heart cat'") as said:
-            data.encode_captions(["red heart cat", "cat", "cat"], tokenizer, bert(), 4, tmp_path)
-        assert len(said) == 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        data.encode_captions(["red heart"], tokenizer, bert(), 4, tmp_path)
 
 
 def test_states_asked_for_one_by_one_are_those_of_all_at_once(tokenizer, tmp_path, monkeypatch):

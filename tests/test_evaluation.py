@@ -1,6 +1,7 @@
 """What is measured of a run is what it drew, and what was drawn is drawn once."""
 
 import json
+import shutil
 from collections import Counter
 from types import SimpleNamespace
 
@@ -35,13 +36,20 @@ def bank(judge, folder):
     return Bank.of(judge, [data.load_images(folder, split=s, resolution=16, cache_dir=cache) for s in ("train", "test")])
 
 
-@pytest.fixture
-def run(folder, tmp_path):
+@pytest.fixture(scope="module")
+def untrained(folder):
     """A run's folder around a network that was never trained."""
-    tiny_pipeline(sample_size=16, caption_length=8).save_pretrained(tmp_path / "pipeline")
-    source = config.DataConfig(source=str(folder), resolution=16, cache=str(tmp_path / "cache"))
-    (tmp_path / "config.yaml").write_text(config.Config(name="tiny", data=source).to_yaml())
-    return tmp_path
+    run = folder.parent / "run"
+    tiny_pipeline(sample_size=16, caption_length=8).save_pretrained(run / "pipeline")
+    source = config.DataConfig(source=str(folder), resolution=16, cache=str(folder.parent / "cache"))
+    (run / "config.yaml").write_text(config.Config(name="tiny", data=source).to_yaml())
+    return run
+
+
+@pytest.fixture
+def run(untrained, tmp_path):
+    """A copy of it; the data that were prepared for it are shared."""
+    return shutil.copytree(untrained, tmp_path, dirs_exist_ok=True)
 
 
 def measured_apart(judge, bank) -> float:
@@ -245,17 +253,17 @@ def test_more_measures_the_same_drawings_by_more_and_names_every_network(run, co
     assert "more" not in json.loads((run / "metrics.json").read_text()), "it is of other weights"
 
 
-def test_what_is_known_of_real_pictures_is_computed_once(run, colours, monkeypatch):
-    config_, _judge, bank, _pipe = evaluation.finished(run)
+def test_what_is_known_of_real_pictures_is_computed_once(run, colours, tmp_path, monkeypatch):
+    _config, _judge, bank, _pipe = evaluation.finished(run)
     frechet, pairs = measures.frechet, []
     monkeypatch.setattr(measures, "frechet", lambda x, y: pairs.append(len(x)) or frechet(x, y))
-    first = evaluation.distances("colours", bank, bank.images, config_.data.cache)
+    first = evaluation.distances("colours", bank, bank.images, tmp_path)
     assert Colours.shown == 56 and pairs == [14, 14]
     assert first["frechet"]["value"] == pytest.approx(first["frechet"]["real"]), "real pictures in the drawings' place"
-    again = evaluation.distances("colours", bank, bank.images, config_.data.cache)
+    again = evaluation.distances("colours", bank, bank.images, tmp_path)
     assert again == first and Colours.shown == 56 + 28 and len(pairs) == 3
     bank.images[0, 0, 0, 0] ^= 1
-    evaluation.distances("colours", bank, bank.images, config_.data.cache)
+    evaluation.distances("colours", bank, bank.images, tmp_path)
     assert Colours.shown == 56 + 28 + 56, "other pictures have other statistics"
 
 

@@ -135,15 +135,15 @@ def test_stable_diffusion_is_guided_as_by_its_own_pipeline(base):
 
 
 def test_latents_are_not_clipped_whatever_stable_diffusions_scheduler_says(tmp_path):
-    """A DDIMScheduler that says nothing clips to [-1, 1]; StableDiffusionPipeline puts that off where it is made."""
+    """A DDIMScheduler that says nothing clips to [-1, 1] and takes no offset; StableDiffusionPipeline mends both."""
     stable_diffusion(DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)).save_pretrained(tmp_path)
     path = tmp_path / "scheduler" / "scheduler_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"clip_sample": True}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"clip_sample": True, "steps_offset": 0}))
     theirs, mine = StableDiffusionPipeline.from_pretrained(tmp_path, safety_checker=None), hub.load(str(tmp_path))
     for pipe in (theirs, mine):
         pipe.set_progress_bar_config(disable=True)
     np.testing.assert_allclose(draw(theirs), draw(mine), rtol=0, atol=1e-4)
-    assert not models.noise_process(DiffusionConfig(), mine.scheduler).config.clip_sample
+    assert not models.noise_process(DiffusionConfig(), mine.scheduler).config.clip_sample and mine.is_stable_diffusion()
 
 
 def test_the_scheduler_that_trained_is_the_one_that_is_saved(config, tmp_path):
@@ -248,7 +248,7 @@ def test_configs_for_models_that_are_not_here_are_rehearsed_on_tiny_ones(name, i
     own = tmp_path / "own"
     tiny_pipeline(patch_size=2, caption_length=8, caption_dropout=0.1).save_pretrained(own)
     chosen = {"model.pretrained": own if name == "noto-lora" else base, "data.source": images, "data.resolution": 16,
-              "data.held_out": "null", "data.cache": tmp_path / "cache", "train.batch_size": 4}  # fmt: skip
+              "data.held_out": "null", "data.cache": tmp_path / "cache", "train.batch_size": 4, "train.threads": 1}  # fmt: skip
     if name == "noto-lora":  # a tiny UNet has no shortcuts of other widths to adapt by name
         chosen["lora.targets"] = "[conv1, to_q]"
     more = [part for key, value in chosen.items() for part in (f"--{key}", str(value))]
@@ -342,7 +342,7 @@ def test_mirrored_examples_come_from_the_mirrored_latents(config):
     (["--train.method", "lora", "--lora.targets", "[norm1]"], "lora.targets norm1 cannot be adapted"),
     (["--train.method", "lora", "--diffusion.prediction_type", "sample"], "noise process: leave diffusion.prediction_type out"),
     (["--diffusion.rescale_betas_zero_snr", "true"], "must be sample or v_prediction with rescale_betas_zero_snr, got epsilon"),
-    (["--sample.steps", "1000"], "sample: timesteps must lie in"),
+    (["--sample.steps", "1000"], "sample: num_inference_steps is 1000, expected what "),
     (["--data.resolution", "18"], "data.resolution must be a multiple of 4 for"),
     (["--model.pretrained", "nowhere/at-all/x"], "model.pretrained: nowhere/at-all/x"),
     (["--model.channels", "[64, 64]"], "model.channels is the pretrained model's own: leave it out"),
@@ -355,6 +355,19 @@ def test_what_cannot_be_fine_tuned_is_one_sentence(config, tmp_path, more, says)
 def test_an_adapter_is_no_model_to_go_on_from(config, adapted, tmp_path):
     done = train(config, tmp_path / "bad", "--model.pretrained", str(adapted), check=False)
     assert done.returncode == 2 and "model.pretrained must be a whole model" in done.stderr and "is an adapter" in done.stderr
+
+
+def test_a_model_that_reads_no_captions_is_refused(config, base, tmp_path):
+    pipe = hub.load(base)
+    pipe.register_modules(text_encoder=None, tokenizer=None)
+    pipe.save_pretrained(tmp_path / "mute")
+    done = train(config, tmp_path, "--model.pretrained", str(tmp_path / "mute"), check=False)
+    assert done.returncode == 2 and "without tokenizer and text_encoder: save it with them" in done.stderr
+
+
+def test_adapters_without_their_method_are_refused():
+    problems = Config(lora=LoraConfig(rank=16)).problems()
+    assert any("used by train.method lora only, not by full: leave them out, or set train.method lora" in p for p in problems)
 
 
 def test_an_adapter_needs_a_pretrained_model():

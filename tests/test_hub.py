@@ -341,7 +341,7 @@ stock = DiffusionPipeline.from_pretrained("tester/stable", use_safetensors=True)
 assert before == {{name for name in sys.modules if name.startswith("diffusers_modules")}}, "no remote code"
 assert type(stock) is diffusers.StableDiffusionPipeline and type(stock.scheduler) is diffusers.DDPMScheduler
 ours = DiffusionPipeline.from_pretrained("tester/stable", custom_pipeline="tester/stable", trust_remote_code=True)
-assert type(ours).__name__ == "TextToImagePipeline"
+assert type(ours).__name__ == "TextToImagePipeline" and ours.config.w == 3.0
 for name, pipeline in (("stock", stock), ("ours", ours)):
     pipeline.set_progress_bar_config(disable=True)
     np.save(name + ".npy", pipeline({joint}).images)""")
@@ -917,8 +917,10 @@ def test_the_gallery_shows_only_what_was_drawn_at_the_default_w(run, tmp_path):
     shutil.copytree(run.folder, made.folder)
     config = load_file(made.config)
     between = dataclasses.replace(config.sample, default_w=0.5)
+    Image.new("RGB", (32, 32)).save(made.samples / "mine.png")
     card.illustrate(dataclasses.replace(config, sample=between), made)
     assert sorted(path.name for path in (made.folder / "images").iterdir()) == ["samples.png", "training.png"]
+    assert (made.folder / "images" / "samples.png").read_bytes() == (made.samples / "000006.png").read_bytes()
     card.refresh(made.folder)
     text = made.card.read_text()
     assert "<Gallery />" not in text and "widget" not in ModelCard(text).data.to_dict() and "(images/samples.png)" in text

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from test_train import (  # noqa: F401
     ROOT,
+    alike,
     arguments,
     command,
     config,
@@ -40,8 +41,8 @@ from pipeline import run as runs
 from pipeline.run import Run
 
 KILLS = int(os.environ.get("KILLS", "3"))  # 25 for the whole loop
-QUICK = ("--train.save_every", "1", "--train.validate_every", "10", "--sample.every", "20", "--train.keep", "2",
-         "--train.steps", "40" if KILLS > 3 else "20")  # fmt: skip  # nearly always in a save
+QUICK = ("--train.save_every", "1", "--train.validate_every", "6", "--sample.every", "12", "--train.keep", "2",
+         "--train.steps", "36" if KILLS > 3 else "12")  # fmt: skip  # nearly always in a save
 
 
 @pytest.mark.slow
@@ -123,7 +124,7 @@ class Broken:
 
 
 def test_a_step_that_is_not_finite_is_skipped_counted_and_named(config, tmp_path, monkeypatch, capsys):
-    """Case 16: neither weights, moments nor the average move; the log says how often."""
+    """Case 16: the log says how often; the other steps are taken."""
     bad = [1, 3]
     Broken(monkeypatch, lambda step, slot: step == 2 and slot in bad)
     done = train(config, tmp_path, "--train.lr_schedule", "constant")
@@ -141,7 +142,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_named(config, tmp_path
     assert '"skipped": 1' in last and "NaN" not in last
 
 
-def test_a_skipped_step_leaves_weights_and_average_as_they_were(config, tmp_path, monkeypatch):
+def test_a_skipped_step_leaves_weights_average_and_moments_as_they_were(config, tmp_path, monkeypatch):
     Broken(monkeypatch, lambda step, slot: step >= 2)
     done = train(config, tmp_path, "--train.max_skipped", "99")
     assert done.stdout.count("is skipped") == 4
@@ -150,6 +151,9 @@ def test_a_skipped_step_leaves_weights_and_average_as_they_were(config, tmp_path
     assert len({path.read_bytes() for path in checkpoints}) == 1
     averages = [runs.load_state(run.checkpoints / n, "trainer")["ema"]["shadow_params"] for n in ("2", "4", "6")]
     assert all(torch.equal(a, b) for later in averages[1:] for a, b in zip(averages[0], later, strict=True))
+    moments = [[value for state in runs.load_state(run.checkpoints / n, "trainer")["optimizer"]["state"].values()
+                for value in state.values()] for n in ("2", "4", "6")]  # fmt: skip
+    assert moments[0] and all(torch.equal(a, b) for later in moments[1:] for a, b in zip(moments[0], later, strict=True))
 
 
 def test_too_many_in_a_row_end_the_run_and_keep_its_last_checkpoint(config, tmp_path, monkeypatch):
@@ -204,12 +208,12 @@ def test_a_killed_launcher_leaves_no_orphan(config, tmp_path):
 def test_when_one_of_two_ranks_dies_the_other_ends(config, tmp_path):
     """Case 21."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command(
-        config, tmp_path, "--train.steps", "100000", "--train.save_every", "20", "--train.validate_every", "100000",
+        config, tmp_path, "--train.steps", "100000", "--train.save_every", "5", "--train.validate_every", "100000",
         "--sample.every", "100000")[1:]]  # fmt: skip
     launcher = subprocess.Popen(launch, cwd=ROOT, env={**os.environ, "ACCELERATE_USE_CPU": "true"}, stdout=subprocess.DEVNULL,
                                 stderr=subprocess.DEVNULL)  # fmt: skip
     metrics = tmp_path / "tiny" / "metrics.jsonl"
-    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 25)
+    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 7)
     both = [p for p in psutil.Process(launcher.pid).children(recursive=True) if "train_text2img.py" in " ".join(p.cmdline())]
     assert len(both) == 2
     both[1].kill()
@@ -295,11 +299,6 @@ def two_and_one(images, encoder, started, tmp_path_factory):
         Broken(patch, unlucky)
         train(config, folder / "one", *more)
     return "".join(said for _, said in done), log(folder / "tiny"), log(folder / "one" / "tiny")
-
-
-def alike(a, b):
-    """Whether two lines of logs are of one step at one rate, and their losses the same but for rounding."""
-    return a["step"] == b["step"] and a.get("lr") == b.get("lr") and a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=2e-3)
 
 
 @pytest.mark.slow

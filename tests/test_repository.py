@@ -2,7 +2,6 @@
 
 import ast
 import importlib.metadata
-import os
 import re
 import runpy
 import shutil
@@ -143,16 +142,16 @@ def test_the_readmes_tree_and_contributing_name_every_module():
     assert set(alone.split(", ")) == {name for name, allowed in ALLOWED.items() if not allowed}
 
 
-def test_the_readmes_python_runs(tmp_path):
-    """As it stands, in a folder that holds a model of that name."""
+def test_the_readmes_python_runs(tmp_path, monkeypatch, capsys):
+    """As it stands, in a folder that holds a model of that name; in this process, since a new one spends seconds on imports."""
     text = (ROOT / "README.md").read_text()
     code = re.findall(r"```python\n(.*?)```", text, re.S)[0]
     (model,) = re.findall(r'hub.load\("([^"]+)"', code)
     tiny_pipeline().save_pretrained(tmp_path / model, safe_serialization=True)
-    done = subprocess.run([sys.executable, "-c", code + "print(picture.size)"], cwd=tmp_path, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("(8, 8)\n") and done.stdout.count("torch.Size([1, 3, 8, 8])") == 2 * 50
+    monkeypatch.chdir(tmp_path)
+    exec(code + "print(picture.size)", {"__name__": "__main__"})
+    said = capsys.readouterr().out
+    assert said.endswith("(8, 8)\n") and said.count("torch.Size([1, 3, 8, 8])") == 2 * 50
 
 
 def test_the_readmes_modules_answer_for_help(monkeypatch, capsys):
@@ -197,7 +196,7 @@ def test_the_reliability_table_has_every_case_once_and_names_tests_that_exist():
     rows = [line for line in text.splitlines() if re.match(r"\| (\d+|[a-e]) \|", line)]
     for row in rows:
         proof = row.split("|")[-2].strip()
-        assert proof == "-" or {name.strip("`") for name in proof.split(", ")} <= existing, row
+        assert {name.strip("`") for name in proof.split(", ")} <= existing, row
 
 
 def test_requirements_are_above_the_floors_that_security_asks_for():

@@ -142,6 +142,18 @@ def test_what_cannot_be_deleted_is_told_and_a_saved_checkpoint_stays_saved(run, 
     assert run.newest().name == "4"
 
 
+def test_a_torn_checkpoint_is_none_of_those_that_are_kept(run):
+    for step in (2, 4, 6):
+        run.save(step, write(), keep=3)
+    (run.checkpoints / "6" / MANIFEST).unlink()
+    with pytest.warns(UserWarning, match="6 is skipped"):
+        assert run.newest().name == "4"
+    run.save(5, write(), keep=2)
+    assert run.steps() == [4, 5, 6]
+    run.save(10, write(), keep=2)
+    assert run.steps() == [5, 10]
+
+
 def test_a_torn_checkpoint_further_on_is_no_reason_to_delete_a_whole_one(run):
     run.save(8, write(), keep=1)
     (run.checkpoints / "10").mkdir()
@@ -173,6 +185,13 @@ def test_the_log_rewinds_and_forgives_a_line_cut_short(run):
     assert sorted(path.name for path in run.samples.iterdir()) == ["000002.png", "mine.png"]
 
 
+def test_what_was_drawn_is_told_by_step_the_newest_last(run):
+    for name in ("999500.png", "1000000.png", "mine.png", "000002.png"):
+        (run.samples / name).touch()
+    assert [(step, path.name) for step, path in run.drawn()] == [
+        (2, "000002.png"), (999500, "999500.png"), (1000000, "1000000.png")]  # fmt: skip
+
+
 def test_a_second_process_is_refused_while_the_run_is_held(run):
     code = f"from pipeline.run import Run\nwith Run({str(run.folder)!r}).lock(): pass"
     with run.lock():
@@ -200,7 +219,8 @@ def test_a_file_system_without_locks_is_told_and_used(run, monkeypatch):
     assert held == str(os.getpid())
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 143),
+                                              (signal.SIGHUP, 143)])  # fmt: skip
 def test_a_signal_is_a_request_and_the_handlers_are_put_back(number, code):
     before = signal.getsignal(number)
     with StopRequest() as stop:
@@ -208,6 +228,25 @@ def test_a_signal_is_a_request_and_the_handlers_are_put_back(number, code):
         os.kill(os.getpid(), number)
         assert stop and stop.exit_code == code and stop.reason == number.name
     assert signal.getsignal(number) == before
+
+
+def test_what_nohup_has_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_is_told_by_its_name_also_where_the_shell_is_gone(monkeypatch):
+    monkeypatch.setattr(StopRequest, "LAUNCHERS", ("NO_SUCH_LAUNCHER_",))
+    with StopRequest() as stop:
+        stop.parent = -1
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert (stop.reason, stop.exit_code) == ("SIGTERM", 143)
 
 
 def test_before_there_is_anything_to_save_a_signal_ends_the_work_at_once():

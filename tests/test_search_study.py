@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from scipy import stats
-from test_evaluation import folder, run  # noqa: F401
+from test_evaluation import folder, run, untrained  # noqa: F401
 from tiny import tiny_pipeline
 
 from pipeline import evaluation, models
@@ -60,6 +60,7 @@ def test_a_score_from_kept_differences_is_the_verifiers_own():
 @pytest.mark.slow
 def test_the_study_draws_once_what_search_finds_and_writes_its_section(run, tmp_path, monkeypatch):
     monkeypatch.setattr(models, "has_bf16", lambda device: False)
+    monkeypatch.setattr(study.bench, "DRAWS", 200)
     docs = tmp_path / "docs"
     docs.mkdir()
     (docs / "benchmarks.md").write_text("# Before\n\n<!-- search -->\nold\n<!-- /search -->\n\n# After\n")

@@ -520,6 +520,8 @@ def test_of_a_large_set_the_exact_denoiser_knows_a_part(studio, monkeypatch):
     part = serving.Studio(studio.network, studio.name, studio.source)
     assert part.known == [whole[0], whole[-1]] and len(part.exact.unet.x_0) == 2 < len(whole)
     assert np.abs(pixels(last(part.create(Request(whole[-1], w=0.0, steps=20), "exact")).images) - COLORS[whole[-1]]).max() <= 1
+    monkeypatch.setattr(app, "EXAMPLES", (whole[1], whole[-1]))
+    assert app.known_caption(part) == whole[-1], "what the page begins with"
     with pytest.raises(InputError, match="knows the 2 names of its pictures"):
         part.chosen("exact", whole[1])
 

@@ -174,6 +174,19 @@ def test_a_damaged_table_is_one_sentence(load, tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("place", ["set", "elsewhere"])
+def test_a_source_that_may_not_be_read_is_one_sentence(load, tmp_path, monkeypatch, place):
+    """Of files elsewhere, such as the Hub's cache, the error is another's to tell."""
+    def refuse(source, split):
+        raise PermissionError(13, "Permission denied", str(tmp_path / place / "metadata.jsonl"))
+
+    (tmp_path / "set").mkdir()
+    monkeypatch.setattr(sources, "is_table", refuse)
+    kind, says = (DataError, "cannot read .*expected leave to read it") if place == "set" else (PermissionError, "denied")
+    with pytest.raises(kind, match=says):
+        load(tmp_path / "set")
+
+
 def test_settings_of_tables_are_refused_for_a_folder_of_images(load, tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "a.png").write_bytes(png())

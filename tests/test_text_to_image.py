@@ -399,6 +399,46 @@ def test_p28_stable_diffusions_parts_draw_the_same_picture_in_both():
         close(*(draw_jointly(p, guidance_scale=scale, num_images_per_prompt=2) for p in (theirs, ours)))
 
 
+def test_p28_a_pipeline_over_one_of_ours_has_its_own_parts_too():
+    """diffusers passes on those whose classes it knows."""
+    theirs = tiny_pipeline(patch_size=2, caption_length=8, w=2.0)
+    theirs.register_modules(whitening=CaptionWhitening(WIDTH))
+    ours = TextToImagePipeline.from_pipe(theirs)
+    ours.set_progress_bar_config(disable=True)
+    assert ours.components == theirs.components and ours.whitening is not None and ours.vae_scale_factor == 2
+    assert {key: ours.config[key] for key in ("w", "caption_length", "caption_dropout")} == {
+        key: theirs.config[key] for key in ("w", "caption_length", "caption_dropout")}  # fmt: skip
+    close(draw(ours), draw(theirs))
+
+
+def test_p28_w_comes_back_from_stable_diffusion():
+    between = TextToImagePipeline.from_pipe(stable_diffusion(), w=2.0)
+    stock = StableDiffusionPipeline.from_pipe(between, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    assert TextToImagePipeline.from_pipe(stock).config.w == 2.0 and TextToImagePipeline.from_pipe(stock, w=0.5).config.w == 0.5
+
+
+def test_a_pipeline_that_cannot_be_saved_can_be_printed(tmp_path, monkeypatch):
+    class Mine(DDPMScheduler):
+        pass
+
+    pipe, incomplete = tiny_pipeline(), stable_diffusion()
+    monkeypatch.setattr(Mine, "__module__", "__main__")
+    pipe.scheduler = Mine()
+    assert "Mine" in repr(pipe)
+    with pytest.raises(ValueError, match="scheduler is a Mine of the running script, expected a class of a module"):
+        pipe.save_pretrained(tmp_path)
+    parts = incomplete.unet, None, incomplete.text_encoder, incomplete.tokenizer, incomplete.vae
+    assert '"scheduler": [' in repr(TextToImagePipeline(*parts))
+
+
+def test_a_plan_that_the_scheduler_cannot_make_is_a_bad_request():
+    pipe = tiny_pipeline(scheduler=DDPMScheduler(timestep_spacing="leading", steps_offset=1), caption_length=8)
+    with pytest.raises(InputError, match="num_inference_steps is 1000, .*got 1000 … 1; take fewer steps"):
+        pipe("cat", num_inference_steps=1000)
+    with pytest.raises(InputError, match=r"timesteps is \[0, 10\], .*decreasing order"):
+        pipe("cat", timesteps=[0, 10])
+
+
 def test_states_of_another_length_than_the_tokenizers_draw_as_in_stable_diffusion():
     """Fewer tokens bring an empty caption of as few; unguided, more tokens bring none."""
     theirs = stable_diffusion()
@@ -609,8 +649,7 @@ def test_captions_are_read_as_in_training(kind, tmp_path):
     tokenizer, encoder = tiny_text(kind)
     pipe = TextToImagePipeline(None, None, encoder, tokenizer, caption_length=6)
     captions = ["red heart", "", "a  red\tcat", "very " * 9, "caf\u0065\u0301", "\u200fdog\u0000"]
-    with pytest.warns(UserWarning, match="longer than 6 tokens"):
-        trained = data.encode_captions(captions, tokenizer, encoder, 6, cache_dir=tmp_path)
+    trained = data.encode_captions(captions, tokenizer, encoder, 6, cache_dir=tmp_path)
     states, empty = pipe.encode_prompt(captions)
     torch.testing.assert_close(states, trained)
     torch.testing.assert_close(empty, trained[1:2].expand(len(captions), -1, -1))
@@ -774,11 +813,16 @@ REFUSED = {
 }
 
 
+@pytest.fixture(scope="module")
+def asked():
+    return tiny_pipeline(caption_length=8)
+
+
 @pytest.mark.parametrize("message", REFUSED)
-def test_refused(message):
+def test_refused(asked, message):
     request = {"prompt": "red heart", "seed": 0, "num_inference_steps": STEPS} | REFUSED[message]
     with pytest.raises(InputError, match=message):
-        tiny_pipeline(caption_length=8)(**request)
+        asked(**request)
 
 
 def test_guiding_by_states_needs_the_empty_captions(pipe):

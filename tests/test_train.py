@@ -149,6 +149,13 @@ def log(run):
             for record in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())]  # fmt: skip
 
 
+def alike(a, b):
+    """Whether two lines of logs are of one step at one rate, and what they measured is the same but for rounding."""
+    measured = ("loss", "grad_norm", "train_loss", "held_out_loss")
+    return a.keys() == b.keys() and (a["step"], a.get("lr")) == (b["step"], b.get("lr")) and all(
+        a[key] == b[key] or a[key] == pytest.approx(b[key], rel=5e-3) for key in measured if key in a)  # fmt: skip
+
+
 def killed_after(step, finished, out):
     """A copy of a finished run in another folder, as a kill after the checkpoint of a step would have left it."""
     run = out / finished.name
@@ -639,6 +646,10 @@ def test_how_often_it_logs_checks_and_saves_does_not_change_what_it_learns(whole
     train(whole[0] / "config.yaml", tmp_path, "--train.log_every", "4", "--train.validate_every", "5",
           "--train.save_every", "5", "--sample.every", "2")  # fmt: skip
     assert same(weights(tmp_path / "tiny"), weights(whole[0]))
+    run = killed_after(2, whole[0], tmp_path / "resumed")
+    train(run / "config.yaml", tmp_path / "resumed", "--train.log_every", "4", "--train.validate_every", "5",
+          "--train.save_every", "3")  # fmt: skip
+    assert same(weights(run), weights(whole[0]))
 
 
 def test_nothing_is_left_on_another_device(config, monkeypatch):
@@ -706,7 +717,7 @@ def test_a_cpu_is_used_where_accelerate_is_told_to(flag, config, tmp_path, monke
         raise settings.ConfigError(f"cpu {cpu}")
 
     monkeypatch.setenv("ACCELERATE_USE_CPU", flag)
-    monkeypatch.setattr(train_text2img.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(train_text2img.torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(train_text2img, "PartialState", state)
     assert train(config, tmp_path, check=False).stderr == f"error: cpu {flag == 'true'}\n"
 
@@ -755,8 +766,7 @@ def test_accumulated_micro_steps_are_one_batch(whole, tmp_path):
     """Slots belong to the global batch: two micro-steps of 2 see what one of 4 sees (sums differ by rounding)."""
     train(whole[0] / "config.yaml", tmp_path, "--train.accumulation", "2", "--train.precision", "no")
     train(whole[0] / "config.yaml", tmp_path / "one", "--train.precision", "no")
-    for a, b in zip(log(tmp_path / "tiny"), log(tmp_path / "one" / "tiny"), strict=True):
-        assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=2e-3)
+    assert all(alike(a, b) for a, b in zip(log(tmp_path / "tiny"), log(tmp_path / "one" / "tiny"), strict=True))
 
 
 def test_changed_settings_are_refused_by_name(whole):
@@ -835,6 +845,6 @@ def page_faults(said, argv):
     for tensors in (3, 5):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         for _ in range(tensors):
-            torch.ones(2**26)
+            torch.ones(2**24)
     said.write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before))
 
