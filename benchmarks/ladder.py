@@ -114,7 +114,9 @@ def known(args) -> list[dict]:
 
 
 def once(rung: str, seed: int, args) -> None:
-    """Run a rung, or the peer, and keep what it found."""
+    """Run a rung, or the peer, and keep what it found, unless that is known."""
+    if any((one["rung"], one["seed"]) == (rung, seed) for one in known(args)):
+        return
     found = peer(PEERS[rung], seed, args) if rung in PEERS else climb(rung, seed, args)
     path = args.output.parent / RESULTS
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -261,11 +263,11 @@ def main(argv: list[str] | None = None) -> None:
               f"{len(args.rungs) * len(args.seeds) * args.minutes / 60:.1f} hours of training, and their judging")  # fmt: skip
         return
     there = {(one["rung"], one["seed"]) for one in known(args)}
-    missing = [(rung, seed) for seed in args.seeds for rung in args.rungs if (rung, seed) not in there]
-    if any(rung in PEERS for rung, _ in missing):
+    if any(rung in PEERS and (rung, seed) not in there for rung in args.rungs for seed in args.seeds):
         installed(args.peers)  # where it is not, that is said before hours of training
-    for rung, seed in missing:
-        once(rung, seed, args)
+    for seed in args.seeds:
+        for rung in args.rungs:
+            once(rung, seed, args)
     done = sorted(known(args), key=lambda one: one["seed"])
     found = {name: [one for one in done if one["rung"] == name] for name in names}
     found, lines = {name: some for name, some in found.items() if some}, []

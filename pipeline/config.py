@@ -74,8 +74,6 @@ class DataConfig:
             *one_of("data.missing_caption", self.missing_caption),
             *one_of("data.crop", self.crop),
         ]
-        if not self.streaming and self.shuffle_buffer != DataConfig.shuffle_buffer:
-            found.append("data.shuffle_buffer is used while data.streaming is on only: leave it out")
         columns = (self.caption_column,) if isinstance(self.caption_column, str) else self.caption_column
         if columns is not None and (not columns or not all(columns) or len(set(columns)) < len(columns)):
             found.append(f"data.caption_column must be a column's name or several different ones, got {self.caption_column!r}")
@@ -160,9 +158,6 @@ class DiffusionConfig:
             *one_of("diffusion.variance_type", got["variance_type"]),
             *one_of("diffusion.timestep_spacing", got["timestep_spacing"]),
         ]
-        if self.beta_schedule == "squaredcos_cap_v2" and not self.beta_start is self.beta_end is None:
-            found.append("diffusion.beta_start and diffusion.beta_end are used by the other schedules only, not by "
-                         "squaredcos_cap_v2: leave them out")  # fmt: skip
         if not 0 < got["beta_start"] <= got["beta_end"] < 1:
             found.append("diffusion.beta_start and diffusion.beta_end must satisfy 0 < start <= end < 1, "
                          f"got {got['beta_start']} and {got['beta_end']}")  # fmt: skip
@@ -341,9 +336,6 @@ class Config:
             found += zero_snr_problems(noise, self.train.weighting)
         if new and self.train.method == "lora":
             found.append("train.method lora adapts a pretrained model: set model.pretrained, or train.method full")
-        if self.train.method != "lora" and self.lora != LoraConfig():
-            found.append(f"lora.rank, .alpha and .targets are used by train.method lora only, not by {self.train.method}: leave "
-                         "them out, or set train.method lora")  # fmt: skip
         return found
 
     def to_dict(self) -> dict:
@@ -502,8 +494,25 @@ def nulls(config: Config) -> list[str]:
     return found
 
 
-def load(argv: list[str]) -> tuple[Config, bool]:
-    """The configuration of a command line, and whether it is a dry run; ConfigError names every problem at once."""
+def unused(config: Config) -> list[str]:
+    """What is set and has no effect, a sentence each."""
+    found, noise = [], config.diffusion
+    if not config.data.streaming and config.data.shuffle_buffer != DataConfig.shuffle_buffer:
+        found.append("data.shuffle_buffer is used while data.streaming is on only: leave it out")
+    if noise.beta_schedule == "squaredcos_cap_v2" and (noise.beta_start, noise.beta_end) != (None, None):
+        found.append("diffusion.beta_start and diffusion.beta_end are used by the other schedules only, not by "
+                     "squaredcos_cap_v2: leave them out")  # fmt: skip
+    if config.train.method != "lora" and config.lora != LoraConfig():
+        found.append(f"lora.rank, .alpha and .targets are used by train.method lora only, not by {config.train.method}: leave "
+                     "them out, or set train.method lora")  # fmt: skip
+    return found
+
+
+def load(argv: list[str], saved: bool = False) -> tuple[Config, bool]:
+    """The configuration of a command line, and whether it is a dry run; ConfigError names every problem at once.
+
+    saved: of a run that is there already, which may have settings that are `unused`.
+    """
     argv = ["--dry_run=true" if a == "--dry_run" else a for a in argv]
     flags = [a[2:].split("=")[0] for a in argv if a.startswith("--")]
     if not any(f in ("config", "help") for f in flags) and "-h" not in argv:
@@ -527,14 +536,14 @@ def load(argv: list[str]) -> tuple[Config, bool]:
     values = {k: sections[k](**vars(v)) if k in sections and not isinstance(v, sections[k]) else v
               for k, v in vars(parsed).items()}  # fmt: skip
     config = Config(**values)
-    if found := nulls(config) or config.problems():
+    if found := nulls(config) or [*config.problems(), *([] if saved else unused(config))]:
         raise ConfigError("\n".join(found))
     return config, dry_run
 
 
 def load_file(path: str | Path) -> Config:
     """The configuration that a file holds, as a run's own config.yaml does."""
-    return load(["--config", str(path)])[0]
+    return load(["--config", str(path)], saved=True)[0]
 
 
 def differences(old: Config, new: Config, free: tuple[str, ...] = ()) -> list[str]:

@@ -301,7 +301,7 @@ def load_state(folder: Path, name: str) -> dict:
 class StopRequest:
     """Has anybody asked this process to stop? SIGTERM, SIGINT, SIGUSR1, SIGHUP, or a launcher's death; a second SIGINT kills.
 
-    A closed terminal's SIGHUP is none where nohup has it ignored.
+    A closed terminal's SIGHUP is none where nohup has it ignored; what is said to it afterwards is dropped, and is no error.
 
     `bool(stop)` is the poll, `stop.exit_code` 143, 130 or 0; use it as a context manager, which puts the handlers back.
     While `at_once(where)` is open a request raises Stopped instead of waiting for the poll.
@@ -313,6 +313,7 @@ class StopRequest:
 
     def __init__(self):
         self.reason, self.exit_code, self.parent, self.where, self.over = "", 0, os.getppid(), "", threading.Event()
+        self.terminals = [fd for fd in (1, 2) if os.isatty(fd)]
 
     def __enter__(self):
         heard = (n for n in self.SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN)
@@ -342,6 +343,9 @@ class StopRequest:
     def handle(self, number, _frame):
         if self.reason and number == signal.SIGINT:
             os._exit(130)
+        for fd in (fd for fd in self.terminals if not os.isatty(fd)):  # closed: writing to it is an error
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), fd)
         self.reason = self.reason or signal.Signals(number).name
         self.exit_code = self.exit_code or (130 if number == signal.SIGINT else 143)
         self._raise()

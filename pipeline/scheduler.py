@@ -221,7 +221,7 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         if model_output.shape != sample.shape:
             raise ValueError(f"model_output must have the sample's shape {tuple(sample.shape)}, got "
                              f"{tuple(model_output.shape)}; learned variances are not implemented")  # fmt: skip
-        beyond = s >= t
+        beyond = s >= (t.to(s.device) if isinstance(s, Tensor) and isinstance(t, Tensor) else t)
         if eta > 0 and (beyond if isinstance(beyond, bool) else beyond.any()):
             raise ValueError(f"previous_timestep must lie before timestep where eta is above 0, got {s} and {t}")
         x_0 = self.clip(self.predict_x_0(model_output, t, sample))

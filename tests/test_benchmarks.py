@@ -2,22 +2,24 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normalized_guidance
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
-from tiny import WORDS, tiny_pipeline
+from tiny import WORDS, tiny_pipeline, tiny_text
 
 from benchmarks import bench, growth, guidance, ladder, muon, sampling, scheduler, training
 from pipeline import config as settings
 from pipeline import emoji
 from pipeline.guidance import guide
 
+ROOT = Path(__file__).parents[1]
 TINY = """
 data: {source: SOURCE, resolution: 16, cache: CACHE}
-model: {patch_size: 2, channels: [32, 32], attention: [false, true], heads: 4}
+model: {patch_size: 2, channels: [32, 32], attention: [false, true], heads: 4, text_encoder: ENCODER}
 diffusion: {prediction_type: sample}
 train: {steps: 6, batch_size: 2, lr: 1e-3, weighting: min_velocity, gamma: 5, threads: 1}
 """
@@ -37,8 +39,12 @@ def shapes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tiny_config(shapes):
-    path = shapes.parent / "tiny.yaml"
-    path.write_text(TINY.replace("SOURCE", str(shapes)).replace("CACHE", str(shapes.parent / "cache")))
+    path, encoder, text = shapes.parent / "tiny.yaml", shapes.parent / "encoder", TINY
+    for part in tiny_text(length=16, width=64):
+        part.save_pretrained(encoder)
+    for name, place in {"SOURCE": shapes, "CACHE": shapes.parent / "cache", "ENCODER": encoder}.items():
+        text = text.replace(name, str(place))
+    path.write_text(text)
     return path
 
 
@@ -219,6 +225,15 @@ def test_growth(tiny_config, tmp_path):
     for streaming in (False, True):
         found = growth.read(path, 128, 16, streaming)
         assert found["peak"] >= found["before"] > 100 and found["seconds"][0] > 0
+
+
+def test_every_section_of_the_document_can_be_written_anew():
+    """Between marks on lines of their own, once each, in the order in which `bench.publish` looks for them."""
+    marks = re.findall(r"^<!-- (\w+): (generated|end) -->$", (ROOT / bench.DOCUMENT).read_text(), re.M)
+    assert [what for _, what in marks] == ["generated", "end"] * (len(marks) // 2)
+    names = [name for name, _ in marks]
+    assert names[::2] == names[1::2] and len(set(names)) == len(names) // 2
+    assert set(names) == {"scheduler", "sampling", "guidance", "training", "growth", "muon", "ladder"}
 
 
 def test_the_ladder_ends_in_the_shipped_recipe(tmp_path, capsys):

@@ -365,9 +365,11 @@ def test_a_model_that_reads_no_captions_is_refused(config, base, tmp_path):
     assert done.returncode == 2 and "without tokenizer and text_encoder: save it with them" in done.stderr
 
 
-def test_adapters_without_their_method_are_refused():
-    problems = Config(lora=LoraConfig(rank=16)).problems()
-    assert any("used by train.method lora only, not by full: leave them out, or set train.method lora" in p for p in problems)
+def test_adapters_without_their_method_are_refused_but_in_a_run_that_is_there(tmp_path):
+    with pytest.raises(ConfigError, match="used by train.method lora only, not by full: leave them out, or set"):
+        settings.load(["--lora.rank", "16"])
+    (tmp_path / "config.yaml").write_text(Config(lora=LoraConfig(rank=16)).to_yaml())
+    assert settings.load_file(tmp_path / "config.yaml").lora.rank == 16
 
 
 def test_an_adapter_needs_a_pretrained_model():

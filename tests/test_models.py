@@ -4,7 +4,6 @@ import dataclasses
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -123,12 +122,14 @@ def test_a_pretrained_solver_that_knows_no_variance_brings_its_schedule():
     torch.testing.assert_close(process.betas, theirs.betas)
 
 
-def test_bf16_is_used_exactly_where_the_cpu_kernels_have_it():
-    code = "import torch; from pipeline.models import precision; print(precision('auto', torch.device('cpu')))"
-    root = Path(__file__).parent.parent
-    said = lambda **env: subprocess.run([sys.executable, "-c", code], cwd=root, env={**os.environ, **env}, text=True,
-                                        capture_output=True, check=True).stdout.strip()  # fmt: skip
-    assert said(ATEN_CPU_CAPABILITY="avx2") == "no"
-    if torch.cpu._is_avx512_bf16_supported():
-        assert said() == "bf16"
+def test_bf16_is_used_exactly_where_the_cpu_kernels_have_it(monkeypatch):
+    """ATEN_CPU_CAPABILITY is heard once a process: one of torch alone tells what is said there."""
+    code, here = "import torch; print(torch.backends.cpu.get_cpu_capability())", torch.backends.cpu.get_cpu_capability()
+    said = subprocess.run([sys.executable, "-c", code], env={**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}, text=True,
+                          capture_output=True, check=True).stdout.strip()  # fmt: skip
+    wide = torch.cpu._is_avx512_bf16_supported() and here.startswith("AVX512")
+    assert said == "AVX2" and models.precision("auto", torch.device("cpu")) == ("bf16" if wide else "no")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: said)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert models.precision("auto", torch.device("cpu")) == "no"
     assert models.precision("fp16", torch.device("cpu")) == "fp16"

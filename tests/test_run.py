@@ -222,12 +222,31 @@ def test_a_file_system_without_locks_is_told_and_used(run, monkeypatch):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 143),
                                               (signal.SIGHUP, 143)])  # fmt: skip
 def test_a_signal_is_a_request_and_the_handlers_are_put_back(number, code):
-    before = signal.getsignal(number)
-    with StopRequest() as stop:
-        assert not stop
-        os.kill(os.getpid(), number)
-        assert stop and stop.exit_code == code and stop.reason == number.name
-    assert signal.getsignal(number) == before
+    own = lambda *_: None
+    before = signal.signal(number, own)
+    try:
+        with StopRequest() as stop:
+            assert not stop
+            os.kill(os.getpid(), number)
+            assert stop and stop.exit_code == code and stop.reason == number.name
+        assert signal.getsignal(number) is own
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_closed_terminal_is_a_request_to_stop_that_ends_as_one():
+    """What is printed after it finds no terminal."""
+    code = "\n".join([
+        "import sys, time", "from pipeline.run import StopRequest", "with StopRequest() as stop:", " print('up', flush=True)",
+        " while not stop: time.sleep(0.01)", " print('Stopped', flush=True)", " print('said', file=sys.stderr, flush=True)",
+        "sys.exit(stop.exit_code)"])  # fmt: skip
+    ours, theirs = os.openpty()
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    os.close(theirs)
+    assert os.read(ours, 2) == b"up"
+    os.close(ours)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(20) == 143
 
 
 def test_what_nohup_has_ignored_stays_ignored():
