@@ -12,6 +12,7 @@ found on the same machine in the same way. `--dry-run` prints the runs.
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -114,13 +115,14 @@ def known(args) -> list[dict]:
 
 
 def once(rung: str, seed: int, args) -> None:
-    """Run a rung, or the peer, and keep what it found, unless that is known."""
+    """Run a rung, or the peer, and keep what it found, unless that is known; its checkpoints, which are gigabytes, go then."""
     if any((one["rung"], one["seed"]) == (rung, seed) for one in known(args)):
         return
     found = peer(PEERS[rung], seed, args) if rung in PEERS else climb(rung, seed, args)
     path = args.output.parent / RESULTS
     path.parent.mkdir(parents=True, exist_ok=True)
     runs.replace(path, json.dumps([*results(path), {"rung": rung, "seed": seed, **found, "way": way(args)}], indent=1))
+    shutil.rmtree(runs.Run(args.folder / f"{rung}-s{seed}").checkpoints, ignore_errors=True)
 
 
 def climb(rung: str, seed: int, args) -> dict:

@@ -255,10 +255,16 @@ def test_minutes_to_the_goal_are_between_the_checks_around_it():
 def test_a_rung_that_is_done_is_not_run_again(tmp_path, monkeypatch):
     found = dict(enumerate([{"images": 320 * (i + 1), "minutes": minutes, "first_five": share, "held_out": 0.1, "taken": 20 + i}
              for i, (minutes, share) in enumerate([(7.0, 0.5), (None, 0.3)])]))  # fmt: skip
-    argv = ["--rungs", "muon", "--seeds", "0", "1", "--folder", str(tmp_path), "--output", str(tmp_path / "b.md")]
-    monkeypatch.setattr(ladder, "climb", lambda rung, seed, args: found.pop(seed))
+    argv, left = ["--rungs", "muon", "--seeds", "0", "1", "--folder", str(tmp_path), "--output", str(tmp_path / "b.md")], []
+
+    def climb(rung, seed, args):
+        left.append(args.folder / f"{rung}-s{seed}" / "checkpoints")
+        (left[-1] / "10").mkdir(parents=True)
+        return found.pop(seed)
+
+    monkeypatch.setattr(ladder, "climb", climb)
     ladder.main(argv)
-    assert not found
+    assert not found and [(path.exists(), path.parent.exists()) for path in left] == [(False, True)] * 2
     elsewhere = json.loads((tmp_path / ladder.RESULTS).read_text())
     elsewhere += [one | {"rung": "bf16", "way": one["way"] | {"machine": "another"}} for one in elsewhere]
     (tmp_path / ladder.RESULTS).write_text(json.dumps(elsewhere))
