@@ -30,6 +30,7 @@ LIBRARIES = ("diffusers", "transformers")  # whose classes every stranger has
 FILE = "pipeline"  # the name that diffusers looks for
 SHARD = r"(?:-\d+-of-\d+)?"
 WEIGHTS = re.compile(rf"(\w+)/\w+{SHARD}(?:\.(\w+))?{SHARD}\.(?:safetensors|bin)(?:\.index(?:\.(\w+))?\.json)?")  # or their index
+SETTINGS = ("caption_length", "caption_dropout", "w")  # of ours, beside the components
 PRIVATE = "_text_to_image"  # diffusers leaves out what begins with an underscore
 STABLE_DIFFUSION = {"_class_name": "StableDiffusionPipeline", "safety_checker": [None, None], "feature_extractor": [None, None],
                     "image_encoder": [None, None], "requires_safety_checker": False}  # fmt: skip
@@ -112,7 +113,7 @@ class Layout:
         """diffusers' own, with what of ours lies in a Stable Diffusion index, which diffusers does not read."""
         if config_dict.get("_class_name") == STABLE_DIFFUSION["_class_name"]:
             private = config_dict.get(PRIVATE, {})
-            ours = {name: private[name] for name in ("w", "caption_length", "caption_dropout") if name in private}
+            ours = {name: private[name] for name in SETTINGS if name in private}
             config_dict = {"w": SD_W} | ours | config_dict
         return super().extract_init_dict(config_dict, **kwargs)
 

@@ -126,10 +126,10 @@ class Run:
             raise SaveError(f"the checkpoint of step {step} could not be saved in {self.checkpoints} ({error}); those of steps "
                             f"{self.steps() or 'none'} are whole: make room, then run the same command") from error  # fmt: skip
         self.torn.discard(step)
-        kept = [n for n in self.steps(step) if n not in self.torn][-keep:]
-        for old in self.steps(step):  # a later one is torn, or of another plan
-            if old not in kept:
-                remove(self.checkpoints / str(old))
+        found = self.steps(step)  # a later one is torn, or of another plan
+        kept = [n for n in found if n not in self.torn][-keep:]
+        for old in (n for n in found if n not in kept):
+            remove(self.checkpoints / str(old))
         return target
 
     def _check_room(self, step: int) -> None:

@@ -14,7 +14,6 @@ OURS = {"DDPMScheduler": "scheduler", "PatchAutoencoder": "patches", "CaptionWhi
 PIPELINES = ("TextToImagePipeline", "StableDiffusionPipeline")
 PARTS = ("unet", "scheduler", "text_encoder", "tokenizer", "vae", "whitening")
 NEEDED = ("unet", "scheduler")
-SETTINGS = ("caption_length", "caption_dropout", "w")
 BASES = {"diffusers": ("ModelMixin", "SchedulerMixin"), "transformers": ("PreTrainedModel", "PreTrainedTokenizerBase")}
 BESIDE = ("README.md", SHARED_CONFIG, "metrics.json", f"{IMAGES}/*.png")
 FILES = ("*.json", "*.safetensors", "*.txt", "*.model")  # of a component: settings, weights, vocabularies
@@ -161,7 +160,7 @@ def own(index: dict) -> dict:
     name = kind[-1] if isinstance(kind, list) and kind else kind
     if name not in PIPELINES:
         raise ModelError(f"this model is a {name}, expected a {' or a '.join(PIPELINES)}: load it with its own library")
-    from pipeline.layout import PRIVATE, SD_W  # imports diffusers, which a mistyped path need not wait for
+    from pipeline.layout import PRIVATE, SD_W, SETTINGS  # imports diffusers, which a mistyped path need not wait for
 
     private = index.get(PRIVATE, {})
     index = index | (private if isinstance(private, dict) else {})

@@ -154,6 +154,16 @@ def test_a_torn_checkpoint_is_none_of_those_that_are_kept(run):
     assert run.steps() == [5, 10]
 
 
+def test_a_torn_checkpoint_that_is_saved_anew_is_one_again(run):
+    for step in (2, 4):
+        run.save(step, write(), keep=3)
+    (run.checkpoints / "4" / MANIFEST).unlink()
+    with pytest.warns(UserWarning, match="4 is skipped"):
+        assert run.newest().name == "2"
+    run.save(4, write(), keep=1)
+    assert run.steps() == [4] and run.newest().name == "4"
+
+
 def test_a_torn_checkpoint_further_on_is_no_reason_to_delete_a_whole_one(run):
     run.save(8, write(), keep=1)
     (run.checkpoints / "10").mkdir()

@@ -411,6 +411,12 @@ def test_p28_a_pipeline_over_one_of_ours_has_its_own_parts_too():
     close(draw(ours), draw(theirs))
 
 
+def test_stable_diffusions_index_without_ours_is_guided_as_by_its_own_pipeline():
+    """What a stranger's custom-pipeline load of anybody's repository comes by."""
+    assert TextToImagePipeline.extract_init_dict({"_class_name": "StableDiffusionPipeline"})[0]["w"] == 6.5
+    assert "w" not in TextToImagePipeline.extract_init_dict({"_class_name": ["pipeline", "TextToImagePipeline"]})[0]
+
+
 def test_p28_w_comes_back_from_stable_diffusion():
     between = TextToImagePipeline.from_pipe(stable_diffusion(), w=2.0)
     stock = StableDiffusionPipeline.from_pipe(between, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
