@@ -33,10 +33,12 @@ from matplotlib.figure import Figure  # pyplot would keep every figure it makes
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
-from pipeline import hub, loading, serving
-from pipeline.card import ATTRIBUTION, fenced
-from pipeline.guidance import InputError
-from pipeline.request import (
+from pipeline.diffusion.guidance import InputError
+from pipeline.hub import push
+from pipeline.hub.model_card import ATTRIBUTION, fenced
+from pipeline.models import loading
+from pipeline.serving import requests, session
+from pipeline.serving.requests import (
     BUDGET,
     CHARACTERS,
     DENOISERS,
@@ -48,9 +50,8 @@ from pipeline.request import (
     number,
     read_png,
     same_model,
-    text,
 )
-from pipeline.serving import SWEEP, Shelf, Studio
+from pipeline.serving.session import SWEEP, Shelf, Studio
 
 log = logging.getLogger("app")
 
@@ -312,7 +313,7 @@ def clicked(triggers, go: gr.Button, stop: gr.Button, function, inputs, outputs,
         ended(lambda: (gr.Button(visible=True), gr.Button(visible=False)), None, [go, stop], **QUIET)
 
 
-def progress(frame: serving.Frame, seed: int | None = None) -> str:
+def progress(frame: session.Frame, seed: int | None = None) -> str:
     """What a request has cost so far."""
     done = "" if frame.last else f"{'step' if frame.found is None else 'call'} {frame.step} of {frame.steps} · "
     if frame.last and frame.found is not None:
@@ -322,7 +323,7 @@ def progress(frame: serving.Frame, seed: int | None = None) -> str:
     return f"{done}{frame.seconds:.1f} s · {frame.calls} network calls{used}"
 
 
-def thoughts(frame: serving.Frame) -> tuple:
+def thoughts(frame: session.Frame) -> tuple:
     """The curve of a search so far, and at its end the candidates that it discarded with their scores."""
     if frame.found is None or not frame.found.curve:
         return None, []
@@ -410,9 +411,9 @@ def walk_tab(shelf: Shelf, studio: Studio, checkpoint: gr.Slider) -> None:
         go = gr.Button("Walk back", variant="primary", elem_id="walk")
         stop = gr.Button("Stop", variant="stop", visible=False)
     gr.Markdown("x\\_t")
-    noisy = strip("x_t", serving.COLUMNS, "strip")
+    noisy = strip("x_t", session.COLUMNS, "strip")
     gr.Markdown("x̂\\_0, the current prediction (15)")
-    clean = strip("x̂_0", serving.COLUMNS, "strip-clean")
+    clean = strip("x̂_0", session.COLUMNS, "strip-clean")
 
     @answering
     def forward(picture, t, seed, tell, upload, checkpoint):
@@ -420,10 +421,10 @@ def walk_tab(shelf: Shelf, studio: Studio, checkpoint: gr.Slider) -> None:
         studio, problems = shelf.studio(checkpoint), []
         t = number("t", t, 1, studio.T, True, problems)
         seed = number("seed", seed, 0, SEEDS, True, problems)
-        name = text("picture", picture, problems)
+        name = requests.text("picture", picture, problems)
         if problems:
             raise InputError("; ".join(problems))
-        x_0 = serving.uploaded(upload["path"], studio.source.resolution) if upload else studio.named(name)
+        x_0 = session.uploaded(upload["path"], studio.source.resolution) if upload else studio.named(name)
         told = name if tell is True and not upload else ""
         return [(image, label) for label, image in studio.forward(x_0, t, seed, told).items()]
 
@@ -553,7 +554,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         try_address(args.host, args.port)
-        shelf = Shelf(args.model or hub.newest(), args.device)
+        shelf = Shelf(args.model or push.newest(), args.device)
         with own_files() as folder:
             demo = build_demo(shelf)
             # SIGTERM leaves no files either; Gradio's own way out would wait for open pages

@@ -29,16 +29,32 @@ from accelerate.utils import (
 from diffusers.utils import make_image_grid
 from tqdm.auto import tqdm
 
-from pipeline import card, data, emoji, hub, models, randomness
-from pipeline import config as settings
-from pipeline import run as runs
-from pipeline.config import Config, ConfigError
-from pipeline.machine import DRAWING, keep_freed_memory, local_main_first, of_memory, set_threads, spared
-from pipeline.optim import lr_schedule, optimizer_of, restore, resume_schedule
-from pipeline.parts import Parts, prepare
-from pipeline.stream import Place, Stream
-from pipeline.text_to_image import TextToImagePipeline
-from pipeline.trackers import Trackers
+from pipeline import randomness
+from pipeline.config import Config, ConfigError, differences, load, load_file
+from pipeline.data import dataset
+from pipeline.data.emoji import catalogue
+from pipeline.data.sources.rows import DataError
+from pipeline.data.streaming import Place, Stream
+from pipeline.diffusion.text_to_image import TextToImagePipeline
+from pipeline.hardware import DRAWING, keep_freed_memory, local_main_first, of_memory, set_threads, spared
+from pipeline.hub import model_card, push
+from pipeline.models import build
+from pipeline.runs.folder import (
+    MANIFEST,
+    Diverged,
+    Run,
+    RunError,
+    Stopped,
+    StopRequest,
+    load_state,
+    manifest,
+    replace,
+    replace_folder,
+    save_state,
+)
+from pipeline.training.optimizers import lr_schedule, optimizer_of, restore, resume_schedule
+from pipeline.training.task import Parts, prepare
+from pipeline.training.trackers import Trackers
 
 FREE = ("name", "output", "report_to", "hub", "sample", "data.cache", "train.steps", "train.threads", "train.log_every",
         "train.validate_every", "train.save_every", "train.keep", "data.max_broken", "train.max_skipped", "train.accumulation",
@@ -75,7 +91,7 @@ def validate(unet, parts: Parts, config: Config, stop) -> dict:
     for split, images, states in [("train", parts.images, parts.states), ("held_out", parts.held_out, parts.held_states)]:
         if images is None:
             continue
-        rows = data.evenly(HELD, len(images))
+        rows = dataset.evenly(HELD, len(images))
         x_0, chosen = parts.encoded(images, rows), states[images.first[rows]].to(parts.empty.device)
         eps = randomness.noise(0, 0, rows, x_0.shape[1:]).to(x_0.device)
         loss, error = [], {}
@@ -122,7 +138,7 @@ def averaged(ema, unet):
     """The network with its moving average for weights, which change places: nothing is copied."""
 
     def exchange():
-        for weight, mean in zip(models.trainable(unet), ema.shadow_params, strict=True):
+        for weight, mean in zip(build.trainable(unet), ema.shadow_params, strict=True):
             weight.data, mean.data = mean.data, weight.data
 
     exchange()
@@ -133,24 +149,24 @@ def averaged(ema, unet):
         unet.train()
 
 
-def resume_point(run: runs.Run, config: Config) -> Path | None:
+def resume_point(run: Run, config: Config) -> Path | None:
     """The checkpoint to go on from, None for a new run; RunError where settings changed, or what lies there would be lost."""
     checkpoint = run.newest()
     if checkpoint is None:
-        foreign = run.card.is_file() and not (run.folder / card.FACTS).is_file()
+        foreign = run.card.is_file() and not (run.folder / model_card.FACTS).is_file()
         if run.drawable or foreign:
             held = "a model, and no checkpoint to go on from" if run.drawable else f"a {run.card.name} that no run has written"
-            raise runs.RunError(f"{run.folder} holds {held}, expected a new folder or a run's: give the new run another --name, "
+            raise RunError(f"{run.folder} holds {held}, expected a new folder or a run's: give the new run another --name, "
                                 "or move the folder away")  # fmt: skip
         return None
     try:
-        before = settings.load_file(run.config)
+        before = load_file(run.config)
     except ConfigError as error:
         reasons = "; ".join(str(error).splitlines())
-        raise runs.RunError(f"{run.config}, which the run was begun with, does not fit this version ({reasons}): mend it there, "
+        raise RunError(f"{run.config}, which the run was begun with, does not fit this version ({reasons}): mend it there, "
                             "or give the new run another --name") from error  # fmt: skip
-    if changed := settings.differences(before, config, FREE):
-        raise runs.RunError(f"{run.folder} was begun with other settings: {'; '.join(changed)}. "
+    if changed := differences(before, config, FREE):
+        raise RunError(f"{run.folder} was begun with other settings: {'; '.join(changed)}. "
                             "Undo that, or give the new run another --name")  # fmt: skip
     return checkpoint
 
@@ -165,7 +181,7 @@ def train(config: Config, dry_run: bool = False) -> int:
     wanted = parse_flag_from_env("ACCELERATE_USE_CPU")  # of accelerate launch --cpu
     cpu = wanted or not torch.accelerator.is_available()  # told, torchrun's ranks find each other
     device = PartialState(cpu=cpu, timeout=DRAWING).device
-    precision = models.precision(config.train.precision, device)
+    precision = build.precision(config.train.precision, device)
     if precision == "fp16" and device.type == "cpu":
         raise ConfigError("train.precision must be auto, no or bf16 on a CPU, got fp16")
     accelerator = Accelerator(
@@ -180,19 +196,19 @@ def train(config: Config, dry_run: bool = False) -> int:
                           f"processes, got {share}")  # fmt: skip
     if dry_run:
         return rehearse(config, accelerator)
-    run, main = runs.Run(config.folder), accelerator.is_main_process
+    run, main = Run(config.folder), accelerator.is_main_process
     if main:
-        hub.check(config)
+        push.check(config)
     with accelerator.main_process_first():
         run.create()
-    with runs.StopRequest() as stop, run.lock() if main else contextlib.nullcontext():
+    with StopRequest() as stop, run.lock() if main else contextlib.nullcontext():
         checkpoint, finished = broadcast_object_list([resume_point(run, config), run.finished] if main else [None, None])
-        if checkpoint and not (checkpoint / runs.MANIFEST).is_file():  # one process has decided for all
-            raise runs.RunError(f"process {accelerator.process_index} does not see {checkpoint}, expected `output` on a disk "
+        if checkpoint and not (checkpoint / MANIFEST).is_file():  # one process has decided for all
+            raise RunError(f"process {accelerator.process_index} does not see {checkpoint}, expected `output` on a disk "
                                 "that all machines share: put the run there")  # fmt: skip
         start = int(checkpoint.name) if checkpoint else 0
         if start > config.train.steps and not finished:
-            raise runs.RunError(f"{run.folder} is at step {start} already, got train.steps {config.train.steps}: give at least "
+            raise RunError(f"{run.folder} is at step {start} already, got train.steps {config.train.steps}: give at least "
                                 f"{start}, or a new run another --name")  # fmt: skip
         try:
             if start >= config.train.steps and finished:
@@ -202,7 +218,7 @@ def train(config: Config, dry_run: bool = False) -> int:
                 opened = open_stream(config, accelerator)
             with opened as stream:
                 return loop(config, accelerator, run, checkpoint, stop, stream)
-        except runs.Stopped as said:
+        except Stopped as said:
             accelerator.print(f"{said}; run the same command to go on.")
             return stop.exit_code
 
@@ -227,9 +243,9 @@ class Trainer:
         self.config, self.accelerator, self.parts = config, accelerator, parts
         optimizer = optimizer_of(parts.unet, config.train)
         self.schedule = lr_schedule(optimizer, config.train)
-        self.ema = models.moving_average(parts.unet, config.train.ema)
+        self.ema = build.moving_average(parts.unet, config.train.ema)
         self.unet, self.optimizer = accelerator.prepare(parts.unet, optimizer)
-        self.weights = models.trainable(parts.unet)
+        self.weights = build.trainable(parts.unet)
         self.ema.to(accelerator.device)
         self.done, self.skipped, self.in_a_row = 0, 0, 0  # steps; those without a finite gradient; the newest of these
         self.losses, self.began = [], time.monotonic()  # losses: since the last line of the log
@@ -285,7 +301,7 @@ class Trainer:
 
     def resume(self, checkpoint: Path) -> tuple[float, float]:
         """Go on where a checkpoint is; train.lr as it was, and as it is by this run's plan."""
-        saved = runs.load_state(checkpoint, "trainer")
+        saved = load_state(checkpoint, "trainer")
         restore(self.optimizer, saved["optimizer"])
         rates = resume_schedule(self.schedule, saved["schedule"])
         self.ema.load_state_dict(saved["ema"])
@@ -307,7 +323,7 @@ def of_rank(saved: list, accelerator: Accelerator):
     return saved[accelerator.process_index % len(saved)]
 
 
-def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Path | None, stop, stream: Stream | None) -> int:
+def loop(config: Config, accelerator: Accelerator, run: Run, checkpoint: Path | None, stop, stream: Stream | None) -> int:
     """The training loop, from a checkpoint or from nothing to the last step; the exit code."""
     main, steps, batch = accelerator.is_main_process, config.train.steps, config.train.batch_size
     with stop.at_once("before the first step"), local_main_first(accelerator):  # the others find in the cache what it prepares
@@ -360,48 +376,48 @@ def loop(config: Config, accelerator: Accelerator, run: runs.Run, checkpoint: Pa
     return publish(config, run, stop) if main else 0
 
 
-def compare_pictures(parts: Parts, config: Config, run: runs.Run, checkpoint: Path | None) -> None:
+def compare_pictures(parts: Parts, config: Config, run: Run, checkpoint: Path | None) -> None:
     """Refuse pictures that are not the same on all machines, DataError, or not those that the run was begun on, RunError."""
     read = parts.fingerprint
     if len(set(gather_object([read]))) > 1:
-        raise data.DataError(f"the processes read different pictures or captions in {config.data.source}, expected the same on "
+        raise DataError(f"the processes read different pictures or captions in {config.data.source}, expected the same on "
                              "all machines: copy those of one to the others")  # fmt: skip
-    if checkpoint and (was := runs.manifest(checkpoint).get("data", read)) != read:
-        raise runs.RunError(f"{run.folder} was begun on other pictures or captions: the fingerprint of {config.data.source} "
+    if checkpoint and (was := manifest(checkpoint).get("data", read)) != read:
+        raise RunError(f"{run.folder} was begun on other pictures or captions: the fingerprint of {config.data.source} "
                             f"was {was} and is now {read}. Put them back, or give the new run another --name")  # fmt: skip
 
 
-def begin(trainer: Trainer, run: runs.Run, checkpoint: Path | None, rates: tuple[float, float] | None) -> None:
+def begin(trainer: Trainer, run: Run, checkpoint: Path | None, rates: tuple[float, float] | None) -> None:
     """Clear away what the coming steps write anew, and say what they are; rates: train.lr before the checkpoint and after."""
     steps, now = trainer.config.train.steps, trainer.accelerator.num_processes
     run.card.unlink(missing_ok=True)  # a run's own: until it is finished again
     run.rewind(trainer.done)
     if trainer.done == steps:  # nothing is left but its end, whose samples may be of other prompts now
         sample_path(run, steps).unlink(missing_ok=True)
-    runs.replace(run.config, trainer.config.to_yaml())
-    print(f"{trainer.parts.images.report}\n{models.count(trainer.weights) / 1e6:.1f} M weights to train;",
+    replace(run.config, trainer.config.to_yaml())
+    print(f"{trainer.parts.images.report}\n{build.count(trainer.weights) / 1e6:.1f} M weights to train;",
           f"going on from step {trainer.done}" if checkpoint else "a new run")  # fmt: skip
-    if checkpoint and (before := runs.manifest(checkpoint)["processes"]) != now:
+    if checkpoint and (before := manifest(checkpoint)["processes"]) != now:
         print(f"The checkpoint is of {before} process(es), now there are {now}: the batches are the same, their sums are rounded "
               "otherwise")  # fmt: skip
     if rates and rates[0] != rates[1]:
         print(f"With {steps} steps the schedule goes on at a learning rate of {rates[1]:.3g}, where it was {rates[0]:.3g}")
 
 
-def save(trainer: Trainer, run: runs.Run) -> None:
+def save(trainer: Trainer, run: Run) -> None:
     """A checkpoint of the step that is done, by all processes together."""
     config, accelerator, state = trainer.config, trainer.accelerator, trainer.state_dict()
 
     def write(folder):
         trainer.parts.save(config, folder)
-        runs.save_state(folder, "trainer", state)
+        save_state(folder, "trainer", state)
 
     if accelerator.is_main_process:
         run.save(trainer.done, write, config.train.keep, processes=accelerator.num_processes, data=trainer.parts.fingerprint)
     accelerator.wait_for_everyone()
 
 
-def show(trainer: Trainer, run: runs.Run, trackers: Trackers, stop) -> None:
+def show(trainer: Trainer, run: Run, trackers: Trackers, stop) -> None:
     """The check and the picture that are due at a step; those that a stop or a death cut short are made up on resuming."""
     config, parts, step = trainer.config, trainer.parts, trainer.done
     last, path = step == config.train.steps, sample_path(run, step)
@@ -420,7 +436,7 @@ def show(trainer: Trainer, run: runs.Run, trackers: Trackers, stop) -> None:
 
 
 @contextlib.contextmanager
-def kept(trainer: Trainer, run: runs.Run, stop, place: Place | None):
+def kept(trainer: Trainer, run: Run, stop, place: Place | None):
     """Save the steps before a stream fails for good, or is waited for when a stop is asked for.
 
     place: of the stream, where the step that is next began. Several processes cannot agree on it any more, and a step that is
@@ -433,18 +449,18 @@ def kept(trainer: Trainer, run: runs.Run, stop, place: Place | None):
     try:
         with stop.at_once(f"after step {done} of {trainer.config.train.steps}"):
             yield
-    except (data.DataError, runs.Stopped) as error:
+    except (DataError, Stopped) as error:
         if not done:
             raise
         stream.place = place
         if (newest := run.newest()) is None or int(newest.name) != done:
             save(trainer, run)
-        if isinstance(error, runs.Stopped):
+        if isinstance(error, Stopped):
             raise
         raise type(error)(f"{error}\nstep {done} is saved: the same command goes on from it") from error
 
 
-def tell_skipped(trainer: Trainer, run: runs.Run, taken: Outcome) -> None:
+def tell_skipped(trainer: Trainer, run: Run, taken: Outcome) -> None:
     """Say for which examples of all processes a step was skipped; Diverged where too many were in a row."""
     step, config, bad = trainer.done, trainer.config, gather_object(spoilt(trainer, taken))
     if trainer.accelerator.is_main_process:
@@ -452,7 +468,7 @@ def tell_skipped(trainer: Trainer, run: runs.Run, taken: Outcome) -> None:
         tqdm.write(f"step {step} is skipped: {why}")
         run.log(step=step, no_finite_loss=bad)
     if trainer.in_a_row >= config.train.max_skipped:
-        raise runs.Diverged(f"{trainer.in_a_row} steps in a row, up to step {step}, had no finite gradient; the last checkpoint "
+        raise Diverged(f"{trainer.in_a_row} steps in a row, up to step {step}, had no finite gradient; the last checkpoint "
                             f"is kept: lower train.lr (now {config.train.lr:g}) in a run of another --name")  # fmt: skip
 
 
@@ -466,15 +482,15 @@ def spoilt(trainer: Trainer, taken: Outcome) -> list[str]:
     return [f"{name} at t = {k}" for name, k in zip(parts.names(config, step, bad), t, strict=True)]
 
 
-def sample_path(run: runs.Run, step: int) -> Path:
+def sample_path(run: Run, step: int) -> Path:
     """Where the samples of a step are drawn."""
     return run.samples / f"{step:06d}.png"
 
 
-def publish(config: Config, run: runs.Run, stop) -> int:
+def publish(config: Config, run: Run, stop) -> int:
     """Push a finished run where its settings say, until a stop is asked for; the exit code."""
     with stop.at_once("before the model was pushed"):
-        return hub.publish(config, run)
+        return push.publish(config, run)
 
 
 def stopped(stop, accelerator: Accelerator) -> bool:
@@ -487,23 +503,23 @@ def stopped(stop, accelerator: Accelerator) -> bool:
     return bool(code)  # not `stop`: what has come meanwhile is heard by all at the next step
 
 
-def finish(trainer: Trainer, run: runs.Run) -> None:
+def finish(trainer: Trainer, run: Run) -> None:
     """Leave the averaged weights as a loadable pipeline, with its card and figures."""
     config, parts, seconds = trainer.config, trainer.parts, trainer.seconds
     pipe = parts.pipe
     trainer.ema.copy_to(trainer.weights)
     parts.unet.eval()
     if config.train.method == "lora":
-        runs.replace_folder(run.adapter, lambda folder: models.save_adapter(parts.unet, folder))
+        replace_folder(run.adapter, lambda folder: build.save_adapter(parts.unet, folder))
     else:
-        runs.replace_folder(run.pipeline, lambda folder: pipe.save_pretrained(folder, safe_serialization=True))
+        replace_folder(run.pipeline, lambda folder: pipe.save_pretrained(folder, safe_serialization=True))
     with spared(run.figures / "training.png"):
-        card.plot_run(run, parts.images, pipe)
+        model_card.plot_run(run, parts.images, pipe)
     sample, strips, last = config.sample, run.figures / "strips.png", sample_path(run, config.train.steps)
     with spared(strips, FEWER):
-        card.plot_strips(pipe, list(sample.prompts), set(parts.images.all_captions), strips, w=sample.default_w,
+        model_card.plot_strips(pipe, list(sample.prompts), set(parts.images.all_captions), strips, w=sample.default_w,
                          seed=sample.seed, steps=sample.steps, eta=sample.eta, columns=min(8, sample.steps))  # fmt: skip
-    card.describe(config, run, pipe, parts.images, seconds, **base_of(config))
+    model_card.describe(config, run, pipe, parts.images, seconds, **base_of(config))
     shown = f"{last} shows its samples, " if last.is_file() else ""
     print(f"\n{shown}{run.card} is its card.\n{usage(run, config)}")
 
@@ -512,11 +528,11 @@ def base_of(config: Config) -> dict:
     """What the card says of the model that was tuned, if one was."""
     if config.model.pretrained is None:
         return {}
-    return {"base_model": config.model.pretrained, "base_license": card.license_of(config.model.pretrained),
+    return {"base_model": config.model.pretrained, "base_license": model_card.license_of(config.model.pretrained),
             "base_model_relation": "adapter" if config.train.method == "lora" else "finetune"}  # fmt: skip
 
 
-def usage(run: runs.Run, config: Config) -> str:
+def usage(run: Run, config: Config) -> str:
     """The line that draws a picture with a finished run."""
     sample = config.sample
     return f'Draw with it:  python -m pipeline.sample {run.folder} "{sample.prompts[0]}" --w {sample.default_w:g} -o out.png'
@@ -533,11 +549,11 @@ def rehearse(config: Config, accelerator: Accelerator) -> int:
         began = time.perf_counter()
         trainer.step()
     seconds = time.perf_counter() - began
-    card.build(config, card.facts(str(parts.images.report), 0.0, **base_of(config)))
+    model_card.build(config, model_card.facts(str(parts.images.report), 0.0, **base_of(config)))
     memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == 'darwin' else 2**20):.1f} GiB"
     if accelerator.device.type == "cuda":
         memory += f" and {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of each GPU's"
-    accelerator.print(config.to_yaml() + f"\n{parts.images.report}\n{models.count(trainer.weights):,} weights to train\n"
+    accelerator.print(config.to_yaml() + f"\n{parts.images.report}\n{build.count(trainer.weights):,} weights to train\n"
                       f"{config.train.steps} steps of {config.train.batch_size} images, {seconds:.3f} s each: about "
                       f"{seconds * config.train.steps / 60:.1f} minutes\n{memory} of memory at most so far")  # fmt: skip
     return 0
@@ -546,8 +562,8 @@ def rehearse(config: Config, accelerator: Accelerator) -> int:
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0 done, 1 failed and resumable, 2 bad input, 130 or 143 stopped and resumable."""
     try:
-        return train(*settings.load(sys.argv[1:] if argv is None else argv))
-    except (ConfigError, data.DataError, emoji.EmojiError, runs.RunError, hub.HubError) as error:
+        return train(*load(sys.argv[1:] if argv is None else argv))
+    except (ConfigError, DataError, catalogue.EmojiError, RunError, push.HubError) as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return getattr(error, "exit_code", 2)
     except OSError as error:

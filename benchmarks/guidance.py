@@ -14,9 +14,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import bench
 from benchmarks.bench import points, table
-from pipeline import data, evaluation, hub, losses, measures
-from pipeline.guidance import guide
-from pipeline.text_to_image import TextToImagePipeline
+from pipeline.data import dataset
+from pipeline.diffusion import losses
+from pipeline.diffusion.guidance import guide
+from pipeline.diffusion.text_to_image import TextToImagePipeline
+from pipeline.evaluation import evaluate, retrieval
+from pipeline.hub import push
 
 SEED = 3000
 Rule = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -77,20 +80,20 @@ class Guided(TextToImagePipeline):
 
 def judged(folder: Path, captions: int, ws: list[float], steps: int, batch: int) -> dict[tuple[str, float], Tensor]:
     """The ranks of the drawings of some training captions, by rule and w, from the same noise."""
-    _config, judge, bank, pipe = evaluation.finished(folder)
+    _config, judge, bank, pipe = evaluate.finished(folder)
     kept = {name: pipe.config[name] for name in ("caption_length", "caption_dropout", "w")}
     guided = Guided(**pipe.components, **kept)
     guided.set_progress_bar_config(disable=True)
-    rows = data.evenly(captions, bank.n_train)
+    rows = dataset.evenly(captions, bank.n_train)
     prompts, found = bank.captions_of(rows), {}
     for name, make in RULES.items():
         for w in ws:
             images = []
             for start in range(0, len(prompts), batch):
                 guided.rule = make()
-                images.append(evaluation.drawn(guided, prompts[start : start + batch], w=w, seed=SEED + start,
+                images.append(evaluate.drawn(guided, prompts[start : start + batch], w=w, seed=SEED + start,
                                                num_inference_steps=steps))  # fmt: skip
-            found[name, w] = measures.retrieval_ranks(judge.features(torch.cat(images)), bank.features, bank.own[rows])
+            found[name, w] = retrieval.retrieval_ranks(judge.features(torch.cat(images)), bank.features, bank.own[rows])
     return found
 
 
@@ -105,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.quick:
         args.captions, args.steps = 6, 2
     bench.prepare()
-    model = args.model or hub.newest(finished=True)
+    model = args.model or push.newest(finished=True)
     if model is None:
         print("There is no run to judge, so guidance is not compared: make train, or --model RUN.")
         return
@@ -113,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     lines, adopted = [], []
     for w in args.w:
         for name in RULES:
-            summary = measures.summary(ranks[name, w])
+            summary = retrieval.summary(ranks[name, w])
             top, five = (bench.paired(ranks[name, w] <= n, ranks["plain", w] <= n) for n in (1, 5))
             if name != "plain" and five[1] > 0:
                 adopted.append(f"{name} at w = {w:g}")

@@ -25,10 +25,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import bench
 from benchmarks.bench import table, target
-from pipeline import config as settings
-from pipeline import data, evaluation, hub, machine, measures, models
-from pipeline import run as runs
-from pipeline.sources import digest
+from pipeline import hardware
+from pipeline.config import load, load_file
+from pipeline.data import dataset
+from pipeline.data.sources.rows import digest
+from pipeline.evaluation import evaluate, feature_extractor, retrieval
+from pipeline.hub import push
+from pipeline.models import build
+from pipeline.runs.folder import Run, replace
 
 CONFIG = "configs/emoji-small.yaml"
 DIFFUSERS = {  # the text-to-image example's recipe, on the network's own shape; captions are cached, as the trainer always does
@@ -93,10 +97,10 @@ def minutes_to_goal(checks: list[tuple[float, float]]) -> float | None:
 
 def shares(pipe, judge, bank, rows: torch.Tensor, steps: int) -> dict[str, float]:
     """How often some rows' drawings have their own picture first, and among the first five."""
-    images = [evaluation.drawn(pipe, bank.captions_of(some), w=1.0, seed=SEED + 32 * n, num_inference_steps=steps)
+    images = [evaluate.drawn(pipe, bank.captions_of(some), w=1.0, seed=SEED + 32 * n, num_inference_steps=steps)
               for n, some in enumerate(rows.split(32))]  # fmt: skip
-    ranks = measures.retrieval_ranks(judge.features(torch.cat(images)), bank.features, bank.own[rows])
-    return {name: share["share"] for name, share in measures.summary(ranks).items() if name != "median_rank"}
+    ranks = retrieval.retrieval_ranks(judge.features(torch.cat(images)), bank.features, bank.own[rows])
+    return {name: share["share"] for name, share in retrieval.summary(ranks).items() if name != "median_rank"}
 
 
 def way(args) -> dict:
@@ -121,25 +125,25 @@ def once(rung: str, seed: int, args) -> None:
     found = peer(PEERS[rung], seed, args) if rung in PEERS else climb(rung, seed, args)
     path = args.output.parent / RESULTS
     path.parent.mkdir(parents=True, exist_ok=True)
-    runs.replace(path, json.dumps([*results(path), {"rung": rung, "seed": seed, **found, "way": way(args)}], indent=1))
-    shutil.rmtree(runs.Run(args.folder / f"{rung}-s{seed}").checkpoints, ignore_errors=True)
+    replace(path, json.dumps([*results(path), {"rung": rung, "seed": seed, **found, "way": way(args)}], indent=1))
+    shutil.rmtree(Run(args.folder / f"{rung}-s{seed}").checkpoints, ignore_errors=True)
 
 
 def climb(rung: str, seed: int, args) -> dict:
     """One run of a rung, trained and judged."""
-    run = runs.Run(args.folder / f"{rung}-s{seed}")
+    run = Run(args.folder / f"{rung}-s{seed}")
     plan = run.folder / "ladder-steps"  # a run that was stopped goes on with the steps that it began with
     if not plan.is_file():
         run.folder.mkdir(parents=True, exist_ok=True)
         plan.write_text(str(steps_in(args.minutes, rung, args.folder)))
     subprocess.run([sys.executable, *command(rung, seed, args.folder, int(plan.read_text()))], check=True)
-    config, judge, bank, pipe = evaluation.finished(run.folder)
+    config, judge, bank, pipe = evaluate.finished(run.folder)
     rows, held = torch.linspace(0, bank.n_train - 1, args.captions).long(), torch.arange(bank.n_train, len(bank.captions))
     log = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     clock = {line["step"]: line["seconds"] / 60 for line in log if "seconds" in line}
     at_end, checks = shares(pipe, judge, bank, rows, args.steps)["first_five"], []
     for step in run.steps() if at_end >= GOAL else []:  # where the end is below it, what was before does not matter
-        made = hub.load_checkpoint(run, step)
+        made = push.load_checkpoint(run, step)
         made.set_progress_bar_config(disable=True)
         checks.append((clock[step], shares(made, judge, bank, rows, args.steps)["first_five"]))
         if checks[-1][1] >= GOAL:
@@ -176,20 +180,20 @@ def peer(width: int, seed: int, args) -> dict:
     from diffusers.training_utils import EMAModel
 
     bench.prepare()
-    machine.keep_freed_memory()
-    config, module = settings.load_file(CONFIG), loaded(args.peers)
-    judge, images = evaluation.Judge(), data.load_splits(config.data)
-    bank = evaluation.Bank.of(judge.features, [split for split in images if split is not None])
+    hardware.keep_freed_memory()
+    config, module = load_file(CONFIG), loaded(args.peers)
+    judge, images = feature_extractor.Judge(), dataset.load_splits(config.data)
+    bank = evaluate.Bank.of(judge.features, [split for split in images if split is not None])
     x, classes = bank.images[: bank.n_train].float() / 255, torch.arange(bank.n_train)
     torch.manual_seed(seed)
     network = module.Unet(dim=width, num_classes=bank.n_train)
     diffusion = module.GaussianDiffusion(network, image_size=config.data.resolution, sampling_timesteps=args.steps)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, betas=(0.9, 0.99))
-    ema, bf16 = EMAModel(network.parameters(), decay=0.995), models.has_bf16(torch.device("cpu"))
+    ema, bf16 = EMAModel(network.parameters(), decay=0.995), build.has_bf16(torch.device("cpu"))
     rows, step, spent = torch.linspace(0, bank.n_train - 1, args.captions).long(), 0, 0.0
     while spent < 60 * args.minutes:
         began = time.perf_counter()
-        some = data.batch_indices(seed, step, 16, len(x))
+        some = dataset.batch_indices(seed, step, 16, len(x))
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss = diffusion(x[some], classes=classes[some])
         loss.backward()
@@ -216,7 +220,7 @@ def judged_peer(diffusion, ema, judge, bank, rows: torch.Tensor, bf16: bool) -> 
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             images = torch.cat([diffusion.sample(classes=some, cond_scale=scale) for some in rows.split(32)])
         features = judge.features(2 * images.float().clamp(0, 1) - 1)
-        found.append(float((measures.retrieval_ranks(features, bank.features, bank.own[rows]) <= 5).double().mean()))
+        found.append(float((retrieval.retrieval_ranks(features, bank.features, bank.own[rows]) <= 5).double().mean()))
     ema.restore(weights)
     diffusion.train()
     return max(found)
@@ -227,7 +231,7 @@ def judged_peer(diffusion, ema, judge, bank, rows: torch.Tensor, bf16: bool) -> 
 
 def precision() -> str:
     """What `train.precision: auto` is here."""
-    return "bf16" if models.has_bf16(torch.device("cpu")) else "float32"
+    return "bf16" if build.has_bf16(torch.device("cpu")) else "float32"
 
 
 def row(rung: str, change: str, found: list[dict], minutes: float) -> list[str]:
@@ -258,7 +262,7 @@ def main(argv: list[str] | None = None) -> None:
     args.folder /= f"{args.minutes:g}-minutes-{digest(bench.machine())[:8]}"  # a run of another way is not gone on with
     if args.dry_run or args.quick:
         for rung in (rung for rung in args.rungs if rung in RUNGS):
-            settings.load(command(rung, args.seeds[0], args.folder, 100)[1:])
+            load(command(rung, args.seeds[0], args.folder, 100)[1:])
             changes = " ".join(f"{name}={value}" for name, value in RUNGS[rung].items()) or "diffusers' recipe"
             print(f"{rung}: {changes}\n  python {' '.join(command(rung, args.seeds[0], args.folder, 100))}")
         print(f"{len(args.rungs) * len(args.seeds)} runs of {args.minutes:g} minutes: "

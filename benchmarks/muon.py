@@ -15,8 +15,9 @@ import train_text2img
 from benchmarks import bench
 from benchmarks.bench import spread, table
 from benchmarks.training import Trainer, configured
-from pipeline import config as settings
-from pipeline import machine, models
+from pipeline import hardware
+from pipeline.config import DEFAULT, Config
+from pipeline.models import build
 
 NAMES = ("adamw", "muon")
 
@@ -24,7 +25,7 @@ NAMES = ("adamw", "muon")
 class Timed:
     """A training run with its own clock: the seconds of every step, and what the averaged weights were worth by images seen."""
 
-    def __init__(self, config: settings.Config, bf16: bool):
+    def __init__(self, config: Config, bf16: bool):
         self.trainer, self.seconds, self.curve = Trainer(config, bf16), [], {}
 
     @property
@@ -50,7 +51,7 @@ class Timed:
 
 def race(file: str, batch: int, seconds: float, every: int) -> dict[str, Timed]:
     """Both optimisers at one batch size, until each has trained for so many seconds; measured every `every` images."""
-    bf16 = models.has_bf16(torch.device("cpu"))
+    bf16 = build.has_bf16(torch.device("cpu"))
     runs = {name: Timed(configured(file, batch, name, lr_schedule="constant", warmup=50, steps=100_000), bf16) for name in NAMES}
     while waiting := [run for run in runs.values() if sum(run.seconds) < seconds]:
         for run in waiting:
@@ -70,7 +71,7 @@ def cells(found: tuple) -> list[str]:
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = bench.parser(__doc__)
-    parser.add_argument("--config", default=settings.DEFAULT, help="one that trains by Muon: its matrix_lr is used")
+    parser.add_argument("--config", default=DEFAULT, help="one that trains by Muon: its matrix_lr is used")
     parser.add_argument("--batch", type=int, nargs="+", default=[32, 128])
     parser.add_argument("--seconds", type=float, default=60, help="of training, for each optimiser and batch size")
     parser.add_argument("--every", type=int, default=1280, help="images between two measurements")
@@ -78,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.quick:
         args.batch, args.seconds, args.every = [2], 0.2, 4
     bench.prepare()
-    machine.keep_freed_memory()
+    hardware.keep_freed_memory()
     rows, curves = [], {}
     for batch in args.batch:
         runs = race(args.config, batch, args.seconds, args.every)

@@ -20,11 +20,14 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import bench
 from benchmarks.bench import points, ratios, spread, table, target
-from pipeline import config as settings
-from pipeline import data, evaluation, hub, measures, models
-from pipeline.guidance import interval
-from pipeline.patches import PatchAutoencoder
-from pipeline.text_to_image import TextToImagePipeline, noise_level
+from pipeline.config import DEFAULT, load_file
+from pipeline.data import dataset
+from pipeline.diffusion.guidance import interval
+from pipeline.diffusion.patches import PatchAutoencoder
+from pipeline.diffusion.text_to_image import TextToImagePipeline, noise_level
+from pipeline.evaluation import evaluate, retrieval
+from pipeline.hub import push
+from pipeline.models import build
 
 LEVEL = 1 / 255
 MARGIN = 0.05  # of the first-five rate: what is lost at most where a way to draw counts as no worse
@@ -33,17 +36,17 @@ SEED = 2000  # of the judged drawings: neither of those that choose or report w 
 
 def opened(model: str | None, config: str) -> tuple[TextToImagePipeline, str]:
     """The pipeline of a run or the newest one, else of a configuration with random weights; and what it is."""
-    model = model or hub.newest(finished=True)
+    model = model or push.newest(finished=True)
     if model is not None:
-        pipe, name = hub.load(model), f"`{model}`"
+        pipe, name = push.load(model), f"`{model}`"
     else:
-        chosen = settings.load_file(config)
-        tokenizer, encoder = models.text_encoder(chosen.model.text_encoder)
+        chosen = load_file(config)
+        tokenizer, encoder = build.text_encoder(chosen.model.text_encoder)
         torch.manual_seed(0)
-        unet = models.unet(chosen, encoder.config.hidden_size).eval()
-        pipe, name = models.pipeline(chosen, unet, tokenizer, encoder, None), f"random weights in the shape of `{config}`"
+        unet = build.unet(chosen, encoder.config.hidden_size).eval()
+        pipe, name = build.pipeline(chosen, unet, tokenizer, encoder, None), f"random weights in the shape of `{config}`"
     pipe.set_progress_bar_config(disable=True)
-    side, weights = pipe.unet.config.sample_size, models.count(list(pipe.unet.parameters()))
+    side, weights = pipe.unet.config.sample_size, build.count(list(pipe.unet.parameters()))
     return pipe, f"{name}: {weights / 1e6:.1f} M weights, {side} x {side} x {pipe.unet.config.in_channels}"
 
 
@@ -114,7 +117,7 @@ def middle_half(scheduler: DDPMScheduler, timesteps: torch.Tensor, w: float) -> 
 def speed(pipe: TextToImagePipeline, batches: list[int], steps: int, repeats: int, w: float) -> tuple[str, list[str]]:
     """The table of time per image, with the cost k of the doubled call, and what it says of the goals."""
     rows, goals = [], []
-    for bf16 in dict.fromkeys([False, models.has_bf16(torch.device("cpu"))]):
+    for bf16 in dict.fromkeys([False, build.has_bf16(torch.device("cpu"))]):
         for batch in batches:
             some = Contenders(pipe, batch, steps, w, bf16)
             apart = float(np.abs(some.ours() - some.stocks()).max())
@@ -144,7 +147,7 @@ def speed(pipe: TextToImagePipeline, batches: list[int], steps: int, repeats: in
 def cheaper(pipe: TextToImagePipeline, w: float, steps: int) -> dict[str, tuple[TextToImagePipeline, dict, bool]]:
     """Ways to draw, by name: a pipeline, its call's arguments, whether in bf16. The first is what the others are held against."""
     parts, kept = pipe.components, {name: pipe.config[name] for name in ("caption_length", "caption_dropout", "w")}
-    own, bf16 = pipe.scheduler, models.has_bf16(torch.device("cpu"))
+    own, bf16 = pipe.scheduler, build.has_bf16(torch.device("cpu"))
 
     def by(kind, **changes):
         # trained_betas: stock solvers do not know every beta schedule; thresholding at 1: how they clip x_0
@@ -183,8 +186,8 @@ SOLVERS = (DPMSolverMultistepScheduler, UniPCMultistepScheduler)
 
 def judged(folder: Path, captions: int, w: float, steps: int, batch: int, doc) -> tuple[str, list[str], str]:
     """The table of judged ways to draw, what it says of the goal, and its figure. All ways draw a batch before the next."""
-    _config, judge, bank, pipe = evaluation.finished(folder)
-    rows = data.evenly(captions, bank.n_train)
+    _config, judge, bank, pipe = evaluate.finished(folder)
+    rows = dataset.evenly(captions, bank.n_train)
     prompts, ways = bank.captions_of(rows), cheaper(pipe, w, steps)
     images, seconds = {name: [] for name in ways}, {name: [] for name in ways}
     for start in range(0, len(prompts), batch):
@@ -193,13 +196,13 @@ def judged(folder: Path, captions: int, w: float, steps: int, batch: int, doc) -
             with precision(bf16), warnings.catch_warnings(action="ignore"):  # leading: that it starts from no pure noise
                 drawn = made(prompts[start : start + batch], seed=SEED + start, output_type="pt", **call).images
             seconds[name].append(time.perf_counter() - began)
-            images[name].append(data.as_uint8(drawn))
-    ranks = {name: measures.retrieval_ranks(judge.features(torch.cat(some)), bank.features, bank.own[rows])
+            images[name].append(dataset.as_uint8(drawn))
+    ranks = {name: retrieval.retrieval_ranks(judge.features(torch.cat(some)), bank.features, bank.own[rows])
              for name, some in images.items()}  # fmt: skip
     first = next(iter(ways))
     lines, equal, places = [], {}, {}
     for name, found in ranks.items():
-        faster, summary = ratios(seconds[first], seconds[name]), measures.summary(found)
+        faster, summary = ratios(seconds[first], seconds[name]), retrieval.summary(found)
         top, five = (bench.paired(found <= n, ranks[first] <= n) for n in (1, 5))
         if five[1] >= -MARGIN and name != first:
             equal[name] = median(faster)
@@ -226,7 +229,7 @@ def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = bench.parser(__doc__)
     parser.add_argument("--model", help="a run's folder or a saved pipeline's (default: the newest run, else pretrained/emoji)")
-    parser.add_argument("--config", default=settings.DEFAULT, help="the shape of the random weights")
+    parser.add_argument("--config", default=DEFAULT, help="the shape of the random weights")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--steps", type=int, default=25, help="of the timed calls")
     parser.add_argument("--repeats", type=int, default=5)
@@ -238,12 +241,12 @@ def main(argv: list[str] | None = None) -> None:
     bench.prepare()
     pipe, name = opened(args.model, args.config)
     timed, goals = speed(pipe, args.batch, args.steps, args.repeats, args.w)
-    some = Contenders(pipe, max(args.batch), 2, args.w, models.has_bf16(pipe.device))
+    some = Contenders(pipe, max(args.batch), 2, args.w, build.has_bf16(pipe.device))
     limits = (f"What limits it, at batch {max(args.batch)} in {'bf16' if some.bf16 else 'float32'}, by torch's profiler: "
               f"{bench.where(some.ours)}.")  # fmt: skip
     paragraphs = [f"{name}; w = {args.w:g}; the timed calls take {args.steps} steps. Medians of {args.repeats} turns, with the "
                   "least and the greatest; k is a doubled call's time over a single one's.", timed, "\n".join(goals), limits]
-    model = args.model or hub.newest(finished=True)
+    model = args.model or push.newest(finished=True)
     if args.captions and model is not None:
         rows, goals, picture = judged(Path(model), args.captions, args.w, 8 if args.quick else 50, 32, args)
         paragraphs += [f"Cheaper ways to draw {args.captions} training captions, 32 at a time, which every way draws before "

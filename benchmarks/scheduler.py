@@ -15,9 +15,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import bench
 from benchmarks.bench import ratios, spread, table, target
 from benchmarks.sampling import Contenders, opened
-from pipeline import config as settings
-from pipeline import models
-from pipeline.scheduler import DDPMScheduler
+from pipeline import config
+from pipeline.diffusion.scheduler import DDPMScheduler
+from pipeline.models import build
 
 IMAGE = (4, 32, 32)  # 4,096 elements
 SMALL = 2**16  # elements up to which the goal is half of diffusers' time
@@ -78,7 +78,7 @@ def compare(batches: list[int], repeats: int) -> tuple[str, list[str]]:
 @torch.no_grad()
 def share_of_sampling(pipe, batches: list[int], repeats: int, w: float) -> tuple[str, list[str]]:
     """The scheduler's share of a sampling step by batch: `step` beside the network's doubled call."""
-    rows, goals, bf16 = [], [], models.has_bf16(torch.device("cpu"))
+    rows, goals, bf16 = [], [], build.has_bf16(torch.device("cpu"))
     for batch in batches:
         some = Contenders(pipe, batch, 2, w, bf16)
         scheduler, x = DDPMScheduler.from_config(pipe.scheduler.config), some.x_T
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = bench.parser(__doc__)
     parser.add_argument("--model", help="whose network (default: that of the newest run, else of pretrained/emoji)")
-    parser.add_argument("--config", default=settings.DEFAULT, help="the shape of the random weights")
+    parser.add_argument("--config", default=config.DEFAULT, help="the shape of the random weights")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16, 64, 256, 1024], help="of 4,096 elements each")
     parser.add_argument("--repeats", type=int, default=15)
     args = bench.parse(parser, argv)

@@ -9,7 +9,7 @@ from playwright.sync_api import sync_playwright
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import app
 from benchmarks.bench import ROOT
-from pipeline.serving import Shelf
+from pipeline.serving.session import Shelf
 
 FIGURES, WIDTH, MINUTE = ROOT / "docs" / "figures", 1180, 60_000
 

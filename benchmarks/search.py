@@ -25,10 +25,14 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import bench
-from pipeline import data, evaluation, measures, models, search
-from pipeline.evaluation import STRIDE, Bank, Judge
-from pipeline.text_to_image import TextToImagePipeline
-from pipeline.verifiers import WEIGHTS, Likelihood
+from pipeline.data import dataset
+from pipeline.diffusion.text_to_image import TextToImagePipeline
+from pipeline.evaluation import evaluate, retrieval
+from pipeline.evaluation.evaluate import STRIDE, Bank
+from pipeline.evaluation.feature_extractor import Judge
+from pipeline.models import build
+from pipeline.search import search
+from pipeline.search.verifiers import WEIGHTS, Likelihood
 
 APART = 100  # caption p's candidates are drawn from seeds p * APART, p * APART + 1, ...
 QUICK = {"captions": 8, "held_out": 8, "candidates": 4, "steps": 10, "pairs": 4, "multiples": [1, 2, 4]}
@@ -71,21 +75,21 @@ class Study:
     def kept(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What `make` gives, from the disk where it has been made."""
         make_whole = lambda: {key: value.contiguous() for key, value in make().items()}
-        return measures.cached(self.folder / f"{name}.safetensors", make_whole)
+        return retrieval.cached(self.folder / f"{name}.safetensors", make_whole)
 
     def judged(self, x_0: Tensor) -> dict[str, Tensor]:
         """Pictures uint8 (P, 3, H, W) of what was drawn (P, c, h, w), the rank of their own, and their similarity to it."""
         images = self.pipe.image_processor.postprocess(self.pipe.decode(x_0), output_type="pt")
-        images = data.as_uint8(images.cpu())
+        images = dataset.as_uint8(images.cpu())
         features, own = self.judge.features(images), self.bank.own[self.rows]
-        ranks = measures.retrieval_ranks(features, self.bank.features, own)
-        centre = measures.centred(self.bank.features, self.bank.features)[own]
-        similarity = (measures.centred(features, self.bank.features) * centre).sum(1)
+        ranks = retrieval.retrieval_ranks(features, self.bank.features, own)
+        centre = retrieval.centred(self.bank.features, self.bank.features)[own]
+        similarity = (retrieval.centred(features, self.bank.features) * centre).sum(1)
         return {"images": images, "rank": ranks, "similarity": similarity}
 
     def batched(self, what: str, make: Callable[[slice], Tensor], size: int) -> Tensor:
         """`make` over all captions, `size` at a time, in the precision of training."""
-        bf16 = models.has_bf16(self.pipe.device)
+        bf16 = build.has_bf16(self.pipe.device)
         with torch.no_grad(), torch.autocast(self.pipe.device.type, torch.bfloat16, enabled=bf16):
             starts = tqdm(range(0, len(self.rows), size), desc=what, unit="batch", dynamic_ncols=True)
             return torch.cat([make(slice(i, i + size)) for i in starts])
@@ -242,7 +246,7 @@ def report(study: Study, found: dict, command: str, seconds: float) -> str:
     lines = rates(found)
     splits = {name: found["held"] == (name == "held out") for name in lines[0]["rates"]}
     counts = " and ".join(f"{int(some.sum())} {name}" for name, some in splits.items())
-    bf16 = models.has_bf16(study.pipe.device)
+    bf16 = build.has_bf16(study.pipe.device)
     out = [f"`{command}`; {counts} captions, w = {study.w:g}, {study.steps} steps, one picture = {study.one} network calls. "
            f"{bench.machine()}, {'bf16' if bf16 else 'float32'}; {seconds / 60:.0f} minutes this time.", "",
            "Share of captions whose own picture the judge puts first, and among the first five; in brackets, in points, the "
@@ -316,16 +320,16 @@ def main(argv: list[str] | None = None) -> int:
     began = time.monotonic()
     try:
         if not 1 <= args.candidates <= APART or args.captions < 1 or min(args.multiples) < 1:
-            raise evaluation.EvaluationError(
+            raise retrieval.EvaluationError(
                 f"--candidates is {args.candidates}, --captions {args.captions}, --multiples {args.multiples}, expected 1 "
                 f"or more of each, and {APART} candidates at most: leave them out")  # fmt: skip
-        _config, judge, bank, pipe = evaluation.finished(args.run)
+        _config, judge, bank, pipe = evaluate.finished(args.run)
         held = len(bank.captions) - bank.n_train
-        shown = data.evenly(args.captions, bank.n_train)
-        hidden = bank.n_train + data.evenly(held if args.held_out is None else args.held_out, held)
+        shown = dataset.evenly(args.captions, bank.n_train)
+        hidden = bank.n_train + dataset.evenly(held if args.held_out is None else args.held_out, held)
         rows, w = torch.cat([shown, hidden]), pipe.config.w if args.w is None else args.w
         captions = hashlib.sha256(json.dumps([bank.captions[row] for row in rows]).encode()).hexdigest()[:8]
-        name = f"{evaluation.identity(pipe, bank)}-{captions}-steps{args.steps}-w{w:g}-seed{args.seed}"
+        name = f"{evaluate.identity(pipe, bank)}-{captions}-steps{args.steps}-w{w:g}-seed{args.seed}"
         study = Study(pipe, judge, bank, rows, args.run / "search" / name, w, args.steps, args.seed, args.batch)
         found = measured(study, args.candidates, args.pairs, args.multiples, args.paths)
     except (ValueError, OSError) as error:

@@ -20,10 +20,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import bench
-from pipeline import config as settings
-from pipeline import losses, models
-from pipeline.machine import keep_freed_memory
-from pipeline.optim import optimizer_of
+from pipeline.config import DEFAULT, Config, load_file
+from pipeline.diffusion import losses
+from pipeline.hardware import keep_freed_memory
+from pipeline.models import build
+from pipeline.training.optimizers import optimizer_of
 
 CAPTION_WIDTH = 384  # of the embedded encoder
 
@@ -39,15 +40,15 @@ def timed(call, repeats: int) -> float:
     return median(times)
 
 
-def step_of(config: settings.Config, batch: int, bf16: bool, fused_attention: bool):
+def step_of(config: Config, batch: int, bf16: bool, fused_attention: bool):
     """A training step on random latents and captions, as train_text2img.py takes it."""
     torch.manual_seed(0)
-    unet = models.for_training(models.unet(config, CAPTION_WIDTH), torch.device("cpu"))
+    unet = build.for_training(build.unet(config, CAPTION_WIDTH), torch.device("cpu"))
     if fused_attention:
         unet.set_attn_processor(AttnProcessor2_0())
     optimizer = optimizer_of(unet, config.train)
-    ema = models.moving_average(unet, config.train.ema)
-    scheduler = models.noise_process(config.diffusion)
+    ema = build.moving_average(unet, config.train.ema)
+    scheduler = build.noise_process(config.diffusion)
     side, channels = unet.config.sample_size, unet.config.in_channels
     x_0, eps = torch.randn(2, batch, channels, side, side)
     captions = torch.randn(batch, config.data.caption_length, CAPTION_WIDTH)
@@ -63,12 +64,12 @@ def step_of(config: settings.Config, batch: int, bf16: bool, fused_attention: bo
         optimizer.zero_grad()
         ema.step(unet.parameters())
 
-    return step, models.count(models.trainable(unet))
+    return step, build.count(build.trainable(unet))
 
 
-def measure(config: settings.Config, batches: list[int], fused_attention: bool) -> None:
+def measure(config: Config, batches: list[int], fused_attention: bool) -> None:
     """The table of one precision."""
-    bf16 = models.has_bf16(torch.device("cpu"))
+    bf16 = build.has_bf16(torch.device("cpu"))
     dtype = torch.bfloat16 if bf16 else torch.float32
     print(f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, {dtype}", flush=True)
     for batch in batches:
@@ -83,7 +84,7 @@ def measure(config: settings.Config, batches: list[int], fused_attention: bool) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", default=settings.DEFAULT)
+    parser.add_argument("--config", default=DEFAULT)
     parser.add_argument("--batch", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument("--alone", action="store_true", help="this precision only")
     parser.add_argument("--stock-malloc", action="store_true", help="without what the script tells glibc, to compare")
@@ -93,7 +94,7 @@ def main() -> None:
     if not args.stock_malloc:
         keep_freed_memory()
     if args.alone:
-        measure(settings.load_file(args.config), args.batch, args.fused_attention)
+        measure(load_file(args.config), args.batch, args.fused_attention)
         return
     print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}", flush=True)
     for more in ({}, {"ATEN_CPU_CAPABILITY": "avx2"}):  # a process each: a child's peak memory begins with its parent's

@@ -27,28 +27,31 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import train_text2img
 from benchmarks import bench
 from benchmarks.bench import ratios, spread, table, target
-from pipeline import config as settings
-from pipeline import losses, machine, models, optim
+from pipeline import hardware
+from pipeline.config import DEFAULT, Config, load
+from pipeline.diffusion import losses
+from pipeline.models import build
+from pipeline.training import optimizers
 
 CPU = torch.device("cpu")
 
 
-def configured(file: str, batch: int, optimizer: str = "adamw", **train) -> settings.Config:
+def configured(file: str, batch: int, optimizer: str = "adamw", **train) -> Config:
     """A configuration file at a batch size, by an optimiser; AdamW knows no matrix_lr."""
     train = {"batch_size": batch, "optimizer": optimizer} | ({"matrix_lr": "null"} if optimizer == "adamw" else {}) | train
-    return settings.load(["--config", file, *(f"--train.{name}={value}" for name, value in train.items())])[0]
+    return load(["--config", file, *(f"--train.{name}={value}" for name, value in train.items())])[0]
 
 
 class Trainer:
     """Training as train_text2img.py does it, a step at a time, with its parts open to view."""
 
-    def __init__(self, config: settings.Config, bf16: bool):
+    def __init__(self, config: Config, bf16: bool):
         self.config, self.bf16, self.done = config, bf16, 0
         self.parts = train_text2img.prepare(config, None, CPU)
-        self.weights = models.trainable(self.parts.unet)
-        self.optimizer = optim.optimizer_of(self.parts.unet, config.train)
-        self.schedule = optim.lr_schedule(self.optimizer, config.train)
-        self.ema = models.moving_average(self.parts.unet, config.train.ema)
+        self.weights = build.trainable(self.parts.unet)
+        self.optimizer = optimizers.optimizer_of(self.parts.unet, config.train)
+        self.schedule = optimizers.lr_schedule(self.optimizer, config.train)
+        self.ema = build.moving_average(self.parts.unet, config.train.ema)
 
     def predict(self, *args, **kwargs):
         """The network, in the run's precision."""
@@ -67,7 +70,7 @@ class Trainer:
         self.done += 1
 
 
-def example(parts: train_text2img.Parts, config: settings.Config, bf16: bool, cached: bool) -> Callable[[], None]:
+def example(parts: train_text2img.Parts, config: Config, bf16: bool, cached: bool) -> Callable[[], None]:
     """A step of diffusers' examples/text_to_image/train_text_to_image.py with --use_ema, on our network, patches and encoder."""
     dtype, batch, pipe = torch.bfloat16 if bf16 else torch.float32, config.train.batch_size, parts.pipe
     unet = UNet2DConditionModel.from_config(parts.unet.config).train()
@@ -120,8 +123,8 @@ def transformed(file: bytes, side: int) -> torch.Tensor:
 
 def compare(file: str, batch: int, repeats: int) -> tuple[list[list], list[list], list[str], str]:
     """One batch size: rows of throughput, rows of ratios, the goals, and where a step's time goes."""
-    bf16, config = models.has_bf16(CPU), configured(file, batch)
-    recipe = Trainer(settings.load(["--config", file, f"--train.batch_size={batch}"])[0], bf16)
+    bf16, config = build.has_bf16(CPU), configured(file, batch)
+    recipe = Trainer(load(["--config", file, f"--train.batch_size={batch}"])[0], bf16)
     fast, plain = Trainer(config, bf16), Trainer(config, False)
     steps = {"ours": fast.step, "ours, float32": plain.step, f"ours, by {recipe.config.train.optimizer}": recipe.step}
     for wide in (True, False) if bf16 else (False,):
@@ -153,14 +156,14 @@ def compare(file: str, batch: int, repeats: int) -> tuple[list[list], list[list]
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = bench.parser(__doc__)
-    parser.add_argument("--config", default=settings.DEFAULT)
+    parser.add_argument("--config", default=DEFAULT)
     parser.add_argument("--batch", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--repeats", type=int, default=5)
     args = bench.parse(parser, argv)
     if args.quick:
         args.batch, args.repeats = [2], 2
     bench.prepare()
-    machine.keep_freed_memory()
+    hardware.keep_freed_memory()
     throughput, compared, goals, limits = [], [], [], ""
     for batch in args.batch:
         rows, more, met, limits = compare(args.config, batch, args.repeats)

@@ -551,4 +551,3 @@ def differences(old: Config, new: Config, free: tuple[str, ...] = ()) -> list[st
     a, b = flatten(old.to_dict()), flatten(new.to_dict())
     same = lambda key: key in free or key.split(".")[0] in free or a[key] == b[key]
     return [f"{key} was {a[key]!r} and is now {b[key]!r}" for key in b if not same(key)]
-

@@ -27,10 +27,11 @@ from tiny import tiny_pipeline
 from torch.distributed.elastic.utils.distributed import get_free_port
 
 import app
-from pipeline import search, serving
 from pipeline.config import Config, DataConfig
-from pipeline.request import Request, read_png
-from pipeline.serving import Shelf
+from pipeline.search import search
+from pipeline.serving import session
+from pipeline.serving.requests import Request, read_png
+from pipeline.serving.session import Shelf
 
 ROOT = Path(__file__).parent.parent
 FIELDS = ("prompt", "negative_prompt", "w", "steps", "eta", "images", "seed", "randomise", "low", "high", "denoiser",
@@ -149,8 +150,8 @@ def test_a_randomised_seed_is_told_and_draws_the_same_again(url):
 
 def test_the_sweep_and_the_walk_answer(url, shelf):
     _, event, (gallery, said, pair) = call(url, "sweep", "red heart", 3, 2, "network", 0)
-    assert event == "complete" and [entry["caption"] for entry in gallery] == [f"w = {w:g}" for w in serving.SWEEP]
-    followed, ignored = (image_of(url, gallery[serving.SWEEP.index(w)]) for w in (0, -1))
+    assert event == "complete" and [entry["caption"] for entry in gallery] == [f"w = {w:g}" for w in session.SWEEP]
+    followed, ignored = (image_of(url, gallery[session.SWEEP.index(w)]) for w in (0, -1))
     assert "20 network calls" in said and not np.array_equal(pixels([followed]), pixels([ignored]))
     assert np.array_equal(pixels([image_of(url, {"image": entry}) for entry in pair]), pixels([followed, ignored]))
     studio, seen = shelf.studio(), []
@@ -162,7 +163,7 @@ def test_the_sweep_and_the_walk_answer(url, shelf):
         assert np.array_equal(seen[-1], pixels(expected.values()))
     assert not np.array_equal(*seen), "the checkbox changes what is made of it"
     _, event, (noisy, clean) = call(url, "backward", "red heart", 1.0, 20, 1.0, 0, "exact", 0)
-    assert event == "complete" and len(noisy) == len(clean) == serving.COLUMNS
+    assert event == "complete" and len(noisy) == len(clean) == session.COLUMNS
 
 
 def test_thinking_longer_answers_with_the_curve_and_the_discarded(url, shelf):
@@ -170,9 +171,9 @@ def test_thinking_longer_answers_with_the_curve_and_the_discarded(url, shelf):
     _, event, (gallery, said, _seed, curve, discarded) = call(url, "create", *asked.values())
     assert event == "complete" and re.fullmatch(r"the best of 4 · \d+\.\d s · 232 network calls · seed 7", said)
     network = shelf.studio().network
-    found = search.search(network, "red heart", 6 * 40, serving.VERIFIER, w=1.0, steps=20, eta=1.0, seed=7)
+    found = search.search(network, "red heart", 6 * 40, session.VERIFIER, w=1.0, steps=20, eta=1.0, seed=7)
     shown = pixels([image_of(url, entry) for entry in [*gallery, *discarded]])
-    assert np.array_equal(shown, pixels(serving.pictures(network, found.candidates)))
+    assert np.array_equal(shown, pixels(session.pictures(network, found.candidates)))
     scores = [float(entry["caption"]) for entry in discarded]
     assert scores == pytest.approx(found.scores[1:].tolist(), rel=1e-3), "each its own, to four digits"
     assert curve["plot"].startswith("data:image/png")
@@ -378,7 +379,7 @@ def test_an_abandoned_request_frees_the_model_within_a_second(url):
 
 def test_a_request_after_stop_counts_its_own_calls_alone(url, shelf, monkeypatch):
     """Stop frees the queue's place at once; what its request was drawing goes on in its thread until the next preview."""
-    monkeypatch.setattr(serving, "PREVIEW", 1.0)
+    monkeypatch.setattr(session, "PREVIEW", 1.0)
     network = shelf.studio().network.unet
     slow = network.register_forward_pre_hook(lambda *_: time.sleep(0.05))
     config = web.get(f"{url}/config").json()

@@ -12,9 +12,9 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from tiny import WORDS, tiny_pipeline, tiny_text
 
 from benchmarks import bench, growth, guidance, ladder, muon, sampling, scheduler, training
-from pipeline import config as settings
-from pipeline import emoji
-from pipeline.guidance import guide
+from pipeline import config
+from pipeline.data.emoji import catalogue
+from pipeline.diffusion.guidance import guide
 
 ROOT = Path(__file__).parents[1]
 TINY = """
@@ -34,7 +34,7 @@ def threads(monkeypatch):
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
     """28 coloured shapes of 16 x 16, some held out."""
-    return emoji.write(tmp_path_factory.mktemp("shapes") / "set", "shapes", size=16)
+    return catalogue.write(tmp_path_factory.mktemp("shapes") / "set", "shapes", size=16)
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +53,8 @@ def run(shapes, tmp_path_factory):
     """A run's folder around a network that was never trained."""
     folder = tmp_path_factory.mktemp("run")
     tiny_pipeline(sample_size=16, caption_length=8, caption_dropout=0.1).save_pretrained(folder / "pipeline")
-    source = settings.DataConfig(source=str(shapes), resolution=16, cache=str(shapes.parent / "cache"))
-    (folder / "config.yaml").write_text(settings.Config(name="tiny", data=source).to_yaml())
+    source = config.DataConfig(source=str(shapes), resolution=16, cache=str(shapes.parent / "cache"))
+    (folder / "config.yaml").write_text(config.Config(name="tiny", data=source).to_yaml())
     return folder
 
 
@@ -239,9 +239,9 @@ def test_every_section_of_the_document_can_be_written_anew():
 def test_the_ladder_ends_in_the_shipped_recipe(tmp_path, capsys):
     free = {"name", "output", "sample.every", *(f"train.{name}" for name in ("steps", "keep", "log_every", "save_every",
                                                                              "validate_every"))}  # fmt: skip
-    shipped = settings.load_file(ladder.CONFIG)
-    last = settings.load(ladder.command([*ladder.RUNGS][-1], 0, tmp_path, 560)[1:])[0]
-    assert settings.differences(shipped, last, tuple(free)) == []
+    shipped = config.load_file(ladder.CONFIG)
+    last = config.load(ladder.command([*ladder.RUNGS][-1], 0, tmp_path, 560)[1:])[0]
+    assert config.differences(shipped, last, tuple(free)) == []
     ladder.main(["--dry-run"])
     printed = capsys.readouterr().out
     assert all(f"\n{rung}: " in "\n" + printed for rung in ladder.RUNGS) and "33 runs of 20 minutes: 11.0 hours" in printed

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pipeline import captions
-from pipeline.captions import CaptionWhitening
+from pipeline.diffusion import captions
+from pipeline.diffusion.captions import CaptionWhitening
 
 RIDGE = 0.02
 

@@ -10,8 +10,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from pipeline import config as settings
-from pipeline.config import Config, ConfigError, TrainConfig, load
+from pipeline.config import DEFAULT, Config, ConfigError, TrainConfig, differences, explained, flatten, load, plain, read_yaml
 
 CONFIGS = sorted(Path(__file__).parent.parent.joinpath("configs").glob("*.yaml"))
 
@@ -27,20 +26,20 @@ def test_every_config_of_the_project_loads_and_is_a_difference_from_the_defaults
     config, dry_run = load(["--config", str(path)])
     assert not dry_run
     assert config.problems() == []
-    given = settings.flatten(settings.read_yaml(str(path)))
-    defaults = settings.flatten(settings.plain(dataclasses.asdict(Config())))
+    given = flatten(read_yaml(str(path)))
+    defaults = flatten(plain(dataclasses.asdict(Config())))
     repeated = [k for k, v in given.items() if v == defaults[k] and k != "name"]
     assert repeated in ([], ["data.source"], ["data.resolution"], ["data.source", "data.resolution"])
     assert path.read_text().startswith("#"), "a config opens with its lab note"
 
 
 def test_every_setting_is_explained_in_the_help(capsys):
-    words = settings.explained()
-    assert words.keys() == settings.flatten(dataclasses.asdict(Config())).keys()
+    words = explained()
+    assert words.keys() == flatten(dataclasses.asdict(Config())).keys()
     with pytest.raises(SystemExit):
         load(["--help"])
     told = " ".join(capsys.readouterr().out.split())
-    assert f"without --config it is {settings.DEFAULT}" in told
+    assert f"without --config it is {DEFAULT}" in told
     for name in ("data.source", "train.weighting", "hub.token"):
         assert f"--{name}" in told and words[name] in told
     assert words["train.weighting"].endswith("one of simple, min_snr, velocity, min_velocity, x_0")
@@ -54,7 +53,7 @@ def test_the_command_line_overrides_the_file(tmp_path):
 
 
 def test_the_default_file_is_read_when_none_is_named():
-    assert load([])[0] == load(["--config", settings.DEFAULT])[0]
+    assert load([])[0] == load(["--config", DEFAULT])[0]
 
 
 def test_a_configuration_reads_back_as_it_was_written(tmp_path):
@@ -153,12 +152,12 @@ def test_a_learning_rate_is_accepted_exactly_when_it_is_finite_and_positive(lr):
 def test_differences_name_key_old_and_new_and_leave_out_what_is_free():
     old = Config()
     new = dataclasses.replace(old, seed=3, train=dataclasses.replace(old.train, lr=1e-3, log_every=7))
-    assert settings.differences(old, new, ("train.log_every",)) == [
+    assert differences(old, new, ("train.log_every",)) == [
         "seed was 0 and is now 3", "train.lr was 0.0001 and is now 0.001"]  # fmt: skip
-    assert settings.differences(old, new, ("train", "seed")) == []
+    assert differences(old, new, ("train", "seed")) == []
 
 
-KEYS = sorted(settings.flatten(settings.plain(dataclasses.asdict(Config()))))
+KEYS = sorted(flatten(plain(dataclasses.asdict(Config()))))
 ANYTHING = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
                         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=2),
                         max_leaves=4)  # fmt: skip

@@ -23,11 +23,15 @@ from PIL import Image
 from test_sources import write
 from transformers import BertConfig, BertModel, BertTokenizerFast, CLIPTextConfig, CLIPTextModel
 
-from pipeline import data, emoji, randomness, sources, text_to_image
-from pipeline.captions import normalize
+from pipeline import randomness
 from pipeline.config import DataConfig
-from pipeline.data import DataError
-from pipeline.stream import Stream
+from pipeline.data import dataset
+from pipeline.data.emoji import catalogue
+from pipeline.data.sources import rows as rows_module
+from pipeline.data.sources.rows import BrokenRow, DataError, as_row
+from pipeline.data.streaming import Stream
+from pipeline.diffusion import text_to_image
+from pipeline.diffusion.captions import normalize
 
 
 @pytest.fixture
@@ -36,7 +40,7 @@ def load(tmp_path):
 
     def call(folder=None, **options):
         options = {"resolution": 8, "cache_dir": tmp_path / "cache", "max_broken": 1.0} | options
-        return data.load_images(folder or tmp_path / "set", **options)
+        return dataset.load_images(folder or tmp_path / "set", **options)
 
     (tmp_path / "set").mkdir()
     return call
@@ -107,8 +111,8 @@ def test_pictures_beside_a_test_folder_are_not_taken_for_the_training_split(load
 
 
 def test_the_emoji_folder_loads(tmp_path):
-    folder = emoji.write(tmp_path / "shapes", "shapes", size=16)
-    images = data.load_images(folder, "test", 16, cache_dir=tmp_path)
+    folder = catalogue.write(tmp_path / "shapes", "shapes", size=16)
+    images = dataset.load_images(folder, "test", 16, cache_dir=tmp_path)
     assert len(images) == 6 and images.captions[0] == "green heart" and images.metadata[0]["factors"]["color"] == "green"
     with Image.open(folder / "test" / images.metadata[3]["file_name"]) as picture:
         assert (images.images[3].permute(1, 2, 0).numpy() == np.asarray(picture)).all()
@@ -184,7 +188,7 @@ def test_too_many_broken_rows_end_it_by_name(load, tmp_path):
 
 def test_a_report_names_five_rows_and_counts_all_by_their_reason():
     reasons = ["cut: at 7", "cut: at 9", "no text, got 3", "cut: at 1", "gone", "gone", "cut: at 2"]
-    report = data.Report("x", 9, tuple((f"{i}.png", reason) for i, reason in enumerate(reasons)))
+    report = dataset.Report("x", 9, tuple((f"{i}.png", reason) for i, reason in enumerate(reasons)))
     assert str(report).count("skipped") == 6 and str(report).endswith("skipped 2 more")
     assert "7 broken rows: 4 x cut, 2 x gone, 1 x no text\n" in str(report)
 
@@ -257,7 +261,7 @@ def test_a_run_that_goes_on_keeps_the_pictures_that_it_began_with(tmp_path, monk
     for name in ("a.png", "b.png"):
         save(tmp_path / "set" / "train" / name)
     config = DataConfig(str(tmp_path / "set"), held_out=None, resolution=8, cache=str(tmp_path / "cache"), max_broken=0.9)
-    real = sources.content
+    real = rows_module.content
 
     def stale(image):
         if image["path"].endswith("b.png"):
@@ -265,10 +269,10 @@ def test_a_run_that_goes_on_keeps_the_pictures_that_it_began_with(tmp_path, monk
         return real(image)
 
     with monkeypatch.context() as broken:
-        broken.setattr(sources, "content", stale)
-        begun = data.load_splits(config, again=True)[0]
-    assert begun.captions == ["a"] and data.load_splits(config)[0].fingerprint == begun.fingerprint
-    assert data.load_splits(config, again=True)[0].captions == ["a", "b"]
+        broken.setattr(rows_module, "content", stale)
+        begun = dataset.load_splits(config, again=True)[0]
+    assert begun.captions == ["a"] and dataset.load_splits(config)[0].fingerprint == begun.fingerprint
+    assert dataset.load_splits(config, again=True)[0].captions == ["a", "b"]
 
 
 def test_a_file_that_could_not_be_read_is_read_again_at_the_next_start(load, tmp_path):
@@ -354,7 +358,7 @@ def test_nothing_usable_is_an_error(load, tmp_path):
 
 
 def pixel(content):
-    return data.decode(content, 4)[:, 1, 1].tolist()
+    return dataset.decode(content, 4)[:, 1, 1].tolist()
 
 
 def test_transparency_shows_white():
@@ -375,7 +379,7 @@ def test_grey_cmyk_and_sixteen_bits():
     assert pixel(encoded(deep)) == [round(40000 / 257)] * 3
     assert pixel(encoded(deep, "TIFF")) == [round(40000 / 257)] * 3
     assert pixel(encoded(Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "TIFF")) == [255, 0, 0]
-    with pytest.raises(data.BrokenRow, match="floating-point"):
+    with pytest.raises(BrokenRow, match="floating-point"):
         pixel(encoded(Image.new("F", (4, 4), 0.5), "TIFF"))
 
 
@@ -385,7 +389,7 @@ def test_exif_turns_the_picture_upright():
     stored.paste("black", (0, 0, 4, 8))
     exif = Image.Exif()
     exif[0x0112] = 6
-    shown = data.decode(encoded(stored, exif=exif), 8)
+    shown = dataset.decode(encoded(stored, exif=exif), 8)
     assert (shown[:, :4] == 0).all() and (shown[:, 4:] == 255).all()
 
 
@@ -400,7 +404,7 @@ def test_any_shape_becomes_its_central_square(size):
     side = min(size)
     left, top = (size[0] - side) // 2, (size[1] - side) // 2
     picture.paste("red", (left, top, left + side, top + side))
-    shown = data.decode(encoded(picture), 8)
+    shown = dataset.decode(encoded(picture), 8)
     assert shown.shape == (3, 8, 8) and (shown == np.array([255, 0, 0])[:, None, None]).all()
 
 
@@ -414,16 +418,16 @@ def test_a_random_crop_is_anywhere_and_the_same_at_every_start_and_in_a_stream(t
     for split, count in [("train", 40), ("test", 2)]:
         write(tmp_path / "set" / f"{split}.parquet", [{"image": wide(i), "text": str(i)} for i in range(count)])
     settings = DataConfig(str(tmp_path / "set"), resolution=8, crop="random", cache=str(tmp_path / "cache"))
-    train, held_out = data.load_splits(settings)
+    train, held_out = dataset.load_splits(settings)
     left = train.images[:][:, 0, 0, 0].tolist()
     assert min(left) < 40 and max(left) > 150 and len(set(left)) > 20
     assert held_out.images[:][:, 0, 0, 0].tolist() == [96, 96]
-    again, _ = data.load_splits(dataclasses.replace(settings, cache=str(tmp_path / "other")))
+    again, _ = dataset.load_splits(dataclasses.replace(settings, cache=str(tmp_path / "other")))
     assert again.images[:].equal(train.images[:])
     with contextlib.closing(Stream(dataclasses.replace(settings, streaming=True), seed=0)) as stream:
         streamed = stream.take(40).images
     assert sorted(streamed[:, 0, 0, 0].tolist()) == sorted(left)
-    centred, _ = data.load_splits(dataclasses.replace(settings, crop="center"))
+    centred, _ = dataset.load_splits(dataclasses.replace(settings, crop="center"))
     assert centred.images[:][:, 0, 0, 0].tolist() == [96] * 40, "another crop has its own cache"
 
 
@@ -444,8 +448,8 @@ def test_rows_are_read_in_any_order_and_by_any_index(load, tmp_path):
 
 
 def test_preparing_happens_once_and_again_when_a_file_changes(load, tmp_path, monkeypatch):
-    calls, upright = [], data.upright
-    monkeypatch.setattr(data, "upright", lambda *a: calls.append(1) or upright(*a))
+    calls, upright = [], dataset.upright
+    monkeypatch.setattr(dataset, "upright", lambda *a: calls.append(1) or upright(*a))
     save(tmp_path / "set" / "a.png", "red")
     save(tmp_path / "set" / "b.png", "red")
     first, again = load(), load()
@@ -457,7 +461,7 @@ def test_preparing_happens_once_and_again_when_a_file_changes(load, tmp_path, mo
 
 
 def test_pictures_prepared_by_many_threads_keep_their_order(load, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "cores", lambda: 5)
+    monkeypatch.setattr(dataset, "cores", lambda: 5)
     for i in range(150):
         save(tmp_path / "set" / f"{i:03d}.png", (i, 0, 0), size=(8, 8 + 40 * (i % 3)))
     found = load()
@@ -475,14 +479,14 @@ def test_of_a_preparation_that_fails_nothing_is_left(load, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list(cache.iterdir())
-    for name, age in (("old", 2 * data.ABANDONED), ("new", 1)):
-        (cache / f"{data.MAKING}{name}").mkdir()
-        (cache / f"{data.MAKING}{name}" / "tmp").touch()
-        for path in (cache / f"{data.MAKING}{name}" / "tmp", cache / f"{data.MAKING}{name}"):
+    for name, age in (("old", 2 * dataset.ABANDONED), ("new", 1)):
+        (cache / f"{dataset.MAKING}{name}").mkdir()
+        (cache / f"{dataset.MAKING}{name}" / "tmp").touch()
+        for path in (cache / f"{dataset.MAKING}{name}" / "tmp", cache / f"{dataset.MAKING}{name}"):
             os.utime(path, (time.time() - age,) * 2)
     assert len(load(resolution=64)) == 1
     assert sorted(path.name.partition("-")[0] for path in cache.iterdir()) == [".making", "images"]
-    assert (cache / f"{data.MAKING}new" / "tmp").exists()
+    assert (cache / f"{dataset.MAKING}new" / "tmp").exists()
 
 
 @pytest.mark.parametrize("damage", ["empty", "torn", "fewer rows"])
@@ -543,7 +547,7 @@ def bert(seed=0):
 def test_states_are_the_encoders_own_and_zero_where_padded(tokenizer, tmp_path):
     """The encoder run on the caption alone, without any padding, is the oracle."""
     encoder, captions = bert(), ["red heart", "", "cat", "red heart"]
-    states = data.encode_captions(captions, tokenizer, encoder, 6, tmp_path)
+    states = dataset.encode_captions(captions, tokenizer, encoder, 6, tmp_path)
     assert states.shape == (4, 6, 16) and states.dtype == torch.float32 and torch.equal(states[0], states[3])
     for row, tokens in zip(states, [4, 2, 3, 4], strict=True):
         assert (row[tokens:] == 0).all()
@@ -561,7 +565,7 @@ def test_states_are_what_the_pipeline_encodes(tokenizer, tmp_path):
     for encoder in (bert(), clip):
         pipe = text_to_image.TextToImagePipeline(unet=None, scheduler=None, text_encoder=encoder, tokenizer=tokenizer,
                                                  caption_length=8)  # fmt: skip
-        states = data.encode_captions(captions, tokenizer, encoder, 8, tmp_path)
+        states = dataset.encode_captions(captions, tokenizer, encoder, 8, tmp_path)
         asked, empty = pipe._caption_states(captions, torch.device("cpu")), pipe._caption_states([""], torch.device("cpu"))
         assert torch.allclose(states, asked, atol=1e-6) and torch.allclose(states[1], empty[0], atol=1e-6)
 
@@ -570,44 +574,44 @@ def test_states_are_what_the_pipeline_encodes(tokenizer, tmp_path):
 @given(st.text(st.characters()))
 def test_any_text_is_a_caption_that_can_be_tokenized(tokenizer, text):
     """Lone surrogates, which Python's JSON lets through, would be a TypeError in the tokenizer."""
-    row = sources.as_row("a.png", {"path": "a.png", "bytes": None}, [text])
+    row = as_row("a.png", {"path": "a.png", "bytes": None}, [text])
     assert row["problem"] == "" and row["captions"] == ([normalize(text)] if normalize(text) else [])
     tokenizer(row["captions"] or [""])
 
 
 def test_states_are_cached_by_encoder_and_caption(tokenizer, tmp_path, monkeypatch):
-    calls, encode = [], data.caption_states
-    monkeypatch.setattr(data, "caption_states", lambda captions, *a: calls.append(captions) or encode(captions, *a))
-    monkeypatch.setattr(data, "PIECE", 2)  # of three captions
-    first = data.encode_captions(["cat", "red"], tokenizer, bert(), 5, tmp_path)
-    again = data.encode_captions(["red", "cat", "cat"], tokenizer, bert(), 5, tmp_path)
+    calls, encode = [], dataset.caption_states
+    monkeypatch.setattr(dataset, "caption_states", lambda captions, *a: calls.append(captions) or encode(captions, *a))
+    monkeypatch.setattr(dataset, "PIECE", 2)  # of three captions
+    first = dataset.encode_captions(["cat", "red"], tokenizer, bert(), 5, tmp_path)
+    again = dataset.encode_captions(["red", "cat", "cat"], tokenizer, bert(), 5, tmp_path)
     assert calls == [["cat", "red"]] and torch.equal(again[0], first[1]) and torch.equal(again[2], first[0])
-    other = data.encode_captions(["cat", "red"], tokenizer, bert(seed=1), 5, tmp_path)
+    other = dataset.encode_captions(["cat", "red"], tokenizer, bert(seed=1), 5, tmp_path)
     assert len(calls) == 2 and not torch.allclose(other, first)
-    assert data.encode_captions(["cat", "red"], tokenizer, bert(), 6, tmp_path).shape == (2, 6, 16) and len(calls) == 3
+    assert dataset.encode_captions(["cat", "red"], tokenizer, bert(), 6, tmp_path).shape == (2, 6, 16) and len(calls) == 3
 
 
 def test_states_asked_for_one_by_one_are_those_of_all_at_once(tokenizer, tmp_path, monkeypatch):
     """Bit for bit whatever is asked for beside them, so that a resumed stream repeats; and what is kept has a bound."""
     encoder, captions = bert(), [" ".join(words) for words in itertools.permutations(WORDS[5:], 2)]  # 20
-    whole = data.encode_captions(captions, tokenizer, encoder, 6, tmp_path)
-    states = data.CaptionStates(tokenizer, encoder, 6)
+    whole = dataset.encode_captions(captions, tokenizer, encoder, 6, tmp_path)
+    states = dataset.CaptionStates(tokenizer, encoder, 6)
     assert torch.allclose(states(captions), whole, atol=1e-6)
     first = states(captions)
     for some in (captions[3:4], captions[9:2:-1], captions[5:6] * 3):
-        fresh = data.CaptionStates(tokenizer, encoder, 6)(some)
+        fresh = dataset.CaptionStates(tokenizer, encoder, 6)(some)
         assert torch.equal(fresh, first[[captions.index(caption) for caption in some]]) and torch.equal(states(some), fresh)
-    calls, encode = [], data.caption_states
-    monkeypatch.setattr(data, "caption_states", lambda captions, *a: calls.append(captions) or encode(captions, *a))
-    monkeypatch.setattr(data, "KEPT_BYTES", 3 * 6 * 16 * 4)
-    few = data.CaptionStates(tokenizer, encoder, 6)
+    calls, encode = [], dataset.caption_states
+    monkeypatch.setattr(dataset, "caption_states", lambda captions, *a: calls.append(captions) or encode(captions, *a))
+    monkeypatch.setattr(dataset, "KEPT_BYTES", 3 * 6 * 16 * 4)
+    few = dataset.CaptionStates(tokenizer, encoder, 6)
     for caption, misses in zip("abcbad", [1, 2, 3, 3, 3, 4], strict=True):
         few([caption])
         assert len(calls) == misses and len(few.kept) <= 3
     few(["c"])
     assert len(calls) == 5, "the one that was not asked for the longest is forgotten"
-    data.CaptionStates(tokenizer, encoder, 6)(captions)
-    assert {len(asked) for asked in calls} == {data.ENCODED}, "one shape, whose rounding is one"
+    dataset.CaptionStates(tokenizer, encoder, 6)(captions)
+    assert {len(asked) for asked in calls} == {dataset.ENCODED}, "one shape, whose rounding is one"
 
 
 # ---- randomness
@@ -629,7 +633,7 @@ def test_randomness_does_not_depend_on_how_a_batch_is_split(batch, draw):
         lambda s: randomness.keep_caption(seed, step, s, 0.5),
         lambda s: randomness.caption_choice(seed, step, s, [5] * len(s)),
         lambda s: randomness.flips(seed, step, s),
-        lambda s: data.batch_indices(seed, step, size, 7, slots=s),
+        lambda s: dataset.batch_indices(seed, step, size, 7, slots=s),
     ):
         whole = f(torch.arange(size))
         torch.manual_seed(draw.draw(st.integers(0, 9)))
@@ -642,7 +646,7 @@ def test_the_global_generator_is_not_touched():
     before = torch.get_rng_state()
     randomness.noise(0, 0, range(4), (2,)), randomness.timesteps(0, 0, range(4), 4, 10)
     randomness.keep_caption(0, 0, range(4), 0.5), randomness.caption_choice(0, 0, range(4), [2] * 4)
-    data.batch_indices(0, 0, 4, 9), randomness.flips(0, 0, range(4))
+    dataset.batch_indices(0, 0, 4, 9), randomness.flips(0, 0, range(4))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -720,17 +724,17 @@ def test_half_of_the_examples_are_mirrored():
 def test_every_epoch_has_every_row_once(seed, n, batch):
     """Also where the batch is larger than the data and epochs end inside batches."""
     steps = math.ceil(3 * n / batch)
-    rows = torch.cat([data.batch_indices(seed, step, batch, n) for step in range(steps)])
+    rows = torch.cat([dataset.batch_indices(seed, step, batch, n) for step in range(steps)])
     for epoch in range(3):
         assert sorted(rows[epoch * n : (epoch + 1) * n].tolist()) == list(range(n))
 
 
 def test_epochs_and_seeds_differ_in_order():
-    orders = [data.batch_indices(seed, epoch, 50, 50).tolist() for seed in (0, 1) for epoch in (0, 1)]
+    orders = [dataset.batch_indices(seed, epoch, 50, 50).tolist() for seed in (0, 1) for epoch in (0, 1)]
     assert len({tuple(order) for order in orders}) == 4
 
 
 def test_slots_start_where_asked():
-    assert torch.equal(data.batch_indices(0, 3, 10, 17, slots=range(6, 10)), data.batch_indices(0, 3, 10, 17)[6:])
+    assert torch.equal(dataset.batch_indices(0, 3, 10, 17, slots=range(6, 10)), dataset.batch_indices(0, 3, 10, 17)[6:])
     with pytest.raises(DataError, match="at least one image, got 0"):
-        data.batch_indices(0, 0, 4, 0)
+        dataset.batch_indices(0, 0, 4, 0)

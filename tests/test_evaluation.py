@@ -14,12 +14,18 @@ from test_judge import judge  # noqa: F401
 from tiny import tiny_clip, tiny_pipeline, tiny_unet
 from torch import nn
 
-from pipeline import card, config, data, emoji, evaluation, measures, models
-from pipeline import run as runs
-from pipeline.evaluation import Bank
-from pipeline.exact import ExactDenoiser
-from pipeline.judge import NAME
-from pipeline.text_to_image import TextToImagePipeline
+from pipeline import config
+from pipeline.data import dataset
+from pipeline.data.emoji import catalogue
+from pipeline.diffusion import text_to_image
+from pipeline.diffusion.exact_denoiser import ExactDenoiser
+from pipeline.diffusion.text_to_image import TextToImagePipeline
+from pipeline.evaluation import evaluate, retrieval
+from pipeline.evaluation.evaluate import Bank
+from pipeline.evaluation.feature_extractor import NAME
+from pipeline.hub import model_card
+from pipeline.models import build
+from pipeline.runs.folder import Run
 
 ONE = ["--steps", "2", "--batch", "16"]  # w
 STEPS = [*ONE, "--choose-on", "5"]
@@ -27,13 +33,13 @@ STEPS = [*ONE, "--choose-on", "5"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return emoji.write(tmp_path_factory.mktemp("shapes") / "set", "shapes", size=16)
+    return catalogue.write(tmp_path_factory.mktemp("shapes") / "set", "shapes", size=16)
 
 
 @pytest.fixture(scope="module")
 def bank(judge, folder):
     cache = folder.parent / "cache"
-    return Bank.of(judge, [data.load_images(folder, split=s, resolution=16, cache_dir=cache) for s in ("train", "test")])
+    return Bank.of(judge, [dataset.load_images(folder, split=s, resolution=16, cache_dir=cache) for s in ("train", "test")])
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +61,13 @@ def run(untrained, tmp_path):
 def measured_apart(judge, bank) -> float:
     """The KID of noise in the pictures' place."""
     noise = torch.randint(256, bank.images.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    found = evaluation.measure(judge, bank, noise, torch.arange(len(bank.captions)), 0.1, 4)
+    found = evaluate.measure(judge, bank, noise, torch.arange(len(bank.captions)), 0.1, 4)
     return found["distances"][NAME]["kid"]["value"]
 
 
 def test_the_bank_ranks_its_own_pictures_first(judge, bank):
     rows = torch.arange(len(bank.captions))
-    found = evaluation.measure(judge, bank, bank.images, rows, 0.1, 4)
+    found = evaluate.measure(judge, bank, bank.images, rows, 0.1, 4)
     assert found["train"]["first"]["share"] == found["held_out"]["first"]["share"] == 1
     assert found["seam_ratio"] == pytest.approx(1)
     assert found["distances"][NAME]["kid"]["value"] < 0 < measured_apart(judge, bank), "the bias of pairs of one with itself"
@@ -92,7 +98,7 @@ def test_siblings_share_all_factors_but_one():
 
 def test_an_evaluation_goes_on_where_it_stopped(run, bank, monkeypatch, capsys):
     """What chooses w are at w = 1 the real pictures, so that w = 1 it is."""
-    calls, draw = [], evaluation.TextToImagePipeline.__call__
+    calls, draw = [], text_to_image.TextToImagePipeline.__call__
 
     def counted(self, prompts, **options):
         calls.append((options["w"], options["seed"], len(prompts)))
@@ -102,18 +108,18 @@ def test_an_evaluation_goes_on_where_it_stopped(run, bank, monkeypatch, capsys):
             return SimpleNamespace(images=bank.images[[bank.captions.index(prompt) for prompt in prompts]] / 255)
         return draw(self, prompts, **options)
 
-    monkeypatch.setattr(evaluation.TextToImagePipeline, "__call__", counted)
+    monkeypatch.setattr(text_to_image.TextToImagePipeline, "__call__", counted)
     command, stop_at = [str(run), "--w", "0", "1", "--seeds", "0", "3", *STEPS], 3
     with pytest.raises(KeyboardInterrupt):
-        evaluation.main(command)
+        evaluate.main(command)
     assert calls == [(0, 1000_000_000, 5), (1, 1000_000_000, 5), (1, 0, 16)]
     calls.clear()
     stop_at = None
-    assert evaluation.main(command) == 0
+    assert evaluate.main(command) == 0
     assert [c[1] for c in calls] == [0, 16, 0, 16, 3_000_000, 3_000_016, 3_000_000, 3_000_016]  # all, then free; no choice
     first = json.loads((run / "metrics.json").read_text())
     calls.clear()
-    assert evaluation.main(command) == 0
+    assert evaluate.main(command) == 0
     assert not calls
     assert json.loads((run / "metrics.json").read_text()) == first
     assert first["by_seed"]["0"] != first["by_seed"]["3"]
@@ -124,15 +130,15 @@ def test_an_evaluation_goes_on_where_it_stopped(run, bank, monkeypatch, capsys):
 
 def test_drawings_are_another_samplers_no_more(run, monkeypatch):
     """What a change of the sampler, or of the free prompts, draws is drawn anew."""
-    drawn, real = [], evaluation.drawn
+    drawn, real = [], evaluate.drawn
     counted = lambda pipe, prompts, **call: drawn.append(len(prompts)) or real(pipe, prompts, **call)
-    monkeypatch.setattr(evaluation, "drawn", counted)
+    monkeypatch.setattr(evaluate, "drawn", counted)
     command, settings = [str(run), "--w", "0", *ONE], run / "pipeline" / "scheduler" / "scheduler_config.json"
-    measure = lambda: (drawn.clear(), evaluation.main(command), sum(drawn))[1:]
+    measure = lambda: (drawn.clear(), evaluate.main(command), sum(drawn))[1:]
     assert measure() == (0, 28 + 20) and measure() == (0, 0)
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"timestep_spacing": "leading"}))
     assert measure() == (0, 28 + 20)
-    monkeypatch.setattr(evaluation.variations, "FREE", evaluation.variations.FREE[:3])
+    monkeypatch.setattr(evaluate.variations, "FREE", evaluate.variations.FREE[:3])
     assert measure() == (0, 3)
 
 
@@ -142,37 +148,37 @@ def test_drawings_are_known_again_by_another_process(bank):
     for noted in (["beta_start", "beta_end"], ["beta_end", "beta_start"]):
         pipe = tiny_pipeline(caption_length=8)
         pipe.scheduler._internal_dict = FrozenDict(dict(pipe.scheduler.config) | {"_use_default_values": noted})
-        found.append(evaluation.identity(pipe, bank))
+        found.append(evaluate.identity(pipe, bank))
     assert found[0] == found[1]
     pipe.unet = tiny_unet(seed=1)
-    assert evaluation.identity(pipe, bank) != found[0]
+    assert evaluate.identity(pipe, bank) != found[0]
 
 
 @pytest.mark.parametrize("chosen", ["bf16", "no"])
 def test_drawings_are_computed_in_the_precision_of_training(chosen, monkeypatch, tmp_path):
     pipe, seen = tiny_pipeline(caption_length=8), set()
-    monkeypatch.setattr(evaluation.models, "has_bf16", lambda device: chosen == "bf16")
+    monkeypatch.setattr(evaluate.models, "has_bf16", lambda device: chosen == "bf16")
     pipe.unet.conv_in.register_forward_hook(lambda net, args, out: seen.add(out.dtype))
-    drawn = evaluation.draw(pipe, ["red", "blue"], 1.0, 0, 2, tmp_path / "images.safetensors", 2)
+    drawn = evaluate.draw(pipe, ["red", "blue"], 1.0, 0, 2, tmp_path / "images.safetensors", 2)
     assert seen == {torch.bfloat16 if chosen == "bf16" else torch.float32} and drawn.shape == (2, 3, 8, 8)
 
 
 def test_w_is_not_reported_on_the_seed_that_chose_it(run, capsys):
-    assert evaluation.main([str(run), "--seeds", "1000", *STEPS]) == 2
+    assert evaluate.main([str(run), "--seeds", "1000", *STEPS]) == 2
     assert "seed 1000 chooses w" in capsys.readouterr().err
 
 
 def test_what_starts_from_its_own_picture_is_as_good_as_the_chain_below(run, judge, bank):
     """The exact denoiser gives back the picture it can still see, and any picture where it sees none."""
-    *_, pipe = evaluation.finished(run)
-    pipe.unet = ExactDenoiser(evaluation.as_float(bank.train), pipe.scheduler)
+    *_, pipe = evaluate.finished(run)
+    pipe.unet = ExactDenoiser(dataset.as_float(bank.train), pipe.scheduler)
     rows = torch.arange(bank.n_train)
-    low, high = (evaluation.from_real(judge, bank, pipe, rows, t, 0.0, 0, 50) for t in (19, 999))
+    low, high = (evaluate.from_real(judge, bank, pipe, rows, t, 0.0, 0, 50) for t in (19, 999))
     assert (low["t"], high["t"]) == (19, 999)
     assert low["first"]["share"] == 1 and high["first"]["share"] < 0.5
-    assert evaluation.from_real(judge, bank, pipe, rows, 999, 0.0, 0, 50, batch=5) == high
-    with pytest.raises(evaluation.EvaluationError, match="a plan of 50 steps has no timestep up to 5: give more --steps"):
-        evaluation.from_real(judge, bank, pipe, rows, 5, 0.0, 0, 50)
+    assert evaluate.from_real(judge, bank, pipe, rows, 999, 0.0, 0, 50, batch=5) == high
+    with pytest.raises(retrieval.EvaluationError, match="a plan of 50 steps has no timestep up to 5: give more --steps"):
+        evaluate.from_real(judge, bank, pipe, rows, 5, 0.0, 0, 50)
 
 
 @pytest.mark.parametrize(("arguments", "says"), [
@@ -184,19 +190,19 @@ def test_what_starts_from_its_own_picture_is_as_good_as_the_chain_below(run, jud
     (["--from-real", "9", "--w", "0", "1"], "a second --w means nothing beside --from-real"),
     (["--from-real", "9", "--sweep", "w=0,1"], "--sweep means nothing beside --from-real")])  # fmt: skip
 def test_what_would_count_for_nothing_is_refused(run, capsys, arguments, says):
-    assert evaluation.main([str(run), *arguments]) == 2
+    assert evaluate.main([str(run), *arguments]) == 2
     assert says in capsys.readouterr().err
 
 
 def test_the_command_starts_from_real_pictures(run, capsys):
-    assert evaluation.main([str(run), "--from-real", "999", "19", "--w", "0", "--choose-on", "4"]) == 0
+    assert evaluate.main([str(run), "--from-real", "999", "19", "--w", "0", "--choose-on", "4"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in out] == ["from t = 999", "from t = 19"]
 
 
 def test_an_unfinished_run_is_refused(tmp_path, capsys):
-    runs.Run(tmp_path / "new").create()
-    assert evaluation.main([str(tmp_path / "new")]) == 2
+    Run(tmp_path / "new").create()
+    assert evaluate.main([str(tmp_path / "new")]) == 2
     assert "holds no finished pipeline" in capsys.readouterr().err
 
 
@@ -214,23 +220,23 @@ class Colours(nn.Module):
 @pytest.fixture
 def colours(monkeypatch):
     """A second network, Fréchet distances that see too little of the judge's features to take long, and few drawings."""
-    frechet = measures.frechet
-    monkeypatch.setitem(evaluation.NETWORKS, "colours", Colours)
-    monkeypatch.setattr(measures, "frechet", lambda x, y: frechet(x[:, :16], y[:, :16]))
-    monkeypatch.setattr(evaluation, "DIVERSE", (4, 2))
+    frechet = retrieval.frechet
+    monkeypatch.setitem(evaluate.NETWORKS, "colours", Colours)
+    monkeypatch.setattr(retrieval, "frechet", lambda x, y: frechet(x[:, :16], y[:, :16]))
+    monkeypatch.setattr(evaluate, "DIVERSE", (4, 2))
     monkeypatch.setattr(Colours, "shown", 0)
 
 
 def test_more_measures_the_same_drawings_by_more_and_names_every_network(run, colours, capsys):
     command = [str(run), "--w", "1", *ONE]
-    (run / card.FACTS).write_text(json.dumps(card.facts("28 images", 1.0) | {"model": str(run / "pipeline")}))
-    assert evaluation.main(command) == 0
+    (run / model_card.FACTS).write_text(json.dumps(model_card.facts("28 images", 1.0) | {"model": str(run / "pipeline")}))
+    assert evaluate.main(command) == 0
     assert not (run / "README.md").exists(), "a card would pass for the end of a run that is trained on"
     (run / "README.md").write_text("a card")
     plain = json.loads((run / "metrics.json").read_text())
     assert set(plain["by_seed"]["0"]["distances"]) == {NAME} and "more" not in plain
     assert "frechet" not in plain["by_seed"]["0"]["distances"][NAME]
-    assert evaluation.main([*command, "--more", "--features", "colours"]) == 0
+    assert evaluate.main([*command, "--more", "--features", "colours"]) == 0
     found = json.loads((run / "metrics.json").read_text())
     assert {k: v for k, v in found["by_seed"]["0"].items() if k != "distances"} == {
         k: v for k, v in plain["by_seed"]["0"].items() if k != "distances"}  # fmt: skip
@@ -245,57 +251,57 @@ def test_more_measures_the_same_drawings_by_more_and_names_every_network(run, co
     told = capsys.readouterr().out
     for line in ("kid (colours)", f"kid ({NAME})", f"Fréchet distance ({NAME})", "bits per dimension by the bound; as PNG"):
         assert line in told
-    assert card.measured(found) in told and card.measured(found) in (run / "README.md").read_text()
-    assert evaluation.main(command) == 0
+    assert model_card.measured(found) in told and model_card.measured(found) in (run / "README.md").read_text()
+    assert evaluate.main(command) == 0
     assert json.loads((run / "metrics.json").read_text())["more"] == more, "what still holds was lost"
     tiny_unet(sample_size=16, seed=1).save_pretrained(run / "pipeline" / "unet")
-    assert evaluation.main(command) == 0
+    assert evaluate.main(command) == 0
     assert "more" not in json.loads((run / "metrics.json").read_text()), "it is of other weights"
 
 
 def test_what_is_known_of_real_pictures_is_computed_once(run, colours, tmp_path, monkeypatch):
-    _config, _judge, bank, _pipe = evaluation.finished(run)
-    frechet, pairs = measures.frechet, []
-    monkeypatch.setattr(measures, "frechet", lambda x, y: pairs.append(len(x)) or frechet(x, y))
-    first = evaluation.distances("colours", bank, bank.images, tmp_path)
+    _config, _judge, bank, _pipe = evaluate.finished(run)
+    frechet, pairs = retrieval.frechet, []
+    monkeypatch.setattr(retrieval, "frechet", lambda x, y: pairs.append(len(x)) or frechet(x, y))
+    first = evaluate.distances("colours", bank, bank.images, tmp_path)
     assert Colours.shown == 56 and pairs == [14, 14]
     assert first["frechet"]["value"] == pytest.approx(first["frechet"]["real"]), "real pictures in the drawings' place"
-    again = evaluation.distances("colours", bank, bank.images, tmp_path)
+    again = evaluate.distances("colours", bank, bank.images, tmp_path)
     assert again == first and Colours.shown == 56 + 28 and len(pairs) == 3
     bank.images[0, 0, 0, 0] ^= 1
-    evaluation.distances("colours", bank, bank.images, tmp_path)
+    evaluate.distances("colours", bank, bank.images, tmp_path)
     assert Colours.shown == 56 + 28 + 56, "other pictures have other statistics"
 
 
 def test_a_network_that_is_not_there_is_refused(run, capsys):
     with pytest.raises(SystemExit):
-        evaluation.main([str(run), "--features", "vgg"])
+        evaluate.main([str(run), "--features", "vgg"])
     assert f"choose from {NAME}, inception-v3" in capsys.readouterr().err.replace("'", "")
 
 
 def test_a_clip_model_scores_drawings_beside_real_pictures(run, tmp_path, capsys):
     folder = tiny_clip(tmp_path / "tiny-clip")
-    assert evaluation.main([str(run), "--w", "1", *ONE, "--clip", str(folder)]) == 0
+    assert evaluate.main([str(run), "--w", "1", *ONE, "--clip", str(folder)]) == 0
     found = json.loads((run / "metrics.json").read_text())["by_seed"]["0"]["clip"]
     assert found["model"] == "tiny-clip" and found["drawn"]["n"] == found["real"]["n"] == 28
     assert "CLIP score (tiny-clip)" in capsys.readouterr().out
 
 
 def test_what_is_misspelt_is_said_before_anything_is_drawn(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(evaluation, "draw", lambda *_args, **_more: pytest.fail("it draws"))
+    monkeypatch.setattr(evaluate, "draw", lambda *_args, **_more: pytest.fail("it draws"))
     for more, says in ((["--clip", str(tmp_path / "none")], "is no CLIP model"),
                        (["--features", "inception-v3"], "inception-v3 is not installed"),
                        (["--w", "1", "--choose-on", "9", "--choose-seed", "7"],
                         "--choose-on and --choose-seed means nothing with one --w"),
                        (["--seeds", "1000"], "seed 1000 chooses w and may not report it")):  # fmt: skip
-        assert evaluation.main([str(run), *more]) == 2
+        assert evaluate.main([str(run), *more]) == 2
         assert says in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        evaluation.main([str(run), "--seed", "3"])
+        evaluate.main([str(run), "--seed", "3"])
 
 
 def test_a_seed_that_chooses_nothing_may_report(run):
-    assert evaluation.main([str(run), "--w", "1", *ONE, "--seeds", "1000"]) == 0
+    assert evaluate.main([str(run), "--w", "1", *ONE, "--seeds", "1000"]) == 0
     assert list(json.loads((run / "metrics.json").read_text())["by_seed"]) == ["1000"]
 
 
@@ -305,25 +311,25 @@ def test_a_model_that_draws_by_a_stock_scheduler_is_measured_by_its_noise_proces
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.save_pretrained(run / "pipeline")
     command = [str(run), "--w", "1", *ONE]
-    assert evaluation.main([*command, "--more"]) == 0
+    assert evaluate.main([*command, "--more"]) == 0
     more = json.loads((run / "metrics.json").read_text())["more"]
     by_stock = more["errors"]["train"]["x_0"], more["bits_per_dimension"]["model"]["mean"]
-    pipe.scheduler = models.noise_process(config.DiffusionConfig(), pipe.scheduler)
+    pipe.scheduler = build.noise_process(config.DiffusionConfig(), pipe.scheduler)
     pipe.save_pretrained(run / "pipeline")
-    assert evaluation.main([*command, "--more"]) == 0
+    assert evaluate.main([*command, "--more"]) == 0
     again = json.loads((run / "metrics.json").read_text())["more"]
     assert by_stock == (again["errors"]["train"]["x_0"], again["bits_per_dimension"]["model"]["mean"])
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.save_pretrained(run / "pipeline")
-    assert evaluation.main([str(run), "--from-real", "500", "--steps", "2"]) == 2
+    assert evaluate.main([str(run), "--from-real", "500", "--steps", "2"]) == 2
     assert "this model draws by DDIMScheduler" in capsys.readouterr().err
 
 
 def test_measurements_of_another_precision_are_replaced_and_that_is_told(tmp_path, capsys):
-    evaluation.record(tmp_path, "abc-def", w=1.0)
-    assert evaluation.record(tmp_path, "abc-def", sweep={}) == {"w": 1.0, "sweep": {}, "model": "abc-def"}
+    evaluate.record(tmp_path, "abc-def", w=1.0)
+    assert evaluate.record(tmp_path, "abc-def", sweep={}) == {"w": 1.0, "sweep": {}, "model": "abc-def"}
     assert not capsys.readouterr().err
-    assert evaluation.record(tmp_path, "abc-def-float32", w=2.0) == {"w": 2.0, "model": "abc-def-float32"}
+    assert evaluate.record(tmp_path, "abc-def-float32", w=2.0) == {"w": 2.0, "model": "abc-def-float32"}
     assert "metrics.json was of the same model by a machine of another precision" in capsys.readouterr().err
-    evaluation.record(tmp_path, "another", w=2.0)
+    evaluate.record(tmp_path, "another", w=2.0)
     assert not capsys.readouterr().err

@@ -7,11 +7,11 @@ import pytest
 import torch
 from tiny import tiny_text
 
-from pipeline import emoji
-from pipeline.exact import ExactDenoiser, expected_x_0, irreducible_loss, posterior_weights
-from pipeline.patches import PatchAutoencoder
-from pipeline.scheduler import DDPMScheduler
-from pipeline.text_to_image import TextToImagePipeline
+from pipeline.data.emoji import catalogue
+from pipeline.diffusion.exact_denoiser import ExactDenoiser, expected_x_0, irreducible_loss, posterior_weights
+from pipeline.diffusion.patches import PatchAutoencoder
+from pipeline.diffusion.scheduler import DDPMScheduler
+from pipeline.diffusion.text_to_image import TextToImagePipeline
 
 SIZE = 16
 NAMES = ("red heart", "yellow heart", "blue circle", "green square", "cat face", "dog face", "red circle", "yellow square")
@@ -20,8 +20,8 @@ NAMES = ("red heart", "yellow heart", "blue circle", "green square", "cat face",
 @pytest.fixture(scope="module")
 def faces() -> torch.Tensor:
     """32 different real emoji, (32, 3, 16, 16) in [-1, 1]."""
-    entries = [e for e in emoji.select("emoji-small")["train"] if e.grid is None][:64:2]
-    pixels = np.stack([np.array(emoji.draw(e.path, SIZE)) for e in entries])
+    entries = [e for e in catalogue.select("emoji-small")["train"] if e.grid is None][:64:2]
+    pixels = np.stack([np.array(catalogue.draw(e.path, SIZE)) for e in entries])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 

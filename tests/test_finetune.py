@@ -19,10 +19,13 @@ from test_train import killed_after, log, same, train, weights
 from tiny import seeded, tiny_pipeline, tiny_text, tiny_unet
 
 import train_text2img
-from pipeline import config as settings
-from pipeline import data, hub, latents, models, randomness
-from pipeline.config import Config, ConfigError, DiffusionConfig, LoraConfig
-from pipeline.run import Run
+from pipeline import config as config_module
+from pipeline import randomness
+from pipeline.config import DEFAULT, Config, ConfigError, DiffusionConfig, LoraConfig, TrainConfig, load
+from pipeline.data import dataset, latent_cache
+from pipeline.hub import push
+from pipeline.models import build
+from pipeline.runs.folder import ADAPTER, Run
 
 FINETUNE = """
 name: tuned
@@ -102,8 +105,8 @@ def stock(base, adapter=None):
 
 
 def ours(model):
-    pipe = hub.load(model)
-    pipe.scheduler = models.noise_process(DiffusionConfig(timestep_spacing="leading"), pipe.scheduler)
+    pipe = push.load(model)
+    pipe.scheduler = build.noise_process(DiffusionConfig(timestep_spacing="leading"), pipe.scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -131,7 +134,7 @@ def test_a_full_fine_tune_leaves_what_stock_diffusers_loads(config, base, tmp_pa
 
 
 def test_stable_diffusion_is_guided_as_by_its_own_pipeline(base):
-    assert hub.load(base).guidance_scale == 7.5
+    assert push.load(base).guidance_scale == 7.5
 
 
 def test_latents_are_not_clipped_whatever_stable_diffusions_scheduler_says(tmp_path):
@@ -139,11 +142,11 @@ def test_latents_are_not_clipped_whatever_stable_diffusions_scheduler_says(tmp_p
     stable_diffusion(DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)).save_pretrained(tmp_path)
     path = tmp_path / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"clip_sample": True, "steps_offset": 0}))
-    theirs, mine = StableDiffusionPipeline.from_pretrained(tmp_path, safety_checker=None), hub.load(str(tmp_path))
+    theirs, mine = StableDiffusionPipeline.from_pretrained(tmp_path, safety_checker=None), push.load(str(tmp_path))
     for pipe in (theirs, mine):
         pipe.set_progress_bar_config(disable=True)
     np.testing.assert_allclose(draw(theirs), draw(mine), rtol=0, atol=1e-4)
-    assert not models.noise_process(DiffusionConfig(), mine.scheduler).config.clip_sample and mine.is_stable_diffusion()
+    assert not build.noise_process(DiffusionConfig(), mine.scheduler).config.clip_sample and mine.is_stable_diffusion()
 
 
 def test_the_scheduler_that_trained_is_the_one_that_is_saved(config, tmp_path):
@@ -161,7 +164,7 @@ def test_the_scheduler_that_trained_is_the_one_that_is_saved(config, tmp_path):
 def test_checkpointed_gradients_are_the_same_gradients(config, tmp_path):
     for name, more in (("kept", ()), ("twice", ("--train.gradient_checkpointing", "true"))):
         train(config, tmp_path / name, "--train.steps", "2", "--train.precision", "no", *more)
-        chosen, _ = settings.load(["--config", str(config), *more])
+        chosen, _ = load(["--config", str(config), *more])
         assert train_text2img.prepare(chosen, None, torch.device("cpu")).unet.is_gradient_checkpointing == bool(more)
     a, b = weights(tmp_path / "kept" / "tuned"), weights(tmp_path / "twice" / "tuned")
     assert all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
@@ -171,9 +174,9 @@ def test_an_emoji_pipeline_is_fine_tuned_with_its_own_captions_and_patches(confi
     folder, cache = tmp_path / "own", str(tmp_path / "cache")
     tiny_pipeline(patch_size=2, caption_length=6, caption_dropout=0.1).save_pretrained(folder)
     train(config, tmp_path, "--model.pretrained", str(folder), "--data.cache", cache, "--train.steps", "2")
-    tuned = hub.load(tmp_path / "tuned")
+    tuned = push.load(tmp_path / "tuned")
     assert tuned.config.caption_length == 6 and type(tuned.vae).__name__ == "PatchAutoencoder"
-    assert not same(tuned.unet.state_dict(), hub.load(folder).unet.state_dict())
+    assert not same(tuned.unet.state_dict(), push.load(folder).unet.state_dict())
 
 
 # ---- LoRA
@@ -229,13 +232,13 @@ def test_a_fused_adapter_draws_the_same_and_an_unloaded_one_leaves_nothing(adapt
 def test_a_lora_run_resumes_in_the_same_bytes(config, adapted, tmp_path):
     run = killed_after(2, adapted, tmp_path)
     assert "going on from step 2" in train(config, tmp_path, *LORA).stdout
-    assert same(*(load_file(folder / "lora" / models.ADAPTER) for folder in (run, adapted)))
+    assert same(*(load_file(folder / "lora" / ADAPTER) for folder in (run, adapted)))
     assert log(run) == log(adapted)
     assert "is finished at step 4" in train(config, tmp_path, *LORA).stdout
 
 
 def test_a_checkpoint_of_a_lora_run_draws_as_the_finished_one(adapted):
-    checkpoint, finished = hub.load_checkpoint(Run(adapted), 4), hub.load(adapted)
+    checkpoint, finished = push.load_checkpoint(Run(adapted), 4), push.load(adapted)
     for pipe in (checkpoint, finished):
         pipe.set_progress_bar_config(disable=True)
     assert finished.config.w == checkpoint.config.w == 2 and finished.config.caption_dropout == checkpoint.config.caption_dropout
@@ -252,7 +255,7 @@ def test_configs_for_models_that_are_not_here_are_rehearsed_on_tiny_ones(name, i
     if name == "noto-lora":  # a tiny UNet has no shortcuts of other widths to adapt by name
         chosen["lora.targets"] = "[conv1, to_q]"
     more = [part for key, value in chosen.items() for part in (f"--{key}", str(value))]
-    done = train(Path(settings.DEFAULT).parent / f"{name}.yaml", tmp_path, *more, "--dry_run")
+    done = train(Path(DEFAULT).parent / f"{name}.yaml", tmp_path, *more, "--dry_run")
     assert "weights to train" in done.stdout and "steps of 4 images" in done.stdout
 
 
@@ -261,8 +264,8 @@ def test_configs_for_models_that_are_not_here_are_rehearsed_on_tiny_ones(name, i
 
 @pytest.mark.parametrize("kind", ["kl", "tiny"])
 def test_latents_are_what_the_autoencoder_says(images, tmp_path, kind):
-    pictures, vae = data.load_images(images, resolution=16, cache_dir=tmp_path), tiny_vae(kind)
-    kept = latents.encode(pictures, vae, tmp_path)
+    pictures, vae = dataset.load_images(images, resolution=16, cache_dir=tmp_path), tiny_vae(kind)
+    kept = latent_cache.encode(pictures, vae, tmp_path)
     rows, pixels = torch.tensor([5, 0]), pictures.images[[5, 0]].float() / 127.5 - 1
     assert len(kept) == len(pictures) and kept.shape == (4, 8, 8)
     with torch.no_grad():
@@ -280,28 +283,28 @@ def test_latents_are_what_the_autoencoder_says(images, tmp_path, kind):
 
 
 def test_latents_are_encoded_once(images, tmp_path):
-    pictures, vae = data.load_images(images, resolution=16, cache_dir=tmp_path), tiny_vae()
+    pictures, vae = dataset.load_images(images, resolution=16, cache_dir=tmp_path), tiny_vae()
     calls = []
     vae.encoder.register_forward_hook(lambda *_: calls.append(1))
     z, rows = torch.zeros(8, 4, 8, 8), torch.arange(8)
-    first = latents.encode(pictures, vae, tmp_path).sample(rows, rows < 0, z)
+    first = latent_cache.encode(pictures, vae, tmp_path).sample(rows, rows < 0, z)
     once = len(calls)
-    assert torch.equal(latents.encode(pictures, vae, tmp_path).sample(rows, rows < 0, z), first)
+    assert torch.equal(latent_cache.encode(pictures, vae, tmp_path).sample(rows, rows < 0, z), first)
     assert once == 3 and len(calls) == once + 1  # both flips of the batch of 8, and one picture for the shape
     for i, path in enumerate(sorted((images / "train").iterdir())):  # the same pictures, called otherwise
         (tmp_path / "renamed").mkdir(exist_ok=True)
         shutil.copy(path, tmp_path / "renamed" / f"{i}.png")
-    renamed = data.load_images(tmp_path / "renamed", resolution=16, cache_dir=tmp_path)
+    renamed = dataset.load_images(tmp_path / "renamed", resolution=16, cache_dir=tmp_path)
     assert renamed.fingerprint != pictures.fingerprint and renamed.captions != pictures.captions
-    assert torch.equal(latents.encode(renamed, vae, tmp_path).sample(rows, rows < 0, z), first) and len(calls) == once + 2
-    alone = latents.encode(pictures, vae, tmp_path, mirrored=False)
+    assert torch.equal(latent_cache.encode(renamed, vae, tmp_path).sample(rows, rows < 0, z), first) and len(calls) == once + 2
+    alone = latent_cache.encode(pictures, vae, tmp_path, mirrored=False)
     assert len(calls) == once + 4 and torch.equal(alone.sample(rows, rows < 0, z), first)
 
 
 def test_every_step_draws_another_latent_of_the_same_picture(config):
-    chosen = settings.load_file(config)
+    chosen = config_module.load_file(config)
     parts = train_text2img.prepare(chosen, None, torch.device("cpu"))
-    rows = [data.batch_indices(0, step, 4, len(parts.images)) for step in range(4)]  # two epochs of eight
+    rows = [dataset.batch_indices(0, step, 4, len(parts.images)) for step in range(4)]  # two epochs of eight
     later, slot = next((step, slot) for step in (2, 3) for slot in range(4) if rows[step][slot] == rows[0][1])
     drawn = lambda step: parts.examples(chosen, step, torch.arange(4))[0]
     first, again = drawn(0)[1], drawn(later)[slot]
@@ -313,20 +316,20 @@ def test_a_streams_latents_are_drawn_from_what_the_autoencoder_says_too(config, 
     """As those that are kept: the same picture at two steps is two latents, as far apart as its posterior is wide."""
     rows = [{"image": {"bytes": path.read_bytes()}, "text": path.stem} for path in sorted((images / "train").glob("*.png"))]
     datasets.Dataset.from_list(rows[:1]).cast_column("image", datasets.Image()).to_parquet(tmp_path / "one.parquet")
-    chosen = settings.load(["--config", str(config), "--data.source", str(tmp_path / "one.parquet"), "--data.streaming", "true",
+    chosen = load(["--config", str(config), "--data.source", str(tmp_path / "one.parquet"), "--data.streaming", "true",
                             "--data.cache", str(tmp_path / "cache")])[0]  # fmt: skip
     parts, slots = train_text2img.prepare(chosen, None, torch.device("cpu")), torch.arange(4)
     with train_text2img.open_stream(chosen, Accelerator(cpu=True)) as parts.stream:
         drawn = torch.cat([parts.examples(chosen, step, slots)[0] for step in range(8)])
-    mean, std = latents.posterior(parts.pipe.vae, parts.images.images[:1].float() / 127.5 - 1)
+    mean, std = latent_cache.posterior(parts.pipe.vae, parts.images.images[:1].float() / 127.5 - 1)
     z = drawn / parts.pipe.vae.config.scaling_factor - mean
     assert (z / std).std().item() == pytest.approx(1, abs=0.05) and (z / std).mean().abs().item() < 0.05
 
 
 def test_mirrored_examples_come_from_the_mirrored_latents(config):
-    chosen, _ = settings.load(["--config", str(config), "--data.flip", "true"])
+    chosen, _ = load(["--config", str(config), "--data.flip", "true"])
     parts = train_text2img.prepare(chosen, None, torch.device("cpu"))
-    slots, rows = torch.arange(4), data.batch_indices(0, 0, 4, len(parts.images))
+    slots, rows = torch.arange(4), dataset.batch_indices(0, 0, 4, len(parts.images))
     flip = randomness.flips(0, 0, slots)
     assert flip.any() and not flip.all()
     z = randomness.noise(0, 0, slots, parts.latents.shape, "posterior")
@@ -358,7 +361,7 @@ def test_an_adapter_is_no_model_to_go_on_from(config, adapted, tmp_path):
 
 
 def test_a_model_that_reads_no_captions_is_refused(config, base, tmp_path):
-    pipe = hub.load(base)
+    pipe = push.load(base)
     pipe.register_modules(text_encoder=None, tokenizer=None)
     pipe.save_pretrained(tmp_path / "mute")
     done = train(config, tmp_path, "--model.pretrained", str(tmp_path / "mute"), check=False)
@@ -367,13 +370,13 @@ def test_a_model_that_reads_no_captions_is_refused(config, base, tmp_path):
 
 def test_adapters_without_their_method_are_refused_but_in_a_run_that_is_there(tmp_path):
     with pytest.raises(ConfigError, match="used by train.method lora only, not by full: leave them out, or set"):
-        settings.load(["--lora.rank", "16"])
+        load(["--lora.rank", "16"])
     (tmp_path / "config.yaml").write_text(Config(lora=LoraConfig(rank=16)).to_yaml())
-    assert settings.load_file(tmp_path / "config.yaml").lora.rank == 16
+    assert config_module.load_file(tmp_path / "config.yaml").lora.rank == 16
 
 
 def test_an_adapter_needs_a_pretrained_model():
-    problems = Config(train=settings.TrainConfig(method="lora")).problems()
+    problems = Config(train=TrainConfig(method="lora")).problems()
     assert any("train.method lora adapts a pretrained model" in problem for problem in problems)
 
 
@@ -382,8 +385,8 @@ def test_adapters_start_at_the_pretrained_network():
     network = tiny_unet()
     with torch.no_grad():
         before = network(x, t, states).sample
-        models.adapt(network, LoraConfig())
+        build.adapt(network, LoraConfig())
         assert torch.equal(network(x, t, states).sample, before)
     assert all("lora_" in name for name, weight in network.named_parameters() if weight.requires_grad)
     with pytest.raises(ConfigError, match=r"lora\.targets"):
-        models.adapt(tiny_unet(), LoraConfig(targets=("nothing",)))
+        build.adapt(tiny_unet(), LoraConfig(targets=("nothing",)))

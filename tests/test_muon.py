@@ -5,7 +5,7 @@ import torch
 from tiny import tiny_unet
 from torch import nn
 
-from pipeline.muon import Muon, flat, matrices, orthogonal
+from pipeline.training.muon import Muon, flat, matrices, orthogonal
 
 
 def gradients(*shapes, seed=0):

@@ -5,8 +5,8 @@ import torch
 from diffusers import AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
 from tiny import tiny_text
 
-from pipeline.patches import PatchAutoencoder
-from pipeline.scheduler import DDPMScheduler
+from pipeline.diffusion.patches import PatchAutoencoder
+from pipeline.diffusion.scheduler import DDPMScheduler
 
 
 def images(*shape):

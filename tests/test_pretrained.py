@@ -9,9 +9,10 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
-from pipeline import TextToImagePipeline, hub
-from pipeline.config import load_file as load_config
-from pipeline.guidance import InputError
+from pipeline import TextToImagePipeline
+from pipeline import config as config_module
+from pipeline.diffusion.guidance import InputError
+from pipeline.hub import push
 
 SHIPPED = Path(__file__).parent.parent / "pretrained" / "emoji"
 METRICS = json.loads((SHIPPED / "metrics.json").read_text())
@@ -19,7 +20,7 @@ METRICS = json.loads((SHIPPED / "metrics.json").read_text())
 
 @pytest.fixture(scope="module")
 def pipe():
-    pipe = hub.load(SHIPPED)
+    pipe = push.load(SHIPPED)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -36,7 +37,7 @@ def test_it_fits_in_a_repository():
 
 
 def test_a_fresh_clone_draws_with_it_where_no_run_is_newer(tmp_path, pipe):
-    assert hub.newest(root=tmp_path, shipped=SHIPPED, pinned=tmp_path / "none") == SHIPPED
+    assert push.newest(root=tmp_path, shipped=SHIPPED, pinned=tmp_path / "none") == SHIPPED
     red, blue = (np.asarray(pipe(prompt, seed=0, num_inference_steps=10).images[0]).astype(float)
                  for prompt in ("red heart", "blue heart"))  # fmt: skip
     middle = [picture[24:40, 24:40].mean((0, 1)) for picture in (red, blue)]
@@ -60,6 +61,6 @@ def test_its_card_says_what_was_measured_and_whose_the_pictures_are():
         assert any(value == round(measured, 4) and split.replace("_", "-") in name for name, value in shares.items())
         assert f"{words}: first {measured:.1%}" in card.text
     assert "hub.load('pretrained/emoji')" in card.text
-    config = load_config(SHIPPED / "config.yaml")
+    config = config_module.load_file(SHIPPED / "config.yaml")
     assert f"{config.train.steps} steps of {config.train.batch_size} images" in card.text
     assert all(f"images/{name}.png" in card.text for name in ("samples", "free", "strips", "training"))

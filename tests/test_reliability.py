@@ -35,10 +35,10 @@ from test_train import (  # noqa: F401
 from torch.distributed.elastic.utils.distributed import get_free_port
 
 import train_text2img
-from pipeline import config as settings
-from pipeline import data, randomness
-from pipeline import run as runs
-from pipeline.run import Run
+from pipeline import randomness
+from pipeline.config import load_file
+from pipeline.data import dataset
+from pipeline.runs.folder import Run, load_state
 
 KILLS = int(os.environ.get("KILLS", "3"))  # 25 for the whole loop
 QUICK = ("--train.save_every", "1", "--train.validate_every", "6", "--sample.every", "12", "--train.keep", "2",
@@ -128,8 +128,8 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_named(config, tmp_path
     bad = [1, 3]
     Broken(monkeypatch, lambda step, slot: step == 2 and slot in bad)
     done = train(config, tmp_path, "--train.lr_schedule", "constant")
-    shown, _ = data.load_splits(settings.load_file(config).data)
-    rows, t = data.batch_indices(0, 2, 4, len(shown)).tolist(), randomness.timesteps(0, 2, torch.arange(4), 4, 100).tolist()
+    shown, _ = dataset.load_splits(load_file(config).data)
+    rows, t = dataset.batch_indices(0, 2, 4, len(shown)).tolist(), randomness.timesteps(0, 2, torch.arange(4), 4, 100).tolist()
     named = "; ".join(f"{shown.metadata[rows[slot]]['file_name']} at t = {t[slot]}" for slot in bad)
     assert [line for line in done.stdout.splitlines() if "is skipped" in line] == [
         f"step 3 is skipped: no finite loss for {named}"]  # fmt: skip
@@ -149,9 +149,9 @@ def test_a_skipped_step_leaves_weights_average_and_moments_as_they_were(config, 
     run = Run(tmp_path / "tiny")
     checkpoints = [run.checkpoints / n / "unet" / "diffusion_pytorch_model.safetensors" for n in ("2", "4", "6")]
     assert len({path.read_bytes() for path in checkpoints}) == 1
-    averages = [runs.load_state(run.checkpoints / n, "trainer")["ema"]["shadow_params"] for n in ("2", "4", "6")]
+    averages = [load_state(run.checkpoints / n, "trainer")["ema"]["shadow_params"] for n in ("2", "4", "6")]
     assert all(torch.equal(a, b) for later in averages[1:] for a, b in zip(averages[0], later, strict=True))
-    moments = [[value for state in runs.load_state(run.checkpoints / n, "trainer")["optimizer"]["state"].values()
+    moments = [[value for state in load_state(run.checkpoints / n, "trainer")["optimizer"]["state"].values()
                 for value in state.values()] for n in ("2", "4", "6")]  # fmt: skip
     assert moments[0] and all(torch.equal(a, b) for later in moments[1:] for a, b in zip(moments[0], later, strict=True))
 
@@ -166,16 +166,16 @@ def test_too_many_in_a_row_end_the_run_and_keep_its_last_checkpoint(config, tmp_
 
 def test_a_full_disk_ends_the_run_in_one_sentence_and_the_run_goes_on_later(config, tmp_path, monkeypatch):
     """Case 14, by a save that the system refuses."""
-    from pipeline import run as runs
+    from pipeline.runs import folder as folder_module
 
-    real, full = runs.sync, {"now": False}
+    real, full = folder_module.sync, {"now": False}
 
     def sync(path):
         if full["now"] and path.name == "trainer.safetensors" and ".tmp-4" in str(path):
             raise OSError(28, "No space left on device")
         real(path)
 
-    monkeypatch.setattr(runs, "sync", sync)
+    monkeypatch.setattr(folder_module, "sync", sync)
     full["now"] = True
     done = train(config, tmp_path, check=False)
     assert done.returncode == 1 and "No space left on device" in done.stderr and "Traceback" not in done.stderr

@@ -13,8 +13,19 @@ import time
 import pytest
 import torch
 
-from pipeline import run as runs
-from pipeline.run import MANIFEST, Run, RunError, SaveError, Stopped, StopRequest, load_state, replace_folder, save_state, verify
+from pipeline.runs import folder as folder_module
+from pipeline.runs.folder import (
+    MANIFEST,
+    Run,
+    RunError,
+    SaveError,
+    Stopped,
+    StopRequest,
+    load_state,
+    replace_folder,
+    save_state,
+    verify,
+)
 
 
 @pytest.fixture
@@ -223,7 +234,7 @@ def test_a_file_system_without_locks_is_told_and_used(run, monkeypatch):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(runs.fcntl, "flock", no_locks)
+    monkeypatch.setattr(folder_module.fcntl, "flock", no_locks)
     with pytest.warns(UserWarning, match=r"cannot be locked \(No locks available\): start no second run in it"), run.lock():
         held = (run.folder / ".lock").read_text()
     assert held == str(os.getpid())

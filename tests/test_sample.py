@@ -9,11 +9,12 @@ import pytest
 from PIL import Image
 from tiny import tiny_pipeline
 
-from pipeline import loading, models, sample
+from pipeline.cli import sample
 from pipeline.config import Config, DataConfig, LoraConfig, ModelConfig, TrainConfig
-from pipeline.request import read_png
-from pipeline.serving import Studio
-from pipeline.text_to_image import TextToImagePipeline
+from pipeline.diffusion.text_to_image import TextToImagePipeline
+from pipeline.models import build, loading
+from pipeline.serving.requests import read_png
+from pipeline.serving.session import Studio
 
 ROOT = Path(__file__).parents[1]
 
@@ -163,8 +164,8 @@ def test_a_damaged_model_is_one_sentence(tmp_path, capsys, output, damage):
 def test_a_damaged_adapter_is_one_sentence(run, tmp_path, capsys, output):
     config = Config(name="mine", model=ModelConfig(pretrained=str(run / "pipeline")), train=TrainConfig(method="lora"))
     pipe = tiny_pipeline(patch_size=2, w=1.0)
-    models.adapt(pipe.unet, LoraConfig(rank=2))
-    models.save_adapter(pipe.unet, tmp_path / "mine" / "lora")
+    build.adapt(pipe.unet, LoraConfig(rank=2))
+    build.save_adapter(pipe.unet, tmp_path / "mine" / "lora")
     (tmp_path / "mine" / "config.yaml").write_text(config.to_yaml())
     assert sample.main([str(tmp_path / "mine"), "cat", "--steps", "2", "-o", str(output)]) == 0
     weights = tmp_path / "mine" / "lora" / "pytorch_lora_weights.safetensors"

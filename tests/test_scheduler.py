@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import losses
-from pipeline.guidance import guide
-from pipeline.scheduler import PREDICTIONS, SCHEDULES, SPACINGS, DDPMScheduler
+from pipeline.diffusion import losses
+from pipeline.diffusion.guidance import guide
+from pipeline.diffusion.scheduler import PREDICTIONS, SCHEDULES, SPACINGS, DDPMScheduler
 
 F64 = torch.float64
 PAIRS = [(999, 998), (999, 0), (500, 499), (500, 250), (1, 0), (20, 3)]

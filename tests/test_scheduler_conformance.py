@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.scheduler import PREDICTIONS, SPACINGS, VARIANCES, DDPMScheduler
+from pipeline.diffusion.scheduler import PREDICTIONS, SPACINGS, VARIANCES, DDPMScheduler
 
 REFERENCE = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear",
              "variance_type": "fixed_small", "clip_sample": True}  # fmt: skip

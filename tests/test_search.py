@@ -11,14 +11,14 @@ from diffusers import DDIMScheduler, HeunDiscreteScheduler, LMSDiscreteScheduler
 from PIL import Image
 from tiny import tiny_clip, tiny_pipeline
 
-from pipeline import loading
-from pipeline import search as module
-from pipeline.exact import ExactDenoiser
-from pipeline.guidance import InputError, interval
-from pipeline.request import Request, read_png
-from pipeline.scheduler import DDPMScheduler
-from pipeline.search import METHODS, calls_of_sample, search, searching, walked
-from pipeline.verifiers import Likelihood
+from pipeline.diffusion.exact_denoiser import ExactDenoiser
+from pipeline.diffusion.guidance import InputError, interval
+from pipeline.diffusion.scheduler import DDPMScheduler
+from pipeline.models import loading
+from pipeline.search import search
+from pipeline.search.search import METHODS, calls_of_sample, search, searching, walked
+from pipeline.search.verifiers import Likelihood
+from pipeline.serving.requests import Request, read_png
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_no_budget_is_overdrawn_and_every_call_is_counted(pipe, method, verifier
 
 
 def test_the_best_of_several_is_returned_first(pipe, monkeypatch):
-    monkeypatch.setattr(module, "BATCH", 4)  # ten candidates are three batches
+    monkeypatch.setattr(search, "BATCH", 4)  # ten candidates are three batches
     found = search(pipe, "red heart", 80, Brightness(), steps=4, seed=3)
     alone = torch.stack([pipe("red heart", seed=3 + i, num_inference_steps=4, output_type="latent").images[0] for i in range(10)])
     assert torch.allclose(found.scores, alone.flatten(1).mean(1).sort(descending=True).values, atol=1e-5)
@@ -141,7 +141,7 @@ def test_a_search_can_be_watched_and_left_at_any_call(pipe, method):
     assert calls == sorted(calls) and calls[-1] == sum(rows) and {stage.total for stage in stages} == {calls[-1]}
     most = max(after - before for before, after in itertools.pairwise(calls))
     n = len(stages[-1].candidates)
-    assert most <= max(2 * n, module.JUDGED * verifier.calls), "between two looks: a step of all, or a few judged"
+    assert most <= max(2 * n, search.JUDGED * verifier.calls), "between two looks: a step of all, or a few judged"
     before = sum(rows)
     left = searching(pipe, "red heart", 200, verifier, method, steps=4)
     next(left)
@@ -181,7 +181,7 @@ def test_the_command_saves_the_best_and_prints_the_curve(saved, tmp_path, capsys
     model, clip = saved
     out, command = tmp_path / "best.png", [str(model), "red heart", "--budget", "24", "--steps", "4", "--device", "cpu"]
     settings = ["--negative", "blue", "--w", "2", "--eta", "0.5", "--seed", "3"]
-    assert module.main([*command, *settings, "--verifier", str(clip), "--out", str(out)]) == 0
+    assert search.main([*command, *settings, "--verifier", str(clip), "--out", str(out)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" network")[0] for line in lines[:3]] == ["8", "16", "24"]
     (seed,) = re.fullmatch(rf"{out}: the best of 3 by 24 network calls; seed (\d) draws it alone", lines[3]).groups()
@@ -191,7 +191,7 @@ def test_the_command_saves_the_best_and_prints_the_curve(saved, tmp_path, capsys
     assert np.array_equal(np.asarray(Image.open(out)), np.asarray(drawn[int(seed) - 3]))
     request, _denoiser, _model = read_png(out, 1000)
     assert request == Request("red heart", "blue", w=2.0, steps=4, eta=0.5, seed=int(seed))
-    assert module.main([*command, "--pairs", "2", "--method", "paths", "-o", str(out)]) == 0
+    assert search.main([*command, "--pairs", "2", "--method", "paths", "-o", str(out)]) == 0
     assert capsys.readouterr().out == f"{out}: the best of 1 by 8 network calls\n"
     with pytest.raises(InputError, match="carries no settings"):
         read_png(out, 1000)
@@ -212,15 +212,15 @@ class Stopping(Brightness):
 
 def test_a_search_that_is_stopped_keeps_the_best_so_far(saved, tmp_path, capsys, monkeypatch):
     out, command = tmp_path / "best.png", [str(saved[0]), "red heart", "--steps", "4", "--device", "cpu"]
-    monkeypatch.setattr(module, "Clip", lambda name: Stopping(int(name)))
-    assert module.main([*command, "--budget", "160", "--verifier", "3", "--out", str(out)]) == 130
+    monkeypatch.setattr(search, "Clip", lambda name: Stopping(int(name)))
+    assert search.main([*command, "--budget", "160", "--verifier", "3", "--out", str(out)]) == 130
     *_curve, last = capsys.readouterr().out.splitlines()
     (seed,) = re.fullmatch(rf"{out}: the best of 8 by \d+ network calls; seed (\d) draws it alone", last).groups()
     images = tiny_pipeline(w=1.5, caption_length=8)("red heart", seed=0, num_images_per_prompt=16, num_inference_steps=4).images
     assert int(seed) == max(range(8), key=lambda i: np.asarray(images[i]).mean())
     assert np.array_equal(np.asarray(Image.open(out)), np.asarray(images[int(seed)]))
     out.unlink()
-    code = loading.stoppable(lambda: module.main([*command, "--budget", "160", "--verifier", "1", "--out", str(out)]), "nothing")
+    code = loading.stoppable(lambda: search.main([*command, "--budget", "160", "--verifier", "1", "--out", str(out)]), "nothing")
     assert code == 130 and not out.exists() and "stopped: nothing" in capsys.readouterr().err
 
 
@@ -243,6 +243,6 @@ def test_what_cannot_be_judged_is_the_worst(pipe):
     (["--budget", "80", "--seed", "-1"], "seed is -1"),
     (["--budget", "80", "--out", "best.txt"], "-o is best.txt, expected a name that ends in one of .png")])  # fmt: skip
 def test_bad_input_is_one_sentence(saved, capsys, arguments, says):
-    assert module.main([str(saved[0]), "red heart", "--steps", "4", "--device", "cpu", *arguments]) == 2
+    assert search.main([str(saved[0]), "red heart", "--steps", "4", "--device", "cpu", *arguments]) == 2
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert says in error

@@ -11,10 +11,11 @@ from scipy import stats
 from test_evaluation import folder, run, untrained  # noqa: F401
 from tiny import tiny_pipeline
 
-from pipeline import evaluation, models
-from pipeline.search import search
-from pipeline.text_to_image import TextToImagePipeline
-from pipeline.verifiers import WEIGHTS, Likelihood
+from pipeline.diffusion.text_to_image import TextToImagePipeline
+from pipeline.evaluation import evaluate
+from pipeline.models import build
+from pipeline.search.search import search
+from pipeline.search.verifiers import WEIGHTS, Likelihood
 
 ROOT = Path(__file__).parent.parent
 spec = importlib.util.spec_from_file_location("search_study", ROOT / "benchmarks" / "search.py")
@@ -59,7 +60,7 @@ def test_a_score_from_kept_differences_is_the_verifiers_own():
 
 @pytest.mark.slow
 def test_the_study_draws_once_what_search_finds_and_writes_its_section(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "has_bf16", lambda device: False)
+    monkeypatch.setattr(build, "has_bf16", lambda device: False)
     monkeypatch.setattr(study.bench, "DRAWS", 200)
     docs = tmp_path / "docs"
     docs.mkdir()
@@ -76,7 +77,7 @@ def test_the_study_draws_once_what_search_finds_and_writes_its_section(run, tmp_
     assert (docs / "figures" / "search.png").is_file()
 
     (kept,) = (run / "search").iterdir()
-    *_, bank, pipe = evaluation.finished(run)
+    *_, bank, pipe = evaluate.finished(run)
     drawn = [load_file(kept / f"candidate-{k}.safetensors") for k in range(4)]
     found = search(pipe, bank.captions[0], 4 * (20 + 10), Likelihood(4), w=1.0, steps=10, seed=0)
     together = torch.stack([one["x_0"][0] for one in drawn])

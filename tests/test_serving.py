@@ -23,13 +23,16 @@ from PIL import Image
 from tiny import tiny_pipeline, tiny_text, tiny_unet
 
 import app
-from pipeline import hub, models, search, serving
 from pipeline.config import Config, DataConfig, ModelConfig
-from pipeline.guidance import InputError, interval
-from pipeline.request import BUDGET, SEEDS, Request, read_png, same_model
-from pipeline.run import Run, save_state
-from pipeline.scheduler import DDPMScheduler
-from pipeline.serving import Shelf, Studio
+from pipeline.diffusion.guidance import InputError, interval
+from pipeline.diffusion.scheduler import DDPMScheduler
+from pipeline.hub import push
+from pipeline.models import build
+from pipeline.runs.folder import Run, save_state
+from pipeline.search import search
+from pipeline.serving import session
+from pipeline.serving.requests import BUDGET, SEEDS, Request, read_png, same_model
+from pipeline.serving.session import Shelf, Studio
 
 COLORS = {"red heart": (250, 20, 20), "green heart": (20, 250, 20), "blue circle": (20, 20, 250), "yellow square": (250, 250, 20)}
 
@@ -162,9 +165,9 @@ def _text(info):
 def test_the_sweep_is_one_noise_under_six_weights(studio):
     request = Request("red heart", steps=3, seed=5)
     drawn = last(studio.sweep(request)).images
-    alone = [studio.network("red heart", w=w, num_inference_steps=3, seed=5).images[0] for w in serving.SWEEP]
+    alone = [studio.network("red heart", w=w, num_inference_steps=3, seed=5).images[0] for w in session.SWEEP]
     assert np.abs(pixels(drawn) - pixels(alone)).max() <= 1  # the rounding of a batch of another size
-    assert [json.loads(image.info["parameters"])["w"] for image in drawn] == list(serving.SWEEP)
+    assert [json.loads(image.info["parameters"])["w"] for image in drawn] == list(session.SWEEP)
 
 
 @pytest.mark.parametrize("w, calls", [(0.0, 1), (-1.0, 1), (1.0, 2)])
@@ -178,14 +181,14 @@ def test_the_sweeps_calls(studio):
 
 
 def test_previews_come_before_the_pictures(studio, monkeypatch):
-    monkeypatch.setattr(serving, "PREVIEW", 0.0)
+    monkeypatch.setattr(session, "PREVIEW", 0.0)
     frames = list(studio.create(Request("red heart", steps=4)))
     assert [frame.step for frame in frames] == [1, 2, 3, 4]
     assert not any(frame.images[0].info for frame in frames[:-1]) and [frame.last for frame in frames] == [False] * 3 + [True]
 
 
 def test_leaving_early_leaves_nothing_behind(studio, monkeypatch):
-    monkeypatch.setattr(serving, "PREVIEW", 0.0)
+    monkeypatch.setattr(session, "PREVIEW", 0.0)
     frames = studio.create(Request("red heart", steps=50))
     next(frames)
     frames.close()
@@ -195,7 +198,7 @@ def test_leaving_early_leaves_nothing_behind(studio, monkeypatch):
 
 @pytest.mark.parametrize("draw", ["create", "sweep", "backward"])
 def test_a_request_ends_at_its_deadline(studio, monkeypatch, draw):
-    monkeypatch.setattr(serving, "DEADLINE", -1.0)
+    monkeypatch.setattr(session, "DEADLINE", -1.0)
     with pytest.raises(InputError, match="longer than the -1 s that one request may: ask for fewer steps"):
         list(getattr(studio, draw)(Request("red heart", steps=4)))
 
@@ -228,7 +231,7 @@ def test_one_step_of_one_request_at_a_time(studio):
 
 
 def test_a_request_that_is_left_open_is_in_nobodys_way(studio, monkeypatch):
-    monkeypatch.setattr(serving, "PREVIEW", 0.0)
+    monkeypatch.setattr(session, "PREVIEW", 0.0)
     left, found = studio.create(Request("red heart", steps=6)), []
     next(left)
     other = threading.Thread(target=lambda: found.append(last(studio.create(Request("red heart", steps=3)))), daemon=True)
@@ -247,10 +250,10 @@ THOUGHT = Request("red heart", w=1.0, steps=20, seed=7, think=6)  # 240 calls: f
 
 def test_thinking_longer_is_the_search_and_shows_what_it_discarded(studio):
     drawn = last(studio.create(THOUGHT))
-    found = search.search(studio.network, "red heart", 6 * 40, serving.VERIFIER, w=1.0, steps=20, eta=1.0, seed=7)
+    found = search.search(studio.network, "red heart", 6 * 40, session.VERIFIER, w=1.0, steps=20, eta=1.0, seed=7)
     assert len(found.candidates) == 4 and drawn.calls == drawn.found.calls == found.calls == 4 * 58
     assert drawn.found.curve == found.curve and len(found.curve) == 4
-    images = serving.pictures(studio.network, found.candidates)
+    images = session.pictures(studio.network, found.candidates)
     assert np.array_equal(pixels([*drawn.images, *drawn.discarded]), pixels(images))
 
 
@@ -258,10 +261,10 @@ def test_thinking_longer_goes_by_all_that_was_asked(studio):
     asked = Request("red heart", "blue", w=2.0, steps=20, eta=0.5, seed=7, low=0.2, high=0.9, think=6)
     drawn, w = last(studio.create(asked)), interval(2.0, 0.2, 0.9)
     budget = 6 * search.calls_of_sample(studio.network, w, 20)
-    found = search.search(studio.network, "red heart", budget, serving.VERIFIER, negative_prompt="blue", w=w, steps=20, eta=0.5,
+    found = search.search(studio.network, "red heart", budget, session.VERIFIER, negative_prompt="blue", w=w, steps=20, eta=0.5,
                           seed=7)  # fmt: skip
     assert len(found.candidates) > 1 and drawn.calls == found.calls
-    images = serving.pictures(studio.network, found.candidates)
+    images = session.pictures(studio.network, found.candidates)
     assert np.array_equal(pixels([*drawn.images, *drawn.discarded]), pixels(images))
 
 
@@ -282,7 +285,7 @@ def test_a_budget_that_judges_nothing_draws_the_plain_picture(studio):
 
 
 def test_a_search_is_shown_on_its_way_and_can_be_left(studio, monkeypatch):
-    monkeypatch.setattr(serving, "PREVIEW", 0.0)
+    monkeypatch.setattr(session, "PREVIEW", 0.0)
     frames = list(studio.create(THOUGHT))
     assert [frame.last for frame in frames] == [False] * (len(frames) - 1) + [True] and len(frames) > 20
     assert all(frame.calls == frame.step for frame in frames) and len(frames[0].images) == 4
@@ -291,7 +294,7 @@ def test_a_search_is_shown_on_its_way_and_can_be_left(studio, monkeypatch):
     next(left)
     left.close()
     assert not studio.network.unet._forward_hooks and torch.is_grad_enabled()
-    monkeypatch.setattr(serving, "DEADLINE", -1.0)
+    monkeypatch.setattr(session, "DEADLINE", -1.0)
     with pytest.raises(InputError, match="longer than the -1 s that one request may"):
         list(studio.create(THOUGHT))
 
@@ -390,7 +393,7 @@ def test_the_curves_are_the_schedule(studio):
 
 def test_the_strip_goes_from_noise_to_the_picture(studio):
     *_, strip = studio.backward(Request("red heart", w=3.0, steps=20, eta=0.0, seed=4))
-    assert len(strip) == serving.COLUMNS and strip[-1][0] == 0
+    assert len(strip) == session.COLUMNS and strip[-1][0] == 0
     assert [t for t, _, _ in strip] == sorted((t for t, _, _ in strip), reverse=True)
     picture = studio.network("red heart", w=3.0, num_inference_steps=20, eta=0.0, seed=4).images
     assert np.array_equal(pixels([strip[-1][1]]), pixels(picture))
@@ -443,18 +446,18 @@ def bomb(width, height):
 ])  # fmt: skip
 def test_a_file_that_is_no_reasonable_picture_is_refused(tmp_path, content, message):
     with pytest.raises(InputError, match=message):
-        serving.uploaded(saved(tmp_path, content), 8)
+        session.uploaded(saved(tmp_path, content), 8)
 
 
 def test_a_file_that_is_deleted_meanwhile_is_told(tmp_path):
-    for read in (lambda path: serving.uploaded(path, 8), lambda path: read_png(path, T=1000)):
+    for read in (lambda path: session.uploaded(path, 8), lambda path: read_png(path, T=1000)):
         with pytest.raises(InputError, match="the file is no longer here, expected one dropped within the hour: drop it again"):
             read(tmp_path / "gone.png")
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 def test_an_uploaded_picture_is_one_of_the_sets_size(tmp_path, kind):
-    x_0 = serving.uploaded(saved(tmp_path, png((40, 20), kind)), 8)
+    x_0 = session.uploaded(saved(tmp_path, png((40, 20), kind)), 8)
     assert x_0.shape == (1, 3, 8, 8)
     assert torch.allclose((x_0[0].mean((1, 2)) + 1) * 127.5, torch.tensor([10.0, 200.0, 30.0]), atol=3)
 
@@ -516,8 +519,8 @@ def test_a_model_of_few_timesteps_and_a_size_of_two_numbers_is_served(source, tm
 
 def test_of_a_large_set_the_exact_denoiser_knows_a_part(studio, monkeypatch):
     whole = studio.set[0].captions
-    monkeypatch.setattr(serving, "KNOWN", 2 * 3 * studio.source.resolution**2)
-    part = serving.Studio(studio.network, studio.name, studio.source)
+    monkeypatch.setattr(session, "KNOWN", 2 * 3 * studio.source.resolution**2)
+    part = session.Studio(studio.network, studio.name, studio.source)
     assert part.known == [whole[0], whole[-1]] and len(part.exact.unet.x_0) == 2 < len(whole)
     assert np.abs(pixels(last(part.create(Request(whole[-1], w=0.0, steps=20), "exact")).images) - COLORS[whole[-1]]).max() <= 1
     monkeypatch.setattr(app, "EXAMPLES", (whole[1], whole[-1]))
@@ -551,9 +554,9 @@ def test_a_model_without_its_text_encoder_gets_the_one_its_settings_name(tmp_pat
     pipe.register_modules(text_encoder=None, tokenizer=None)
     pipe.save_pretrained(tmp_path / "model")
     with pytest.raises(InputError, match="no text encoder to read .* load it with pipeline.hub.load, .* or pass prompt_embeds"):
-        hub.load(tmp_path / "model")("red heart")
+        push.load(tmp_path / "model")("red heart")
     (tmp_path / "model" / "config.yaml").write_text(Config().to_yaml())
-    assert hub.load(tmp_path / "model").text_encoder.config.hidden_size == 384  # the embedded all-MiniLM-L6-v2
+    assert push.load(tmp_path / "model").text_encoder.config.hidden_size == 384  # the embedded all-MiniLM-L6-v2
 
 
 # ---- a run in progress
@@ -563,7 +566,7 @@ def saved_at(run, *steps, keep=9):
     """Checkpoints of a run as training saves them, of other weights at each step."""
     for step in steps:
         network = tiny_unet(seed=step)
-        state = {"ema": models.moving_average(network, 0.99).state_dict()}
+        state = {"ema": build.moving_average(network, 0.99).state_dict()}
 
         def write(folder, network=network, state=state):
             network.save_pretrained(folder / "unet")
@@ -587,8 +590,8 @@ def run(source, tmp_path):
 
 def spied(monkeypatch, before):
     """hub.load_checkpoint, with `before()` before the first call of it alone."""
-    load, todo = hub.load_checkpoint, [before]
-    monkeypatch.setattr(hub, "load_checkpoint", lambda *given: (todo and todo.pop()(), load(*given))[1])
+    load, todo = push.load_checkpoint, [before]
+    monkeypatch.setattr(push, "load_checkpoint", lambda *given: (todo and todo.pop()(), load(*given))[1])
 
 
 def test_a_page_keeps_one_network_of_a_run(run, monkeypatch):

@@ -15,8 +15,9 @@ from hub_stub import HubStub, Repo
 from huggingface_hub import constants
 from PIL import Image
 
-from pipeline import data, sources
-from pipeline.sources import DataError
+from pipeline.data import dataset
+from pipeline.data.sources import rows as rows_module
+from pipeline.data.sources.rows import WAITS, DataError, as_row, fetched, retried, table_row
 
 ROOT = Path(__file__).parent.parent
 
@@ -44,7 +45,7 @@ def squares(start, stop):
 @pytest.fixture
 def load(tmp_path):
     """load_images with a cache of the test's own."""
-    return lambda source, **options: data.load_images(source, **{"resolution": 8, "cache_dir": tmp_path / "cache"} | options)
+    return lambda source, **options: dataset.load_images(source, **{"resolution": 8, "cache_dir": tmp_path / "cache"} | options)
 
 
 def reds(images):
@@ -159,10 +160,10 @@ def test_what_a_table_lacks_is_said_with_what_it_has(settings, says, load, tmp_p
 def test_a_table_of_the_hub_names_no_other_files(path, good):
     """Else a stranger's table could have a private picture trained on, and pushed with the model."""
     picture = {"image": {"bytes": None, "path": path}, "text": "a"}
-    row = sources.table_row(picture, 0, "image", ("text",), within="tester/set")
+    row = table_row(picture, 0, "image", ("text",), within="tester/set")
     assert row["problem"] == ("" if good else "its file is outside the data set") and (row["image"] is not None) == good
-    assert sources.table_row(picture, 0, "image", ("text",))["problem"] == "", "a table on disk is its owner's"
-    inside = sources.table_row({"image": {"bytes": b"x", "path": path}, "text": "a"}, 0, "image", ("text",), within="tester/set")
+    assert table_row(picture, 0, "image", ("text",))["problem"] == "", "a table on disk is its owner's"
+    inside = table_row({"image": {"bytes": b"x", "path": path}, "text": "a"}, 0, "image", ("text",), within="tester/set")
     assert inside["problem"] == ""
 
 
@@ -181,7 +182,7 @@ def test_a_source_that_may_not_be_read_is_one_sentence(load, tmp_path, monkeypat
         raise PermissionError(13, "Permission denied", str(tmp_path / place / "metadata.jsonl"))
 
     (tmp_path / "set").mkdir()
-    monkeypatch.setattr(sources, "is_table", refuse)
+    monkeypatch.setattr(rows_module, "is_table", refuse)
     kind, says = (DataError, "cannot read .*expected leave to read it") if place == "set" else (PermissionError, "denied")
     with pytest.raises(kind, match=says):
         load(tmp_path / "set")
@@ -367,17 +368,17 @@ def test_a_file_that_will_never_come_is_its_rows_problem_and_a_network_that_fail
     def opened(*_):
         raise error
 
-    monkeypatch.setattr(sources.fsspec, "open", opened)
-    row = sources.as_row("x", {"path": "https://somewhere/x.png", "bytes": None}, ["x"])
+    monkeypatch.setattr(rows_module.fsspec, "open", opened)
+    row = as_row("x", {"path": "https://somewhere/x.png", "bytes": None}, ["x"])
     if problem is None:
         with pytest.raises(ConnectionError):
-            sources.fetched(row)
+            fetched(row)
     else:
-        assert sources.fetched(row)["problem"] == problem and sources.fetched(row)["image"] is None
+        assert fetched(row)["problem"] == problem and fetched(row)["image"] is None
 
 
 def test_a_picture_that_the_disk_does_not_give_is_its_rows_problem(tmp_path):
-    row = sources.fetched(sources.as_row("x", {"path": str(tmp_path), "bytes": None}, ["x"]))
+    row = fetched(as_row("x", {"path": str(tmp_path), "bytes": None}, ["x"]))
     assert row["problem"].startswith("its file cannot be read: [Errno 21]") and row["image"] is None
 
 
@@ -397,10 +398,10 @@ def test_a_network_that_fails_is_asked_again_after_ever_longer_waits():
     waited = []
     attempt, _ = failing([ConnectionError("reset"), TimeoutError("slow"), OSError("disk")])
     with pytest.raises(DataError, match="cannot read it: disk"):
-        sources.retried(attempt, "it", waited.append)
-    assert tuple(waited) == sources.WAITS[:2] and sources.retried(failing([])[0], "it", waited.append) == [1]
+        retried(attempt, "it", waited.append)
+    assert tuple(waited) == WAITS[:2] and retried(failing([])[0], "it", waited.append) == [1]
     attempt, left = failing([ConnectionError(f"{i}") for i in range(9)])
     waited.clear()
     with pytest.raises(DataError, match=r"cannot read it in 5 attempts \(4\): run the same command again"):
-        sources.retried(attempt, "it", waited.append)
-    assert tuple(waited) == sources.WAITS == tuple(sorted(sources.WAITS)) and len(left) == 4
+        retried(attempt, "it", waited.append)
+    assert tuple(waited) == WAITS == tuple(sorted(WAITS)) and len(left) == 4

@@ -14,12 +14,12 @@ from test_reliability import Broken
 from test_sources import png, squares, write
 from test_train import ROOT, TINY, alike, encoder, killed_after, log, same, train, weights  # noqa: F401
 
-from pipeline import config as settings
-from pipeline import randomness, sources
-from pipeline.config import DataConfig
-from pipeline.run import Run
-from pipeline.sources import DataError, Unreachable
-from pipeline.stream import Stream
+from pipeline import randomness
+from pipeline.config import DataConfig, load_file
+from pipeline.data.sources import rows as rows_module
+from pipeline.data.sources.rows import DataError, Rows, Unreachable, table_row
+from pipeline.data.streaming import Stream
+from pipeline.runs.folder import Run
 
 SHARDS, ROWS = 5, 7
 
@@ -139,17 +139,17 @@ def flaky(errors):
 
     features = datasets.Features({"image": datasets.Image(decode=False), "text": datasets.Value("string")})
     found = datasets.IterableDataset.from_generator(rows, features=features)
-    read = lambda example, number: sources.table_row(example, number, "image", ("text",))
-    return lambda config, split: sources.Rows(found, read, "flaky", "a flaky table")
+    read = lambda example, number: table_row(example, number, "image", ("text",))
+    return lambda config, split: Rows(found, read, "flaky", "a flaky table")
 
 
 def test_a_network_that_fails_now_and_then_changes_nothing(stream, monkeypatch):
-    monkeypatch.setattr(sources, "WAITS", (0.01, 0.01))
-    monkeypatch.setattr(sources, "open_rows", flaky([]))
+    monkeypatch.setattr(rows_module, "WAITS", (0.01, 0.01))
+    monkeypatch.setattr(rows_module, "open_rows", flaky([]))
     whole = take(stream(), 60)
     assert sorted(whole) == sorted([*range(30)] * 2)
     errors = [ConnectionError("reset"), TimeoutError("slow")]
-    monkeypatch.setattr(sources, "open_rows", flaky(errors))
+    monkeypatch.setattr(rows_module, "open_rows", flaky(errors))
     assert take(stream(), 60) == whole and errors == []
 
 
@@ -158,23 +158,23 @@ def test_a_network_that_fails_now_and_then_changes_nothing(stream, monkeypatch):
      Unreachable),
     (FileNotFoundError("shard 7 is gone"), "cannot read a flaky table: shard 7 is gone", DataError)])  # fmt: skip
 def test_a_network_that_fails_for_good_is_one_sentence_and_the_place_before_it_is_kept(stream, monkeypatch, error, says, kind):
-    monkeypatch.setattr(sources, "WAITS", (0.01, 0.01))
-    monkeypatch.setattr(sources, "open_rows", flaky([]))
+    monkeypatch.setattr(rows_module, "WAITS", (0.01, 0.01))
+    monkeypatch.setattr(rows_module, "open_rows", flaky([]))
     whole = take(stream(), 40)
-    monkeypatch.setattr(sources, "open_rows", flaky([error] * 9))
+    monkeypatch.setattr(rows_module, "open_rows", flaky([error] * 9))
     one = stream()
     with pytest.raises(DataError, match=says) as caught:
         take(one, 32)
     assert "\n" not in str(caught.value) and caught.type is kind
-    monkeypatch.setattr(sources, "open_rows", flaky([]))
+    monkeypatch.setattr(rows_module, "open_rows", flaky([]))
     mended = stream()
     mended.load_state_dict(one.state_dict())
     assert take(mended, 40) == whole
 
 
 def test_closing_ends_a_wait_for_the_network(stream, monkeypatch):
-    monkeypatch.setattr(sources, "WAITS", (600,))
-    monkeypatch.setattr(sources, "open_rows", flaky([ConnectionError("reset")] * 9))
+    monkeypatch.setattr(rows_module, "WAITS", (600,))
+    monkeypatch.setattr(rows_module, "open_rows", flaky([ConnectionError("reset")] * 9))
     one = stream(shuffle_buffer=30)
     one.coming = one.reader.submit(one.some, 1)
     one.close()
@@ -274,7 +274,7 @@ def test_a_stop_is_heard_while_a_stream_is_waited_for(whole, tmp_path, monkeypat
 def test_a_streams_skipped_step_names_its_examples_by_their_place(whole, tmp_path, monkeypatch):
     Broken(monkeypatch, lambda step, slot: step == 2 and slot == 1)
     said = train(whole[0] / "config.yaml", tmp_path).stdout
-    t = randomness.timesteps(settings.load_file(whole[0] / "config.yaml").seed, 2, [1], 4, 100).item()
+    t = randomness.timesteps(load_file(whole[0] / "config.yaml").seed, 2, [1], 4, 100).item()
     assert f"step 3 is skipped: no finite loss for the batch's image 1 at t = {t}\n" in said
 
 

@@ -7,12 +7,13 @@ from PIL import Image
 from test_evaluation import folder, run, untrained  # noqa: F401
 from tiny import tiny_unet
 
-from pipeline import card, evaluation, sweep
 from pipeline.config import load_file
-from pipeline.evaluation import TextToImagePipeline
-from pipeline.judge import NAME
-from pipeline.measures import EvaluationError
-from pipeline.run import Run
+from pipeline.diffusion.text_to_image import TextToImagePipeline
+from pipeline.evaluation import evaluate, sweep
+from pipeline.evaluation.feature_extractor import NAME
+from pipeline.evaluation.retrieval import EvaluationError
+from pipeline.hub import model_card
+from pipeline.runs.folder import Run
 
 WORDS = ["w=0,1", "steps=2,3", "eta=0,1", "interval=0:1,0.99:1", "weights=averaged,raw"]
 BASE = ["--w", "1", "--steps", "2", "--on", "8", "--batch", "5"]
@@ -43,16 +44,16 @@ def test_a_sweep_goes_on_where_it_stopped_and_shows_each_knob(run, calls, capsys
     Run(run).save(5, lambda path: tiny_unet(sample_size=16, seed=1).save_pretrained(path / "unet"), keep=1)
     command, calls.stop_at = [str(run), "--sweep", *WORDS, *BASE], 5
     with pytest.raises(KeyboardInterrupt):
-        evaluation.main(command)
+        evaluate.main(command)
     assert calls == [(5, 2, 1, 1), (3, 2, 1, 1), (5, 2, 1, 0), (3, 2, 1, 0), (5, 3, 1, 1)]
     calls.clear()
     calls.stop_at = None
-    assert evaluation.main(command) == 0
+    assert evaluate.main(command) == 0
     assert calls == [(n, *point) for point in [(3, 1, 1), (2, 0, 1), (2, 1, "interval"), (2, 1, 1)] for n in (5, 3)]
     calls.clear()
     said = capsys.readouterr()
     assert "6 points" in said.err and "call/s" in said.err  # a bar with the time that is left
-    assert evaluation.main(command) == 0
+    assert evaluate.main(command) == 0
     assert not calls
 
     found = json.loads((run / "metrics.json").read_text())["sweep"]
@@ -70,15 +71,15 @@ def test_a_sweep_goes_on_where_it_stopped_and_shows_each_knob(run, calls, capsys
     assert f"interval = 0.99:1: kid ({NAME})" in said.out
     assert Image.open(run / "images" / "sweep.png").size == (770, 550)
     metrics = json.loads((run / "metrics.json").read_text())
-    shown = str(card.build(load_file(run / "config.yaml"), card.facts("", 1.0), ["sweep.png"], metrics=metrics))
+    shown = str(model_card.build(load_file(run / "config.yaml"), model_card.facts("", 1.0), ["sweep.png"], metrics=metrics))
     assert "![sweep](images/sweep.png)" in shown and f"interval = 0.99:1: kid ({NAME})" in shown
 
 
 def test_a_sweep_of_every_caption_starts_from_what_is_drawn_already(run, calls):
-    assert evaluation.main([str(run), "--w", "1", "--steps", "2"]) == 0
+    assert evaluate.main([str(run), "--w", "1", "--steps", "2"]) == 0
     before = json.loads((run / "metrics.json").read_text())
     calls.clear()
-    assert evaluation.main([str(run), "--sweep", "w=1", "--w", "1", "--steps", "2", "--on", "999"]) == 0
+    assert evaluate.main([str(run), "--sweep", "w=1", "--w", "1", "--steps", "2", "--on", "999"]) == 0
     found = json.loads((run / "metrics.json").read_text())
     assert not calls and found.pop("sweep")["base"]["kid"] == before["by_seed"]["0"]["distances"][NAME]["kid"]
     assert found == before
@@ -112,12 +113,12 @@ def test_a_sweep_that_cannot_be_read_is_refused(words):
     (["--sweep", "w=0,1", "--on", "3"], "3 captions would be drawn, --on 3 of 28, expected 4 or more"),
     (["--sweep", "steps=2000"], "expected a whole number from 1 to 1000")])  # fmt: skip
 def test_a_sweep_that_cannot_be_drawn_is_refused_before_it_begins(run, calls, capsys, arguments, message):
-    assert evaluation.main([str(run), *arguments]) == 2
+    assert evaluate.main([str(run), *arguments]) == 2
     assert message in capsys.readouterr().err and not calls
 
 
 def test_an_eta_that_the_scheduler_does_not_take_is_refused_before_anything_is_drawn(run, calls, capsys):
     place = run / "pipeline" / "scheduler" / "scheduler_config.json"
     place.write_text(json.dumps(json.loads(place.read_text()) | {"variance_type": "fixed_large"}))
-    assert evaluation.main([str(run), "--sweep", "eta=0,1"]) == 2
+    assert evaluate.main([str(run), "--sweep", "eta=0,1"]) == 2
     assert "expected 1 with the scheduler's variance_type fixed_large" in capsys.readouterr().err and not calls

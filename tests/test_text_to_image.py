@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 from tiny import WIDTH, WORDS, tiny_pipeline, tiny_text, tiny_unet
 
-from pipeline import data, text_to_image
-from pipeline.captions import CaptionWhitening
-from pipeline.guidance import InputError, interval
-from pipeline.scheduler import DDPMScheduler
-from pipeline.text_to_image import TextToImagePipeline, noise_level
+from pipeline.data import dataset
+from pipeline.diffusion import text_to_image
+from pipeline.diffusion.captions import CaptionWhitening
+from pipeline.diffusion.guidance import InputError, interval
+from pipeline.diffusion.scheduler import DDPMScheduler
+from pipeline.diffusion.text_to_image import TextToImagePipeline, noise_level
 
 STEPS = 3
 
@@ -655,7 +656,7 @@ def test_captions_are_read_as_in_training(kind, tmp_path):
     tokenizer, encoder = tiny_text(kind)
     pipe = TextToImagePipeline(None, None, encoder, tokenizer, caption_length=6)
     captions = ["red heart", "", "a  red\tcat", "very " * 9, "caf\u0065\u0301", "\u200fdog\u0000"]
-    trained = data.encode_captions(captions, tokenizer, encoder, 6, cache_dir=tmp_path)
+    trained = dataset.encode_captions(captions, tokenizer, encoder, 6, cache_dir=tmp_path)
     states, empty = pipe.encode_prompt(captions)
     torch.testing.assert_close(states, trained)
     torch.testing.assert_close(empty, trained[1:2].expand(len(captions), -1, -1))

@@ -29,11 +29,16 @@ from safetensors.torch import load_file
 from tiny import tiny_text, tiny_unet
 
 import train_text2img
-from pipeline import config as settings
-from pipeline import data, hub, losses, models, randomness
-from pipeline.captions import CaptionWhitening
-from pipeline.run import Run, StopRequest, load_state, save_state
-from pipeline.serving import Shelf
+from pipeline import config as config_module
+from pipeline import randomness
+from pipeline.config import ConfigError, TrainConfig, load
+from pipeline.data import dataset
+from pipeline.diffusion import losses as losses_module
+from pipeline.diffusion.captions import CaptionWhitening
+from pipeline.hub import push
+from pipeline.models import build
+from pipeline.runs.folder import Run, StopRequest, load_state, save_state
+from pipeline.serving.session import Shelf
 
 ROOT = Path(__file__).parent.parent
 TINY = """
@@ -203,7 +208,7 @@ def test_the_saved_pipeline_draws_and_a_checkpoint_holds_a_loadable_unet(whole):
     pipe.set_progress_bar_config(disable=True)
     assert pipe(["red"], seed=0, num_inference_steps=2).images[0].size == (16, 16)
     assert pipe.config.caption_dropout == 0.1
-    trained_on = train_text2img.prepare(settings.load_file(run / "config.yaml"), None, torch.device("cpu"))
+    trained_on = train_text2img.prepare(config_module.load_file(run / "config.yaml"), None, torch.device("cpu"))
     for captions, states in ((trained_on.images.captions, trained_on.states), ([""], trained_on.empty),
                              (trained_on.held_out.captions, trained_on.held_states)):  # fmt: skip
         assert torch.allclose(pipe.encode_prompt(captions)[0], states, atol=1e-4), "whitened alike"
@@ -214,10 +219,10 @@ def test_the_saved_pipeline_draws_and_a_checkpoint_holds_a_loadable_unet(whole):
 
 def test_a_checkpoint_draws_with_its_averaged_weights(whole):
     run, _ = whole
-    pipe = hub.load_checkpoint(Run(run), 6)
+    pipe = push.load_checkpoint(Run(run), 6)
     assert same(pipe.unet.state_dict(), weights(run))
     pipe.set_progress_bar_config(disable=True)
-    finished = hub.load(run)
+    finished = push.load(run)
     finished.set_progress_bar_config(disable=True)
     drawn = [np.asarray(p("red", w=1.0, seed=0, num_inference_steps=3).images[0]) for p in (pipe, finished)]
     assert np.array_equal(*drawn)
@@ -232,7 +237,7 @@ def test_an_average_of_decay_zero_is_the_last_weights(whole, tmp_path):
 
 def test_checks_and_samples_see_the_average_and_training_goes_on_with_its_own_weights():
     network = tiny_unet().train()
-    own, ema = [weight.detach().clone() for weight in network.parameters()], models.moving_average(network, 0.9)
+    own, ema = [weight.detach().clone() for weight in network.parameters()], build.moving_average(network, 0.9)
     ema.shadow_params = [torch.full_like(weight, 0.5) for weight in own]
     with train_text2img.averaged(ema, network) as shown:
         assert not shown.training and all((weight == 0.5).all() for weight in shown.parameters())
@@ -240,7 +245,7 @@ def test_checks_and_samples_see_the_average_and_training_goes_on_with_its_own_we
 
 
 def test_a_shipped_model_is_small_and_draws_with_the_encoder_that_its_settings_name(whole, tmp_path):
-    shipped = hub.ship(whole[0], tmp_path / "new" / "shipped")
+    shipped = push.ship(whole[0], tmp_path / "new" / "shipped")
     index = json.loads((shipped / "model_index.json").read_text())
     assert index["text_encoder"] == index["tokenizer"] == [None, None]
     assert not list(shipped.rglob("*.py")) and not list(shipped.rglob("*.bin"))
@@ -250,19 +255,19 @@ def test_a_shipped_model_is_small_and_draws_with_the_encoder_that_its_settings_n
                for name, value in weights(whole[0]).items())  # fmt: skip
     card = (shipped / "README.md").read_text()
     assert "license: other" in card and f"hub.load('{shipped}')" in card and "images/samples.png" in card
-    assert "trust_remote_code" not in card and "trust_remote_code" in str(hub.card.read(shipped, "user/name"))
+    assert "trust_remote_code" not in card and "trust_remote_code" in str(push.card.read(shipped, "user/name"))
     (shipped / "notes.md").write_text("## Looked at\n\nreds are red")
-    hub.card.refresh(shipped)
+    push.card.refresh(shipped)
     assert "## Looked at\n\nreds are red\n\n## Limits" in (shipped / "README.md").read_text()
-    pipe, finished = hub.load(shipped), hub.load(whole[0])
+    pipe, finished = push.load(shipped), push.load(whole[0])
     for model in (pipe, finished):
         model.set_progress_bar_config(disable=True)
     drawn = [np.asarray(p("red", w=1.0, seed=0, num_inference_steps=3).images[0]).astype(int) for p in (pipe, finished)]
     assert abs(drawn[0] - drawn[1]).max() < 30, "bf16 weights draw about the same"
-    with pytest.raises(hub.HubError, match="exists, expected the name of a new folder"):
-        hub.ship(whole[0], shipped)
-    with pytest.raises(hub.HubError, match="is no finished run"):
-        hub.ship(tmp_path, tmp_path / "more")
+    with pytest.raises(push.HubError, match="exists, expected the name of a new folder"):
+        push.ship(whole[0], shipped)
+    with pytest.raises(push.HubError, match="is no finished run"):
+        push.ship(tmp_path, tmp_path / "more")
 
 
 def test_a_page_follows_a_run_in_progress(whole, tmp_path):
@@ -289,15 +294,15 @@ def test_a_page_follows_a_run_that_is_trained_on(whole, tmp_path):
 
 
 def test_the_newest_run_is_served(whole, tmp_path):
-    assert hub.newest(tmp_path, tmp_path / "shipped") is None
+    assert push.newest(tmp_path, tmp_path / "shipped") is None
     for name, age in {"old": 100, "new": 1}.items():
         shutil.copytree(whole[0], tmp_path / name)
         then = time.time() - age
         os.utime(tmp_path / name / "metrics.jsonl", (then, then))
     (tmp_path / "empty").mkdir()
-    assert hub.newest(tmp_path) == tmp_path / "new"
+    assert push.newest(tmp_path) == tmp_path / "new"
     (tmp_path / "new" / "README.md").unlink()
-    assert hub.newest(tmp_path) == tmp_path / "new" and hub.newest(tmp_path, finished=True) == tmp_path / "old"
+    assert push.newest(tmp_path) == tmp_path / "new" and push.newest(tmp_path, finished=True) == tmp_path / "old"
 
 
 @pytest.mark.parametrize(("more", "steps"), [((), 6), (("--train.steps", "4"), 4)])
@@ -337,7 +342,7 @@ def accelerator():
 
 def trainer_of(config, accelerator):
     """The network of these tests in training, without a run."""
-    chosen = settings.load_file(config)
+    chosen = config_module.load_file(config)
     return train_text2img.Trainer(chosen, accelerator, train_text2img.prepare(chosen, None, torch.device("cpu")))
 
 
@@ -411,8 +416,8 @@ def test_a_finished_run_that_goes_on_is_unfinished_until_its_new_end(whole, tmp_
         train(whole[0] / "config.yaml", tmp_path, *longer)
     monkeypatch.undo()
     assert Run(run).newest().name == "8" and not Run(run).finished
-    for shared in (lambda: hub.ship(run, tmp_path / "shipped"), lambda: hub.assemble(run, tmp_path / "pushed")):
-        with pytest.raises(hub.HubError, match="tiny is being trained on, expected a finished run"):
+    for shared in (lambda: push.ship(run, tmp_path / "shipped"), lambda: push.assemble(run, tmp_path / "pushed")):
+        with pytest.raises(push.HubError, match="tiny is being trained on, expected a finished run"):
             shared()
     assert "is its card" in train(whole[0] / "config.yaml", tmp_path, *longer, "--sample.prompts", "[red]").stdout
     assert not same(weights(run), weights(whole[0])) and Run(run).finished
@@ -462,7 +467,7 @@ def test_a_stop_is_heard_while_results_are_left_and_pushed(whole, tmp_path, monk
 
     run = killed_after(6, whole[0], tmp_path)
     for place, name, when in ((train_text2img.card, "plot_strips", "after the last step"),
-                              (hub, "publish", "before the model was pushed")):  # fmt: skip
+                              (push, "publish", "before the model was pushed")):  # fmt: skip
         with monkeypatch.context() as patch:
             patch.setattr(place, name, stopped)
             done = train(whole[0] / "config.yaml", tmp_path, check=False)
@@ -508,7 +513,7 @@ def test_fewer_steps_than_were_made_are_refused(whole, tmp_path):
 
 def test_a_resumed_run_reads_captions_by_its_own_whitening(whole):
     """The data's first rows may have changed since, above all a stream's."""
-    chosen, _ = settings.load(["--config", str(whole[0] / "config.yaml")])
+    chosen, _ = load(["--config", str(whole[0] / "config.yaml")])
     checkpoint = Run(whole[0]).newest()
     kept = CaptionWhitening.from_pretrained(checkpoint / "whitening")
     other = dataclasses.replace(chosen, model=dataclasses.replace(chosen.model, whitening=0.5))
@@ -517,7 +522,7 @@ def test_a_resumed_run_reads_captions_by_its_own_whitening(whole):
 
 
 def test_the_learning_rate_rises_stays_and_falls():
-    shape = settings.TrainConfig(steps=100, lr=2.0, lr_schedule="flat_then_linear", lr_end=0.1, decay_share=0.4, warmup=10)
+    shape = TrainConfig(steps=100, lr=2.0, lr_schedule="flat_then_linear", lr_end=0.1, decay_share=0.4, warmup=10)
     weight = torch.nn.Parameter(torch.zeros(2, 2))
     schedule = train_text2img.lr_schedule(torch.optim.SGD([weight], shape.lr), shape)
     share = schedule.lr_lambdas[0]
@@ -530,7 +535,7 @@ def test_the_learning_rate_rises_stays_and_falls():
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_the_optimiser_is_as_configured(kind):
-    chosen = settings.TrainConfig(optimizer=kind, lr=0.3, matrix_lr=0.7 if kind == "muon" else None, betas=(0.8, 0.9),
+    chosen = TrainConfig(optimizer=kind, lr=0.3, matrix_lr=0.7 if kind == "muon" else None, betas=(0.8, 0.9),
                                   weight_decay=0.2)  # fmt: skip
     groups = train_text2img.optimizer_of(tiny_unet(4, 8), chosen).param_groups
     assert [group["lr"] for group in groups] == ([0.7, 0.3] if kind == "muon" else [0.3])
@@ -546,7 +551,7 @@ def test_the_logged_learning_rate_is_the_steps_own_and_its_gradient_is_clipped(c
     assert norms[0] == norms[1] > 1e-14
     free, held = (load_file(Run(tmp_path / name / "tiny").checkpoints / "2" / "unet" / "diffusion_pytorch_model.safetensors")
                   for name in ("free", "held"))  # fmt: skip
-    chosen, _ = settings.load(["--config", str(config)])
+    chosen, _ = load(["--config", str(config)])
     first = train_text2img.prepare(chosen, None, torch.device("cpu")).unet.state_dict()
     moved = lambda weights: max(float((weights[name] - first[name]).abs().max()) for name in weights)
     assert moved(held) < 1e-6 < 1e-4 < moved(free)  # AdamW's eps 1e-8 is far above a gradient of norm 1e-14
@@ -597,8 +602,8 @@ def test_a_step_that_wants_too_much_memory_is_one_sentence_and_resumable(config,
 
 
 def test_a_request_to_stop_ends_a_drawing_within_a_step(whole, tmp_path):
-    chosen = settings.load_file(whole[0] / "config.yaml")
-    chosen, pipe, calls = dataclasses.replace(chosen, sample=dataclasses.replace(chosen.sample, steps=50)), hub.load(whole[0]), []
+    chosen = config_module.load_file(whole[0] / "config.yaml")
+    chosen, pipe, calls = dataclasses.replace(chosen, sample=dataclasses.replace(chosen.sample, steps=50)), push.load(whole[0]), []
     pipe.unet.register_forward_hook(lambda *_: calls.append(1))
 
     class Asked:
@@ -610,7 +615,7 @@ def test_a_request_to_stop_ends_a_drawing_within_a_step(whole, tmp_path):
 
 
 def test_the_samples_are_a_column_a_prompt_and_a_row_a_w(whole, tmp_path):
-    chosen, pipe = settings.load_file(whole[0] / "config.yaml"), hub.load(whole[0])
+    chosen, pipe = config_module.load_file(whole[0] / "config.yaml"), push.load(whole[0])
     chosen = dataclasses.replace(chosen, sample=dataclasses.replace(chosen.sample, w=(0.0, 1.0, 4.0)))
     train_text2img.draw(pipe, chosen, tmp_path / "samples.png", False)
     grid = np.asarray(Image.open(tmp_path / "samples.png"))
@@ -654,7 +659,7 @@ def test_how_often_it_logs_checks_and_saves_does_not_change_what_it_learns(whole
 
 def test_nothing_is_left_on_another_device(config, monkeypatch):
     """torch's meta device in a GPU's place: it computes no values, and refuses operands of two devices as a GPU does."""
-    chosen, _ = settings.load(["--config", str(config), "--data.flip", "true"])
+    chosen, _ = load(["--config", str(config), "--data.flip", "true"])
     train_text2img.prepare(chosen, None, torch.device("cpu"))  # which leaves the captions' states in the cache
     parts = train_text2img.prepare(chosen, None, torch.device("meta"))
     assert (parts.states.device.type, parts.held_states.device.type, parts.empty.device.type) == ("cpu", "cpu", "meta")
@@ -714,7 +719,7 @@ def test_a_tracker_that_fails_is_told_once_and_training_goes_on(place, config, t
 @pytest.mark.parametrize("flag", ["true", "false"])
 def test_a_cpu_is_used_where_accelerate_is_told_to(flag, config, tmp_path, monkeypatch):
     def state(cpu, timeout):
-        raise settings.ConfigError(f"cpu {cpu}")
+        raise ConfigError(f"cpu {cpu}")
 
     monkeypatch.setenv("ACCELERATE_USE_CPU", flag)
     monkeypatch.setattr(train_text2img.torch.accelerator, "is_available", lambda: True)
@@ -730,7 +735,7 @@ def test_another_seed_learns_something_else(whole, tmp_path):
 @pytest.mark.parametrize("dropout", [0, 1])
 def test_the_loss_depends_on_captions_exactly_where_they_are_kept(config, dropout):
     """(14): a dropped caption is the empty one's row, whatever the caption's own states are."""
-    chosen, _ = settings.load(["--config", str(config), "--data.caption_dropout", str(dropout)])
+    chosen, _ = load(["--config", str(config), "--data.caption_dropout", str(dropout)])
     parts, slots = train_text2img.prepare(chosen, None, torch.device("cpu")), torch.arange(4)
     others = dataclasses.replace(parts, states=parts.states.flip(0).roll(1, 1))
     with torch.no_grad():
@@ -740,26 +745,26 @@ def test_the_loss_depends_on_captions_exactly_where_they_are_kept(config, dropou
 
 def test_the_loss_is_weighted_as_configured(whole):
     """The network predicts x_0, whose own weight is 1."""
-    weighted = lambda *more: settings.load(["--config", str(whole[0] / "config.yaml"), "--train.weighting", *more])[0]
+    weighted = lambda *more: load(["--config", str(whole[0] / "config.yaml"), "--train.weighting", *more])[0]
     plain, clipped = weighted("x_0", "--train.gamma", "null"), weighted("min_snr", "--train.gamma", "2")
     parts, slots = train_text2img.prepare(plain, None, torch.device("cpu")), torch.arange(4)
     with torch.no_grad():
         a, b = (train_text2img.batch_loss(parts.unet, parts, chosen, 0, slots) for chosen in (plain, clipped))
     t = randomness.timesteps(0, 0, slots, 4, 100)
-    torch.testing.assert_close(b, losses.weight(parts.scheduler, t, "min_snr", 2.0) * a)
+    torch.testing.assert_close(b, losses_module.weight(parts.scheduler, t, "min_snr", 2.0) * a)
 
 
 def test_pictures_are_mirrored_as_drawn(whole):
     """Others in the place of these, which are plain."""
-    chosen, _ = settings.load(["--config", str(whole[0] / "config.yaml"), "--data.flip", "true"])
+    chosen, _ = load(["--config", str(whole[0] / "config.yaml"), "--data.flip", "true"])
     parts, slots = train_text2img.prepare(chosen, None, torch.device("cpu")), torch.arange(4)
     pixels = torch.randint(256, (9, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     parts.images = dataclasses.replace(parts.images, images=pixels)
-    shown, flip = pixels[data.batch_indices(0, 0, 4, 9)], randomness.flips(0, 0, slots)
+    shown, flip = pixels[dataset.batch_indices(0, 0, 4, 9)], randomness.flips(0, 0, slots)
     assert flip.any() and not flip.all()
     shown[flip] = shown[flip].flip(-1)
     x_0, _ = parts.examples(chosen, 0, slots)
-    assert torch.equal(parts.pipe.decode(x_0), data.as_float(shown))
+    assert torch.equal(parts.pipe.decode(x_0), dataset.as_float(shown))
 
 
 def test_accumulated_micro_steps_are_one_batch(whole, tmp_path):

@@ -6,18 +6,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import data, emoji, variations
-from pipeline.evaluation import Bank
+from pipeline.data import dataset
+from pipeline.data.emoji import catalogue, recolour
+from pipeline.evaluation.evaluate import Bank
 
 
 @pytest.fixture(scope="module")
 def entries():
-    return {e.caption: e for e in emoji.catalogue()}
+    return {e.caption: e for e in catalogue.catalogue()}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return emoji.write(tmp_path_factory.mktemp("varied") / "set", "emoji-varied", 32, categories=("Food & Drink", "Symbols"))
+    return catalogue.write(tmp_path_factory.mktemp("varied") / "set", "emoji-varied", 32, categories=("Food & Drink", "Symbols"))
 
 
 def rows(folder, part="train"):
@@ -31,7 +32,7 @@ def flat(*colors):
 
 def only(picture, color):
     """A picture in another colour."""
-    ((named, found),) = variations.painted(picture, [color])
+    ((named, found),) = recolour.painted(picture, [color])
     assert named == color
     return found
 
@@ -39,8 +40,8 @@ def only(picture, color):
 def test_the_main_color_becomes_the_paint_and_its_shades_follow():
     yellow, shade, blue, clear = (250, 200, 40, 255), (200, 160, 32, 255), (40, 40, 200, 255), (250, 200, 40, 0)
     found = np.asarray(only(flat(yellow, yellow, yellow, shade, blue, clear), "red")).astype(int)
-    assert found[0, 0].tolist() == [*variations.PAINTS["red"], 255]
-    assert found[12, 0, :3] == pytest.approx(np.array(variations.PAINTS["red"]) * 0.8, abs=1)  # four fifths as light
+    assert found[0, 0].tolist() == [*recolour.PAINTS["red"], 255]
+    assert found[12, 0, :3] == pytest.approx(np.array(recolour.PAINTS["red"]) * 0.8, abs=1)  # four fifths as light
     assert tuple(found[16, 0]) == blue
     assert found[-1, 0, 3] == 0
 
@@ -58,35 +59,35 @@ def test_outlines_are_no_main_color():
     [(0, 0, 0, 255)] * 2,  # nothing but outline
 ])  # fmt: skip
 def test_what_is_red_or_of_no_color_is_not_painted_red(colors):
-    assert list(variations.painted(flat(*colors), ["red"])) == []
+    assert list(recolour.painted(flat(*colors), ["red"])) == []
 
 
 def test_hues_are_those_of_the_standard_library():
     import colorsys
 
     some = np.random.default_rng(0).random((50, 3))
-    hue, saturation, lightness = variations.hue_saturation_lightness(some)
+    hue, saturation, lightness = recolour.hue_saturation_lightness(some)
     for color, h, s, light in zip(some, hue, saturation, lightness, strict=True):
         assert h == pytest.approx(colorsys.rgb_to_hsv(*color)[0])
         assert s == pytest.approx(colorsys.rgb_to_hsv(*color)[1])
         assert light == pytest.approx(colorsys.rgb_to_hls(*color)[1])
 
 
-@pytest.mark.parametrize("word", variations.NUMBERS)
+@pytest.mark.parametrize("word", recolour.NUMBERS)
 def test_several_are_as_many_smaller_ones(word):
     one = Image.new("RGBA", (8, 8), (200, 0, 0, 255))
-    many = np.asarray(variations.several(one, variations.NUMBERS[word]))
+    many = np.asarray(recolour.several(one, recolour.NUMBERS[word]))
     assert many.shape == (8, 8, 4)
-    assert (many[..., 3] > 0).sum() == 16 * variations.NUMBERS[word]
+    assert (many[..., 3] > 0).sum() == 16 * recolour.NUMBERS[word]
 
 
 def test_people_have_their_skin_tones_but_the_held_out_one(entries):
-    found = emoji.varied(entries["man pilot"], lambda e: emoji.opened(e.path))
-    tones = [e for e in entries.values() if e.grid == "skin" and emoji.bare(e.emoji) == emoji.bare(entries["man pilot"].emoji)]
+    found = catalogue.varied(entries["man pilot"], lambda e: catalogue.opened(e.path))
+    tones = [e for e in entries.values() if e.grid == "skin" and catalogue.bare(e.emoji) == catalogue.bare(entries["man pilot"].emoji)]
     assert len(tones) == 5
     assert [captions[0] for _, captions, _ in found] == [e.caption for e in tones if not e.held_out]
     assert len(found) == 4
-    assert not emoji.varied(entries["grinning face"], lambda e: emoji.opened(e.path))
+    assert not catalogue.varied(entries["grinning face"], lambda e: catalogue.opened(e.path))
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,7 @@ def varied():
 
     def of(entry):
         if entry.emoji not in known:
-            known[entry.emoji] = [some[:2] for some in emoji.varied(entry, lambda e: emoji.opened(e.path))]
+            known[entry.emoji] = [some[:2] for some in catalogue.varied(entry, lambda e: catalogue.opened(e.path))]
         return known[entry.emoji]
 
     return of
@@ -104,21 +105,21 @@ def varied():
 
 def test_only_what_has_a_short_name_comes_twice_or_three_times(entries, varied):
     """Names of three words and more are mostly phrases, which have no plural at their end."""
-    found = [(e, captions) for e in entries.values() if e.category in emoji.THINGS and not e.grid
-             for done, captions in varied(e) if done in variations.NUMBERS]  # fmt: skip
+    found = [(e, captions) for e in entries.values() if e.category in catalogue.THINGS and not e.grid
+             for done, captions in varied(e) if done in recolour.NUMBERS]  # fmt: skip
     assert len(found) > 200
     assert {len(e.caption.split()) for e, _ in found} == {1, 2}
 
 
 def test_a_role_is_also_said_by_its_gender_alone(entries):
-    assert emoji.said(entries["man pilot"]) == ["man pilot", "male pilot", "a man"]
-    assert emoji.said(entries["delivery truck"]) == ["delivery truck", "truck"]
+    assert catalogue.said(entries["man pilot"]) == ["man pilot", "male pilot", "a man"]
+    assert catalogue.said(entries["delivery truck"]) == ["delivery truck", "truck"]
 
 
 @pytest.mark.parametrize(("one", "many"), [("star", "stars"), ("cherry", "cherries"), ("fox", "foxes"), ("key", "keys"),
                                            ("peach", "peaches")])  # fmt: skip
 def test_plurals(one, many):
-    assert variations.plural(one) == many
+    assert recolour.plural(one) == many
 
 
 def test_an_emoji_has_its_other_names_in_words(entries):
@@ -130,20 +131,20 @@ def test_an_emoji_has_its_other_names_in_words(entries):
 
 def test_nothing_shows_or_tells_what_is_asked_at_the_end(varied):
     """No caption of the varied set, whatever its order of words, says what a held-out cell or a free prompt asks for."""
-    split = emoji.select("emoji")
+    split = catalogue.select("emoji")
     seen = [c for e in split["train"] for _, captions in varied(e) for c in captions]
-    told = seen + [name for e in split["train"] for name in emoji.said(e)]
-    held = {e.caption for e in emoji.catalogue() if e.held_out}
+    told = seen + [name for e in split["train"] for name in catalogue.said(e)]
+    held = {e.caption for e in catalogue.catalogue() if e.held_out}
     assert len(told) > 3000
     assert not held & set(told)
-    assert not any(set(prompt.split()) - {"a"} <= set(caption.split()) for prompt in variations.FREE for caption in told)
+    assert not any(set(prompt.split()) - {"a"} <= set(caption.split()) for prompt in recolour.FREE for caption in told)
     shapes = {"heart", "hearts", "circle", "square"}
     assert not any(set(caption.split()) & shapes for caption in seen if not caption.endswith("skin tone"))
 
 
 def test_the_varied_set_trains_on_more_and_is_judged_on_the_same(folder, tmp_path):
     train, test = rows(folder), rows(folder, "test")
-    plain = emoji.write(tmp_path / "plain", "emoji", 32, categories=("Food & Drink", "Symbols"))
+    plain = catalogue.write(tmp_path / "plain", "emoji", 32, categories=("Food & Drink", "Symbols"))
     own = [row for row in train if row["variation"] is None]
     assert [row["caption"][0] for row in own] == [row["caption"] for row in rows(plain)]
     assert [row["caption"] for row in test] == [[row["caption"]] for row in rows(plain, "test")]
@@ -151,20 +152,20 @@ def test_the_varied_set_trains_on_more_and_is_judged_on_the_same(folder, tmp_pat
     assert {row["variation"] for row in train} > {None, "green", "two"}
     green = next(row for row in train if row["variation"] == "green")
     assert green["caption"][0].startswith("green ")
-    images = data.load_images(folder, resolution=32, cache_dir=tmp_path)
+    images = dataset.load_images(folder, resolution=32, cache_dir=tmp_path)
     assert len(images) == len(train)
-    bank = Bank.of(means, [images, data.load_images(folder, "test", 32, tmp_path)])
+    bank = Bank.of(means, [images, dataset.load_images(folder, "test", 32, tmp_path)])
     assert (bank.n_train, len(bank.train)) == (len(own), len(train))
     assert bank.captions == [row["caption"] for row in rows(plain) + rows(plain, "test")]
 
 
 def test_a_written_set_is_replaced_when_its_variations_change(folder, monkeypatch):
-    before = (folder / emoji.MANIFEST).stat().st_mtime_ns
-    emoji.write(folder, "emoji-varied", 32, categories=("Food & Drink", "Symbols"))
-    assert (folder / emoji.MANIFEST).stat().st_mtime_ns == before
-    monkeypatch.setattr(variations, "VERSION", variations.VERSION + 1)
-    emoji.write(folder, "emoji-varied", 32, categories=("Food & Drink", "Symbols"))
-    assert (folder / emoji.MANIFEST).stat().st_mtime_ns > before
+    before = (folder / catalogue.MANIFEST).stat().st_mtime_ns
+    catalogue.write(folder, "emoji-varied", 32, categories=("Food & Drink", "Symbols"))
+    assert (folder / catalogue.MANIFEST).stat().st_mtime_ns == before
+    monkeypatch.setattr(recolour, "VERSION", recolour.VERSION + 1)
+    catalogue.write(folder, "emoji-varied", 32, categories=("Food & Drink", "Symbols"))
+    assert (folder / catalogue.MANIFEST).stat().st_mtime_ns > before
 
 
 def means(images):

@@ -7,10 +7,10 @@ import torch
 from tiny import tiny_clip, tiny_pipeline, tiny_text
 from transformers import CLIPImageProcessorPil, CLIPModel
 
-from pipeline import losses
-from pipeline.guidance import InputError
-from pipeline.scheduler import DDPMScheduler
-from pipeline.verifiers import Clip, Likelihood
+from pipeline.diffusion import losses
+from pipeline.diffusion.guidance import InputError
+from pipeline.diffusion.scheduler import DDPMScheduler
+from pipeline.search.verifiers import Clip, Likelihood
 
 MEANS, VARIANCE = torch.tensor([[0.4, -0.2], [-0.5, 0.3]], dtype=torch.float64), 0.05
 

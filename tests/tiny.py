@@ -16,9 +16,9 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from pipeline.patches import PatchAutoencoder
-from pipeline.scheduler import DDPMScheduler
-from pipeline.text_to_image import TextToImagePipeline
+from pipeline.diffusion.patches import PatchAutoencoder
+from pipeline.diffusion.scheduler import DDPMScheduler
+from pipeline.diffusion.text_to_image import TextToImagePipeline
 
 WORDS = ("red", "green", "blue", "yellow", "heart", "circle", "square", "cat", "dog", "face", "hot", "a", "very", "long")
 WIDTH = 16  # of the caption states
