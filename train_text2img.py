@@ -36,7 +36,14 @@ from pipeline.data.emoji import catalogue
 from pipeline.data.sources.rows import DataError
 from pipeline.data.streaming import Place, Stream
 from pipeline.diffusion.text_to_image import TextToImagePipeline
-from pipeline.hardware import DRAWING, keep_freed_memory, local_main_first, of_memory, set_threads, spared
+from pipeline.hardware import (
+    DRAWING,
+    keep_freed_memory,
+    local_main_first,
+    of_memory,
+    set_threads,
+    spared,
+)
 from pipeline.hub import model_card, push
 from pipeline.models import build
 from pipeline.runs.folder import (
@@ -56,19 +63,45 @@ from pipeline.training.optimizers import lr_schedule, optimizer_of, restore, res
 from pipeline.training.task import Parts, prepare
 from pipeline.training.trackers import Trackers
 
-FREE = ("name", "output", "report_to", "hub", "sample", "data.cache", "train.steps", "train.threads", "train.log_every",
-        "train.validate_every", "train.save_every", "train.keep", "data.max_broken", "train.max_skipped", "train.accumulation",
-        "train.gradient_checkpointing")  # fmt: skip  # what a resumed run may change
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)  # no room, or no leave to write
+FREE = (
+    "name",
+    "output",
+    "report_to",
+    "hub",
+    "sample",
+    "data.cache",
+    "train.steps",
+    "train.threads",
+    "train.log_every",
+    "train.validate_every",
+    "train.save_every",
+    "train.keep",
+    "data.max_broken",
+    "train.max_skipped",
+    "train.accumulation",
+    "train.gradient_checkpointing",
+)  # what a resumed run may change
+UNWRITABLE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+)  # no room, or no leave to write
 FEWER = ": give fewer sample.prompts"
 GRID, HELD = 8, 16  # timesteps, and images of each split, of the validation grid
 
 
-def open_stream(config: Config, accelerator: Accelerator) -> contextlib.AbstractContextManager[Stream | None]:
+def open_stream(
+    config: Config, accelerator: Accelerator
+) -> contextlib.AbstractContextManager[Stream | None]:
     """This process's part of a streamed training split; None within where the data is prepared before."""
     if not config.data.streaming:
         return contextlib.nullcontext()
-    return contextlib.closing(Stream(config.data, config.seed, accelerator.process_index, accelerator.num_processes))
+    return contextlib.closing(
+        Stream(config.data, config.seed, accelerator.process_index, accelerator.num_processes)
+    )
 
 
 def batch_loss(unet, parts: Parts, config: Config, step: int, slots: torch.Tensor) -> torch.Tensor:
@@ -80,7 +113,12 @@ def batch_loss(unet, parts: Parts, config: Config, step: int, slots: torch.Tenso
     x_t = parts.scheduler.add_noise(x_0, eps, t)  # (5)
     keep = randomness.keep_caption(seed, step, slots, config.data.caption_dropout).to(device)
     captions = torch.where(keep[:, None, None], states, parts.empty)  # (14)
-    output = unet(x_t.to(memory_format=torch.channels_last), t, encoder_hidden_states=captions, return_dict=False)[0]
+    output = unet(
+        x_t.to(memory_format=torch.channels_last),
+        t,
+        encoder_hidden_states=captions,
+        return_dict=False,
+    )[0]
     return parts.loss(config, output.float(), x_0, eps, t)
 
 
@@ -88,7 +126,10 @@ def batch_loss(unet, parts: Parts, config: Config, step: int, slots: torch.Tenso
 def validate(unet, parts: Parts, config: Config, stop) -> dict:
     """Loss and x_0 error by timestep on a fixed grid of (image, t, eps), for the training and the held-out split."""
     T, record = len(parts.scheduler), {}
-    for split, images, states in [("train", parts.images, parts.states), ("held_out", parts.held_out, parts.held_states)]:
+    for split, images, states in [
+        ("train", parts.images, parts.states),
+        ("held_out", parts.held_out, parts.held_states),
+    ]:
         if images is None:
             continue
         rows = dataset.evenly(HELD, len(images))
@@ -111,7 +152,9 @@ def try_sampling(parts: Parts, config: Config) -> None:
     """ConfigError where the run's model could not draw its samples, before the first step."""
     sample = config.sample
     try:
-        parts.pipe.denoise(sample.prompts[0], w=sample.w[0], num_inference_steps=sample.steps, eta=sample.eta)
+        parts.pipe.denoise(
+            sample.prompts[0], w=sample.w[0], num_inference_steps=sample.steps, eta=sample.eta
+        )
     except ValueError as error:
         raise ConfigError(f"sample: {error}") from error
 
@@ -126,8 +169,14 @@ def draw(pipe: TextToImagePipeline, config: Config, path: Path, stop) -> None:
         return {}
 
     for w in sample.w:
-        images += pipe(list(sample.prompts), w=w, seed=sample.seed, num_inference_steps=sample.steps, eta=sample.eta,
-                       callback_on_step_end=ask).images  # fmt: skip
+        images += pipe(
+            list(sample.prompts),
+            w=w,
+            seed=sample.seed,
+            num_inference_steps=sample.steps,
+            eta=sample.eta,
+            callback_on_step_end=ask,
+        ).images
         if stop:
             return
     make_image_grid(images, rows=len(sample.w), cols=len(sample.prompts)).save(path)
@@ -155,19 +204,29 @@ def resume_point(run: Run, config: Config) -> Path | None:
     if checkpoint is None:
         foreign = run.card.is_file() and not (run.folder / model_card.FACTS).is_file()
         if run.drawable or foreign:
-            held = "a model, and no checkpoint to go on from" if run.drawable else f"a {run.card.name} that no run has written"
-            raise RunError(f"{run.folder} holds {held}, expected a new folder or a run's: give the new run another --name, "
-                                "or move the folder away")  # fmt: skip
+            held = (
+                "a model, and no checkpoint to go on from"
+                if run.drawable
+                else f"a {run.card.name} that no run has written"
+            )
+            raise RunError(
+                f"{run.folder} holds {held}, expected a new folder or a run's: give the new run another --name, "
+                "or move the folder away"
+            )
         return None
     try:
         before = load_file(run.config)
     except ConfigError as error:
         reasons = "; ".join(str(error).splitlines())
-        raise RunError(f"{run.config}, which the run was begun with, does not fit this version ({reasons}): mend it there, "
-                            "or give the new run another --name") from error  # fmt: skip
+        raise RunError(
+            f"{run.config}, which the run was begun with, does not fit this version ({reasons}): mend it there, "
+            "or give the new run another --name"
+        ) from error
     if changed := differences(before, config, FREE):
-        raise RunError(f"{run.folder} was begun with other settings: {'; '.join(changed)}. "
-                            "Undo that, or give the new run another --name")  # fmt: skip
+        raise RunError(
+            f"{run.folder} was begun with other settings: {'; '.join(changed)}. "
+            "Undo that, or give the new run another --name"
+        )
     return checkpoint
 
 
@@ -176,8 +235,12 @@ def train(config: Config, dry_run: bool = False) -> int:
     known = [str(tracker.value) for tracker in LoggerType if tracker != LoggerType.ALL]
     if config.report_to and config.report_to not in known:
         raise ConfigError(f"report_to must be one of {', '.join(known)}, got {config.report_to!r}")
-    if config.report_to and config.report_to not in [str(tracker.value) for tracker in get_available_trackers()]:
-        raise ConfigError(f"report_to {config.report_to!r} is not installed here: pip install {config.report_to}")
+    if config.report_to and config.report_to not in [
+        str(tracker.value) for tracker in get_available_trackers()
+    ]:
+        raise ConfigError(
+            f"report_to {config.report_to!r} is not installed here: pip install {config.report_to}"
+        )
     wanted = parse_flag_from_env("ACCELERATE_USE_CPU")  # of accelerate launch --cpu
     cpu = wanted or not torch.accelerator.is_available()  # told, torchrun's ranks find each other
     device = PartialState(cpu=cpu, timeout=DRAWING).device
@@ -185,15 +248,21 @@ def train(config: Config, dry_run: bool = False) -> int:
     if precision == "fp16" and device.type == "cpu":
         raise ConfigError("train.precision must be auto, no or bf16 on a CPU, got fp16")
     accelerator = Accelerator(
-        cpu=cpu, mixed_precision=precision, log_with=config.report_to,
-        gradient_accumulation_steps=config.train.accumulation, project_dir=config.folder,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)])  # fmt: skip  # no second copy of them
+        cpu=cpu,
+        mixed_precision=precision,
+        log_with=config.report_to,
+        gradient_accumulation_steps=config.train.accumulation,
+        project_dir=config.folder,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )  # no second copy of them
     set_threads(config.train.threads, accelerator)
     keep_freed_memory()
     share = config.train.batch_size // config.train.accumulation
     if share % accelerator.num_processes:
-        raise ConfigError(f"train.batch_size / train.accumulation must be a multiple of the {accelerator.num_processes} "
-                          f"processes, got {share}")  # fmt: skip
+        raise ConfigError(
+            f"train.batch_size / train.accumulation must be a multiple of the {accelerator.num_processes} "
+            f"processes, got {share}"
+        )
     if dry_run:
         return rehearse(config, accelerator)
     run, main = Run(config.folder), accelerator.is_main_process
@@ -202,17 +271,25 @@ def train(config: Config, dry_run: bool = False) -> int:
     with accelerator.main_process_first():
         run.create()
     with StopRequest() as stop, run.lock() if main else contextlib.nullcontext():
-        checkpoint, finished = broadcast_object_list([resume_point(run, config), run.finished] if main else [None, None])
+        checkpoint, finished = broadcast_object_list(
+            [resume_point(run, config), run.finished] if main else [None, None]
+        )
         if checkpoint and not (checkpoint / MANIFEST).is_file():  # one process has decided for all
-            raise RunError(f"process {accelerator.process_index} does not see {checkpoint}, expected `output` on a disk "
-                                "that all machines share: put the run there")  # fmt: skip
+            raise RunError(
+                f"process {accelerator.process_index} does not see {checkpoint}, expected `output` on a disk "
+                "that all machines share: put the run there"
+            )
         start = int(checkpoint.name) if checkpoint else 0
         if start > config.train.steps and not finished:
-            raise RunError(f"{run.folder} is at step {start} already, got train.steps {config.train.steps}: give at least "
-                                f"{start}, or a new run another --name")  # fmt: skip
+            raise RunError(
+                f"{run.folder} is at step {start} already, got train.steps {config.train.steps}: give at least "
+                f"{start}, or a new run another --name"
+            )
         try:
             if start >= config.train.steps and finished:
-                accelerator.print(f"{run.folder} is finished at step {start} of {config.train.steps}.\n{usage(run, config)}")
+                accelerator.print(
+                    f"{run.folder} is finished at step {start} of {config.train.steps}.\n{usage(run, config)}"
+                )
                 return publish(config, run, stop) if main else 0
             with stop.at_once("before the first step"):
                 opened = open_stream(config, accelerator)
@@ -228,7 +305,9 @@ class Outcome(NamedTuple):
 
     norm: float  # of the gradient, before it was clipped
     lr: float
-    seen: list[tuple[torch.Tensor, torch.Tensor]]  # slots and losses of this process's examples, a pair a micro-step
+    seen: list[
+        tuple[torch.Tensor, torch.Tensor]
+    ]  # slots and losses of this process's examples, a pair a micro-step
 
     @property
     def sound(self) -> bool:
@@ -247,7 +326,11 @@ class Trainer:
         self.unet, self.optimizer = accelerator.prepare(parts.unet, optimizer)
         self.weights = build.trainable(parts.unet)
         self.ema.to(accelerator.device)
-        self.done, self.skipped, self.in_a_row = 0, 0, 0  # steps; those without a finite gradient; the newest of these
+        self.done, self.skipped, self.in_a_row = (
+            0,
+            0,
+            0,
+        )  # steps; those without a finite gradient; the newest of these
         self.losses, self.began = [], time.monotonic()  # losses: since the last line of the log
 
     @property
@@ -255,7 +338,9 @@ class Trainer:
         """How long it has trained, earlier sittings too."""
         return time.monotonic() - self.began
 
-    def step(self, reading: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext) -> Outcome:
+    def step(
+        self, reading: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    ) -> Outcome:
         """Learn from the next global batch; a step whose gradient is not finite is skipped.
 
         reading: makes the context in which each micro-batch is read.
@@ -263,14 +348,21 @@ class Trainer:
         train, accelerator, seen = self.config.train, self.accelerator, []
         share = train.batch_size // train.accumulation
         for micro in range(train.accumulation):
-            slots = torch.arange(accelerator.process_index, share, accelerator.num_processes) + micro * share
+            slots = (
+                torch.arange(accelerator.process_index, share, accelerator.num_processes)
+                + micro * share
+            )
             with accelerator.accumulate(self.unet):
                 with reading():
                     each = batch_loss(self.unet, self.parts, self.config, self.done, slots)
                 accelerator.backward(each.mean())
                 seen.append((slots, each.detach()))
-        norm = accelerator.clip_grad_norm_(self.weights, train.clip)  # of the gradients of all processes
-        norm, *means = torch.stack([norm, *(each.mean() for _, each in seen)]).tolist()  # copies apart, the wait for a GPU
+        norm = accelerator.clip_grad_norm_(
+            self.weights, train.clip
+        )  # of the gradients of all processes
+        norm, *means = torch.stack(
+            [norm, *(each.mean() for _, each in seen)]
+        ).tolist()  # copies apart, the wait for a GPU
         taken = Outcome(norm, self.optimizer.param_groups[-1]["lr"], seen)
         if taken.sound:
             self.optimizer.step()
@@ -286,18 +378,30 @@ class Trainer:
 
     def mean_loss(self) -> float:
         """The mean loss of all processes since it was last asked for, nan where none was finite."""
-        mean = self.accelerator.reduce(torch.tensor(self.losses, device=self.accelerator.device).mean(), "mean")
+        mean = self.accelerator.reduce(
+            torch.tensor(self.losses, device=self.accelerator.device).mean(), "mean"
+        )
         self.losses = []
         return mean.item()
 
     def state_dict(self) -> dict:
         """What `resume` goes on from, of all processes: each has to ask for it."""
         scaler, stream = self.accelerator.scaler, self.parts.stream
-        state = {"step": self.done, "skipped": self.skipped, "in_a_row": self.in_a_row, "seconds": self.seconds}
-        return {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(), "ema": self.ema.state_dict(),
-                "scaler": scaler.state_dict() if scaler is not None else {}, "state": state,
-                "losses": gather_object([self.losses]),
-                "streams": gather_object([stream.state_dict()]) if stream is not None else []}  # fmt: skip
+        state = {
+            "step": self.done,
+            "skipped": self.skipped,
+            "in_a_row": self.in_a_row,
+            "seconds": self.seconds,
+        }
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "ema": self.ema.state_dict(),
+            "scaler": scaler.state_dict() if scaler is not None else {},
+            "state": state,
+            "losses": gather_object([self.losses]),
+            "streams": gather_object([stream.state_dict()]) if stream is not None else [],
+        }
 
     def resume(self, checkpoint: Path) -> tuple[float, float]:
         """Go on where a checkpoint is; train.lr as it was, and as it is by this run's plan."""
@@ -305,14 +409,22 @@ class Trainer:
         restore(self.optimizer, saved["optimizer"])
         rates = resume_schedule(self.schedule, saved["schedule"])
         self.ema.load_state_dict(saved["ema"])
-        self.ema.shadow_params = [torch.empty_like(weight).copy_(mean)  # as the weights lie, or it takes torch's slow path
-                                  for weight, mean in zip(self.weights, self.ema.shadow_params, strict=True)]  # fmt: skip
-        if self.accelerator.scaler is not None and saved.get("scaler"):  # none from a machine that computes in another precision
+        self.ema.shadow_params = [
+            torch.empty_like(weight).copy_(
+                mean
+            )  # as the weights lie, or it takes torch's slow path
+            for weight, mean in zip(self.weights, self.ema.shadow_params, strict=True)
+        ]
+        if self.accelerator.scaler is not None and saved.get(
+            "scaler"
+        ):  # none from a machine that computes in another precision
             self.accelerator.scaler.load_state_dict(saved["scaler"])
         state = saved["state"]
         self.done, self.skipped, self.in_a_row = state["step"], state["skipped"], state["in_a_row"]
         self.began -= state["seconds"]
-        self.losses = of_rank(saved["losses"] if "losses" in saved else [state["losses"]], self.accelerator)
+        self.losses = of_rank(
+            saved["losses"] if "losses" in saved else [state["losses"]], self.accelerator
+        )
         if self.parts.stream is not None:
             self.parts.stream.load_state_dict(of_rank(saved["streams"], self.accelerator))
         return rates
@@ -323,10 +435,20 @@ def of_rank(saved: list, accelerator: Accelerator):
     return saved[accelerator.process_index % len(saved)]
 
 
-def loop(config: Config, accelerator: Accelerator, run: Run, checkpoint: Path | None, stop, stream: Stream | None) -> int:
+def loop(
+    config: Config,
+    accelerator: Accelerator,
+    run: Run,
+    checkpoint: Path | None,
+    stop,
+    stream: Stream | None,
+) -> int:
     """The training loop, from a checkpoint or from nothing to the last step; the exit code."""
     main, steps, batch = accelerator.is_main_process, config.train.steps, config.train.batch_size
-    with stop.at_once("before the first step"), local_main_first(accelerator):  # the others find in the cache what it prepares
+    with (
+        stop.at_once("before the first step"),
+        local_main_first(accelerator),
+    ):  # the others find in the cache what it prepares
         parts = prepare(config, checkpoint, accelerator.device, again=checkpoint is None)
     parts.stream = stream
     compare_pictures(parts, config, run, checkpoint)
@@ -337,13 +459,22 @@ def loop(config: Config, accelerator: Accelerator, run: Run, checkpoint: Path | 
         begin(trainer, run, checkpoint, rates)
     trackers = Trackers(accelerator, config)
     busy, counted = 0.0, 0  # seconds, and steps, since the last line of the log
-    bar = tqdm(total=steps, initial=trainer.done, disable=not main, desc=config.name, unit="step", dynamic_ncols=True)
+    bar = tqdm(
+        total=steps,
+        initial=trainer.done,
+        disable=not main,
+        desc=config.name,
+        unit="step",
+        dynamic_ncols=True,
+    )
     if main and trainer.done:
         show(trainer, run, trackers, stop)
     with trackers, bar:
         while trainer.done < steps:
             began = time.perf_counter()
-            taken = trainer.step(functools.partial(kept, trainer, run, stop, stream and stream.place))
+            taken = trainer.step(
+                functools.partial(kept, trainer, run, stop, stream and stream.place)
+            )
             step, last = trainer.done, trainer.done == steps
             if not taken.sound:
                 tell_skipped(trainer, run, taken)
@@ -351,16 +482,24 @@ def loop(config: Config, accelerator: Accelerator, run: Run, checkpoint: Path | 
             bar.update()
             if last or step % config.train.log_every == 0:
                 mean = trainer.mean_loss()
-                record = {"step": step, "loss": mean if math.isfinite(mean) else None,
-                          "grad_norm": taken.norm if taken.sound else None, "lr": taken.lr, "skipped": trainer.skipped,
-                          "images_per_s": batch * counted / busy, "seconds": trainer.seconds}  # fmt: skip
+                record = {
+                    "step": step,
+                    "loss": mean if math.isfinite(mean) else None,
+                    "grad_norm": taken.norm if taken.sound else None,
+                    "lr": taken.lr,
+                    "skipped": trainer.skipped,
+                    "images_per_s": batch * counted / busy,
+                    "seconds": trainer.seconds,
+                }
                 busy, counted = 0.0, 0
                 bar.set_postfix(loss=f"{mean:.4f}")
                 if main:
                     run.log(**record)
                 trackers.log(step, record)
             ended = stopped(stop, accelerator)
-            if not ended and (last or step % config.train.validate_every == 0 or step % config.sample.every == 0):
+            if not ended and (
+                last or step % config.train.validate_every == 0 or step % config.sample.every == 0
+            ):
                 if main:
                     show(trainer, run, trackers, stop)
                 ended = stopped(stop, accelerator)
@@ -368,7 +507,9 @@ def loop(config: Config, accelerator: Accelerator, run: Run, checkpoint: Path | 
                 save(trainer, run)
             if ended:
                 bar.close()
-                accelerator.print(f"Stopped ({stop.reason}) after step {step} of {steps}; run the same command to go on.")
+                accelerator.print(
+                    f"Stopped ({stop.reason}) after step {step} of {steps}; run the same command to go on."
+                )
                 return stop.exit_code
     if main:
         with stop.at_once("after the last step"):
@@ -380,28 +521,42 @@ def compare_pictures(parts: Parts, config: Config, run: Run, checkpoint: Path | 
     """Refuse pictures that are not the same on all machines, DataError, or not those that the run was begun on, RunError."""
     read = parts.fingerprint
     if len(set(gather_object([read]))) > 1:
-        raise DataError(f"the processes read different pictures or captions in {config.data.source}, expected the same on "
-                             "all machines: copy those of one to the others")  # fmt: skip
+        raise DataError(
+            f"the processes read different pictures or captions in {config.data.source}, expected the same on "
+            "all machines: copy those of one to the others"
+        )
     if checkpoint and (was := manifest(checkpoint).get("data", read)) != read:
-        raise RunError(f"{run.folder} was begun on other pictures or captions: the fingerprint of {config.data.source} "
-                            f"was {was} and is now {read}. Put them back, or give the new run another --name")  # fmt: skip
+        raise RunError(
+            f"{run.folder} was begun on other pictures or captions: the fingerprint of {config.data.source} "
+            f"was {was} and is now {read}. Put them back, or give the new run another --name"
+        )
 
 
-def begin(trainer: Trainer, run: Run, checkpoint: Path | None, rates: tuple[float, float] | None) -> None:
+def begin(
+    trainer: Trainer, run: Run, checkpoint: Path | None, rates: tuple[float, float] | None
+) -> None:
     """Clear away what the coming steps write anew, and say what they are; rates: train.lr before the checkpoint and after."""
     steps, now = trainer.config.train.steps, trainer.accelerator.num_processes
     run.card.unlink(missing_ok=True)  # a run's own: until it is finished again
     run.rewind(trainer.done)
-    if trainer.done == steps:  # nothing is left but its end, whose samples may be of other prompts now
+    if (
+        trainer.done == steps
+    ):  # nothing is left but its end, whose samples may be of other prompts now
         sample_path(run, steps).unlink(missing_ok=True)
     replace(run.config, trainer.config.to_yaml())
-    print(f"{trainer.parts.images.report}\n{build.count(trainer.weights) / 1e6:.1f} M weights to train;",
-          f"going on from step {trainer.done}" if checkpoint else "a new run")  # fmt: skip
+    print(
+        f"{trainer.parts.images.report}\n{build.count(trainer.weights) / 1e6:.1f} M weights to train;",
+        f"going on from step {trainer.done}" if checkpoint else "a new run",
+    )
     if checkpoint and (before := manifest(checkpoint)["processes"]) != now:
-        print(f"The checkpoint is of {before} process(es), now there are {now}: the batches are the same, their sums are rounded "
-              "otherwise")  # fmt: skip
+        print(
+            f"The checkpoint is of {before} process(es), now there are {now}: the batches are the same, their sums are rounded "
+            "otherwise"
+        )
     if rates and rates[0] != rates[1]:
-        print(f"With {steps} steps the schedule goes on at a learning rate of {rates[1]:.3g}, where it was {rates[0]:.3g}")
+        print(
+            f"With {steps} steps the schedule goes on at a learning rate of {rates[1]:.3g}, where it was {rates[0]:.3g}"
+        )
 
 
 def save(trainer: Trainer, run: Run) -> None:
@@ -413,7 +568,13 @@ def save(trainer: Trainer, run: Run) -> None:
         save_state(folder, "trainer", state)
 
     if accelerator.is_main_process:
-        run.save(trainer.done, write, config.train.keep, processes=accelerator.num_processes, data=trainer.parts.fingerprint)
+        run.save(
+            trainer.done,
+            write,
+            config.train.keep,
+            processes=accelerator.num_processes,
+            data=trainer.parts.fingerprint,
+        )
     accelerator.wait_for_everyone()
 
 
@@ -422,7 +583,9 @@ def show(trainer: Trainer, run: Run, trackers: Trackers, stop) -> None:
     config, parts, step = trainer.config, trainer.parts, trainer.done
     last, path = step == config.train.steps, sample_path(run, step)
     due = step % config.train.validate_every == 0 or last
-    if due and not any("train_loss" in record for record in run.history() if record["step"] == step):
+    if due and not any(
+        "train_loss" in record for record in run.history() if record["step"] == step
+    ):
         record = {}
         with averaged(trainer.ema, parts.unet), spared(f"the check of step {step}"):
             record = validate(parts.unet, parts, config, stop)
@@ -457,7 +620,9 @@ def kept(trainer: Trainer, run: Run, stop, place: Place | None):
             save(trainer, run)
         if isinstance(error, Stopped):
             raise
-        raise type(error)(f"{error}\nstep {done} is saved: the same command goes on from it") from error
+        raise type(error)(
+            f"{error}\nstep {done} is saved: the same command goes on from it"
+        ) from error
 
 
 def tell_skipped(trainer: Trainer, run: Run, taken: Outcome) -> None:
@@ -468,8 +633,10 @@ def tell_skipped(trainer: Trainer, run: Run, taken: Outcome) -> None:
         tqdm.write(f"step {step} is skipped: {why}")
         run.log(step=step, no_finite_loss=bad)
     if trainer.in_a_row >= config.train.max_skipped:
-        raise Diverged(f"{trainer.in_a_row} steps in a row, up to step {step}, had no finite gradient; the last checkpoint "
-                            f"is kept: lower train.lr (now {config.train.lr:g}) in a run of another --name")  # fmt: skip
+        raise Diverged(
+            f"{trainer.in_a_row} steps in a row, up to step {step}, had no finite gradient; the last checkpoint "
+            f"is kept: lower train.lr (now {config.train.lr:g}) in a run of another --name"
+        )
 
 
 def spoilt(trainer: Trainer, taken: Outcome) -> list[str]:
@@ -478,7 +645,9 @@ def spoilt(trainer: Trainer, taken: Outcome) -> list[str]:
     bad = [int(slot) for slots, each in taken.seen for slot in slots[~each.isfinite().cpu()]]
     if not bad:
         return []
-    t = randomness.timesteps(config.seed, step, bad, config.train.batch_size, len(parts.scheduler)).tolist()
+    t = randomness.timesteps(
+        config.seed, step, bad, config.train.batch_size, len(parts.scheduler)
+    ).tolist()
     return [f"{name} at t = {k}" for name, k in zip(parts.names(config, step, bad), t, strict=True)]
 
 
@@ -512,13 +681,28 @@ def finish(trainer: Trainer, run: Run) -> None:
     if config.train.method == "lora":
         replace_folder(run.adapter, lambda folder: build.save_adapter(parts.unet, folder))
     else:
-        replace_folder(run.pipeline, lambda folder: pipe.save_pretrained(folder, safe_serialization=True))
+        replace_folder(
+            run.pipeline, lambda folder: pipe.save_pretrained(folder, safe_serialization=True)
+        )
     with spared(run.figures / "training.png"):
         model_card.plot_run(run, parts.images, pipe)
-    sample, strips, last = config.sample, run.figures / "strips.png", sample_path(run, config.train.steps)
+    sample, strips, last = (
+        config.sample,
+        run.figures / "strips.png",
+        sample_path(run, config.train.steps),
+    )
     with spared(strips, FEWER):
-        model_card.plot_strips(pipe, list(sample.prompts), set(parts.images.all_captions), strips, w=sample.default_w,
-                         seed=sample.seed, steps=sample.steps, eta=sample.eta, columns=min(8, sample.steps))  # fmt: skip
+        model_card.plot_strips(
+            pipe,
+            list(sample.prompts),
+            set(parts.images.all_captions),
+            strips,
+            w=sample.default_w,
+            seed=sample.seed,
+            steps=sample.steps,
+            eta=sample.eta,
+            columns=min(8, sample.steps),
+        )
     model_card.describe(config, run, pipe, parts.images, seconds, **base_of(config))
     shown = f"{last} shows its samples, " if last.is_file() else ""
     print(f"\n{shown}{run.card} is its card.\n{usage(run, config)}")
@@ -528,8 +712,11 @@ def base_of(config: Config) -> dict:
     """What the card says of the model that was tuned, if one was."""
     if config.model.pretrained is None:
         return {}
-    return {"base_model": config.model.pretrained, "base_license": model_card.license_of(config.model.pretrained),
-            "base_model_relation": "adapter" if config.train.method == "lora" else "finetune"}  # fmt: skip
+    return {
+        "base_model": config.model.pretrained,
+        "base_license": model_card.license_of(config.model.pretrained),
+        "base_model_relation": "adapter" if config.train.method == "lora" else "finetune",
+    }
 
 
 def usage(run: Run, config: Config) -> str:
@@ -553,9 +740,12 @@ def rehearse(config: Config, accelerator: Accelerator) -> int:
     memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == 'darwin' else 2**20):.1f} GiB"
     if accelerator.device.type == "cuda":
         memory += f" and {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of each GPU's"
-    accelerator.print(config.to_yaml() + f"\n{parts.images.report}\n{build.count(trainer.weights):,} weights to train\n"
-                      f"{config.train.steps} steps of {config.train.batch_size} images, {seconds:.3f} s each: about "
-                      f"{seconds * config.train.steps / 60:.1f} minutes\n{memory} of memory at most so far")  # fmt: skip
+    accelerator.print(
+        config.to_yaml()
+        + f"\n{parts.images.report}\n{build.count(trainer.weights):,} weights to train\n"
+        f"{config.train.steps} steps of {config.train.batch_size} images, {seconds:.3f} s each: about "
+        f"{seconds * config.train.steps / 60:.1f} minutes\n{memory} of memory at most so far"
+    )
     return 0
 
 
@@ -569,15 +759,21 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
-        print(f"error: {error.filename or 'a file'}: {error.strerror}, expected room and leave to write: mend that, then run the "
-              "same command, which goes on from its newest checkpoint", file=sys.stderr)  # fmt: skip
+        print(
+            f"error: {error.filename or 'a file'}: {error.strerror}, expected room and leave to write: mend that, then run the "
+            "same command, which goes on from its newest checkpoint",
+            file=sys.stderr,
+        )
         return 1
     except RuntimeError as error:
         if not of_memory(error):
             raise
-        print(f"error: there is not enough memory ({str(error).splitlines()[0]}), expected room for one micro-batch: raise "
-              "train.accumulation, set train.gradient_checkpointing true or lower data.resolution; the same command goes on from "
-              "its newest checkpoint, where there is one", file=sys.stderr)  # fmt: skip
+        print(
+            f"error: there is not enough memory ({str(error).splitlines()[0]}), expected room for one micro-batch: raise "
+            "train.accumulation, set train.gradient_checkpointing true or lower data.resolution; the same command goes on from "
+            "its newest checkpoint, where there is one",
+            file=sys.stderr,
+        )
         return 1
 
 

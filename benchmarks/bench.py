@@ -18,7 +18,10 @@ from statistics import median
 import numpy as np
 
 ROOT = Path(__file__).parent.parent
-DOCUMENT, QUICK = Path("docs/benchmarks.md"), Path("data/quick/benchmarks.md")  # quick forms leave the document alone
+DOCUMENT, QUICK = (
+    Path("docs/benchmarks.md"),
+    Path("data/quick/benchmarks.md"),
+)  # quick forms leave the document alone
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate")
 DRAWS = 10_000  # of a bootstrap
 SIDE = 4096  # of the matrices of `matmul_rate`
@@ -26,9 +29,19 @@ SIDE = 4096  # of the matrices of `matmul_rate`
 
 def parser(doc: str, **options) -> argparse.ArgumentParser:
     """The arguments that most benchmarks share."""
-    arguments = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
-    arguments.add_argument("--quick", action="store_true", help="the smallest form, which shows that it runs and no more")
-    arguments.add_argument("--output", type=Path, help=f"the document to write a section of, figures beside it ({DOCUMENT})")
+    arguments = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, **options
+    )
+    arguments.add_argument(
+        "--quick",
+        action="store_true",
+        help="the smallest form, which shows that it runs and no more",
+    )
+    arguments.add_argument(
+        "--output",
+        type=Path,
+        help=f"the document to write a section of, figures beside it ({DOCUMENT})",
+    )
     return arguments
 
 
@@ -84,7 +97,9 @@ def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
 
 def spread(values: Sequence[float], form: str = ".2f", scale: float = 1.0) -> str:
     """The median of some values, and the least and the greatest of them."""
-    low, middle, high = (format(scale * v, form) for v in (min(values), median(values), max(values)))
+    low, middle, high = (
+        format(scale * v, form) for v in (min(values), median(values), max(values))
+    )
     return f"{middle} ({low} to {high})"
 
 
@@ -97,13 +112,17 @@ def where(call: Callable, n: int = 5) -> str:
         call()
     found = sorted(record.key_averages(), key=lambda event: -event.self_cpu_time_total)
     total = sum(event.self_cpu_time_total for event in found)
-    return ", ".join(f"`{event.key}` {event.self_cpu_time_total / total:.0%}" for event in found[:n])
+    return ", ".join(
+        f"`{event.key}` {event.self_cpu_time_total / total:.0%}" for event in found[:n]
+    )
 
 
 # ---- intervals
 
 
-def paired(mine: Sequence[float], theirs: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
+def paired(
+    mine: Sequence[float], theirs: Sequence[float], seed: int = 0
+) -> tuple[float, float, float]:
     """The mean of mine - theirs over the same examples, and its 95 % bootstrap interval."""
     apart = np.asarray(mine, float) - np.asarray(theirs, float)
     means = apart[np.random.default_rng(seed).integers(0, len(apart), (DRAWS, len(apart)))].mean(1)
@@ -122,7 +141,9 @@ def points(interval: tuple[float, float, float]) -> str:
 def machine() -> str:
     """The processor, the cores that may be used, and the versions, in a line."""
     versions = [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES]
-    return ", ".join([processor(), f"{cores()} cores", f"Python {platform.python_version()}", *versions])
+    return ", ".join(
+        [processor(), f"{cores()} cores", f"Python {platform.python_version()}", *versions]
+    )
 
 
 def processor() -> str:
@@ -130,8 +151,17 @@ def processor() -> str:
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.is_file() else ""
     name = re.search(r"^model name\s*: (.*)$", text, re.M)
-    wide = next((flag for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if re.search(rf"\b{flag}\b", text)), "")
-    return " ".join([name[1].strip() if name else platform.processor() or platform.machine(), wide]).strip()
+    wide = next(
+        (
+            flag
+            for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
+            if re.search(rf"\b{flag}\b", text)
+        ),
+        "",
+    )
+    return " ".join(
+        [name[1].strip() if name else platform.processor() or platform.machine(), wide]
+    ).strip()
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence]) -> str:
@@ -146,7 +176,9 @@ def target(what: str, value: float, goal: float, at_least: bool = True, form: st
     return f"- {what}: {value:{form}}, the goal is {'≥' if at_least else '≤'} {goal:g}: **{'met' if met else 'not met'}**."
 
 
-def publish(arguments: argparse.Namespace, script: str, argv: Sequence[str], title: str, *paragraphs: str) -> None:
+def publish(
+    arguments: argparse.Namespace, script: str, argv: Sequence[str], title: str, *paragraphs: str
+) -> None:
     """Print a section and put it between its markers in the document, or at its end where it has none."""
     section = Path(script).stem
     command = shlex.join(["python", f"benchmarks/{Path(script).name}", *argv])
@@ -158,8 +190,15 @@ def publish(arguments: argparse.Namespace, script: str, argv: Sequence[str], tit
 def put(path: Path, begin: str, end: str, body: str, before: str = "") -> None:
     """Put a text between its markers in a document, or with them at its end, after `before`, where it has none."""
     text = path.read_text(encoding="utf-8") if path.is_file() else "# Benchmarks\n"
-    pattern, section = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.S), f"{begin}\n{body}\n{end}"
-    text = pattern.sub(lambda _: section, text) if pattern.search(text) else f"{text.rstrip()}\n\n{before}{section}\n"
+    pattern, section = (
+        re.compile(re.escape(begin) + ".*?" + re.escape(end), re.S),
+        f"{begin}\n{body}\n{end}",
+    )
+    text = (
+        pattern.sub(lambda _: section, text)
+        if pattern.search(text)
+        else f"{text.rstrip()}\n\n{before}{section}\n"
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
 

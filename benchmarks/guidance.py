@@ -60,7 +60,11 @@ class Apg:
         return guide(x_0_c, x_0_c - (difference - parallel) - self.eta * parallel, w)
 
 
-RULES: dict[str, Callable[[], Rule]] = {"plain": lambda: plain, "rescale": Rescale, "APG": Apg}  # made anew for every call
+RULES: dict[str, Callable[[], Rule]] = {
+    "plain": lambda: plain,
+    "rescale": Rescale,
+    "APG": Apg,
+}  # made anew for every call
 
 
 class Guided(TextToImagePipeline):
@@ -70,7 +74,9 @@ class Guided(TextToImagePipeline):
 
     def _predict(self, x_t, t, captions, empty, w, *rest) -> Tensor:
         ask = super()._predict
-        out_c, out_u = (ask(x_t, t, captions, empty, torch.full_like(w, only), *rest) for only in (0.0, -1.0))
+        out_c, out_u = (
+            ask(x_t, t, captions, empty, torch.full_like(w, only), *rest) for only in (0.0, -1.0)
+        )
         if not isinstance(self.rule, Apg):
             return self.rule(out_c, out_u, w)
         scheduler = self.scheduler
@@ -78,7 +84,9 @@ class Guided(TextToImagePipeline):
         return losses.target(scheduler, x_0, scheduler.predict_eps(x_0, x_t, t), t)
 
 
-def judged(folder: Path, captions: int, ws: list[float], steps: int, batch: int) -> dict[tuple[str, float], Tensor]:
+def judged(
+    folder: Path, captions: int, ws: list[float], steps: int, batch: int
+) -> dict[tuple[str, float], Tensor]:
     """The ranks of the drawings of some training captions, by rule and w, from the same noise."""
     _config, judge, bank, pipe = evaluate.finished(folder)
     kept = {name: pipe.config[name] for name in ("caption_length", "caption_dropout", "w")}
@@ -91,16 +99,27 @@ def judged(folder: Path, captions: int, ws: list[float], steps: int, batch: int)
             images = []
             for start in range(0, len(prompts), batch):
                 guided.rule = make()
-                images.append(evaluate.drawn(guided, prompts[start : start + batch], w=w, seed=SEED + start,
-                                               num_inference_steps=steps))  # fmt: skip
-            found[name, w] = retrieval.retrieval_ranks(judge.features(torch.cat(images)), bank.features, bank.own[rows])
+                images.append(
+                    evaluate.drawn(
+                        guided,
+                        prompts[start : start + batch],
+                        w=w,
+                        seed=SEED + start,
+                        num_inference_steps=steps,
+                    )
+                )
+            found[name, w] = retrieval.retrieval_ranks(
+                judge.features(torch.cat(images)), bank.features, bank.own[rows]
+            )
     return found
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = bench.parser(__doc__)
-    parser.add_argument("--model", help="a run's folder (default: the newest run, else pretrained/emoji)")
+    parser.add_argument(
+        "--model", help="a run's folder (default: the newest run, else pretrained/emoji)"
+    )
     parser.add_argument("--captions", type=int, default=128, help="training captions to judge on")
     parser.add_argument("--w", type=float, nargs="+", default=[1.0, 2.0, 4.0, 8.0])
     parser.add_argument("--steps", type=int, default=20)
@@ -120,29 +139,56 @@ def main(argv: list[str] | None = None) -> None:
             top, five = (bench.paired(ranks[name, w] <= n, ranks["plain", w] <= n) for n in (1, 5))
             if name != "plain" and five[1] > 0:
                 adopted.append(f"{name} at w = {w:g}")
-            lines.append([f"{w:g}", name, f"{summary['first']['share']:.1%}", points(top),
-                          f"{summary['first_five']['share']:.1%}", points(five)])  # fmt: skip
+            lines.append(
+                [
+                    f"{w:g}",
+                    name,
+                    f"{summary['first']['share']:.1%}",
+                    points(top),
+                    f"{summary['first_five']['share']:.1%}",
+                    points(five),
+                ]
+            )
     best = {name: max(args.w, key=lambda w: int((ranks[name, w] <= 5).sum())) for name in RULES}
-    tops = [f"{name} at w = {w:g}: {points(bench.paired(ranks[name, w] <= 5, ranks['plain', best['plain']] <= 5))}"
-            for name, w in best.items() if name != "plain"]  # fmt: skip
-    head = ["w", "rule", "first", "against plain, points (95 %)", "first five", "against plain, points (95 %)"]
+    tops = [
+        f"{name} at w = {w:g}: {points(bench.paired(ranks[name, w] <= 5, ranks['plain', best['plain']] <= 5))}"
+        for name, w in best.items()
+        if name != "plain"
+    ]
+    head = [
+        "w",
+        "rule",
+        "first",
+        "against plain, points (95 %)",
+        "first five",
+        "against plain, points (95 %)",
+    ]
 
     def draw(axes) -> str:
         for name in RULES:
-            axes.plot(args.w, [100 * float((ranks[name, w] <= 5).double().mean()) for w in args.w], "o-", label=name)
+            axes.plot(
+                args.w,
+                [100 * float((ranks[name, w] <= 5).double().mean()) for w in args.w],
+                "o-",
+                label=name,
+            )
         axes.set(xlabel="w", ylabel="own picture among the first five, %", xscale="log")
         axes.legend()
         return "first five by rule and w"
 
     apg = Apg()
     bench.publish(
-        args, __file__, bench.command_line(argv), "Guidance",
+        args,
+        __file__,
+        bench.command_line(argv),
+        "Guidance",
         f"`{model}`, {args.captions} training captions, {args.steps} steps; rescale with phi = {Rescale().phi:g}; APG with "
         f"r = {apg.r:g}, momentum {apg.momentum:g}, eta = {apg.eta:g}. Paired bootstrap against plain guidance at the same w.",
         table(head, lines),
         f"Better than plain guidance by the interval of the first five: {', '.join(adopted) or 'none'}. Each rule at its best w "
         f"against plain at its own ({best['plain']:g}), chosen on these drawings: {'; '.join(tops)}.",
-        bench.figure(args, "guidance", draw))  # fmt: skip
+        bench.figure(args, "guidance", draw),
+    )
 
 
 if __name__ == "__main__":

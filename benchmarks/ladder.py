@@ -36,27 +36,52 @@ from pipeline.runs.folder import Run, replace
 
 CONFIG = "configs/emoji-small.yaml"
 DIFFUSERS = {  # the text-to-image example's recipe, on the network's own shape; captions are cached, as the trainer always does
-    "model.patch_size": "null", "model.whitening": "null", "model.time_embedding_dim": "null", "model.norm_groups": 32,
-    "model.text_in_time": False, "model.time_scale_shift": False, "diffusion.prediction_type": "epsilon",
-    "diffusion.beta_schedule": "linear", "train.precision": "no", "train.batch_size": 16, "train.optimizer": "adamw",
-    "train.lr": 1e-4, "train.matrix_lr": "null", "train.lr_schedule": "constant", "train.lr_end": 0.0, "train.warmup": 0,
-    "train.weighting": "simple", "train.gamma": "null", "train.ema": 0.9999,
-}  # fmt: skip
+    "model.patch_size": "null",
+    "model.whitening": "null",
+    "model.time_embedding_dim": "null",
+    "model.norm_groups": 32,
+    "model.text_in_time": False,
+    "model.time_scale_shift": False,
+    "diffusion.prediction_type": "epsilon",
+    "diffusion.beta_schedule": "linear",
+    "train.precision": "no",
+    "train.batch_size": 16,
+    "train.optimizer": "adamw",
+    "train.lr": 1e-4,
+    "train.matrix_lr": "null",
+    "train.lr_schedule": "constant",
+    "train.lr_end": 0.0,
+    "train.warmup": 0,
+    "train.weighting": "simple",
+    "train.gamma": "null",
+    "train.ema": 0.9999,
+}
 RUNGS = {  # each changes the one before
     "diffusers": {},
     "bf16": {"train.precision": "auto"},
     "patches": {"model.patch_size": 4},
     "x_0": {"diffusion.prediction_type": "sample"},
     "weight": {"train.weighting": "min_velocity", "train.gamma": 5},
-    "ema-decay": {"train.ema": 0.99, "train.lr": 8e-4, "train.lr_schedule": "flat_then_linear", "train.lr_end": 0.02,
-                  "train.warmup": 50},
-    "captions": {"model.text_in_time": True, "model.time_scale_shift": True, "model.time_embedding_dim": 512,
-                 "model.whitening": 0.02},
+    "ema-decay": {
+        "train.ema": 0.99,
+        "train.lr": 8e-4,
+        "train.lr_schedule": "flat_then_linear",
+        "train.lr_end": 0.02,
+        "train.warmup": 50,
+    },
+    "captions": {
+        "model.text_in_time": True,
+        "model.time_scale_shift": True,
+        "model.time_embedding_dim": 512,
+        "model.whitening": 0.02,
+    },
     "sigmoid": {"diffusion.beta_schedule": "sigmoid", "model.norm_groups": 8},
     "muon": {"train.optimizer": "muon", "train.matrix_lr": 4e-3, "train.batch_size": 64},
-}  # fmt: skip
+}
 PEER = "denoising-diffusion-pytorch"
-PEERS = {f"{PEER}-{width}": width for width in (64, 32)}  # its example's width; and a quarter of the weights, so more steps
+PEERS = {
+    f"{PEER}-{width}": width for width in (64, 32)
+}  # its example's width; and a quarter of the weights, so more steps
 START = "the example's recipe with --use_ema, captions cached; our dropout of captions (0.1) and warm-up of the average"
 GOAL = 0.4  # of the training captions, own picture among the first five
 CHECKS = 8  # checkpoints of a run
@@ -67,17 +92,35 @@ RESULTS = "ladder.json"  # beside the document
 def overrides(rung: str) -> dict:
     """The settings of a rung over CONFIG."""
     names = list(RUNGS)
-    return DIFFUSERS | {k: v for name in names[: names.index(rung) + 1] for k, v in RUNGS[name].items()}
+    return DIFFUSERS | {
+        k: v for name in names[: names.index(rung) + 1] for k, v in RUNGS[name].items()
+    }
 
 
-def command(rung: str, seed: int, folder: Path, steps: int, more: tuple[str, ...] = ()) -> list[str]:
+def command(
+    rung: str, seed: int, folder: Path, steps: int, more: tuple[str, ...] = ()
+) -> list[str]:
     """The training command of a rung; its arguments are checked by `settings.load`."""
     every = max(steps // CHECKS, 1)
-    options = overrides(rung) | {"name": f"{rung}-s{seed}", "output": folder, "seed": seed, "train.steps": steps,
-                                 "train.save_every": every, "train.keep": CHECKS + 2, "train.validate_every": steps,
-                                 "train.log_every": every, "sample.every": steps}  # fmt: skip
+    options = overrides(rung) | {
+        "name": f"{rung}-s{seed}",
+        "output": folder,
+        "seed": seed,
+        "train.steps": steps,
+        "train.save_every": every,
+        "train.keep": CHECKS + 2,
+        "train.validate_every": steps,
+        "train.log_every": every,
+        "sample.every": steps,
+    }
     options["train.warmup"] = min(options["train.warmup"], steps)
-    return ["train_text2img.py", "--config", CONFIG, *(f"--{name}={value}" for name, value in options.items()), *more]
+    return [
+        "train_text2img.py",
+        "--config",
+        CONFIG,
+        *(f"--{name}={value}" for name, value in options.items()),
+        *more,
+    ]
 
 
 def steps_in(minutes: float, rung: str, folder: Path) -> int:
@@ -97,15 +140,30 @@ def minutes_to_goal(checks: list[tuple[float, float]]) -> float | None:
 
 def shares(pipe, judge, bank, rows: torch.Tensor, steps: int) -> dict[str, float]:
     """How often some rows' drawings have their own picture first, and among the first five."""
-    images = [evaluate.drawn(pipe, bank.captions_of(some), w=1.0, seed=SEED + 32 * n, num_inference_steps=steps)
-              for n, some in enumerate(rows.split(32))]  # fmt: skip
-    ranks = retrieval.retrieval_ranks(judge.features(torch.cat(images)), bank.features, bank.own[rows])
-    return {name: share["share"] for name, share in retrieval.summary(ranks).items() if name != "median_rank"}
+    images = [
+        evaluate.drawn(
+            pipe, bank.captions_of(some), w=1.0, seed=SEED + 32 * n, num_inference_steps=steps
+        )
+        for n, some in enumerate(rows.split(32))
+    ]
+    ranks = retrieval.retrieval_ranks(
+        judge.features(torch.cat(images)), bank.features, bank.own[rows]
+    )
+    return {
+        name: share["share"]
+        for name, share in retrieval.summary(ranks).items()
+        if name != "median_rank"
+    }
 
 
 def way(args) -> dict:
     """What results have to share to stand in one table."""
-    return {"minutes": args.minutes, "captions": args.captions, "steps": args.steps, "machine": bench.machine()}
+    return {
+        "minutes": args.minutes,
+        "captions": args.captions,
+        "steps": args.steps,
+        "machine": bench.machine(),
+    }
 
 
 def results(path: Path) -> list[dict]:
@@ -125,31 +183,50 @@ def once(rung: str, seed: int, args) -> None:
     found = peer(PEERS[rung], seed, args) if rung in PEERS else climb(rung, seed, args)
     path = args.output.parent / RESULTS
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace(path, json.dumps([*results(path), {"rung": rung, "seed": seed, **found, "way": way(args)}], indent=1))
+    replace(
+        path,
+        json.dumps(
+            [*results(path), {"rung": rung, "seed": seed, **found, "way": way(args)}], indent=1
+        ),
+    )
     shutil.rmtree(Run(args.folder / f"{rung}-s{seed}").checkpoints, ignore_errors=True)
 
 
 def climb(rung: str, seed: int, args) -> dict:
     """One run of a rung, trained and judged."""
     run = Run(args.folder / f"{rung}-s{seed}")
-    plan = run.folder / "ladder-steps"  # a run that was stopped goes on with the steps that it began with
+    plan = (
+        run.folder / "ladder-steps"
+    )  # a run that was stopped goes on with the steps that it began with
     if not plan.is_file():
         run.folder.mkdir(parents=True, exist_ok=True)
         plan.write_text(str(steps_in(args.minutes, rung, args.folder)))
-    subprocess.run([sys.executable, *command(rung, seed, args.folder, int(plan.read_text()))], check=True)
+    subprocess.run(
+        [sys.executable, *command(rung, seed, args.folder, int(plan.read_text()))], check=True
+    )
     config, judge, bank, pipe = evaluate.finished(run.folder)
-    rows, held = torch.linspace(0, bank.n_train - 1, args.captions).long(), torch.arange(bank.n_train, len(bank.captions))
+    rows, held = (
+        torch.linspace(0, bank.n_train - 1, args.captions).long(),
+        torch.arange(bank.n_train, len(bank.captions)),
+    )
     log = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     clock = {line["step"]: line["seconds"] / 60 for line in log if "seconds" in line}
     at_end, checks = shares(pipe, judge, bank, rows, args.steps)["first_five"], []
-    for step in run.steps() if at_end >= GOAL else []:  # where the end is below it, what was before does not matter
+    for step in (
+        run.steps() if at_end >= GOAL else []
+    ):  # where the end is below it, what was before does not matter
         made = push.load_checkpoint(run, step)
         made.set_progress_bar_config(disable=True)
         checks.append((clock[step], shares(made, judge, bank, rows, args.steps)["first_five"]))
         if checks[-1][1] >= GOAL:
             break
-    return {"images": config.train.steps * config.train.batch_size, "minutes": minutes_to_goal(checks), "first_five": at_end,
-            "held_out": shares(pipe, judge, bank, held, args.steps)["first"], "taken": max(clock.values())}  # fmt: skip
+    return {
+        "images": config.train.steps * config.train.batch_size,
+        "minutes": minutes_to_goal(checks),
+        "first_five": at_end,
+        "held_out": shares(pipe, judge, bank, held, args.steps)["first"],
+        "taken": max(clock.values()),
+    }
 
 
 # ---- the peer
@@ -159,7 +236,9 @@ def installed(folder: Path) -> Path:
     """classifier_free_guidance.py where the peer was installed; an error where it was not."""
     path = folder / "denoising_diffusion_pytorch" / "classifier_free_guidance.py"
     if not path.is_file():
-        raise SystemExit(f"error: {path} does not exist: pip install --no-deps --target {folder} {PEER} einops tqdm")
+        raise SystemExit(
+            f"error: {path} does not exist: pip install --no-deps --target {folder} {PEER} einops tqdm"
+        )
     return path
 
 
@@ -187,7 +266,9 @@ def peer(width: int, seed: int, args) -> dict:
     x, classes = bank.images[: bank.n_train].float() / 255, torch.arange(bank.n_train)
     torch.manual_seed(seed)
     network = module.Unet(dim=width, num_classes=bank.n_train)
-    diffusion = module.GaussianDiffusion(network, image_size=config.data.resolution, sampling_timesteps=args.steps)
+    diffusion = module.GaussianDiffusion(
+        network, image_size=config.data.resolution, sampling_timesteps=args.steps
+    )
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, betas=(0.9, 0.99))
     ema, bf16 = EMAModel(network.parameters(), decay=0.995), build.has_bf16(torch.device("cpu"))
     rows, step, spent = torch.linspace(0, bank.n_train - 1, args.captions).long(), 0, 0.0
@@ -205,8 +286,13 @@ def peer(width: int, seed: int, args) -> dict:
             ema.step(network.parameters())
         spent += time.perf_counter() - began
     at_end = judged_peer(diffusion, ema, judge, bank, rows, bf16)
-    return {"images": 16 * step, "minutes": args.minutes if at_end >= GOAL else None, "first_five": at_end, "held_out": None,
-            "taken": spent / 60}  # fmt: skip
+    return {
+        "images": 16 * step,
+        "minutes": args.minutes if at_end >= GOAL else None,
+        "first_five": at_end,
+        "held_out": None,
+        "taken": spent / 60,
+    }
 
 
 @torch.no_grad()
@@ -218,9 +304,17 @@ def judged_peer(diffusion, ema, judge, bank, rows: torch.Tensor, bf16: bool) -> 
     diffusion.eval()
     for scale in (2.0, 6.0):  # w = 1, and the package's default
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            images = torch.cat([diffusion.sample(classes=some, cond_scale=scale) for some in rows.split(32)])
+            images = torch.cat(
+                [diffusion.sample(classes=some, cond_scale=scale) for some in rows.split(32)]
+            )
         features = judge.features(2 * images.float().clamp(0, 1) - 1)
-        found.append(float((retrieval.retrieval_ranks(features, bank.features, bank.own[rows]) <= 5).double().mean()))
+        found.append(
+            float(
+                (retrieval.retrieval_ranks(features, bank.features, bank.own[rows]) <= 5)
+                .double()
+                .mean()
+            )
+        )
     ema.restore(weights)
     diffusion.train()
     return max(found)
@@ -239,11 +333,22 @@ def row(rung: str, change: str, found: list[dict], minutes: float) -> list[str]:
     over = lambda key: [one[key] for one in found if one[key] is not None]
     spread = lambda values: f" ({min(values):.0%} to {max(values):.0%})" if len(values) > 1 else ""
     shown = lambda values: f"{mean(values):.0%}{spread(values)}" if values else "-"
-    taken = [f"{one['minutes']:.1f}" if one["minutes"] is not None else f"not in {minutes:g}" for one in found]
+    taken = [
+        f"{one['minutes']:.1f}" if one["minutes"] is not None else f"not in {minutes:g}"
+        for one in found
+    ]
     seeds = ", ".join(str(one["seed"]) for one in found)
     clock = ", ".join(f"{one['taken']:.0f}" if "taken" in one else "?" for one in found)
-    return [rung, change, seeds, f"{mean(over('images')):,.0f}", clock, ", ".join(taken), shown(over("first_five")),
-            shown(over("held_out"))]  # fmt: skip
+    return [
+        rung,
+        change,
+        seeds,
+        f"{mean(over('images')):,.0f}",
+        clock,
+        ", ".join(taken),
+        shown(over("first_five")),
+        shown(over("held_out")),
+    ]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -252,24 +357,43 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=20, help="of training, each run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     names = [*RUNGS, *PEERS]
-    parser.add_argument("--rungs", nargs="+", default=names, choices=names, metavar="NAME", help=", ".join(names))
-    parser.add_argument("--captions", type=int, default=96, help="training captions that every check draws")
+    parser.add_argument(
+        "--rungs", nargs="+", default=names, choices=names, metavar="NAME", help=", ".join(names)
+    )
+    parser.add_argument(
+        "--captions", type=int, default=96, help="training captions that every check draws"
+    )
     parser.add_argument("--steps", type=int, default=20, help="of a drawing")
     parser.add_argument("--folder", type=Path, default=Path("runs/ladder"))
-    parser.add_argument("--peers", type=Path, default=Path("data/peers"), help="where the peer was installed")
-    parser.add_argument("--dry-run", action="store_true", help="print the runs and their time, and check their settings")
+    parser.add_argument(
+        "--peers", type=Path, default=Path("data/peers"), help="where the peer was installed"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the runs and their time, and check their settings",
+    )
     args = bench.parse(parser, argv)
     args.folder /= f"{args.minutes:g}-minutes-{digest(bench.machine())[:8]}"  # a run of another way is not gone on with
     if args.dry_run or args.quick:
         for rung in (rung for rung in args.rungs if rung in RUNGS):
             load(command(rung, args.seeds[0], args.folder, 100)[1:])
-            changes = " ".join(f"{name}={value}" for name, value in RUNGS[rung].items()) or "diffusers' recipe"
-            print(f"{rung}: {changes}\n  python {' '.join(command(rung, args.seeds[0], args.folder, 100))}")
-        print(f"{len(args.rungs) * len(args.seeds)} runs of {args.minutes:g} minutes: "
-              f"{len(args.rungs) * len(args.seeds) * args.minutes / 60:.1f} hours of training, and their judging")  # fmt: skip
+            changes = (
+                " ".join(f"{name}={value}" for name, value in RUNGS[rung].items())
+                or "diffusers' recipe"
+            )
+            print(
+                f"{rung}: {changes}\n  python {' '.join(command(rung, args.seeds[0], args.folder, 100))}"
+            )
+        print(
+            f"{len(args.rungs) * len(args.seeds)} runs of {args.minutes:g} minutes: "
+            f"{len(args.rungs) * len(args.seeds) * args.minutes / 60:.1f} hours of training, and their judging"
+        )
         return
     there = {(one["rung"], one["seed"]) for one in known(args)}
-    if any(rung in PEERS and (rung, seed) not in there for rung in args.rungs for seed in args.seeds):
+    if any(
+        rung in PEERS and (rung, seed) not in there for rung in args.rungs for seed in args.seeds
+    ):
         installed(args.peers)  # where it is not, that is said before hours of training
     for seed in args.seeds:
         for rung in args.rungs:
@@ -279,21 +403,49 @@ def main(argv: list[str] | None = None) -> None:
     found, lines = {name: some for name, some in found.items() if some}, []
     for rung, some in found.items():
         change = ", ".join(f"{name} {value}" for name, value in RUNGS.get(rung, {}).items())
-        change = change or (f"width {PEERS[rung]}, captions as classes, in pixels" if rung in PEERS else START)
+        change = change or (
+            f"width {PEERS[rung]}, captions as classes, in pixels" if rung in PEERS else START
+        )
         lines.append(row(rung, change, some, args.minutes))
-    head = ["rung", "change", "seeds", "images", "minutes taken", f"minutes to {GOAL:.0%}, each seed", "first five at the end",
-            "held-out first"]  # fmt: skip
+    head = [
+        "rung",
+        "change",
+        "seeds",
+        "images",
+        "minutes taken",
+        f"minutes to {GOAL:.0%}, each seed",
+        "first five at the end",
+        "held-out first",
+    ]
     goals = []
-    if (theirs := [rung for rung in found if rung in PEERS]) and (ours := [rung for rung in found if rung in RUNGS]):
+    if (theirs := [rung for rung in found if rung in PEERS]) and (
+        ours := [rung for rung in found if rung in RUNGS]
+    ):
         rate = lambda rung: mean(one["first_five"] for one in found[rung])
         best = max(theirs, key=rate)  # where it has none at all, one picture is counted
-        goals = [target(f"{ours[-1]}'s first five over {best}'s", rate(ours[-1]) / max(rate(best), 1 / args.captions), 2)]
-    said = (f"Each run has as many steps as fit in {args.minutes:g} minutes by one timed step, the peer as fit by the clock; "
-            f"{CONFIG}'s data; {args.captions} training captions in {args.steps} steps, w = 1, averaged weights, {precision()}. "
-            "Brackets hold the lowest and the highest seed; a row of one or two is a lead. Minutes taken are the clock's, "
-            "whatever else ran. A row's change comes on top of those of all rungs before it, measured or not, bf16 where the "
-            "machine has it. What encoding anew at every step costs is in the section on training.")  # fmt: skip
-    bench.publish(args, __file__, bench.command_line(argv), "Ladder", said, table(head, lines), "\n".join(goals))
+        goals = [
+            target(
+                f"{ours[-1]}'s first five over {best}'s",
+                rate(ours[-1]) / max(rate(best), 1 / args.captions),
+                2,
+            )
+        ]
+    said = (
+        f"Each run has as many steps as fit in {args.minutes:g} minutes by one timed step, the peer as fit by the clock; "
+        f"{CONFIG}'s data; {args.captions} training captions in {args.steps} steps, w = 1, averaged weights, {precision()}. "
+        "Brackets hold the lowest and the highest seed; a row of one or two is a lead. Minutes taken are the clock's, "
+        "whatever else ran. A row's change comes on top of those of all rungs before it, measured or not, bf16 where the "
+        "machine has it. What encoding anew at every step costs is in the section on training."
+    )
+    bench.publish(
+        args,
+        __file__,
+        bench.command_line(argv),
+        "Ladder",
+        said,
+        table(head, lines),
+        "\n".join(goals),
+    )
 
 
 if __name__ == "__main__":

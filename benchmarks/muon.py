@@ -43,7 +43,9 @@ class Timed:
         """Note the errors of now: of the loss, and of x_0 at the noisiest timestep of the grid."""
         parts = self.trainer.parts
         with train_text2img.averaged(self.trainer.ema, parts.unet):
-            found = train_text2img.validate(self.trainer.predict, parts, self.trainer.config, stop=False)
+            found = train_text2img.validate(
+                self.trainer.predict, parts, self.trainer.config, stop=False
+            )
         noisiest = max(found["train_x_0_error"])
         held = found.get("held_out_x_0_error", {}).get(noisiest)
         self.curve[self.images] = (found["train_loss"], found["train_x_0_error"][noisiest], held)
@@ -52,7 +54,12 @@ class Timed:
 def race(file: str, batch: int, seconds: float, every: int) -> dict[str, Timed]:
     """Both optimisers at one batch size, until each has trained for so many seconds; measured every `every` images."""
     bf16 = build.has_bf16(torch.device("cpu"))
-    runs = {name: Timed(configured(file, batch, name, lr_schedule="constant", warmup=50, steps=100_000), bf16) for name in NAMES}
+    runs = {
+        name: Timed(
+            configured(file, batch, name, lr_schedule="constant", warmup=50, steps=100_000), bf16
+        )
+        for name in NAMES
+    }
     while waiting := [run for run in runs.values() if sum(run.seconds) < seconds]:
         for run in waiting:
             run.step()
@@ -71,9 +78,13 @@ def cells(found: tuple) -> list[str]:
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = bench.parser(__doc__)
-    parser.add_argument("--config", default=DEFAULT, help="one that trains by Muon: its matrix_lr is used")
+    parser.add_argument(
+        "--config", default=DEFAULT, help="one that trains by Muon: its matrix_lr is used"
+    )
     parser.add_argument("--batch", type=int, nargs="+", default=[32, 128])
-    parser.add_argument("--seconds", type=float, default=60, help="of training, for each optimiser and batch size")
+    parser.add_argument(
+        "--seconds", type=float, default=60, help="of training, for each optimiser and batch size"
+    )
     parser.add_argument("--every", type=int, default=1280, help="images between two measurements")
     args = bench.parse(parser, argv)
     if args.quick:
@@ -86,8 +97,17 @@ def main(argv: list[str] | None = None) -> None:
         shared = max(set.intersection(*(set(run.curve) for run in runs.values())))
         for name, run in runs.items():
             at_end = run.curve[run.images]
-            rows.append([batch, name, spread(run.seconds, ".2f"), f"{run.images:,}", *cells(at_end), f"{shared:,}",
-                         *cells(run.curve[shared])])  # fmt: skip
+            rows.append(
+                [
+                    batch,
+                    name,
+                    spread(run.seconds, ".2f"),
+                    f"{run.images:,}",
+                    *cells(at_end),
+                    f"{shared:,}",
+                    *cells(run.curve[shared]),
+                ]
+            )
             curves[f"{name}, batch {batch}"] = {n: found[1] for n, found in run.curve.items()}
         limits = f"What limits a step by Muon, batch {batch}, by torch's profiler: {bench.where(runs['muon'].trainer.step, 8)}."
 
@@ -98,12 +118,30 @@ def main(argv: list[str] | None = None) -> None:
         axes.legend()
         return "AdamW and Muon by images seen"
 
-    head = ["batch", "", "s a step", f"images in {args.seconds:g} s", "loss", "x_0 error", "held out", "at equal images", "loss",
-            "x_0 error", "held out"]  # fmt: skip
-    bench.publish(args, __file__, bench.command_line(argv), "AdamW and Muon",
-                   f"`{args.config}`, one seed: a lead. Errors of the averaged weights on a fixed grid; x_0 errors are those at "
-                   "its noisiest timestep, where only the caption says what the picture is.", table(head, rows), limits,
-                   bench.figure(args, "muon", draw))  # fmt: skip
+    head = [
+        "batch",
+        "",
+        "s a step",
+        f"images in {args.seconds:g} s",
+        "loss",
+        "x_0 error",
+        "held out",
+        "at equal images",
+        "loss",
+        "x_0 error",
+        "held out",
+    ]
+    bench.publish(
+        args,
+        __file__,
+        bench.command_line(argv),
+        "AdamW and Muon",
+        f"`{args.config}`, one seed: a lead. Errors of the averaged weights on a fixed grid; x_0 errors are those at "
+        "its noisiest timestep, where only the caption says what the picture is.",
+        table(head, rows),
+        limits,
+        bench.figure(args, "muon", draw),
+    )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,13 @@ from statistics import median
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline, UniPCMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UniPCMultistepScheduler,
+)
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import bench
@@ -44,17 +50,33 @@ def opened(model: str | None, config: str) -> tuple[TextToImagePipeline, str]:
         tokenizer, encoder = build.text_encoder(chosen.model.text_encoder)
         torch.manual_seed(0)
         unet = build.unet(chosen, encoder.config.hidden_size).eval()
-        pipe, name = build.pipeline(chosen, unet, tokenizer, encoder, None), f"random weights in the shape of `{config}`"
+        pipe, name = (
+            build.pipeline(chosen, unet, tokenizer, encoder, None),
+            f"random weights in the shape of `{config}`",
+        )
     pipe.set_progress_bar_config(disable=True)
     side, weights = pipe.unet.config.sample_size, build.count(list(pipe.unet.parameters()))
-    return pipe, f"{name}: {weights / 1e6:.1f} M weights, {side} x {side} x {pipe.unet.config.in_channels}"
+    return (
+        pipe,
+        f"{name}: {weights / 1e6:.1f} M weights, {side} x {side} x {pipe.unet.config.in_channels}",
+    )
 
 
 def stock(pipe: TextToImagePipeline) -> StableDiffusionPipeline:
     """diffusers' own pipeline and DDPM scheduler around the same network and autoencoder; it draws from caption states."""
-    plain = DDPMScheduler(steps_offset=1, clip_sample=False)  # what its constructor does not rewrite
-    theirs = StableDiffusionPipeline(pipe.vae or PatchAutoencoder(1), None, None, pipe.unet, plain, None, None,
-                                     requires_safety_checker=False)  # fmt: skip
+    plain = DDPMScheduler(
+        steps_offset=1, clip_sample=False
+    )  # what its constructor does not rewrite
+    theirs = StableDiffusionPipeline(
+        pipe.vae or PatchAutoencoder(1),
+        None,
+        None,
+        pipe.unet,
+        plain,
+        None,
+        None,
+        requires_safety_checker=False,
+    )
     theirs.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     theirs.set_progress_bar_config(disable=True)
     return theirs
@@ -73,8 +95,13 @@ class Contenders:
         self.captions, self.empty = pipe.encode_prompt([f"a red heart {i}" for i in range(batch)])
         c, size = pipe.unet.config.in_channels, pipe.unet.config.sample_size
         self.x_T = torch.randn(batch, c, size, size, generator=torch.Generator().manual_seed(0))
-        self.request = {"prompt_embeds": self.captions, "negative_prompt_embeds": self.empty, "num_inference_steps": steps,
-                        "latents": self.x_T, "output_type": "np"}  # fmt: skip
+        self.request = {
+            "prompt_embeds": self.captions,
+            "negative_prompt_embeds": self.empty,
+            "num_inference_steps": steps,
+            "latents": self.x_T,
+            "output_type": "np",
+        }
         self.w, scheduler = w, copy.deepcopy(pipe.scheduler)
         scheduler.set_timesteps(steps)
         self.timesteps = scheduler.timesteps
@@ -86,12 +113,16 @@ class Contenders:
     def ours(self, w=None) -> np.ndarray:
         """By this project's pipeline."""
         with precision(self.bf16):
-            return self.pipe(**self.request, w=self.w if w is None else w, generator=self.generators()).images
+            return self.pipe(
+                **self.request, w=self.w if w is None else w, generator=self.generators()
+            ).images
 
     def stocks(self) -> np.ndarray:
         """By diffusers' pipeline."""
         with precision(self.bf16):
-            return self.theirs(**self.request, guidance_scale=1 + self.w, generator=self.generators()).images
+            return self.theirs(
+                **self.request, guidance_scale=1 + self.w, generator=self.generators()
+            ).images
 
     @torch.no_grad()
     def bare(self, doubled: bool = True) -> None:
@@ -107,54 +138,110 @@ class Contenders:
         return middle_half(self.pipe.scheduler, self.timesteps, self.w)
 
 
-def middle_half(scheduler: DDPMScheduler, timesteps: torch.Tensor, w: float) -> tuple[Callable, float]:
+def middle_half(
+    scheduler: DDPMScheduler, timesteps: torch.Tensor, w: float
+) -> tuple[Callable, float]:
     """Guidance between the noise levels of a plan's quartiles, and the share of the steps that it guides."""
     levels, n = [noise_level(scheduler, t) for t in timesteps], len(timesteps)
     lo, hi = levels[n - 1 - n // 4], levels[n // 4]
     return interval(w, lo, hi), sum(lo <= level <= hi for level in levels) / n
 
 
-def speed(pipe: TextToImagePipeline, batches: list[int], steps: int, repeats: int, w: float) -> tuple[str, list[str]]:
+def speed(
+    pipe: TextToImagePipeline, batches: list[int], steps: int, repeats: int, w: float
+) -> tuple[str, list[str]]:
     """The table of time per image, with the cost k of the doubled call, and what it says of the goals."""
     rows, goals = [], []
     for bf16 in dict.fromkeys([False, build.has_bf16(torch.device("cpu"))]):
         for batch in batches:
             some = Contenders(pipe, batch, steps, w, bf16)
             apart = float(np.abs(some.ours() - some.stocks()).max())
-            if not bf16 and apart > LEVEL:  # bf16: stock draws its noise in the network's dtype, ours in the sample's
-                raise AssertionError(f"ours and stock differ by {255 * apart:.2f}/255 at batch {batch}, expected 1/255 at most")
+            if (
+                not bf16 and apart > LEVEL
+            ):  # bf16: stock draws its noise in the network's dtype, ours in the sample's
+                raise AssertionError(
+                    f"ours and stock differ by {255 * apart:.2f}/255 at batch {batch}, expected 1/255 at most"
+                )
             guided, share = some.half()
-            seconds = bench.in_turns({
-                "ours": some.ours, "stock": some.stocks, "bare": some.bare, "single": lambda: some.bare(doubled=False),
-                "half": lambda: some.ours(guided)}, repeats)  # fmt: skip
+            seconds = bench.in_turns(
+                {
+                    "ours": some.ours,
+                    "stock": some.stocks,
+                    "bare": some.bare,
+                    "single": lambda: some.bare(doubled=False),
+                    "half": lambda: some.ours(guided),
+                },
+                repeats,
+            )
             k = median(ratios(seconds["bare"], seconds["single"]))
             bound = ratios(seconds["bare"], seconds["ours"])
-            theirs, faster = ratios(seconds["stock"], seconds["ours"]), ratios(seconds["ours"], seconds["half"])
-            best, case = k / (share * k + 1 - share), f"{'bf16' if bf16 else 'float32'}, batch {batch}"
-            rows.append([case, spread(seconds["ours"], ".1f", 1000 / batch), spread(theirs), spread(bound), f"{k:.2f}",
-                         f"{spread(faster)} of {best:.2f}", f"{255 * apart:.2f}/255" if not bf16 else "-"])  # fmt: skip
-            goals += [target(f"share of the bound, {case}", median(bound), 0.95),
-                      target(f"stock / ours, {case}", median(theirs), 1),
-                      target(f"the interval's share of what k allows, {case}", median(faster) / best, 0.9)]  # fmt: skip
-    head = ["", "ours, ms an image", "stock / ours", "bare calls / ours", "k", "guidance in half the steps: speed-up",
-            "largest pixel difference"]  # fmt: skip
+            theirs, faster = (
+                ratios(seconds["stock"], seconds["ours"]),
+                ratios(seconds["ours"], seconds["half"]),
+            )
+            best, case = (
+                k / (share * k + 1 - share),
+                f"{'bf16' if bf16 else 'float32'}, batch {batch}",
+            )
+            rows.append(
+                [
+                    case,
+                    spread(seconds["ours"], ".1f", 1000 / batch),
+                    spread(theirs),
+                    spread(bound),
+                    f"{k:.2f}",
+                    f"{spread(faster)} of {best:.2f}",
+                    f"{255 * apart:.2f}/255" if not bf16 else "-",
+                ]
+            )
+            goals += [
+                target(f"share of the bound, {case}", median(bound), 0.95),
+                target(f"stock / ours, {case}", median(theirs), 1),
+                target(
+                    f"the interval's share of what k allows, {case}", median(faster) / best, 0.9
+                ),
+            ]
+    head = [
+        "",
+        "ours, ms an image",
+        "stock / ours",
+        "bare calls / ours",
+        "k",
+        "guidance in half the steps: speed-up",
+        "largest pixel difference",
+    ]
     return table(head, rows), goals
 
 
 # ---- cheaper sampling, judged
 
 
-def cheaper(pipe: TextToImagePipeline, w: float, steps: int) -> dict[str, tuple[TextToImagePipeline, dict, bool]]:
+def cheaper(
+    pipe: TextToImagePipeline, w: float, steps: int
+) -> dict[str, tuple[TextToImagePipeline, dict, bool]]:
     """Ways to draw, by name: a pipeline, its call's arguments, whether in bf16. The first is what the others are held against."""
-    parts, kept = pipe.components, {name: pipe.config[name] for name in ("caption_length", "caption_dropout", "w")}
+    parts, kept = (
+        pipe.components,
+        {name: pipe.config[name] for name in ("caption_length", "caption_dropout", "w")},
+    )
     own, bf16 = pipe.scheduler, build.has_bf16(torch.device("cpu"))
 
     def by(kind, **changes):
         # trained_betas: stock solvers do not know every beta schedule; thresholding at 1: how they clip x_0
         same = ("num_train_timesteps", "prediction_type", "clip_sample", "timestep_spacing")
-        changes = {name: own.config[name] for name in same} | {"trained_betas": own.betas.tolist()} | changes
-        changes |= {"thresholding": own.config.clip_sample, "sample_max_value": 1.0} if kind in SOLVERS else {}
-        made = TextToImagePipeline(**{**parts, "scheduler": kind.from_config(own.config, **changes)}, **kept)
+        changes = (
+            {name: own.config[name] for name in same}
+            | {"trained_betas": own.betas.tolist()}
+            | changes
+        )
+        changes |= (
+            {"thresholding": own.config.clip_sample, "sample_max_value": 1.0}
+            if kind in SOLVERS
+            else {}
+        )
+        made = TextToImagePipeline(
+            **{**parts, "scheduler": kind.from_config(own.config, **changes)}, **kept
+        )
         made.set_progress_bar_config(disable=True)
         return made
 
@@ -173,18 +260,32 @@ def cheaper(pipe: TextToImagePipeline, w: float, steps: int) -> dict[str, tuple[
     for eta in (1, 0.5, 0):
         ways[f"{few} steps, eta = {eta}"] = (pipe, {"num_inference_steps": few, "eta": eta}, bf16)
     for spacing in ("linspace", "leading"):
-        ways[f"{few} steps, {spacing}"] = (by(type(own), timestep_spacing=spacing), {"num_inference_steps": few}, bf16)
+        ways[f"{few} steps, {spacing}"] = (
+            by(type(own), timestep_spacing=spacing),
+            {"num_inference_steps": few},
+            bf16,
+        )
     for kind in (DDIMScheduler, *SOLVERS):
         name = kind.__name__.removesuffix("Scheduler").removesuffix("Multistep")
         ways[f"{fewer} steps, {name}"] = (by(kind), {"num_inference_steps": fewer}, bf16)
-    ways[f"{few} steps, DPMSolver, middle half"] = (by(SOLVERS[0]), {"num_inference_steps": few, "w": middle}, bf16)
-    return {name: (made, {"w": w} | call, wide) for name, (made, call, wide) in ways.items() if bf16 or "bf16" not in name}
+    ways[f"{few} steps, DPMSolver, middle half"] = (
+        by(SOLVERS[0]),
+        {"num_inference_steps": few, "w": middle},
+        bf16,
+    )
+    return {
+        name: (made, {"w": w} | call, wide)
+        for name, (made, call, wide) in ways.items()
+        if bf16 or "bf16" not in name
+    }
 
 
 SOLVERS = (DPMSolverMultistepScheduler, UniPCMultistepScheduler)
 
 
-def judged(folder: Path, captions: int, w: float, steps: int, batch: int, doc) -> tuple[str, list[str], str]:
+def judged(
+    folder: Path, captions: int, w: float, steps: int, batch: int, doc
+) -> tuple[str, list[str], str]:
     """The table of judged ways to draw, what it says of the goal, and its figure. All ways draw a batch before the next."""
     _config, judge, bank, pipe = evaluate.finished(folder)
     rows = dataset.evenly(captions, bank.n_train)
@@ -193,12 +294,21 @@ def judged(folder: Path, captions: int, w: float, steps: int, batch: int, doc) -
     for start in range(0, len(prompts), batch):
         for name, (made, call, bf16) in ways.items():
             began = time.perf_counter()
-            with precision(bf16), warnings.catch_warnings(action="ignore"):  # leading: that it starts from no pure noise
-                drawn = made(prompts[start : start + batch], seed=SEED + start, output_type="pt", **call).images
+            with (
+                precision(bf16),
+                warnings.catch_warnings(action="ignore"),
+            ):  # leading: that it starts from no pure noise
+                drawn = made(
+                    prompts[start : start + batch], seed=SEED + start, output_type="pt", **call
+                ).images
             seconds[name].append(time.perf_counter() - began)
             images[name].append(dataset.as_uint8(drawn))
-    ranks = {name: retrieval.retrieval_ranks(judge.features(torch.cat(some)), bank.features, bank.own[rows])
-             for name, some in images.items()}  # fmt: skip
+    ranks = {
+        name: retrieval.retrieval_ranks(
+            judge.features(torch.cat(some)), bank.features, bank.own[rows]
+        )
+        for name, some in images.items()
+    }
     first = next(iter(ways))
     lines, equal, places = [], {}, {}
     for name, found in ranks.items():
@@ -207,20 +317,45 @@ def judged(folder: Path, captions: int, w: float, steps: int, batch: int, doc) -
         if five[1] >= -MARGIN and name != first:
             equal[name] = median(faster)
         places[name] = (median(faster), summary["first_five"]["share"])
-        lines.append([name, spread(faster), f"{summary['first']['share']:.1%}", points(top),
-                      f"{summary['first_five']['share']:.1%}", points(five)])  # fmt: skip
-    head = ["way to draw", "speed-up", "first", "difference, points (95 %)", "first five", "difference, points (95 %)"]
+        lines.append(
+            [
+                name,
+                spread(faster),
+                f"{summary['first']['share']:.1%}",
+                points(top),
+                f"{summary['first_five']['share']:.1%}",
+                points(five),
+            ]
+        )
+    head = [
+        "way to draw",
+        "speed-up",
+        "first",
+        "difference, points (95 %)",
+        "first five",
+        "difference, points (95 %)",
+    ]
     best = max(equal, key=equal.get, default=first)
-    goal = target(f"fastest way whose first five are at most {100 * MARGIN:g} points fewer, by the whole interval ({best})",
-                  equal.get(best, 1.0), 3)  # fmt: skip
-    return table(head, lines), [goal], bench.figure(doc, "sampling", functools.partial(plot, places))
+    goal = target(
+        f"fastest way whose first five are at most {100 * MARGIN:g} points fewer, by the whole interval ({best})",
+        equal.get(best, 1.0),
+        3,
+    )
+    return (
+        table(head, lines),
+        [goal],
+        bench.figure(doc, "sampling", functools.partial(plot, places)),
+    )
 
 
 def plot(places: dict[str, tuple[float, float]], axes) -> str:
     """Every way at its (speed-up, share of first fives); the first is what the others are compared with."""
     for n, (name, (x, y)) in enumerate(places.items()):
         axes.plot(x, 100 * y, "o^"[n // 10 % 2], label=name)  # ten colours
-    axes.set(xlabel=f"speed-up against {next(iter(places))}", ylabel="own picture among the first five, %")
+    axes.set(
+        xlabel=f"speed-up against {next(iter(places))}",
+        ylabel="own picture among the first five, %",
+    )
     axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return "judged quality against speed"
 
@@ -228,13 +363,18 @@ def plot(places: dict[str, tuple[float, float]], axes) -> str:
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = bench.parser(__doc__)
-    parser.add_argument("--model", help="a run's folder or a saved pipeline's (default: the newest run, else pretrained/emoji)")
+    parser.add_argument(
+        "--model",
+        help="a run's folder or a saved pipeline's (default: the newest run, else pretrained/emoji)",
+    )
     parser.add_argument("--config", default=DEFAULT, help="the shape of the random weights")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--steps", type=int, default=25, help="of the timed calls")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--w", type=float, default=1.0)
-    parser.add_argument("--captions", type=int, default=192, help="training captions to judge on; 0 judges nothing")
+    parser.add_argument(
+        "--captions", type=int, default=192, help="training captions to judge on; 0 judges nothing"
+    )
     args = bench.parse(parser, argv)
     if args.quick:
         args.batch, args.steps, args.repeats, args.captions = [1, 2], 4, 2, min(args.captions, 6)
@@ -242,16 +382,29 @@ def main(argv: list[str] | None = None) -> None:
     pipe, name = opened(args.model, args.config)
     timed, goals = speed(pipe, args.batch, args.steps, args.repeats, args.w)
     some = Contenders(pipe, max(args.batch), 2, args.w, build.has_bf16(pipe.device))
-    limits = (f"What limits it, at batch {max(args.batch)} in {'bf16' if some.bf16 else 'float32'}, by torch's profiler: "
-              f"{bench.where(some.ours)}.")  # fmt: skip
-    paragraphs = [f"{name}; w = {args.w:g}; the timed calls take {args.steps} steps. Medians of {args.repeats} turns, with the "
-                  "least and the greatest; k is a doubled call's time over a single one's.", timed, "\n".join(goals), limits]
+    limits = (
+        f"What limits it, at batch {max(args.batch)} in {'bf16' if some.bf16 else 'float32'}, by torch's profiler: "
+        f"{bench.where(some.ours)}."
+    )
+    paragraphs = [
+        f"{name}; w = {args.w:g}; the timed calls take {args.steps} steps. Medians of {args.repeats} turns, with the "
+        "least and the greatest; k is a doubled call's time over a single one's.",
+        timed,
+        "\n".join(goals),
+        limits,
+    ]
     model = args.model or push.newest(finished=True)
     if args.captions and model is not None:
-        rows, goals, picture = judged(Path(model), args.captions, args.w, 8 if args.quick else 50, 32, args)
-        paragraphs += [f"Cheaper ways to draw {args.captions} training captions, 32 at a time, which every way draws before "
-                       "the next 32: own picture first and among the first five, by the judge; paired against the first row.",
-                       rows, "\n".join(goals), picture]  # fmt: skip
+        rows, goals, picture = judged(
+            Path(model), args.captions, args.w, 8 if args.quick else 50, 32, args
+        )
+        paragraphs += [
+            f"Cheaper ways to draw {args.captions} training captions, 32 at a time, which every way draws before "
+            "the next 32: own picture first and among the first five, by the judge; paired against the first row.",
+            rows,
+            "\n".join(goals),
+            picture,
+        ]
     bench.publish(args, __file__, bench.command_line(argv), "Sampling", *paragraphs)
 
 

@@ -38,7 +38,9 @@ def main() -> None:
     with app.own_files(), sync_playwright() as playwright:
         demo = app.build_demo(Shelf(ROOT / "pretrained" / "emoji"))
         _app, address, _share = app.serve(demo, prevent_thread_lock=True, quiet=True)
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox"]
+        )
         for name, show, whole in (("page-create", create, False), ("page-walk", walk, True)):
             page = browser.new_page(viewport={"width": WIDTH, "height": 860}, color_scheme="light")
             page.goto(address)

@@ -58,7 +58,9 @@ def step_of(config: Config, batch: int, bf16: bool, fused_attention: bool):
         x_t = scheduler.add_noise(x_0, eps, t).to(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             output = unet(x_t, t, encoder_hidden_states=captions, return_dict=False)[0]
-        losses.training_loss(scheduler, output.float(), x_0, eps, t, config.train.weighting, config.train.gamma).mean().backward()
+        losses.training_loss(
+            scheduler, output.float(), x_0, eps, t, config.train.weighting, config.train.gamma
+        ).mean().backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), config.train.clip)
         optimizer.step()
         optimizer.zero_grad()
@@ -71,15 +73,24 @@ def measure(config: Config, batches: list[int], fused_attention: bool) -> None:
     """The table of one precision."""
     bf16 = build.has_bf16(torch.device("cpu"))
     dtype = torch.bfloat16 if bf16 else torch.float32
-    print(f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, {dtype}", flush=True)
+    print(
+        f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, {dtype}",
+        flush=True,
+    )
     for batch in batches:
         step, size = step_of(config, batch, bf16, fused_attention)
         with FlopCounterMode(display=False) as counter:
             step()
         seconds, rate = timed(step, 7), bench.matmul_rate(dtype)
-        flops, memory = counter.get_total_flops() / seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(f"  batch {batch:3d}: {batch / seconds:6.1f} images/s, {flops / 1e9:5.0f} of {rate / 1e9:.0f} GFLOP/s "
-              f"({flops / rate:.0%} of the matmul rate), {memory:.1f} GiB, {size / 1e6:.1f} M weights", flush=True)  # fmt: skip
+        flops, memory = (
+            counter.get_total_flops() / seconds,
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        )
+        print(
+            f"  batch {batch:3d}: {batch / seconds:6.1f} images/s, {flops / 1e9:5.0f} of {rate / 1e9:.0f} GFLOP/s "
+            f"({flops / rate:.0%} of the matmul rate), {memory:.1f} GiB, {size / 1e6:.1f} M weights",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -87,8 +98,14 @@ def main() -> None:
     parser.add_argument("--config", default=DEFAULT)
     parser.add_argument("--batch", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument("--alone", action="store_true", help="this precision only")
-    parser.add_argument("--stock-malloc", action="store_true", help="without what the script tells glibc, to compare")
-    parser.add_argument("--fused-attention", action="store_true", help="torch's own attention kernel, to compare")
+    parser.add_argument(
+        "--stock-malloc",
+        action="store_true",
+        help="without what the script tells glibc, to compare",
+    )
+    parser.add_argument(
+        "--fused-attention", action="store_true", help="torch's own attention kernel, to compare"
+    )
     args = parser.parse_args()
     torch.set_num_threads(bench.cores())
     if not args.stock_malloc:
@@ -97,8 +114,15 @@ def main() -> None:
         measure(load_file(args.config), args.batch, args.fused_attention)
         return
     print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}", flush=True)
-    for more in ({}, {"ATEN_CPU_CAPABILITY": "avx2"}):  # a process each: a child's peak memory begins with its parent's
-        subprocess.run([sys.executable, __file__, "--alone", *sys.argv[1:]], env={**os.environ, **more}, check=True)
+    for more in (
+        {},
+        {"ATEN_CPU_CAPABILITY": "avx2"},
+    ):  # a process each: a child's peak memory begins with its parent's
+        subprocess.run(
+            [sys.executable, __file__, "--alone", *sys.argv[1:]],
+            env={**os.environ, **more},
+            check=True,
+        )
 
 
 if __name__ == "__main__":

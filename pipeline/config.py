@@ -20,17 +20,27 @@ PREDICTIONS = ("epsilon", "sample", "v_prediction")
 SPACINGS = ("leading", "linspace", "trailing")
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
 WEIGHTINGS = ("simple", "min_snr", "velocity", "min_velocity", "x_0")
-WEIGHTED_BY_SNR = ("simple", "min_snr")  # nothing where SNR = 0, unless the network predicts epsilon
+WEIGHTED_BY_SNR = (
+    "simple",
+    "min_snr",
+)  # nothing where SNR = 0, unless the network predicts epsilon
 METHODS = ("full", "lora")
 OPTIMIZERS = ("adamw", "muon")
 LR_SCHEDULES = ("constant", "linear", "cosine", "flat_then_linear")
 PRECISIONS = ("auto", "no", "bf16", "fp16")
 CHOICES = {
-    "data.missing_caption": ("empty", "skip"), "data.crop": ("center", "random"), "diffusion.beta_schedule": SCHEDULES,
-    "diffusion.prediction_type": PREDICTIONS, "diffusion.variance_type": VARIANCES, "diffusion.timestep_spacing": SPACINGS,
-    "train.method": METHODS, "train.optimizer": OPTIMIZERS, "train.lr_schedule": LR_SCHEDULES, "train.weighting": WEIGHTINGS,
+    "data.missing_caption": ("empty", "skip"),
+    "data.crop": ("center", "random"),
+    "diffusion.beta_schedule": SCHEDULES,
+    "diffusion.prediction_type": PREDICTIONS,
+    "diffusion.variance_type": VARIANCES,
+    "diffusion.timestep_spacing": SPACINGS,
+    "train.method": METHODS,
+    "train.optimizer": OPTIMIZERS,
+    "train.lr_schedule": LR_SCHEDULES,
+    "train.weighting": WEIGHTINGS,
     "train.precision": PRECISIONS,
-}  # fmt: skip
+}
 
 
 class ConfigError(ValueError):
@@ -49,17 +59,25 @@ class DataConfig:
     subset: str | None = None  # of a Hub data set that has several
     revision: str | None = None  # of a Hub data set: a branch, a tag or a commit
     split: str = "train"  # the split that is trained on; a table's may be a slice: train[:95%]
-    held_out: str | None = "test"  # the split of the validation loss and of the judge's combinations
+    held_out: str | None = (
+        "test"  # the split of the validation loss and of the judge's combinations
+    )
     image_column: str | None = None  # None: the only one that holds images
-    caption_column: str | tuple[str, ...] | None = None  # None: caption or text; several: every step draws one of a row's
-    missing_caption: str = "empty"  # what an image without a caption is: unconditional, or left out (skip)
+    caption_column: str | tuple[str, ...] | None = (
+        None  # None: caption or text; several: every step draws one of a row's
+    )
+    missing_caption: str = (
+        "empty"  # what an image without a caption is: unconditional, or left out (skip)
+    )
     streaming: bool = False  # read a table while training, instead of before
     shuffle_buffer: int = 1000  # rows of a stream that are mixed at a time
     flip: bool = False  # show half of the examples mirrored, drawn anew every step
     crop: str = "center"  # the square that is kept of a picture: its middle, or one anywhere (random), the same at every start
     resolution: int = 64  # pixels a side; pictures are cropped to a square and scaled to it
     caption_length: int = 16  # tokens; longer captions are cut, and counted
-    caption_dropout: float = 0.1  # (14): the share of captions replaced by the empty one, drawn anew every step
+    caption_dropout: float = (
+        0.1  # (14): the share of captions replaced by the empty one, drawn anew every step
+    )
     max_broken: float = 0.05  # more unreadable rows than this share end the run before it starts
     cache: str = "data"  # where prepared data and embedded sets are kept, for all runs
 
@@ -74,11 +92,24 @@ class DataConfig:
             *one_of("data.missing_caption", self.missing_caption),
             *one_of("data.crop", self.crop),
         ]
-        columns = (self.caption_column,) if isinstance(self.caption_column, str) else self.caption_column
-        if columns is not None and (not columns or not all(columns) or len(set(columns)) < len(columns)):
-            found.append(f"data.caption_column must be a column's name or several different ones, got {self.caption_column!r}")
-        sliced = [name for name in ("split", "held_out") if self.streaming and "[" in (getattr(self, name) or "")]
-        found += [f"data.{name} must be a whole split while data.streaming is on, got {getattr(self, name)}" for name in sliced]
+        columns = (
+            (self.caption_column,) if isinstance(self.caption_column, str) else self.caption_column
+        )
+        if columns is not None and (
+            not columns or not all(columns) or len(set(columns)) < len(columns)
+        ):
+            found.append(
+                f"data.caption_column must be a column's name or several different ones, got {self.caption_column!r}"
+            )
+        sliced = [
+            name
+            for name in ("split", "held_out")
+            if self.streaming and "[" in (getattr(self, name) or "")
+        ]
+        found += [
+            f"data.{name} must be a whole split while data.streaming is on, got {getattr(self, name)}"
+            for name in sliced
+        ]
         return found
 
 
@@ -86,17 +117,29 @@ class DataConfig:
 class ModelConfig:
     """The denoiser, diffusers' UNet2DConditionModel, with a frozen text encoder; or a pretrained model as it is."""
 
-    pretrained: str | None = None  # a folder or Hub id to go on from, Stable Diffusion's format or ours; it brings all of these
+    pretrained: str | None = (
+        None  # a folder or Hub id to go on from, Stable Diffusion's format or ours; it brings all of these
+    )
     patch_size: int | None = None  # None: pixels; p: lossless p x p patches (PatchAutoencoder)
-    channels: tuple[int, ...] = (64, 128, 256)  # of each level of the UNet, at half the resolution of the one before
+    channels: tuple[int, ...] = (
+        64,
+        128,
+        256,
+    )  # of each level of the UNet, at half the resolution of the one before
     layers: int = 1  # residual blocks a level on the way down, one more on the way up
-    attention: tuple[bool, ...] = (False, False, True)  # which levels attend to the caption and to themselves
+    attention: tuple[bool, ...] = (
+        False,
+        False,
+        True,
+    )  # which levels attend to the caption and to themselves
     heads: int = 8  # of each attention
     norm_groups: int = 32  # of the group norms: fewer are as good here, and faster on a CPU
     text_in_time: bool = True  # captions also steer the time embedding (addition_embed_type="text")
     time_scale_shift: bool = True  # the time embedding scales and shifts (FiLM); false: it is added
     time_embedding_dim: int | None = None  # None: 4 x the first of channels
-    whitening: float | None = None  # caption states are whitened, with this added to every variance; None: as they are
+    whitening: float | None = (
+        None  # caption states are whitened, with this added to every variance; None: as they are
+    )
     text_encoder: str = "minilm"  # the embedded all-MiniLM-L6-v2, or a transformers folder or id
 
     def problems(self):
@@ -112,22 +155,39 @@ class ModelConfig:
         if self.patch_size is not None and self.patch_size & (self.patch_size - 1):
             found.append(f"model.patch_size must be a power of two, got {self.patch_size}")
         if not self.channels or any(c < 1 or c % max(self.norm_groups, 1) for c in self.channels):
-            found.append(f"model.channels must be multiples of model.norm_groups ({self.norm_groups}), got {self.channels}")
+            found.append(
+                f"model.channels must be multiples of model.norm_groups ({self.norm_groups}), got {self.channels}"
+            )
         elif any(c % self.heads for c in self.channels):
-            found.append(f"model.channels must be multiples of model.heads ({self.heads}), got {self.channels}")
+            found.append(
+                f"model.channels must be multiples of model.heads ({self.heads}), got {self.channels}"
+            )
         if self.pretrained is not None:
-            theirs = [f.name for f in dataclasses.fields(self)[1:] if getattr(self, f.name) != f.default]
-            found += [f"model.{name} is the pretrained model's own: leave it out" for name in theirs]
+            theirs = [
+                f.name for f in dataclasses.fields(self)[1:] if getattr(self, f.name) != f.default
+            ]
+            found += [
+                f"model.{name} is the pretrained model's own: leave it out" for name in theirs
+            ]
         if len(self.attention) != len(self.channels):
-            found.append(f"model.attention needs one value per level of model.channels ({len(self.channels)}), "
-                         f"got {len(self.attention)}")  # fmt: skip
+            found.append(
+                f"model.attention needs one value per level of model.channels ({len(self.channels)}), "
+                f"got {len(self.attention)}"
+            )
         return found
 
 
 NOISE = {  # the noise process of a new model: the slides', but for `trailing`, which starts at pure noise, and for clipping x_0
-    "num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "prediction_type": "epsilon",
-    "variance_type": "fixed_small", "timestep_spacing": "trailing", "rescale_betas_zero_snr": False, "clip_sample": True,
-}  # fmt: skip
+    "num_train_timesteps": 1000,
+    "beta_schedule": "linear",
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "prediction_type": "epsilon",
+    "variance_type": "fixed_small",
+    "timestep_spacing": "trailing",
+    "rescale_betas_zero_snr": False,
+    "clip_sample": True,
+}
 
 
 @dataclass(frozen=True)
@@ -138,7 +198,9 @@ class DiffusionConfig:
     beta_schedule: str | None = None  # how beta grows from beta_start to beta_end
     beta_start: float | None = None  # beta_1, the variance that the first step adds
     beta_end: float | None = None  # beta_T
-    prediction_type: str | None = None  # what the network predicts: the noise, the image (sample), or v between them
+    prediction_type: str | None = (
+        None  # what the network predicts: the noise, the image (sample), or v between them
+    )
     variance_type: str | None = None  # of (10): the posterior's, (9), or beta itself (fixed_large)
     timestep_spacing: str | None = None  # which timesteps fewer steps take; trailing begins at T
     rescale_betas_zero_snr: bool | None = None  # move abar_T to 0, pure noise (Lin et al. 2024)
@@ -146,7 +208,11 @@ class DiffusionConfig:
 
     def values(self, pretrained: dict | None = None) -> dict:
         """DDPMScheduler's arguments: what is given here, over a pretrained model's, over NOISE."""
-        return NOISE | (pretrained or {}) | {name: value for name, value in vars(self).items() if value is not None}
+        return (
+            NOISE
+            | (pretrained or {})
+            | {name: value for name, value in vars(self).items() if value is not None}
+        )
 
     def problems(self):
         """What is out of range, a sentence each."""
@@ -159,8 +225,10 @@ class DiffusionConfig:
             *one_of("diffusion.timestep_spacing", got["timestep_spacing"]),
         ]
         if not 0 < got["beta_start"] <= got["beta_end"] < 1:
-            found.append("diffusion.beta_start and diffusion.beta_end must satisfy 0 < start <= end < 1, "
-                         f"got {got['beta_start']} and {got['beta_end']}")  # fmt: skip
+            found.append(
+                "diffusion.beta_start and diffusion.beta_end must satisfy 0 < start <= end < 1, "
+                f"got {got['beta_start']} and {got['beta_end']}"
+            )
         return found
 
 
@@ -185,12 +253,18 @@ class TrainConfig:
     max_skipped: int = 10  # steps in a row without a finite gradient end the run; each is skipped
     weighting: str = "simple"  # losses.WEIGHTS; (13) by default
     gamma: float | None = None  # where min_snr and min_velocity clip
-    ema: float = 0.999  # decay of the averaged weights that are saved, after a warm-up; 0: the last weights
+    ema: float = (
+        0.999  # decay of the averaged weights that are saved, after a warm-up; 0: the last weights
+    )
     gradient_checkpointing: bool = False  # compute activations twice instead of keeping them
-    precision: str = "auto"  # bf16 where the machine computes in it, fp16 on other CUDA cards, else no
+    precision: str = (
+        "auto"  # bf16 where the machine computes in it, fp16 on other CUDA cards, else no
+    )
     threads: int | None = None  # CPU threads a process; None: cores / local processes
     log_every: int = 20  # steps between two lines of metrics.jsonl
-    validate_every: int = 250  # steps between two losses on the same grid of images, timesteps and noise
+    validate_every: int = (
+        250  # steps between two losses on the same grid of images, timesteps and noise
+    )
     save_every: int = 250  # steps between two checkpoints
     keep: int = 2  # checkpoints
 
@@ -219,23 +293,37 @@ class TrainConfig:
             *at_least("train.threads", self.threads, 1),
         ]
         if not 0 <= self.warmup <= self.steps:
-            found.append(f"train.warmup must be in [0, train.steps = {self.steps}], got {self.warmup}")
+            found.append(
+                f"train.warmup must be in [0, train.steps = {self.steps}], got {self.warmup}"
+            )
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
             found.append(f"train.weight_decay must be 0 or more, got {self.weight_decay}")
         if any(not 0 <= b < 1 for b in self.betas):
             found.append(f"train.betas must be in [0, 1), got {self.betas}")
         if self.batch_size >= 1 and self.accumulation >= 1 and self.batch_size % self.accumulation:
-            found.append(f"train.batch_size must be a multiple of train.accumulation ({self.accumulation}), "
-                         f"got {self.batch_size}")  # fmt: skip
+            found.append(
+                f"train.batch_size must be a multiple of train.accumulation ({self.accumulation}), "
+                f"got {self.batch_size}"
+            )
         if self.lr_schedule != "flat_then_linear" and (self.lr_end, self.decay_share) != (0.0, 0.4):
-            found.append(f"train.lr_end and train.decay_share are used by flat_then_linear only, not by {self.lr_schedule}: "
-                         "leave them out")  # fmt: skip
+            found.append(
+                f"train.lr_end and train.decay_share are used by flat_then_linear only, not by {self.lr_schedule}: "
+                "leave them out"
+            )
         if self.optimizer != "muon" and self.matrix_lr is not None:
-            found.append(f"train.matrix_lr is used by muon only, not by {self.optimizer}: leave it out")
-        if self.weighting.startswith("min_") and not (self.gamma is not None and 0 < self.gamma < math.inf):
-            found.append(f"train.gamma must be a number above 0 for train.weighting {self.weighting}, got {self.gamma}")
+            found.append(
+                f"train.matrix_lr is used by muon only, not by {self.optimizer}: leave it out"
+            )
+        if self.weighting.startswith("min_") and not (
+            self.gamma is not None and 0 < self.gamma < math.inf
+        ):
+            found.append(
+                f"train.gamma must be a number above 0 for train.weighting {self.weighting}, got {self.gamma}"
+            )
         if not self.weighting.startswith("min_") and self.gamma is not None:
-            found.append(f"train.gamma is used by min_snr and min_velocity only, not by {self.weighting}: leave it out")
+            found.append(
+                f"train.gamma is used by min_snr and min_velocity only, not by {self.weighting}: leave it out"
+            )
         return found
 
 
@@ -245,7 +333,12 @@ class LoraConfig:
 
     rank: int = 8  # of the two factors
     alpha: float | None = None  # None: rank
-    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")  # layers of the denoiser, by the end of their names
+    targets: tuple[str, ...] = (
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+    )  # layers of the denoiser, by the end of their names
 
     def problems(self):
         """What is out of range, a sentence each."""
@@ -260,7 +353,12 @@ class LoraConfig:
 class SampleConfig:
     """What is drawn while training and at its end: each prompt at each w, from the same noise."""
 
-    prompts: tuple[str, ...] = ("red heart", "cat face", "hot dog", "green cat")  # columns of the picture
+    prompts: tuple[str, ...] = (
+        "red heart",
+        "cat face",
+        "hot dog",
+        "green cat",
+    )  # columns of the picture
     w: tuple[float, ...] = (0.0, 2.0)  # its rows: guidance as in (17), guidance_scale is 1 + w
     steps: int = 50  # denoising steps
     eta: float = 1.0  # 1 draws new noise at every step, 0 is DDIM
@@ -270,12 +368,18 @@ class SampleConfig:
 
     def problems(self):
         """What is out of range, a sentence each."""
-        found = [*at_least("sample.steps", self.steps, 1), *at_least("sample.every", self.every, 1),
-                 *in_range("sample.eta", self.eta, 0, 1), *in_range("sample.seed", self.seed, 0, 2**62)]  # fmt: skip
+        found = [
+            *at_least("sample.steps", self.steps, 1),
+            *at_least("sample.every", self.every, 1),
+            *in_range("sample.eta", self.eta, 0, 1),
+            *in_range("sample.seed", self.seed, 0, 2**62),
+        ]
         if not self.prompts:
             found.append("sample.prompts must name at least one prompt, got none")
         if not self.w or not all(math.isfinite(w) for w in (*self.w, self.default_w)):
-            found.append(f"sample.w and sample.default_w must be finite numbers, got {self.w} and {self.default_w}")
+            found.append(
+                f"sample.w and sample.default_w must be finite numbers, got {self.w} and {self.default_w}"
+            )
         return found
 
 
@@ -285,7 +389,9 @@ class HubConfig:
 
     repo_id: str | None = None  # NAME, or USER/NAME
     private: bool = False  # where the repository has to be made
-    token: str | None = field(default=None, repr=False)  # None: HF_TOKEN or `hf auth login`; it is written nowhere
+    token: str | None = field(
+        default=None, repr=False
+    )  # None: HF_TOKEN or `hf auth login`; it is written nowhere
 
     def problems(self):
         """What is out of range, a sentence each."""
@@ -299,7 +405,9 @@ class Config:
     name: str = "emoji-small"  # of the run, which lives in output/name
     output: str = "runs"  # the folder of all runs
     seed: int = 0  # of everything random in a run
-    report_to: str | None = None  # an accelerate tracker beside metrics.jsonl: tensorboard, wandb, ...
+    report_to: str | None = (
+        None  # an accelerate tracker beside metrics.jsonl: tensorboard, wandb, ...
+    )
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
@@ -323,24 +431,34 @@ class Config:
         new, noise = self.model.pretrained is None, self.diffusion.values()
         factor = 2 ** (len(self.model.channels) - 1) * (self.model.patch_size or 1)
         if new and self.data.resolution % factor:
-            found.append(f"data.resolution must be a multiple of {factor} (patches times the UNet's halvings), "
-                         f"got {self.data.resolution}")  # fmt: skip
+            found.append(
+                f"data.resolution must be a multiple of {factor} (patches times the UNet's halvings), "
+                f"got {self.data.resolution}"
+            )
         if self.sample.steps > noise["num_train_timesteps"]:
-            found.append(f"sample.steps must be at most diffusion.num_train_timesteps ({noise['num_train_timesteps']}), "
-                         f"got {self.sample.steps}")  # fmt: skip
+            found.append(
+                f"sample.steps must be at most diffusion.num_train_timesteps ({noise['num_train_timesteps']}), "
+                f"got {self.sample.steps}"
+            )
         if self.sample.eta != 1 and noise["variance_type"].startswith("fixed_large"):
-            found.append(f"sample.eta must be 1 with diffusion.variance_type {noise['variance_type']}, got {self.sample.eta}")
+            found.append(
+                f"sample.eta must be 1 with diffusion.variance_type {noise['variance_type']}, got {self.sample.eta}"
+            )
         if not new and self.data.caption_length != DataConfig.caption_length:
             found.append("data.caption_length is the pretrained model's own: leave it out")
         if new:
             found += zero_snr_problems(noise, self.train.weighting)
         if new and self.train.method == "lora":
-            found.append("train.method lora adapts a pretrained model: set model.pretrained, or train.method full")
+            found.append(
+                "train.method lora adapts a pretrained model: set model.pretrained, or train.method full"
+            )
         return found
 
     def to_dict(self) -> dict:
         """Every setting in nested dicts, but the token."""
-        return dataclasses.asdict(dataclasses.replace(self, hub=dataclasses.replace(self.hub, token=None)))
+        return dataclasses.asdict(
+            dataclasses.replace(self, hub=dataclasses.replace(self.hub, token=None))
+        )
 
     def to_yaml(self) -> str:
         """The whole configuration, as `load` reads it, without the token."""
@@ -359,12 +477,20 @@ def in_range(name, value, low, high):
 
 def above_zero(name, value):
     """A problem where a number that is given is not finite and above 0."""
-    return [] if value is None or 0 < value < math.inf else [f"{name} must be a finite number above 0, got {value}"]
+    return (
+        []
+        if value is None or 0 < value < math.inf
+        else [f"{name} must be a finite number above 0, got {value}"]
+    )
 
 
 def one_of(name, value):
     """A problem where the value of a setting is not one of its CHOICES."""
-    return [] if value in CHOICES[name] else [f"{name} must be one of {', '.join(CHOICES[name])}, got {value!r}"]
+    return (
+        []
+        if value in CHOICES[name]
+        else [f"{name} must be one of {', '.join(CHOICES[name])}, got {value!r}"]
+    )
 
 
 def zero_snr_problems(noise: Mapping, weighting: str) -> list[str]:
@@ -375,11 +501,15 @@ def zero_snr_problems(noise: Mapping, weighting: str) -> list[str]:
     if not noise["rescale_betas_zero_snr"]:
         return []
     if noise["prediction_type"] == "epsilon":
-        return ["diffusion.prediction_type must be sample or v_prediction with rescale_betas_zero_snr, got epsilon: "
-                "at SNR = 0 the noise says nothing about the image"]  # fmt: skip
+        return [
+            "diffusion.prediction_type must be sample or v_prediction with rescale_betas_zero_snr, got epsilon: "
+            "at SNR = 0 the noise says nothing about the image"
+        ]
     if weighting in WEIGHTED_BY_SNR:
-        return ["train.weighting must be velocity, min_velocity or x_0 with diffusion.rescale_betas_zero_snr, got "
-                f"{weighting}: at SNR = 0, where drawing starts, its weight is 0"]  # fmt: skip
+        return [
+            "train.weighting must be velocity, min_velocity or x_0 with diffusion.rescale_betas_zero_snr, got "
+            f"{weighting}: at SNR = 0, where drawing starts, its weight is 0"
+        ]
     return []
 
 
@@ -390,16 +520,22 @@ def repository_problems(name: str, repo_id: str) -> list[str]:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        return [f"{name} must be NAME or USER/NAME of letters, digits, - and _, got {repo_id!r}: {' '.join(str(error).split())}"]
+        return [
+            f"{name} must be NAME or USER/NAME of letters, digits, - and _, got {repo_id!r}: {' '.join(str(error).split())}"
+        ]
     if "." in repo_id:  # diffusers 0.42.1 makes it the name of a Python module
-        return [f"{name} must have no dot, or diffusers cannot import the pipeline's code from it, got {repo_id!r}: "
-                f"{repo_id.replace('.', '-')!r} will do"]  # fmt: skip
+        return [
+            f"{name} must have no dot, or diffusers cannot import the pipeline's code from it, got {repo_id!r}: "
+            f"{repo_id.replace('.', '-')!r} will do"
+        ]
     return []
 
 
 def groups() -> list[str]:
     """The names of the nested dataclasses."""
-    return [f.name for f in dataclasses.fields(Config) if f.default_factory is not dataclasses.MISSING]
+    return [
+        f.name for f in dataclasses.fields(Config) if f.default_factory is not dataclasses.MISSING
+    ]
 
 
 def plain(value):
@@ -413,29 +549,52 @@ def flatten(tree: dict, prefix: str = "") -> dict:
     """{"train": {"lr": 1}} as {"train.lr": 1}."""
     flat = {}
     for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= (
+            flatten(value, f"{prefix}{key}.")
+            if isinstance(value, dict)
+            else {f"{prefix}{key}": value}
+        )
     return flat
 
 
 @functools.cache
 def explained() -> dict[str, str]:
     """Setting -> what its comment in this file says, and its choices: the text of --help."""
-    kinds = [("", Config), *((f"{f.name}.", f.default_factory) for f in dataclasses.fields(Config) if f.name in groups())]
-    found = {prefix + name: words for prefix, kind in kinds
-             for name, words in re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(kind), re.M)}  # fmt: skip
+    kinds = [
+        ("", Config),
+        *(
+            (f"{f.name}.", f.default_factory)
+            for f in dataclasses.fields(Config)
+            if f.name in groups()
+        ),
+    ]
+    found = {
+        prefix + name: words
+        for prefix, kind in kinds
+        for name, words in re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(kind), re.M)
+    }
     of_new = {f"diffusion.{name}": f"; of a new model {value}" for name, value in NOISE.items()}
     choices = {name: f"; one of {', '.join(known)}" for name, known in CHOICES.items()}
-    return {name: words + choices.get(name, "") + of_new.get(name, "") for name, words in found.items()}
+    return {
+        name: words + choices.get(name, "") + of_new.get(name, "") for name, words in found.items()
+    }
 
 
 def parser() -> ArgumentParser:
     """The command line that Config describes; `--config FILE` first, then single settings override it."""
-    out = ArgumentParser(prog="train_text2img.py", exit_on_error=False, description=(
-        "Train a text-to-image diffusion model, or fine-tune one. A YAML file holds the settings, and those of the command line "
-        f"override it; without --config it is {DEFAULT}, and --print_config shows what then holds. The same command after an "
-        "interruption goes on from the newest checkpoint."))  # fmt: skip
+    out = ArgumentParser(
+        prog="train_text2img.py",
+        exit_on_error=False,
+        description=(
+            "Train a text-to-image diffusion model, or fine-tune one. A YAML file holds the settings, and those of the command line "
+            f"override it; without --config it is {DEFAULT}, and --print_config shows what then holds. The same command after an "
+            "interruption goes on from the newest checkpoint."
+        ),
+    )
     out.add_argument("--config", action="config", help=f"a YAML file (default: {DEFAULT})")
-    out.add_argument("--dry_run", type=bool, default=False, help="print the plan from one timed step and stop")
+    out.add_argument(
+        "--dry_run", type=bool, default=False, help="print the plan from one timed step and stop"
+    )
     out.add_class_arguments(Config, nested_key=None)
     words = explained()
     for action in out._actions:
@@ -448,9 +607,18 @@ def unknown_keys(given: list[str]) -> list[str]:
     known = list(flatten(dataclasses.asdict(Config())))
     sections, found = set(groups()), []
     for name in given:
-        if name not in known and name not in sections and name not in ("config", "dry_run", "help", "print_config"):
-            near = difflib.get_close_matches(name, known, 1) or [k for k in known if k.endswith("." + name)][:1]
-            found.append(f"unknown setting {name!r}" + (f": did you mean {near[0]!r}?" if near else ""))
+        if (
+            name not in known
+            and name not in sections
+            and name not in ("config", "dry_run", "help", "print_config")
+        ):
+            near = (
+                difflib.get_close_matches(name, known, 1)
+                or [k for k in known if k.endswith("." + name)][:1]
+            )
+            found.append(
+                f"unknown setting {name!r}" + (f": did you mean {near[0]!r}?" if near else "")
+            )
     return found
 
 
@@ -461,7 +629,9 @@ class Unrepeated(yaml.SafeLoader):
         """A mapping; YAMLError where it repeats a key."""
         keys = [key.value for key, _ in node.value]
         for key in (key for key in keys if keys.count(key) > 1):
-            raise yaml.constructor.ConstructorError(None, None, f"{key!r} is there twice, expected once", node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{key!r} is there twice, expected once", node.start_mark
+            )
         return super().construct_mapping(node, deep)
 
 
@@ -489,8 +659,15 @@ def nulls(config: Config) -> list[str]:
     found = []
     for name, group in [("", config), *((f"{name}.", getattr(config, name)) for name in groups())]:
         hints = typing.get_type_hints(type(group))
-        lacking = [key for key, value in vars(group).items() if value is None and type(None) not in typing.get_args(hints[key])]
-        found += [f"{name}{key} must be {getattr(hints[key], '__name__', hints[key])}, got null: leave it out" for key in lacking]
+        lacking = [
+            key
+            for key, value in vars(group).items()
+            if value is None and type(None) not in typing.get_args(hints[key])
+        ]
+        found += [
+            f"{name}{key} must be {getattr(hints[key], '__name__', hints[key])}, got null: leave it out"
+            for key in lacking
+        ]
     return found
 
 
@@ -499,12 +676,19 @@ def unused(config: Config) -> list[str]:
     found, noise = [], config.diffusion
     if not config.data.streaming and config.data.shuffle_buffer != DataConfig.shuffle_buffer:
         found.append("data.shuffle_buffer is used while data.streaming is on only: leave it out")
-    if noise.beta_schedule == "squaredcos_cap_v2" and (noise.beta_start, noise.beta_end) != (None, None):
-        found.append("diffusion.beta_start and diffusion.beta_end are used by the other schedules only, not by "
-                     "squaredcos_cap_v2: leave them out")  # fmt: skip
+    if noise.beta_schedule == "squaredcos_cap_v2" and (noise.beta_start, noise.beta_end) != (
+        None,
+        None,
+    ):
+        found.append(
+            "diffusion.beta_start and diffusion.beta_end are used by the other schedules only, not by "
+            "squaredcos_cap_v2: leave them out"
+        )
     if config.train.method != "lora" and config.lora != LoraConfig():
-        found.append(f"lora.rank, .alpha and .targets are used by train.method lora only, not by {config.train.method}: leave "
-                     "them out, or set train.method lora")  # fmt: skip
+        found.append(
+            f"lora.rank, .alpha and .targets are used by train.method lora only, not by {config.train.method}: leave "
+            "them out, or set train.method lora"
+        )
     return found
 
 
@@ -519,7 +703,9 @@ def load(argv: list[str], saved: bool = False) -> tuple[Config, bool]:
         argv = ["--config", DEFAULT, *argv]
     argv = [word for a in argv for word in (a.split("=", 1) if a.startswith("--config=") else [a])]
     at = [i for i, a in enumerate(argv[:-1]) if a == "--config"]
-    argv = [a for i in at for a in argv[i : i + 2]] + [a for i, a in enumerate(argv) if not {i, i - 1} & set(at)]  # files first
+    argv = [a for i in at for a in argv[i : i + 2]] + [
+        a for i, a in enumerate(argv) if not {i, i - 1} & set(at)
+    ]  # files first
     files = [argv[i + 1] for i, a in enumerate(argv[:-1]) if a == "--config"]
     given = [key for path in files for key in flatten(read_yaml(path))] + flags
     if found := unknown_keys(given):
@@ -532,9 +718,13 @@ def load(argv: list[str], saved: bool = False) -> tuple[Config, bool]:
     parsed.pop("config", None)
     sections = {f.name: f.default_factory for f in dataclasses.fields(Config) if f.name in groups()}
     if empty := [name for name in sections if getattr(parsed, name, None) is None]:
-        raise ConfigError("\n".join(f"{name} must hold settings, got null: leave it out" for name in empty))
-    values = {k: sections[k](**vars(v)) if k in sections and not isinstance(v, sections[k]) else v
-              for k, v in vars(parsed).items()}  # fmt: skip
+        raise ConfigError(
+            "\n".join(f"{name} must hold settings, got null: leave it out" for name in empty)
+        )
+    values = {
+        k: sections[k](**vars(v)) if k in sections and not isinstance(v, sections[k]) else v
+        for k, v in vars(parsed).items()
+    }
     config = Config(**values)
     if found := nulls(config) or [*config.problems(), *([] if saved else unused(config))]:
         raise ConfigError("\n".join(found))

@@ -11,7 +11,9 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-PREPARING = timedelta(hours=12)  # for which processes wait for the one that prepares the data; torch's own limit is minutes
+PREPARING = timedelta(
+    hours=12
+)  # for which processes wait for the one that prepares the data; torch's own limit is minutes
 DRAWING = timedelta(hours=2)  # and for the one that checks, draws and saves
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
@@ -21,13 +23,17 @@ def set_threads(chosen: int | None, accelerator: Accelerator) -> None:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
     threads = chosen or max(cores() // local, 1)
     torch.set_num_threads(threads)
-    accelerator.print(f"{accelerator.num_processes} process(es) on {accelerator.device}, {threads} CPU threads each, "
-                      f"mixed precision: {accelerator.mixed_precision}")  # fmt: skip
+    accelerator.print(
+        f"{accelerator.num_processes} process(es) on {accelerator.device}, {threads} CPU threads each, "
+        f"mixed precision: {accelerator.mixed_precision}"
+    )
 
 
 def cores() -> int:
     """How many CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS has no affinity
+    return (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    )  # macOS has no affinity
 
 
 def keep_freed_memory() -> None:

@@ -19,20 +19,31 @@ def generator(seed: int, step: int, slot: int, what: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(value, "little"))
 
 
-def noise(seed: int, step: int, slots: Sequence[int] | Tensor, shape: Sequence[int], what: str = "noise") -> Tensor:
+def noise(
+    seed: int, step: int, slots: Sequence[int] | Tensor, shape: Sequence[int], what: str = "noise"
+) -> Tensor:
     """eps of the examples at `slots`, (B, *shape), standard normal; another purpose draws other noise."""
-    return torch.stack([torch.randn(*shape, generator=generator(seed, step, int(slot), what)) for slot in slots])
+    return torch.stack(
+        [torch.randn(*shape, generator=generator(seed, step, int(slot), what)) for slot in slots]
+    )
 
 
 def uniform(seed: int, step: int, slots: Sequence[int] | Tensor, what: str) -> Tensor:
     """One number in [0, 1) for each of `slots`, (B,) float64."""
-    draws = [torch.rand((), dtype=torch.float64, generator=generator(seed, step, int(slot), what)) for slot in slots]
+    draws = [
+        torch.rand((), dtype=torch.float64, generator=generator(seed, step, int(slot), what))
+        for slot in slots
+    ]
     return torch.stack(draws)
 
 
-def timesteps(seed: int, step: int, slots: Sequence[int] | Tensor, global_batch: int, T: int) -> Tensor:
+def timesteps(
+    seed: int, step: int, slots: Sequence[int] | Tensor, global_batch: int, T: int
+) -> Tensor:
     """t of the examples at `slots`, (B,) in 0..T-1: uniform for each, and one in every 1/global_batch of the range for all."""
-    stratum = torch.randperm(global_batch, generator=generator(seed, step, 0, "strata"))[torch.as_tensor(slots)]
+    stratum = torch.randperm(global_batch, generator=generator(seed, step, 0, "strata"))[
+        torch.as_tensor(slots)
+    ]
     share = (stratum + uniform(seed, step, slots, "t")) / global_batch
     return (share * T).long().clamp(max=T - 1)  # the division may round up to 1
 
@@ -42,10 +53,14 @@ def keep_caption(seed: int, step: int, slots: Sequence[int] | Tensor, p: float) 
     return uniform(seed, step, slots, "dropout") >= p
 
 
-def caption_choice(seed: int, step: int, slots: Sequence[int] | Tensor, counts: Sequence[int] | Tensor) -> Tensor:
+def caption_choice(
+    seed: int, step: int, slots: Sequence[int] | Tensor, counts: Sequence[int] | Tensor
+) -> Tensor:
     """Which of its `counts` captions each example has, (B,) in 0..counts-1: uniform, drawn anew every step."""
     counts = torch.as_tensor(counts)
-    return (uniform(seed, step, slots, "caption") * counts).long().minimum(counts - 1)  # the product may round up
+    return (
+        (uniform(seed, step, slots, "caption") * counts).long().minimum(counts - 1)
+    )  # the product may round up
 
 
 def flips(seed: int, step: int, slots: Sequence[int] | Tensor) -> Tensor:

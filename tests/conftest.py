@@ -2,8 +2,19 @@
 
 import os
 
-LONG = ("train", "reliability", "app", "hub", "stream", "evaluation", "benchmarks", "finetune", "text_to_image", "sweep",
-        "variations")  # fmt: skip
+LONG = (
+    "train",
+    "reliability",
+    "app",
+    "hub",
+    "stream",
+    "evaluation",
+    "benchmarks",
+    "finetune",
+    "text_to_image",
+    "sweep",
+    "variations",
+)
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"

@@ -42,7 +42,11 @@ def tiny_config(shapes):
     path, encoder, text = shapes.parent / "tiny.yaml", shapes.parent / "encoder", TINY
     for part in tiny_text(length=16, width=64):
         part.save_pretrained(encoder)
-    for name, place in {"SOURCE": shapes, "CACHE": shapes.parent / "cache", "ENCODER": encoder}.items():
+    for name, place in {
+        "SOURCE": shapes,
+        "CACHE": shapes.parent / "cache",
+        "ENCODER": encoder,
+    }.items():
         text = text.replace(name, str(place))
     path.write_text(text)
     return path
@@ -52,8 +56,12 @@ def tiny_config(shapes):
 def run(shapes, tmp_path_factory):
     """A run's folder around a network that was never trained."""
     folder = tmp_path_factory.mktemp("run")
-    tiny_pipeline(sample_size=16, caption_length=8, caption_dropout=0.1).save_pretrained(folder / "pipeline")
-    source = config.DataConfig(source=str(shapes), resolution=16, cache=str(shapes.parent / "cache"))
+    tiny_pipeline(sample_size=16, caption_length=8, caption_dropout=0.1).save_pretrained(
+        folder / "pipeline"
+    )
+    source = config.DataConfig(
+        source=str(shapes), resolution=16, cache=str(shapes.parent / "cache")
+    )
     (folder / "config.yaml").write_text(config.Config(name="tiny", data=source).to_yaml())
     return folder
 
@@ -64,7 +72,10 @@ def written(module, tmp_path, *argv) -> str:
     module.main(["--quick", "--output", str(document), *map(str, argv)])
     text = document.read_text()
     name = module.__name__.split(".")[-1]
-    assert f"<!-- {name}: generated -->" in text and f"Command: `python benchmarks/{name}.py --quick" in text
+    assert (
+        f"<!-- {name}: generated -->" in text
+        and f"Command: `python benchmarks/{name}.py --quick" in text
+    )
     for picture in re.findall(r"\]\((figures/[\w.-]+)\)", text):
         assert (document.parent / picture).is_file()
     return text
@@ -85,14 +96,18 @@ def test_paired_interval_is_that_of_a_mean():
     theirs = np.random.default_rng(1).normal(0, 50, 4000)  # what pairs share does not widen it
     mean, low, high = bench.paired(theirs + apart, theirs)
     half = 1.96 * apart.std() / len(apart) ** 0.5
-    assert np.allclose([mean, low, high], [apart.mean(), apart.mean() - half, apart.mean() + half], atol=0.1 * half)
+    assert np.allclose(
+        [mean, low, high], [apart.mean(), apart.mean() - half, apart.mean() + half], atol=0.1 * half
+    )
     assert bench.paired([1, 0, 1], [0, -1, 0]) == (1, 1, 1)
 
 
 def test_a_section_with_a_heading_is_put_at_the_end_once(tmp_path):
     for body in ("old", "new"):
         bench.put(tmp_path / "new" / "b.md", "<!-- x -->", "<!-- /x -->", body, "## Heading\n\n")
-    assert (tmp_path / "new" / "b.md").read_text() == "# Benchmarks\n\n## Heading\n\n<!-- x -->\nnew\n<!-- /x -->\n"
+    assert (
+        tmp_path / "new" / "b.md"
+    ).read_text() == "# Benchmarks\n\n## Heading\n\n<!-- x -->\nnew\n<!-- /x -->\n"
 
 
 def test_spreads_and_goals_say_what_they_saw():
@@ -108,7 +123,11 @@ def test_a_section_is_replaced_and_the_rest_stays(tmp_path):
     for script, words in (("a.py", "old"), ("b.py", r"kept \1"), ("a.py", "new")):
         bench.publish(args, script, ["--n", "1 2"], script, words)
     text = args.output.read_text()
-    assert "old" not in text and text.index("new") < text.index(r"kept \1") and text.count("## a.py") == 1
+    assert (
+        "old" not in text
+        and text.index("new") < text.index(r"kept \1")
+        and text.count("## a.py") == 1
+    )
     assert "Command: `python benchmarks/a.py --n '1 2'`" in text
 
 
@@ -201,14 +220,20 @@ def test_training_and_muon(tiny_config, tmp_path, monkeypatch):
     text = written(training, tmp_path, "--config", tiny_config)
     assert "example, float32, cached" in text and "like for like, float32, batch 2" in text
     text = written(muon, tmp_path, "--config", tiny_config)
-    assert "| 2 | adamw |" in text and "| 2 | muon |" in text and "<!-- training: generated -->" in text
+    assert (
+        "| 2 | adamw |" in text
+        and "| 2 | muon |" in text
+        and "<!-- training: generated -->" in text
+    )
 
 
 def test_the_example_learns_from_what_the_trainer_learns_from(tiny_config):
     """The pictures' files hold the pixels that ours are trained on, and its step moves its own network only."""
     trainer = training.Trainer(training.configured(str(tiny_config), 2), bf16=False)
     image = trainer.parts.images.images[3]
-    assert torch.allclose(training.transformed(training.encoded(image), 16), image.float() / 127.5 - 1)
+    assert torch.allclose(
+        training.transformed(training.encoded(image), 16), image.float() / 127.5 - 1
+    )
     before = trainer.weights[0].clone()
     training.example(trainer.parts, trainer.config, bf16=False, cached=False)()
     assert torch.equal(trainer.weights[0], before)
@@ -229,22 +254,42 @@ def test_growth(tiny_config, tmp_path):
 
 def test_every_section_of_the_document_can_be_written_anew():
     """Between marks on lines of their own, once each, in the order in which `bench.publish` looks for them."""
-    marks = re.findall(r"^<!-- (\w+): (generated|end) -->$", (ROOT / bench.DOCUMENT).read_text(), re.M)
+    marks = re.findall(
+        r"^<!-- (\w+): (generated|end) -->$", (ROOT / bench.DOCUMENT).read_text(), re.M
+    )
     assert [what for _, what in marks] == ["generated", "end"] * (len(marks) // 2)
     names = [name for name, _ in marks]
     assert names[::2] == names[1::2] and len(set(names)) == len(names) // 2
-    assert set(names) == {"scheduler", "sampling", "guidance", "training", "growth", "muon", "ladder"}
+    assert set(names) == {
+        "scheduler",
+        "sampling",
+        "guidance",
+        "training",
+        "growth",
+        "muon",
+        "ladder",
+    }
 
 
 def test_the_ladder_ends_in_the_shipped_recipe(tmp_path, capsys):
-    free = {"name", "output", "sample.every", *(f"train.{name}" for name in ("steps", "keep", "log_every", "save_every",
-                                                                             "validate_every"))}  # fmt: skip
+    free = {
+        "name",
+        "output",
+        "sample.every",
+        *(
+            f"train.{name}"
+            for name in ("steps", "keep", "log_every", "save_every", "validate_every")
+        ),
+    }
     shipped = config.load_file(ladder.CONFIG)
     last = config.load(ladder.command([*ladder.RUNGS][-1], 0, tmp_path, 560)[1:])[0]
     assert config.differences(shipped, last, tuple(free)) == []
     ladder.main(["--dry-run"])
     printed = capsys.readouterr().out
-    assert all(f"\n{rung}: " in "\n" + printed for rung in ladder.RUNGS) and "33 runs of 20 minutes: 11.0 hours" in printed
+    assert (
+        all(f"\n{rung}: " in "\n" + printed for rung in ladder.RUNGS)
+        and "33 runs of 20 minutes: 11.0 hours" in printed
+    )
 
 
 def test_minutes_to_the_goal_are_between_the_checks_around_it():
@@ -253,9 +298,34 @@ def test_minutes_to_the_goal_are_between_the_checks_around_it():
 
 
 def test_a_rung_that_is_done_is_not_run_again(tmp_path, monkeypatch):
-    found = dict(enumerate([{"images": 320 * (i + 1), "minutes": minutes, "first_five": share, "held_out": 0.1, "taken": 20 + i}
-             for i, (minutes, share) in enumerate([(7.0, 0.5), (None, 0.3)])]))  # fmt: skip
-    argv, left = ["--rungs", "muon", "--seeds", "0", "1", "--folder", str(tmp_path), "--output", str(tmp_path / "b.md")], []
+    found = dict(
+        enumerate(
+            [
+                {
+                    "images": 320 * (i + 1),
+                    "minutes": minutes,
+                    "first_five": share,
+                    "held_out": 0.1,
+                    "taken": 20 + i,
+                }
+                for i, (minutes, share) in enumerate([(7.0, 0.5), (None, 0.3)])
+            ]
+        )
+    )
+    argv, left = (
+        [
+            "--rungs",
+            "muon",
+            "--seeds",
+            "0",
+            "1",
+            "--folder",
+            str(tmp_path),
+            "--output",
+            str(tmp_path / "b.md"),
+        ],
+        [],
+    )
 
     def climb(rung, seed, args):
         left.append(args.folder / f"{rung}-s{seed}" / "checkpoints")
@@ -264,22 +334,44 @@ def test_a_rung_that_is_done_is_not_run_again(tmp_path, monkeypatch):
 
     monkeypatch.setattr(ladder, "climb", climb)
     ladder.main(argv)
-    assert not found and [(path.exists(), path.parent.exists()) for path in left] == [(False, True)] * 2
+    assert (
+        not found
+        and [(path.exists(), path.parent.exists()) for path in left] == [(False, True)] * 2
+    )
     elsewhere = json.loads((tmp_path / ladder.RESULTS).read_text())
-    elsewhere += [one | {"rung": "bf16", "way": one["way"] | {"machine": "another"}} for one in elsewhere]
+    elsewhere += [
+        one | {"rung": "bf16", "way": one["way"] | {"machine": "another"}} for one in elsewhere
+    ]
     (tmp_path / ladder.RESULTS).write_text(json.dumps(elsewhere))
     ladder.main(argv)
     text = (tmp_path / "b.md").read_text()
-    assert "| 0, 1 | 480 | 20, 21 | 7.0, not in 20 | 40% (30% to 50%) | 10% (10% to 10%) |" in text and "| bf16 |" not in text
+    assert (
+        "| 0, 1 | 480 | 20, 21 | 7.0, not in 20 | 40% (30% to 50%) | 10% (10% to 10%) |" in text
+        and "| bf16 |" not in text
+    )
 
 
 def test_the_ladder_holds_its_last_rung_against_the_better_peer(tmp_path, monkeypatch):
     shares = {"x_0": 0.9, "muon": 0.4, f"{ladder.PEER}-64": 0.05, f"{ladder.PEER}-32": 0.1}
-    result = lambda rung: {"images": 16, "minutes": None, "first_five": shares[rung], "held_out": None}
+    result = lambda rung: {
+        "images": 16,
+        "minutes": None,
+        "first_five": shares[rung],
+        "held_out": None,
+    }
     monkeypatch.setattr(ladder, "climb", lambda rung, seed, args: result(rung))
     monkeypatch.setattr(ladder, "peer", lambda width, seed, args: result(f"{ladder.PEER}-{width}"))
     monkeypatch.setattr(ladder, "installed", lambda folder: folder)
-    argv = ["--seeds", "0", "--folder", str(tmp_path), "--output", str(tmp_path / "b.md"), "--rungs", *reversed(shares)]
+    argv = [
+        "--seeds",
+        "0",
+        "--folder",
+        str(tmp_path),
+        "--output",
+        str(tmp_path / "b.md"),
+        "--rungs",
+        *reversed(shares),
+    ]
     ladder.main(argv)
     text = (tmp_path / "b.md").read_text()
     assert f"- muon's first five over {ladder.PEER}-32's: 4.00, the goal is ≥ 2: **met**." in text

@@ -24,7 +24,9 @@ def test_states_come_out_centred_with_covariance_one_but_for_the_ridge(states):
     raw = states[:, :4].flatten(0, 1).double()
     assert white.mean(0).abs().max() < 1e-4
     variance = torch.linalg.eigvalsh(torch.cov(raw.T))
-    assert torch.allclose(torch.linalg.eigvalsh(torch.cov(white.T)), variance / (variance + RIDGE), atol=1e-4)
+    assert torch.allclose(
+        torch.linalg.eigvalsh(torch.cov(white.T)), variance / (variance + RIDGE), atol=1e-4
+    )
 
 
 def test_axes_keep_their_names(states):
@@ -57,9 +59,15 @@ def test_it_is_saved_and_loaded(states, tmp_path):
     assert torch.equal(CaptionWhitening.from_pretrained(tmp_path)(states), whitening(states))
 
 
-@pytest.mark.parametrize(("ridge", "rows", "says"), [
-    (0, 40, "ridge is 0, expected"), (-1, 40, "ridge is -1"), (float("nan"), 40, "ridge is nan"),
-    (RIDGE, 0, "two caption states")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("ridge", "rows", "says"),
+    [
+        (0, 40, "ridge is 0, expected"),
+        (-1, 40, "ridge is -1"),
+        (float("nan"), 40, "ridge is nan"),
+        (RIDGE, 0, "two caption states"),
+    ],
+)
 def test_what_cannot_be_whitened_is_refused(states, ridge, rows, says):
     with pytest.raises(ValueError, match=says):
         CaptionWhitening.fit(states[:rows], ridge)
@@ -70,5 +78,7 @@ def test_many_captions_are_whitened_a_piece_at_a_time(states, monkeypatch):
     whole = CaptionWhitening.fit(states, RIDGE)
     monkeypatch.setattr(captions, "PIECE", 7)
     pieces, memory = CaptionWhitening.fit(states, RIDGE), states.clone()
-    assert torch.allclose(pieces.matrix, whole.matrix, atol=1e-5) and torch.allclose(pieces.mean, whole.mean, atol=1e-5)
+    assert torch.allclose(pieces.matrix, whole.matrix, atol=1e-5) and torch.allclose(
+        pieces.mean, whole.mean, atol=1e-5
+    )
     assert whole.whiten_(memory) is memory and torch.allclose(memory, whole(states), atol=1e-5)

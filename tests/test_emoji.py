@@ -44,8 +44,13 @@ def test_no_held_out_cell_is_trained_on(name):
 def test_a_held_out_role_is_held_out_in_every_skin_tone_and_facing_either_way():
     """A picture that differs from a held-out one in skin or by a mirror alone would give it away."""
     split = catalogue.select("emoji", skin_tones=True)
-    cells = {part: {(e.factors["role"], e.factors["gender"]) for e in split[part] if e.grid == "roles"} for part in split}
-    shown = {(e.factors["role"], e.factors["gender"]) for e in split["train"] if "role" in e.factors}
+    cells = {
+        part: {(e.factors["role"], e.factors["gender"]) for e in split[part] if e.grid == "roles"}
+        for part in split
+    }
+    shown = {
+        (e.factors["role"], e.factors["gender"]) for e in split["train"] if "role" in e.factors
+    }
     assert len(cells["test"]) > 70
     assert not shown & cells["test"]
 
@@ -71,14 +76,23 @@ def test_the_shape_grids_are_twemojis():
     for e in catalogue.catalogue():
         grids[e.grid].append(e)
     assert [len(grids[g]) for g in ("hearts", "circles", "squares")] == [12, 9, 7]
-    assert set(Counter(e.factors["role"] for e in grids["roles"] if "facing" not in e.factors).values()) == {3}
+    assert set(
+        Counter(e.factors["role"] for e in grids["roles"] if "facing" not in e.factors).values()
+    ) == {3}
     assert {e.factors["tone"] for e in grids["skin"]} == set(catalogue.TONES.values())
 
 
 def test_the_recorded_split_of_the_shapes():
     """The split is part of every published number: changing it must be a decision."""
     held = {e.caption for e in catalogue.select("shapes")["test"]}
-    assert held == {"green heart", "purple heart", "blue circle", "brown circle", "yellow square", "orange square"}
+    assert held == {
+        "green heart",
+        "purple heart",
+        "blue circle",
+        "brown circle",
+        "yellow square",
+        "orange square",
+    }
 
 
 def test_the_split_of_a_role_depends_on_its_name_alone():
@@ -87,11 +101,16 @@ def test_the_split_of_a_role_depends_on_its_name_alone():
     for e in catalogue.select("emoji")["test"]:
         if e.grid == "roles":
             held[e.factors["role"]].add(e.factors["gender"])
-    assert all(len(genders) == 1 or (len(genders) == 2 and role not in catalogue.SMALL_ROLES) for role, genders in held.items())
+    assert all(
+        len(genders) == 1 or (len(genders) == 2 and role not in catalogue.SMALL_ROLES)
+        for role, genders in held.items()
+    )
     assert sum(len(genders) == 2 for genders in held.values()) > 10
     counts = Counter(gender for genders in held.values() for gender in genders)
     assert min(counts.values()) > 15 and set(counts) == {"person", "man", "woman"}
-    assert held["cook"] == {"man"} and held["astronaut"] == {"woman"} and held["pilot"] == {"person"}
+    assert (
+        held["cook"] == {"man"} and held["astronaut"] == {"woman"} and held["pilot"] == {"person"}
+    )
 
 
 def test_names_are_distinct_plain_words():
@@ -99,14 +118,23 @@ def test_names_are_distinct_plain_words():
     assert len(set(captions)) == len(captions)
     assert not any(c in caption for caption in captions for c in ":_’")
     named = {e.emoji: e.caption for e in catalogue.catalogue()}
-    assert (named["❤️"], named["🐱"], named["👩‍🍳"], named["🌭"]) == ("red heart", "cat face", "woman cook", "hot dog")
+    assert (named["❤️"], named["🐱"], named["👩‍🍳"], named["🌭"]) == (
+        "red heart",
+        "cat face",
+        "woman cook",
+        "hot dog",
+    )
 
 
 def test_every_emoji_has_a_category_of_unicode():
     chosen = catalogue.catalogue()
     assert {e.category for e in chosen} == set(catalogue.CATEGORIES)
     named = {e.caption: e.category for e in chosen}
-    assert named["harp"] == "Objects" and named["red heart"] == "Smileys & Emotion" and named["fox"] == "Animals & Nature"
+    assert (
+        named["harp"] == "Objects"
+        and named["red heart"] == "Smileys & Emotion"
+        and named["fox"] == "Animals & Nature"
+    )
 
 
 def test_flags_and_skin_tones_come_when_asked_for():
@@ -120,7 +148,9 @@ def test_flags_and_skin_tones_come_when_asked_for():
 def test_a_held_out_cell_whose_factors_are_not_shown_is_left_out():
     """Without circles and squares nothing shows what green is, apart from names outside the grids."""
     split = catalogue.select(categories=("Smileys & Emotion",))
-    assert {e.caption for e in split["left_out"]} == {"green heart", "purple heart"} and not split["test"]
+    assert {e.caption for e in split["left_out"]} == {"green heart", "purple heart"} and not split[
+        "test"
+    ]
 
 
 def test_a_folder_holds_the_pictures_its_metadata_lists(small):
@@ -130,9 +160,16 @@ def test_a_folder_holds_the_pictures_its_metadata_lists(small):
         assert len(listed) >= least and len(set(names)) == len(names)
         assert set(names) == {p.name for p in (small / split).glob("*.png")}
     row = next(row for row in rows(small, "test") if row["caption"] == "green heart")
-    assert row == {"file_name": "1f49a.png", "caption": "green heart", "emoji": "💚", "category": "Smileys & Emotion",
-                   "grid": "hearts", "factors": {"shape": "heart", "color": "green"}, "variation": None,
-                   "duplicate_of": None}  # fmt: skip
+    assert row == {
+        "file_name": "1f49a.png",
+        "caption": "green heart",
+        "emoji": "💚",
+        "category": "Smileys & Emotion",
+        "grid": "hearts",
+        "factors": {"shape": "heart", "color": "green"},
+        "variation": None,
+        "duplicate_of": None,
+    }
 
 
 def test_pictures_are_composited_on_white(small):
@@ -145,7 +182,9 @@ def test_pictures_are_composited_on_white(small):
 
 def test_datasets_reads_the_folder_as_an_imagefolder(small, tmp_path):
     loaded = datasets.load_dataset("imagefolder", data_dir=str(small), cache_dir=str(tmp_path))
-    assert {split: len(part) for split, part in loaded.items()} == {s: len(rows(small, s)) for s in ("train", "test")}
+    assert {split: len(part) for split, part in loaded.items()} == {
+        s: len(rows(small, s)) for s in ("train", "test")
+    }
     assert loaded["test"][0]["caption"] == rows(small, "test")[0]["caption"]
     assert loaded["train"][0]["image"].size == (64, 64)
 
@@ -158,9 +197,13 @@ def test_pixel_identical_pictures_are_recorded(tmp_path):
         with Image.open(folder / "train" / row["file_name"]) as picture:
             pictures[picture.tobytes()].append(row)
     groups = [group for group in pictures.values() if len(group) > 1]
-    assert len(groups) >= 4 and all(row["caption"].startswith("family") for group in groups for row in group)
+    assert len(groups) >= 4 and all(
+        row["caption"].startswith("family") for group in groups for row in group
+    )
     for group in pictures.values():
-        assert [row["duplicate_of"] for row in group] == [None] + [group[0]["emoji"]] * (len(group) - 1)
+        assert [row["duplicate_of"] for row in group] == [None] + [group[0]["emoji"]] * (
+            len(group) - 1
+        )
 
 
 @pytest.mark.parametrize("name", ["emoji", "emoji-small"])
@@ -176,9 +219,13 @@ def test_writing_twice_changes_nothing(tmp_path):
     folder = catalogue.write(tmp_path / "a", "shapes", size=16)
     before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()}
     catalogue.write(folder, "shapes", size=16)
-    assert before == {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()}
+    assert before == {
+        p: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()
+    }
     again = catalogue.write(tmp_path / "b", "shapes", size=16)
-    assert [c for _, c in before.values()] == [(again / p.relative_to(folder)).read_bytes() for p in before]
+    assert [c for _, c in before.values()] == [
+        (again / p.relative_to(folder)).read_bytes() for p in before
+    ]
 
 
 def test_another_selection_replaces_a_set(tmp_path):
@@ -210,8 +257,14 @@ def test_a_folder_of_someone_else_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "emojis"}, "unknown emoji set 'emojis': choose from emoji; emoji-varied; emoji-small; shapes"),
-        ({"categories": ("Animal",)}, "unknown emoji category 'Animal': choose from .*Animals & Nature"),
+        (
+            {"name": "emojis"},
+            "unknown emoji set 'emojis': choose from emoji; emoji-varied; emoji-small; shapes",
+        ),
+        (
+            {"categories": ("Animal",)},
+            "unknown emoji category 'Animal': choose from .*Animals & Nature",
+        ),
         ({"name": "shapes", "categories": ("Flags",)}, "'shapes' has no emoji in Flags"),
         ({"size": 0}, "from 8 to 1024, got 0"),
         ({"size": 64.0}, "from 8 to 1024, got 64.0"),
@@ -229,34 +282,55 @@ def test_the_command_line_says_what_it_wrote(tmp_path, capsys):
     assert capsys.readouterr().out == f"{target}: 22 emoji to train on, 6 held-out combinations\n"
     assert catalogue.main([target, "--set", "shape"]) == 2
     assert "choose from emoji; emoji-varied; emoji-small; shapes" in capsys.readouterr().err
-    assert catalogue.main([target, "--categories", "People & Body", "--skin-tones", "--size", "8"]) == 0
+    assert (
+        catalogue.main([target, "--categories", "People & Body", "--skin-tones", "--size", "8"])
+        == 0
+    )
     said = capsys.readouterr().out
     assert int(said.split(": ")[1].split()[0]) == len(rows(Path(target), "train")) > 1000
 
 
-NOTO = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")  # Debian's fonts-noto-color-emoji, which .ci/run installs
+NOTO = Path(
+    "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
+)  # Debian's fonts-noto-color-emoji, which .ci/run installs
 
 
 @pytest.mark.skipif(not NOTO.is_file(), reason="Noto Color Emoji is not installed here")
 def test_a_font_draws_the_same_emoji_in_another_style(tmp_path):
     plain = catalogue.write(tmp_path / "plain", "shapes", size=32)
-    styled = catalogue.write(tmp_path / "styled", "shapes", size=32, font=NOTO, style="in noto style")
-    rows = [[json.loads(line) for line in (folder / "train" / "metadata.jsonl").read_text().splitlines()]
-            for folder in (plain, styled)]  # fmt: skip
-    assert [row["caption"] for row in rows[1]] == [f"{row['caption']} in noto style" for row in rows[0]]
+    styled = catalogue.write(
+        tmp_path / "styled", "shapes", size=32, font=NOTO, style="in noto style"
+    )
+    rows = [
+        [
+            json.loads(line)
+            for line in (folder / "train" / "metadata.jsonl").read_text().splitlines()
+        ]
+        for folder in (plain, styled)
+    ]
+    assert [row["caption"] for row in rows[1]] == [
+        f"{row['caption']} in noto style" for row in rows[0]
+    ]
     for row in rows[0]:
-        a, b = (np.asarray(Image.open(folder / "train" / row["file_name"])) for folder in (plain, styled))
+        a, b = (
+            np.asarray(Image.open(folder / "train" / row["file_name"]))
+            for folder in (plain, styled)
+        )
         assert a.shape == b.shape == (32, 32, 3) and (a != b).any()
         if row["factors"]["color"] != "white":
             inside = [picture.min(2) < 235 for picture in (a, b)]
-            assert (inside[0] & inside[1]).sum() > 0.75 * (inside[0] | inside[1]).sum(), row["caption"]
+            assert (inside[0] & inside[1]).sum() > 0.75 * (inside[0] | inside[1]).sum(), row[
+                "caption"
+            ]
     assert catalogue.current(styled) != catalogue.current(plain)
 
 
 @pytest.mark.skipif(not NOTO.is_file(), reason="Noto Color Emoji is not installed here")
 def test_a_font_draws_sequences_as_one_picture_or_not_at_all():
     font = catalogue.Font(NOTO)
-    assert font.draws("\U0001f431") and font.draws("\U0001f469\u200d\U0001f692")  # a cat face, a woman firefighter
+    assert font.draws("\U0001f431") and font.draws(
+        "\U0001f469\u200d\U0001f692"
+    )  # a cat face, a woman firefighter
     assert not font.draws("\U0001f431\U0001f431") and not font.draws("\U000e0041")
 
 

@@ -39,7 +39,13 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def bank(judge, folder):
     cache = folder.parent / "cache"
-    return Bank.of(judge, [dataset.load_images(folder, split=s, resolution=16, cache_dir=cache) for s in ("train", "test")])
+    return Bank.of(
+        judge,
+        [
+            dataset.load_images(folder, split=s, resolution=16, cache_dir=cache)
+            for s in ("train", "test")
+        ],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +53,9 @@ def untrained(folder):
     """A run's folder around a network that was never trained."""
     run = folder.parent / "run"
     tiny_pipeline(sample_size=16, caption_length=8).save_pretrained(run / "pipeline")
-    source = config.DataConfig(source=str(folder), resolution=16, cache=str(folder.parent / "cache"))
+    source = config.DataConfig(
+        source=str(folder), resolution=16, cache=str(folder.parent / "cache")
+    )
     (run / "config.yaml").write_text(config.Config(name="tiny", data=source).to_yaml())
     return run
 
@@ -60,7 +68,9 @@ def run(untrained, tmp_path):
 
 def measured_apart(judge, bank) -> float:
     """The KID of noise in the pictures' place."""
-    noise = torch.randint(256, bank.images.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    noise = torch.randint(
+        256, bank.images.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
     found = evaluate.measure(judge, bank, noise, torch.arange(len(bank.captions)), 0.1, 4)
     return found["distances"][NAME]["kid"]["value"]
 
@@ -70,8 +80,14 @@ def test_the_bank_ranks_its_own_pictures_first(judge, bank):
     found = evaluate.measure(judge, bank, bank.images, rows, 0.1, 4)
     assert found["train"]["first"]["share"] == found["held_out"]["first"]["share"] == 1
     assert found["seam_ratio"] == pytest.approx(1)
-    assert found["distances"][NAME]["kid"]["value"] < 0 < measured_apart(judge, bank), "the bias of pairs of one with itself"
-    assert {name: grid["first"]["n"] for name, grid in found["grids"].items()} == {"circles": 2, "hearts": 2, "squares": 2}
+    assert found["distances"][NAME]["kid"]["value"] < 0 < measured_apart(judge, bank), (
+        "the bias of pairs of one with itself"
+    )
+    assert {name: grid["first"]["n"] for name, grid in found["grids"].items()} == {
+        "circles": 2,
+        "hearts": 2,
+        "squares": 2,
+    }
 
 
 def test_a_sibling_differs_in_one_factor_and_is_never_first(bank):
@@ -81,17 +97,28 @@ def test_a_sibling_differs_in_one_factor_and_is_never_first(bank):
         siblings = [bank.captions[i].rsplit(" ", 1) for i in bank.siblings(row)]
         assert {s for _, s in siblings} == {shape}
         assert color not in {c for c, _ in siblings}
-    assert Counter(bank.captions[i].rsplit(" ", 1)[1] for i in bank.siblings(bank.n_train))["heart"] == 10
+    assert (
+        Counter(bank.captions[i].rsplit(" ", 1)[1] for i in bank.siblings(bank.n_train))["heart"]
+        == 10
+    )
     baseline = bank.sibling_baseline(torch.tensor(held))
     assert baseline["first"]["k"] == 0
     assert baseline["first"]["n"] == 6
 
 
 def test_siblings_share_all_factors_but_one():
-    rows = [("man", "cook"), ("woman", "cook"), ("man", "judge"), ("woman", "judge"), ("person", "cook")]
+    rows = [
+        ("man", "cook"),
+        ("woman", "cook"),
+        ("man", "judge"),
+        ("woman", "judge"),
+        ("person", "cook"),
+    ]
     metadata = [{"grid": "roles", "factors": {"gender": g, "role": r}} for g, r in rows]
     metadata[1:1] = [{"grid": None, "factors": {}}]
-    bank = Bank(torch.empty(0), [""] * 6, metadata, 5, torch.empty(0), torch.empty(0), torch.arange(6))
+    bank = Bank(
+        torch.empty(0), [""] * 6, metadata, 5, torch.empty(0), torch.empty(0), torch.arange(6)
+    )
     assert bank.siblings(5) == [0, 2]  # the cooks; judges differ in two factors
     assert bank.siblings(1) == []
 
@@ -105,7 +132,9 @@ def test_an_evaluation_goes_on_where_it_stopped(run, bank, monkeypatch, capsys):
         if len(calls) == stop_at:
             raise KeyboardInterrupt
         if calls[-1][:2] == (1, 1000_000_000):
-            return SimpleNamespace(images=bank.images[[bank.captions.index(prompt) for prompt in prompts]] / 255)
+            return SimpleNamespace(
+                images=bank.images[[bank.captions.index(prompt) for prompt in prompts]] / 255
+            )
         return draw(self, prompts, **options)
 
     monkeypatch.setattr(text_to_image.TextToImagePipeline, "__call__", counted)
@@ -116,7 +145,16 @@ def test_an_evaluation_goes_on_where_it_stopped(run, bank, monkeypatch, capsys):
     calls.clear()
     stop_at = None
     assert evaluate.main(command) == 0
-    assert [c[1] for c in calls] == [0, 16, 0, 16, 3_000_000, 3_000_016, 3_000_000, 3_000_016]  # all, then free; no choice
+    assert [c[1] for c in calls] == [
+        0,
+        16,
+        0,
+        16,
+        3_000_000,
+        3_000_016,
+        3_000_000,
+        3_000_016,
+    ]  # all, then free; no choice
     first = json.loads((run / "metrics.json").read_text())
     calls.clear()
     assert evaluate.main(command) == 0
@@ -125,18 +163,28 @@ def test_an_evaluation_goes_on_where_it_stopped(run, bank, monkeypatch, capsys):
     assert first["by_seed"]["0"] != first["by_seed"]["3"]
     assert first["references"]["chance"] == {"first": 1 / 28, "first_five": 5 / 28}
     assert "held-out combinations: first" in capsys.readouterr().out
-    assert Image.open(run / "images" / "free.png").size == (825, 660)  # five columns of the 20 prompts
+    assert Image.open(run / "images" / "free.png").size == (
+        825,
+        660,
+    )  # five columns of the 20 prompts
 
 
 def test_drawings_are_another_samplers_no_more(run, monkeypatch):
     """What a change of the sampler, or of the free prompts, draws is drawn anew."""
     drawn, real = [], evaluate.drawn
-    counted = lambda pipe, prompts, **call: drawn.append(len(prompts)) or real(pipe, prompts, **call)
+    counted = lambda pipe, prompts, **call: (
+        drawn.append(len(prompts)) or real(pipe, prompts, **call)
+    )
     monkeypatch.setattr(evaluate, "drawn", counted)
-    command, settings = [str(run), "--w", "0", *ONE], run / "pipeline" / "scheduler" / "scheduler_config.json"
+    command, settings = (
+        [str(run), "--w", "0", *ONE],
+        run / "pipeline" / "scheduler" / "scheduler_config.json",
+    )
     measure = lambda: (drawn.clear(), evaluate.main(command), sum(drawn))[1:]
     assert measure() == (0, 28 + 20) and measure() == (0, 0)
-    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"timestep_spacing": "leading"}))
+    settings.write_text(
+        json.dumps(json.loads(settings.read_text()) | {"timestep_spacing": "leading"})
+    )
     assert measure() == (0, 28 + 20)
     monkeypatch.setattr(evaluate.variations, "FREE", evaluate.variations.FREE[:3])
     assert measure() == (0, 3)
@@ -147,7 +195,9 @@ def test_drawings_are_known_again_by_another_process(bank):
     found = []
     for noted in (["beta_start", "beta_end"], ["beta_end", "beta_start"]):
         pipe = tiny_pipeline(caption_length=8)
-        pipe.scheduler._internal_dict = FrozenDict(dict(pipe.scheduler.config) | {"_use_default_values": noted})
+        pipe.scheduler._internal_dict = FrozenDict(
+            dict(pipe.scheduler.config) | {"_use_default_values": noted}
+        )
         found.append(evaluate.identity(pipe, bank))
     assert found[0] == found[1]
     pipe.unet = tiny_unet(seed=1)
@@ -160,7 +210,12 @@ def test_drawings_are_computed_in_the_precision_of_training(chosen, monkeypatch,
     monkeypatch.setattr(evaluate.models, "has_bf16", lambda device: chosen == "bf16")
     pipe.unet.conv_in.register_forward_hook(lambda net, args, out: seen.add(out.dtype))
     drawn = evaluate.draw(pipe, ["red", "blue"], 1.0, 0, 2, tmp_path / "images.safetensors", 2)
-    assert seen == {torch.bfloat16 if chosen == "bf16" else torch.float32} and drawn.shape == (2, 3, 8, 8)
+    assert seen == {torch.bfloat16 if chosen == "bf16" else torch.float32} and drawn.shape == (
+        2,
+        3,
+        8,
+        8,
+    )
 
 
 def test_w_is_not_reported_on_the_seed_that_chose_it(run, capsys):
@@ -177,25 +232,38 @@ def test_what_starts_from_its_own_picture_is_as_good_as_the_chain_below(run, jud
     assert (low["t"], high["t"]) == (19, 999)
     assert low["first"]["share"] == 1 and high["first"]["share"] < 0.5
     assert evaluate.from_real(judge, bank, pipe, rows, 999, 0.0, 0, 50, batch=5) == high
-    with pytest.raises(retrieval.EvaluationError, match="a plan of 50 steps has no timestep up to 5: give more --steps"):
+    with pytest.raises(
+        retrieval.EvaluationError,
+        match="a plan of 50 steps has no timestep up to 5: give more --steps",
+    ):
         evaluate.from_real(judge, bank, pipe, rows, 5, 0.0, 0, 50)
 
 
-@pytest.mark.parametrize(("arguments", "says"), [
-    (["--on", "0"], "--on is 0, expected 1 or more"), (["--choose-on", "0"], "--choose-on is 0, expected 1 or more"),
-    (["--sweep", "w=0,1", "--seeds", "0", "1", "--more"], "--more and a second --seeds means nothing beside --sweep"),
-    (["--on", "9"], "--on means nothing without --sweep"),
-    (["--sweep", "w=0,1", "--choose-on", "9"], "--choose-on means nothing beside --sweep"),
-    (["--from-real", "9", "--seeds", "5"], "--seeds means nothing beside --from-real"),
-    (["--from-real", "9", "--w", "0", "1"], "a second --w means nothing beside --from-real"),
-    (["--from-real", "9", "--sweep", "w=0,1"], "--sweep means nothing beside --from-real")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--on", "0"], "--on is 0, expected 1 or more"),
+        (["--choose-on", "0"], "--choose-on is 0, expected 1 or more"),
+        (
+            ["--sweep", "w=0,1", "--seeds", "0", "1", "--more"],
+            "--more and a second --seeds means nothing beside --sweep",
+        ),
+        (["--on", "9"], "--on means nothing without --sweep"),
+        (["--sweep", "w=0,1", "--choose-on", "9"], "--choose-on means nothing beside --sweep"),
+        (["--from-real", "9", "--seeds", "5"], "--seeds means nothing beside --from-real"),
+        (["--from-real", "9", "--w", "0", "1"], "a second --w means nothing beside --from-real"),
+        (["--from-real", "9", "--sweep", "w=0,1"], "--sweep means nothing beside --from-real"),
+    ],
+)
 def test_what_would_count_for_nothing_is_refused(run, capsys, arguments, says):
     assert evaluate.main([str(run), *arguments]) == 2
     assert says in capsys.readouterr().err
 
 
 def test_the_command_starts_from_real_pictures(run, capsys):
-    assert evaluate.main([str(run), "--from-real", "999", "19", "--w", "0", "--choose-on", "4"]) == 0
+    assert (
+        evaluate.main([str(run), "--from-real", "999", "19", "--w", "0", "--choose-on", "4"]) == 0
+    )
     out = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in out] == ["from t = 999", "from t = 19"]
 
@@ -229,9 +297,13 @@ def colours(monkeypatch):
 
 def test_more_measures_the_same_drawings_by_more_and_names_every_network(run, colours, capsys):
     command = [str(run), "--w", "1", *ONE]
-    (run / model_card.FACTS).write_text(json.dumps(model_card.facts("28 images", 1.0) | {"model": str(run / "pipeline")}))
+    (run / model_card.FACTS).write_text(
+        json.dumps(model_card.facts("28 images", 1.0) | {"model": str(run / "pipeline")})
+    )
     assert evaluate.main(command) == 0
-    assert not (run / "README.md").exists(), "a card would pass for the end of a run that is trained on"
+    assert not (run / "README.md").exists(), (
+        "a card would pass for the end of a run that is trained on"
+    )
     (run / "README.md").write_text("a card")
     plain = json.loads((run / "metrics.json").read_text())
     assert set(plain["by_seed"]["0"]["distances"]) == {NAME} and "more" not in plain
@@ -239,21 +311,39 @@ def test_more_measures_the_same_drawings_by_more_and_names_every_network(run, co
     assert evaluate.main([*command, "--more", "--features", "colours"]) == 0
     found = json.loads((run / "metrics.json").read_text())
     assert {k: v for k, v in found["by_seed"]["0"].items() if k != "distances"} == {
-        k: v for k, v in plain["by_seed"]["0"].items() if k != "distances"}  # fmt: skip
+        k: v for k, v in plain["by_seed"]["0"].items() if k != "distances"
+    }
     for by in found["by_seed"]["0"]["distances"].values():
-        assert by["frechet"]["n"] == 14 and by["frechet"]["value"] > by["frechet"]["real"] > 0  # an untrained network's
+        assert (
+            by["frechet"]["n"] == 14 and by["frechet"]["value"] > by["frechet"]["real"] > 0
+        )  # an untrained network's
         assert by["kid"]["n"] == 28
     more = found["more"]
-    assert set(more["errors"]) == {"timesteps", "train", "held_out"} and set(more["diversity"]) == {"1"}
+    assert set(more["errors"]) == {"timesteps", "train", "held_out"} and set(more["diversity"]) == {
+        "1"
+    }
     bits = {name: by["mean"] for name, by in more["bits_per_dimension"].items()}
-    assert bits["model"] == pytest.approx(bits["prior"] + bits["steps"] + bits["decoder"]) and bits["model"] > bits["png"]
+    assert (
+        bits["model"] == pytest.approx(bits["prior"] + bits["steps"] + bits["decoder"])
+        and bits["model"] > bits["png"]
+    )
     assert all(by["n"] == 6 for by in more["bits_per_dimension"].values())
     told = capsys.readouterr().out
-    for line in ("kid (colours)", f"kid ({NAME})", f"Fréchet distance ({NAME})", "bits per dimension by the bound; as PNG"):
+    for line in (
+        "kid (colours)",
+        f"kid ({NAME})",
+        f"Fréchet distance ({NAME})",
+        "bits per dimension by the bound; as PNG",
+    ):
         assert line in told
-    assert model_card.measured(found) in told and model_card.measured(found) in (run / "README.md").read_text()
+    assert (
+        model_card.measured(found) in told
+        and model_card.measured(found) in (run / "README.md").read_text()
+    )
     assert evaluate.main(command) == 0
-    assert json.loads((run / "metrics.json").read_text())["more"] == more, "what still holds was lost"
+    assert json.loads((run / "metrics.json").read_text())["more"] == more, (
+        "what still holds was lost"
+    )
     tiny_unet(sample_size=16, seed=1).save_pretrained(run / "pipeline" / "unet")
     assert evaluate.main(command) == 0
     assert "more" not in json.loads((run / "metrics.json").read_text()), "it is of other weights"
@@ -265,7 +355,9 @@ def test_what_is_known_of_real_pictures_is_computed_once(run, colours, tmp_path,
     monkeypatch.setattr(retrieval, "frechet", lambda x, y: pairs.append(len(x)) or frechet(x, y))
     first = evaluate.distances("colours", bank, bank.images, tmp_path)
     assert Colours.shown == 56 and pairs == [14, 14]
-    assert first["frechet"]["value"] == pytest.approx(first["frechet"]["real"]), "real pictures in the drawings' place"
+    assert first["frechet"]["value"] == pytest.approx(first["frechet"]["real"]), (
+        "real pictures in the drawings' place"
+    )
     again = evaluate.distances("colours", bank, bank.images, tmp_path)
     assert again == first and Colours.shown == 56 + 28 and len(pairs) == 3
     bank.images[0, 0, 0, 0] ^= 1
@@ -289,11 +381,15 @@ def test_a_clip_model_scores_drawings_beside_real_pictures(run, tmp_path, capsys
 
 def test_what_is_misspelt_is_said_before_anything_is_drawn(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "draw", lambda *_args, **_more: pytest.fail("it draws"))
-    for more, says in ((["--clip", str(tmp_path / "none")], "is no CLIP model"),
-                       (["--features", "inception-v3"], "inception-v3 is not installed"),
-                       (["--w", "1", "--choose-on", "9", "--choose-seed", "7"],
-                        "--choose-on and --choose-seed means nothing with one --w"),
-                       (["--seeds", "1000"], "seed 1000 chooses w and may not report it")):  # fmt: skip
+    for more, says in (
+        (["--clip", str(tmp_path / "none")], "is no CLIP model"),
+        (["--features", "inception-v3"], "inception-v3 is not installed"),
+        (
+            ["--w", "1", "--choose-on", "9", "--choose-seed", "7"],
+            "--choose-on and --choose-seed means nothing with one --w",
+        ),
+        (["--seeds", "1000"], "seed 1000 chooses w and may not report it"),
+    ):
         assert evaluate.main([str(run), *more]) == 2
         assert says in capsys.readouterr().err
     with pytest.raises(SystemExit):
@@ -305,7 +401,9 @@ def test_a_seed_that_chooses_nothing_may_report(run):
     assert list(json.loads((run / "metrics.json").read_text())["by_seed"]) == ["1000"]
 
 
-def test_a_model_that_draws_by_a_stock_scheduler_is_measured_by_its_noise_process(run, colours, capsys):
+def test_a_model_that_draws_by_a_stock_scheduler_is_measured_by_its_noise_process(
+    run, colours, capsys
+):
     """As an adapter's base does: its own scheduler draws, and has no equations."""
     pipe = TextToImagePipeline.from_pretrained(run / "pipeline")
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
@@ -318,7 +416,10 @@ def test_a_model_that_draws_by_a_stock_scheduler_is_measured_by_its_noise_proces
     pipe.save_pretrained(run / "pipeline")
     assert evaluate.main([*command, "--more"]) == 0
     again = json.loads((run / "metrics.json").read_text())["more"]
-    assert by_stock == (again["errors"]["train"]["x_0"], again["bits_per_dimension"]["model"]["mean"])
+    assert by_stock == (
+        again["errors"]["train"]["x_0"],
+        again["bits_per_dimension"]["model"]["mean"],
+    )
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.save_pretrained(run / "pipeline")
     assert evaluate.main([str(run), "--from-real", "500", "--steps", "2"]) == 2
@@ -327,9 +428,19 @@ def test_a_model_that_draws_by_a_stock_scheduler_is_measured_by_its_noise_proces
 
 def test_measurements_of_another_precision_are_replaced_and_that_is_told(tmp_path, capsys):
     evaluate.record(tmp_path, "abc-def", w=1.0)
-    assert evaluate.record(tmp_path, "abc-def", sweep={}) == {"w": 1.0, "sweep": {}, "model": "abc-def"}
+    assert evaluate.record(tmp_path, "abc-def", sweep={}) == {
+        "w": 1.0,
+        "sweep": {},
+        "model": "abc-def",
+    }
     assert not capsys.readouterr().err
-    assert evaluate.record(tmp_path, "abc-def-float32", w=2.0) == {"w": 2.0, "model": "abc-def-float32"}
-    assert "metrics.json was of the same model by a machine of another precision" in capsys.readouterr().err
+    assert evaluate.record(tmp_path, "abc-def-float32", w=2.0) == {
+        "w": 2.0,
+        "model": "abc-def-float32",
+    }
+    assert (
+        "metrics.json was of the same model by a machine of another precision"
+        in capsys.readouterr().err
+    )
     evaluate.record(tmp_path, "another", w=2.0)
     assert not capsys.readouterr().err

@@ -8,13 +8,27 @@ import torch
 from tiny import tiny_text
 
 from pipeline.data.emoji import catalogue
-from pipeline.diffusion.exact_denoiser import ExactDenoiser, expected_x_0, irreducible_loss, posterior_weights
+from pipeline.diffusion.exact_denoiser import (
+    ExactDenoiser,
+    expected_x_0,
+    irreducible_loss,
+    posterior_weights,
+)
 from pipeline.diffusion.patches import PatchAutoencoder
 from pipeline.diffusion.scheduler import DDPMScheduler
 from pipeline.diffusion.text_to_image import TextToImagePipeline
 
 SIZE = 16
-NAMES = ("red heart", "yellow heart", "blue circle", "green square", "cat face", "dog face", "red circle", "yellow square")
+NAMES = (
+    "red heart",
+    "yellow heart",
+    "blue circle",
+    "green square",
+    "cat face",
+    "dog face",
+    "red circle",
+    "yellow square",
+)
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +43,12 @@ def scheduler(prediction_type: str = "epsilon", **config) -> DDPMScheduler:
     return DDPMScheduler(prediction_type=prediction_type, timestep_spacing="trailing", **config)
 
 
-def pipeline_of(images: torch.Tensor, prediction_type: str = "epsilon", captions: list[str] | None = None,
-                patch_size: int | None = None) -> TextToImagePipeline:  # fmt: skip
+def pipeline_of(
+    images: torch.Tensor,
+    prediction_type: str = "epsilon",
+    captions: list[str] | None = None,
+    patch_size: int | None = None,
+) -> TextToImagePipeline:
     """The pipeline with the exact denoiser of images in its network's place, and a tiny text encoder."""
     tokenizer, encoder = tiny_text("bert")
     vae = None if patch_size is None else PatchAutoencoder(patch_size)
@@ -46,7 +64,9 @@ def pipeline_of(images: torch.Tensor, prediction_type: str = "epsilon", captions
 
 def which(drawn: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
     """The image of the set that each drawing in [0, 1] is, (B,); every drawing must be one."""
-    distance = torch.cdist((drawn * 2 - 1).flatten(1), images.flatten(1)) / math.sqrt(images[0].numel())
+    distance = torch.cdist((drawn * 2 - 1).flatten(1), images.flatten(1)) / math.sqrt(
+        images[0].numel()
+    )
     assert distance.amin(1).max() < 0.02  # of a range of 2
     return distance.argmin(1)
 
@@ -56,19 +76,32 @@ def test_the_posterior_is_bayes_rule_by_brute_force(faces, t):
     """p(i | x_t) = N(x_t; sqrt(abar) x_i, (1 - abar) I) / sum over j, each density summed pixel by pixel in float64."""
     noise, images = scheduler(), faces.double()
     generator = torch.Generator().manual_seed(t)
-    x_t = noise.add_noise(images[:6], torch.randn(images[:6].shape, generator=generator, dtype=torch.float64), t)
+    x_t = noise.add_noise(
+        images[:6], torch.randn(images[:6].shape, generator=generator, dtype=torch.float64), t
+    )
     abar = math.prod(1 - b for b in np.linspace(1e-4, 0.02, 1000)[: t + 1])
-    density = torch.tensor([[torch.distributions.Normal(abar**0.5 * image, (1 - abar) ** 0.5).log_prob(x).sum()
-                             for image in images] for x in x_t])  # fmt: skip
+    density = torch.tensor(
+        [
+            [
+                torch.distributions.Normal(abar**0.5 * image, (1 - abar) ** 0.5).log_prob(x).sum()
+                for image in images
+            ]
+            for x in x_t
+        ]
+    )
     expected = (density - density.logsumexp(1, keepdim=True)).exp()
-    torch.testing.assert_close(posterior_weights(images, x_t, noise, t), expected, atol=1e-8, rtol=1e-6)
+    torch.testing.assert_close(
+        posterior_weights(images, x_t, noise, t), expected, atol=1e-8, rtol=1e-6
+    )
     mean = torch.einsum("bn,nchw->bchw", expected, images)
     torch.testing.assert_close(expected_x_0(images, x_t, noise, t), mean, atol=1e-8, rtol=1e-6)
 
 
 def test_timesteps_may_differ_by_example(faces):
     noise, t = scheduler(), torch.tensor([5, 400, 950])
-    x_t = noise.add_noise(faces[:3], torch.randn(faces[:3].shape, generator=torch.Generator().manual_seed(0)), t)
+    x_t = noise.add_noise(
+        faces[:3], torch.randn(faces[:3].shape, generator=torch.Generator().manual_seed(0)), t
+    )
     together = expected_x_0(faces, x_t, noise, t)
     alone = torch.cat([expected_x_0(faces, x_t[i : i + 1], noise, int(t[i])) for i in range(3)])
     torch.testing.assert_close(together, alone)
@@ -89,7 +122,9 @@ def test_no_other_denoiser_has_a_lower_error(faces):
     """E[x_0 | x_t] minimises the mean squared error: scaling it or mixing in the data's mean makes it worse."""
     noise, t = scheduler(), 700
     x_0 = faces.repeat(16, 1, 1, 1)
-    x_t = noise.add_noise(x_0, torch.randn(x_0.shape, generator=torch.Generator().manual_seed(2)), t)
+    x_t = noise.add_noise(
+        x_0, torch.randn(x_0.shape, generator=torch.Generator().manual_seed(2)), t
+    )
     best, mean = expected_x_0(faces, x_t, noise, t), faces.mean(0)
     error = lambda guess: (guess - x_0).square().mean()
     for other in (0.9 * best, 1.1 * best, 0.9 * best + 0.1 * mean, 1.1 * best - 0.1 * mean):
@@ -112,21 +147,33 @@ def test_the_irreducible_loss_of_two_points_is_the_integral():
     x_0 = torch.tensor([1.0, -1.0], dtype=torch.float64).reshape(2, 1, 1, 1)
     eps = torch.linspace(-8, 8, 4001, dtype=torch.float64)
     guess = torch.tanh(abar**0.5 * (abar**0.5 + (1 - abar) ** 0.5 * eps) / (1 - abar))
-    expected = torch.trapezoid((guess - 1) ** 2 * torch.exp(-(eps**2) / 2) / math.sqrt(2 * math.pi), eps).item()
+    expected = torch.trapezoid(
+        (guess - 1) ** 2 * torch.exp(-(eps**2) / 2) / math.sqrt(2 * math.pi), eps
+    ).item()
     generator = torch.Generator().manual_seed(3)
-    draws = torch.cat([irreducible_loss(x_0, noise, t, torch.randn(x_0.shape, generator=generator, dtype=torch.float64))
-                       for _ in range(n // 2)])  # fmt: skip
+    draws = torch.cat(
+        [
+            irreducible_loss(
+                x_0, noise, t, torch.randn(x_0.shape, generator=generator, dtype=torch.float64)
+            )
+            for _ in range(n // 2)
+        ]
+    )
     assert abs(draws.mean().item() - expected) < 3 * draws.std().item() / math.sqrt(n)
 
 
-@pytest.mark.parametrize(("prediction_type", "patch_size"), [("epsilon", None), ("sample", 4), ("v_prediction", None)])
+@pytest.mark.parametrize(
+    ("prediction_type", "patch_size"), [("epsilon", None), ("sample", 4), ("v_prediction", None)]
+)
 def test_the_whole_pipeline_draws_each_image_equally_often(faces, prediction_type, patch_size):
     """Chi-square on 640 draws: ancestral sampling with the exact score is exact in the number of steps' limit."""
     pipe = pipeline_of(faces, prediction_type, patch_size=patch_size)
     drawn = pipe([""] * 640, seed=0, num_inference_steps=40, output_type="pt", w=0).images
     counts = torch.bincount(which(drawn, faces), minlength=len(faces)).double()
     chi_square = ((counts - 20) ** 2 / 20).sum().item()
-    assert 31 - 3 * math.sqrt(62) < chi_square < 31 + 4 * math.sqrt(62)  # 31 degrees of freedom: mean 31, variance 62
+    assert (
+        31 - 3 * math.sqrt(62) < chi_square < 31 + 4 * math.sqrt(62)
+    )  # 31 degrees of freedom: mean 31, variance 62
 
 
 def test_a_caption_draws_only_its_own_images_in_equal_shares(faces):

@@ -12,14 +12,18 @@ FINITE = st.floats(-50, 50)
 
 def two(shape=(4, 3, 2, 2), dtype=torch.float64):
     g = torch.Generator().manual_seed(0)
-    return torch.randn(shape, generator=g, dtype=dtype), torch.randn(shape, generator=g, dtype=dtype)
+    return torch.randn(shape, generator=g, dtype=dtype), torch.randn(
+        shape, generator=g, dtype=dtype
+    )
 
 
 @settings(deadline=None)  # the machine may be busy
 @given(FINITE)
 def test_guidance_is_the_lectures_combination(w):
     eps_c, eps_u = two()
-    torch.testing.assert_close(guide(eps_c, eps_u, w), (1 + w) * eps_c - w * eps_u, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        guide(eps_c, eps_u, w), (1 + w) * eps_c - w * eps_u, rtol=1e-12, atol=1e-12
+    )
 
 
 def test_no_weight_is_the_conditional_prediction_bit_for_bit():
@@ -43,7 +47,9 @@ def test_each_image_has_its_own_weight():
     w = torch.tensor([0.0, -1.0, 2.0, 7.5], dtype=torch.float64)
     together = guide(eps_c, eps_u, w)
     for i in range(4):
-        torch.testing.assert_close(together[i], guide(eps_c[i], eps_u[i], float(w[i])), rtol=1e-14, atol=1e-14)
+        torch.testing.assert_close(
+            together[i], guide(eps_c[i], eps_u[i], float(w[i])), rtol=1e-14, atol=1e-14
+        )
 
 
 @settings(deadline=None)  # the machine may be busy
@@ -54,7 +60,9 @@ def test_guiding_x_0_is_guiding_eps(w, abar):
     x_c, x_u = two()
     x_t = torch.randn(x_c.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     eps = lambda x_0: (x_t - abar**0.5 * x_0) / (1 - abar) ** 0.5
-    torch.testing.assert_close(eps(guide(x_c, x_u, w)), guide(eps(x_c), eps(x_u), w), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        eps(guide(x_c, x_u, w)), guide(eps(x_c), eps(x_u), w), rtol=1e-9, atol=1e-9
+    )
 
 
 def test_guided_score_of_two_gaussians_is_that_of_the_extrapolated_mean():
@@ -66,7 +74,15 @@ def test_guided_score_of_two_gaussians_is_that_of_the_extrapolated_mean():
 
 def test_interval_guides_inside_only():
     w = interval(2.0, 0.2, 0.8)
-    assert [w(level) for level in (0.0, 0.19, 0.2, 0.5, 0.8, 0.81, 1.0)] == [0, 0, 2.0, 2.0, 2.0, 0, 0]
+    assert [w(level) for level in (0.0, 0.19, 0.2, 0.5, 0.8, 0.81, 1.0)] == [
+        0,
+        0,
+        2.0,
+        2.0,
+        2.0,
+        0,
+        0,
+    ]
 
 
 def test_interval_takes_one_weight_per_prompt():
@@ -77,7 +93,10 @@ def test_interval_takes_one_weight_per_prompt():
 
 def test_interval_takes_tensors():
     assert [interval(torch.tensor(2.0), 0.2, 0.8)(level) for level in (0.5, 0.9)] == [2, 0]
-    assert [weights(interval(torch.tensor([1.0, 3.0]), 0.2, 0.8), 2, level).tolist() for level in (0.5, 0.9)] == [[1, 3], [0, 0]]
+    assert [
+        weights(interval(torch.tensor([1.0, 3.0]), 0.2, 0.8), 2, level).tolist()
+        for level in (0.5, 0.9)
+    ] == [[1, 3], [0, 0]]
 
 
 @pytest.mark.parametrize("bounds", [(0.8, 0.2), (-0.1, 0.5), (0.1, 1.5), (float("nan"), 1.0)])
@@ -86,12 +105,35 @@ def test_interval_refuses_what_is_not_an_interval_of_noise_levels(bounds):
         interval(2.0, *bounds)
 
 
-@pytest.mark.parametrize("w", [2, 2.0, [2.0, 2.0], (2, 2), torch.tensor(2.0), torch.tensor([2.0, 2.0]), lambda level: 4 * level])
+@pytest.mark.parametrize(
+    "w",
+    [
+        2,
+        2.0,
+        [2.0, 2.0],
+        (2, 2),
+        torch.tensor(2.0),
+        torch.tensor([2.0, 2.0]),
+        lambda level: 4 * level,
+    ],
+)
 def test_weights_come_as_numbers_sequences_tensors_and_functions(w):
     assert torch.equal(weights(w, 2, 0.5), torch.tensor([2.0, 2.0], dtype=torch.float64))
 
 
-@pytest.mark.parametrize("w", [float("inf"), float("nan"), "2", True, None, [1.0, "2"], [1.0, float("inf")], lambda level: "2"])
+@pytest.mark.parametrize(
+    "w",
+    [
+        float("inf"),
+        float("nan"),
+        "2",
+        True,
+        None,
+        [1.0, "2"],
+        [1.0, float("inf")],
+        lambda level: "2",
+    ],
+)
 def test_weights_refuse_what_is_no_finite_number(w):
     with pytest.raises(InputError, match="expected a finite number"):
         weights(w, 2, 0.5)

@@ -33,14 +33,22 @@ def hub():
 
 def client(hub, tmp_path, code, **env):
     """Run code in a process whose Hub this is."""
-    done = subprocess.run([sys.executable, "-c", PRELUDE + code], env=hub.env(tmp_path / "home", **env), capture_output=True,
-                          text=True, timeout=120)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", PRELUDE + code],
+        env=hub.env(tmp_path / "home", **env),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_a_folder_with_a_12_mb_safetensors_file_comes_back_the_same(hub, tmp_path):
     hub.faults += [("PUT", "/_lfs/", 503)]
-    client(hub, tmp_path, """
+    client(
+        hub,
+        tmp_path,
+        """
 repo = create_repo("round-trip", exist_ok=True).repo_id
 assert repo == "tester/round-trip" == create_repo(repo, exist_ok=True).repo_id
 commit = upload_folder(repo_id=repo, folder_path=out)
@@ -49,15 +57,21 @@ assert back.name == commit.oid
 for name in ("unet/model.safetensors", "README.md", "empty.txt"):
     assert filecmp.cmp(out / name, back / name, shallow=False), name
 assert upload_folder(repo_id=repo, folder_path=out).oid == commit.oid  # unchanged: no commit
-""")  # fmt: skip
+""",
+    )
     assert len(hub.files("models", "tester/round-trip")["unet/model.safetensors"]) > 10_000_000
-    assert hub.faults == [] and sum(method == "PUT" for method, _ in hub.requests) == 2, "one of them failed"
+    assert hub.faults == [] and sum(method == "PUT" for method, _ in hub.requests) == 2, (
+        "one of them failed"
+    )
 
 
 def test_errors_reach_the_client_as_its_own_classes(hub, tmp_path):
     hub.add("other/private", {"a": b""}, private=True)
     hub.add("other/gated", {"a": b""}, gated=True)
-    client(hub, tmp_path, """
+    client(
+        hub,
+        tmp_path,
+        """
 create_repo("r")
 raises(errors.RepositoryNotFoundError, model_info, "tester/none")
 raises(errors.RepositoryNotFoundError, model_info, "other/private")
@@ -71,21 +85,29 @@ for token in ("hf_wrong", "hf_reader"):
 assert whoami(token="hf_reader")["auth"]["accessToken"]["role"] == "read"
 (out / "README.md").write_text("---\\na:\\t b\\n---\\n")
 raises(ValueError, upload_folder, repo_id="tester/r", folder_path=out)
-""")  # fmt: skip
+""",
+    )
     assert hub.files("models", "tester/r") == {}
 
 
 def test_a_lost_answer_is_no_answer_to_a_request_that_was_carried_out(hub, tmp_path):
     hub.faults += [("POST", "/commit/", LOST)]
-    client(hub, tmp_path, """
+    client(
+        hub,
+        tmp_path,
+        """
 repo = create_repo("r").repo_id
 raises(errors.HTTPError, upload_file, path_or_fileobj=b"x", path_in_repo="x.txt", repo_id=repo)
-""")  # fmt: skip
+""",
+    )
     assert hub.files("models", "tester/r") == {"x.txt": b"x"}
 
 
 def test_branches_tags_pull_requests_deletions_and_stale_parents(hub, tmp_path):
-    client(hub, tmp_path, """
+    client(
+        hub,
+        tmp_path,
+        """
 api, repo = HfApi(), create_repo("r").repo_id
 first = upload_folder(repo_id=repo, folder_path=out)
 api.create_tag(repo, tag="v1")
@@ -98,11 +120,15 @@ assert "empty.txt" in list_repo_files(repo, revision="v1") and "empty.txt" not i
 assert "a/b.txt" in list_repo_files(repo, revision="step-100")
 assert [f.path for f in api.get_paths_info(repo, ["unet", "README.md"])] == ["README.md", "unet"]
 raises(errors.HfHubHTTPError, upload_file, path_or_fileobj=b"y", path_in_repo="y.txt", repo_id=repo, parent_commit=first.oid)
-""")  # fmt: skip
+""",
+    )
 
 
 def test_a_data_set_is_pushed_and_loaded(hub, tmp_path):
-    client(hub, tmp_path, """
+    client(
+        hub,
+        tmp_path,
+        """
 from datasets import Dataset, Features, Image, Value, load_dataset
 from PIL import Image as Pillow
 rows = {"image": [Pillow.new("RGB", (8, 8), c) for c in ("red", "blue")], "text": ["a red square", "a blue square"]}
@@ -110,4 +136,5 @@ Dataset.from_dict(rows, Features({"image": Image(), "text": Value("string")})).p
 back = load_dataset("tester/squares", split="train")
 assert back["text"] == rows["text"] and back[0]["image"].getpixel((0, 0)) == (255, 0, 0)
 assert len(list(load_dataset("tester/squares", split="train", streaming=True))) == 2
-""")  # fmt: skip
+""",
+    )

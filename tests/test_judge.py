@@ -20,7 +20,12 @@ def judge():
 def pictures(captions: list[str], size: int = 72) -> torch.Tensor:
     """Emoji by their captions, uint8 (N, 3, size, size)."""
     found = {e.caption: e.path for e in catalogue.catalogue()}
-    return torch.stack([torch.from_numpy(np.array(catalogue.draw(found[c], size))).permute(2, 0, 1) for c in captions])
+    return torch.stack(
+        [
+            torch.from_numpy(np.array(catalogue.draw(found[c], size))).permute(2, 0, 1)
+            for c in captions
+        ]
+    )
 
 
 def test_the_judge_sees_a_military_uniform_on_grace_hopper(judge):
@@ -34,7 +39,9 @@ def test_the_judge_sees_a_military_uniform_on_grace_hopper(judge):
 def test_the_judge_knows_some_emoji(judge):
     classes = {"soccer ball": 805, "teapot": 849, "tiger": 292, "strawberry": 949, "umbrella": 879}
     top = judge.logits(pictures(list(classes))).topk(5).indices.tolist()
-    assert [n in best for n, best in zip(classes.values(), top, strict=True)] == [True] * len(classes)
+    assert [n in best for n, best in zip(classes.values(), top, strict=True)] == [True] * len(
+        classes
+    )
 
 
 def test_bytes_and_floats_are_the_same_pictures_and_batches_do_not_matter(judge):

@@ -39,9 +39,18 @@ def abar_of_the_linear_schedule(t):
 def test_one_error_weighs_the_same_whatever_the_network_predicts(name, gamma):
     """The three predictions of one x_0_hat have one loss: w(SNR) times the squared error of x_0."""
     gamma = gamma if name.startswith("min_") else None
-    t, (x_0, x_0_hat, eps) = torch.tensor([5, 100, 500, 900]), (normal(4, 3, 4, 4, seed=i) for i in range(3))
+    t, (x_0, x_0_hat, eps) = (
+        torch.tensor([5, 100, 500, 900]),
+        (normal(4, 3, 4, 4, seed=i) for i in range(3)),
+    )
     snr = torch.tensor([a / (1 - a) for a in map(abar_of_the_linear_schedule, t.tolist())])
-    in_x_0 = {"simple": snr, "min_snr": snr, "velocity": 1 + snr, "min_velocity": 1 + snr, "x_0": 1 + 0 * snr}[name]
+    in_x_0 = {
+        "simple": snr,
+        "min_snr": snr,
+        "velocity": 1 + snr,
+        "min_velocity": 1 + snr,
+        "x_0": 1 + 0 * snr,
+    }[name]
     in_x_0 = in_x_0 if gamma is None else torch.minimum(in_x_0, torch.tensor(gamma))
     expected = in_x_0 * (x_0 - x_0_hat).square().mean((1, 2, 3))
     for prediction in PREDICTIONS:
@@ -52,7 +61,9 @@ def test_one_error_weighs_the_same_whatever_the_network_predicts(name, gamma):
         output = {"epsilon": eps_hat, "sample": x_0_hat, "v_prediction": v_hat}[prediction]
         loss = training_loss(scheduler, output, x_0, eps, t, name, gamma)
         assert loss.shape == (4,)
-        torch.testing.assert_close(loss, expected, rtol=1e-3, atol=0)  # weights are float32: 1 - abar loses digits
+        torch.testing.assert_close(
+            loss, expected, rtol=1e-3, atol=0
+        )  # weights are float32: 1 - abar loses digits
 
 
 def test_default_objective_is_the_plain_error_in_the_noise():
@@ -84,9 +95,16 @@ def test_noise_has_no_weight_where_there_is_no_signal():
         assert weight(scheduler, t, "min_velocity", 5.0)[1] == 1
 
 
-@pytest.mark.parametrize("name, gamma, message",
-                         [("p2", None, "simple, min_snr"), ("min_snr", None, "gamma"), ("simple", 5.0, "gamma"),
-                          ("min_velocity", 0.0, "gamma"), ("min_velocity", math.inf, "gamma")])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, gamma, message",
+    [
+        ("p2", None, "simple, min_snr"),
+        ("min_snr", None, "gamma"),
+        ("simple", 5.0, "gamma"),
+        ("min_velocity", 0.0, "gamma"),
+        ("min_velocity", math.inf, "gamma"),
+    ],
+)
 def test_weights_that_mean_nothing_are_refused(name, gamma, message):
     with pytest.raises(ValueError, match=message):
         weight(DDPMScheduler(), torch.tensor([5]), name, gamma)
@@ -99,34 +117,51 @@ def test_weights_that_mean_nothing_are_refused(name, gamma, message):
 @pytest.mark.parametrize("t, s", [(999, 998), (500, 400), (1, 0)])
 def test_step_is_torch_s_own_gaussian_divergence(t, s, variance):
     """(11): KL(q ‖ p), this way round."""
-    scheduler, (x_0, x_0_hat, x_t) = DDPMScheduler(variance_type=variance), (normal(4, 6, seed=i) for i in range(3))
+    scheduler, (x_0, x_0_hat, x_t) = (
+        DDPMScheduler(variance_type=variance),
+        (normal(4, 6, seed=i) for i in range(3)),
+    )
     mean, beta_tilde = scheduler.posterior(x_0, x_t, t, s)
     q = Normal(mean, beta_tilde.sqrt())
     alpha = abar_of_the_linear_schedule(t) / abar_of_the_linear_schedule(s)
-    deviation = q.scale if variance == "fixed_small" else torch.tensor((1 - alpha) ** 0.5, dtype=F64)
+    deviation = (
+        q.scale if variance == "fixed_small" else torch.tensor((1 - alpha) ** 0.5, dtype=F64)
+    )
     p = Normal(scheduler.posterior(x_0_hat, x_t, t, s)[0], deviation)
     expected = kl_divergence(q, p).sum(1)
-    torch.testing.assert_close(kl(scheduler, x_0, x_0_hat, x_t, t, s), expected, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(
+        kl(scheduler, x_0, x_0_hat, x_t, t, s), expected, rtol=1e-8, atol=1e-10
+    )
 
 
 @pytest.mark.parametrize("t", [1, 10, 500, 999])
 def test_posterior_kl_is_the_weighted_noise_error(t):
     """(11) = (12), with the slides' factor beta² / (2 beta~ alpha (1 - abar))."""
-    scheduler, x_0, eps, eps_hat = DDPMScheduler(), normal(4, 6), normal(4, 6, seed=1), normal(4, 6, seed=2)
+    scheduler, x_0, eps, eps_hat = (
+        DDPMScheduler(),
+        normal(4, 6),
+        normal(4, 6, seed=1),
+        normal(4, 6, seed=2),
+    )
     x_t = scheduler.add_noise(x_0, eps, t)
     abar, before = abar_of_the_linear_schedule(t), abar_of_the_linear_schedule(t - 1)
     beta = np.linspace(1e-4, 0.02, 1000)[t]
     factor = beta**2 / (2 * (1 - before) / (1 - abar) * beta * (1 - beta) * (1 - abar))
     in_noise = kl_in_noise(scheduler, eps, eps_hat, t, t - 1)
     in_mean = kl(scheduler, x_0, scheduler.predict_x_0(eps_hat, t, x_t), x_t, t, t - 1)
-    torch.testing.assert_close(in_noise, factor * (eps - eps_hat).square().sum(1), rtol=1e-8, atol=0)
+    torch.testing.assert_close(
+        in_noise, factor * (eps - eps_hat).square().sum(1), rtol=1e-8, atol=0
+    )
     torch.testing.assert_close(in_mean, in_noise, rtol=1e-7, atol=0)
 
 
 def test_last_step_has_no_divergence():
     """beta~_1 = 0: the slide's (11) is infinite at t = 1, and refused."""
     x = normal(2, 3)
-    for step in (lambda: kl(DDPMScheduler(), x, x, x, 0, -1), lambda: noise_weight(DDPMScheduler(), 0, -1, x)):
+    for step in (
+        lambda: kl(DDPMScheduler(), x, x, x, 0, -1),
+        lambda: noise_weight(DDPMScheduler(), 0, -1, x),
+    ):
         with pytest.raises(ValueError, match="infinite"):
             step()
 
@@ -145,7 +180,9 @@ def test_decoder_is_a_distribution_over_the_levels(deviation):
     """The 256 probabilities of one pixel sum to 1, wherever the mean lies."""
     levels, variance = torch.linspace(-1, 1, 256, dtype=F64), torch.tensor(deviation**2, dtype=F64)
     for mean in (-1.0, -0.3, 0.999, 1.2):
-        total = (-decoder(levels[:, None], torch.full((256, 1), mean, dtype=F64), variance)).exp().sum()
+        total = (
+            (-decoder(levels[:, None], torch.full((256, 1), mean, dtype=F64), variance)).exp().sum()
+        )
         assert abs(total - 1) < 1e-9
 
 
@@ -171,7 +208,9 @@ def test_bound_lies_above_the_true_likelihood_and_closes_as_the_chain_grows():
     nll = -Normal(0, torch.tensor(var**0.5, dtype=F64)).log_prob(x_0).sum(1)
     gaps = []
     for T in (25, 100, 400):
-        scheduler = DDPMScheduler(num_train_timesteps=T, beta_start=0.1 / T, beta_end=20 / T, clip_sample=False)
+        scheduler = DDPMScheduler(
+            num_train_timesteps=T, beta_start=0.1 / T, beta_end=20 / T, clip_sample=False
+        )
         abar = torch.tensor(np.cumprod(1 - np.linspace(0.1 / T, 20 / T, T)))
 
         def exact(x_t, t, abar=abar):
@@ -179,7 +218,9 @@ def test_bound_lies_above_the_true_likelihood_and_closes_as_the_chain_grows():
             return (1 - a).sqrt() * x_t / (a * var + 1 - a)
 
         terms = vlb(scheduler, exact, x_0, torch.Generator().manual_seed(1), levels=None)
-        assert terms["steps"].shape == (N, T - 1) and terms["prior"].shape == terms["decoder"].shape == (N,)
+        assert terms["steps"].shape == (N, T - 1) and terms["prior"].shape == terms[
+            "decoder"
+        ].shape == (N,)
         gap = terms["prior"] + terms["steps"].sum(1) + terms["decoder"] - nll
         assert gap.mean() > 3 * gap.std() / N**0.5
         gaps.append(float(gap.mean()))
@@ -187,7 +228,9 @@ def test_bound_lies_above_the_true_likelihood_and_closes_as_the_chain_grows():
 
 
 def test_bits_belong_to_pixels():
-    assert torch.allclose(bits_per_dimension(torch.tensor([8 * 12 * math.log(2)]), 12, "patches"), torch.tensor([8.0]))
+    assert torch.allclose(
+        bits_per_dimension(torch.tensor([8 * 12 * math.log(2)]), 12, "patches"), torch.tensor([8.0])
+    )
     with pytest.raises(ValueError, match="latents"):
         bits_per_dimension(torch.ones(1), 12, "latents")
     with pytest.raises(ValueError, match="at least 2"):

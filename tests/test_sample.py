@@ -43,19 +43,45 @@ def refused(capsys, *arguments):
 
 
 def test_a_fresh_process_draws_what_the_pipeline_draws(run, output):
-    command = [sys.executable, "-m", "pipeline.sample", run, "a green cat", "--w", "2", "--seed", "7", "--steps", "2",
-               "--eta", "1", "--n", "1", "--device", "cpu", "-o", output]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline.sample",
+        run,
+        "a green cat",
+        "--w",
+        "2",
+        "--seed",
+        "7",
+        "--steps",
+        "2",
+        "--eta",
+        "1",
+        "--n",
+        "1",
+        "--device",
+        "cpu",
+        "-o",
+        output,
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{output}\n"
-    image = tiny_pipeline(patch_size=2)("a green cat", w=2.0, seed=7, num_inference_steps=2, eta=1.0).images[0]
+    image = tiny_pipeline(patch_size=2)(
+        "a green cat", w=2.0, seed=7, num_inference_steps=2, eta=1.0
+    ).images[0]
     difference = np.asarray(Image.open(output)).astype(int) - np.asarray(image).astype(int)
     assert np.abs(difference).max() <= 1  # the other process may use another number of threads
 
 
 @pytest.mark.parametrize("model", [".", "pipeline"])
 def test_a_run_or_its_pipeline_at_the_models_own_weight(run, output, model):
-    assert sample.main([str(run / model), "red heart", "--steps", "2", "--device", "cpu", "-o", str(output)]) == 0
+    assert (
+        sample.main(
+            [str(run / model), "red heart", "--steps", "2", "--device", "cpu", "-o", str(output)]
+        )
+        == 0
+    )
     image = tiny_pipeline(patch_size=2)("red heart", w=1.0, seed=0, num_inference_steps=2).images[0]
     assert np.array_equal(np.asarray(Image.open(output)), np.asarray(image))
 
@@ -65,7 +91,9 @@ def test_several_pictures_have_numbers_and_seeds_that_count_up(run, output, caps
     assert sample.main([*arguments, "--n", "2", "--seed", "3", "-o", str(output)]) == 0
     assert capsys.readouterr().out == "".join(f"{output.with_stem(f'cat-{i}')}\n" for i in range(2))
     assert sample.main([*arguments, "--seed", "4", "-o", str(output)]) == 0
-    second, alone = (np.asarray(Image.open(f)).astype(int) for f in (output.with_stem("cat-1"), output))
+    second, alone = (
+        np.asarray(Image.open(f)).astype(int) for f in (output.with_stem("cat-1"), output)
+    )
     assert np.abs(second - alone).max() <= 1
 
 
@@ -73,21 +101,54 @@ def test_a_batch_is_saved_before_the_next_is_drawn(run, output, capsys, monkeypa
     drawn, real = [], TextToImagePipeline.__call__
 
     def counted(self, *args, **call):
-        drawn.append((call["num_images_per_prompt"], sorted(path.name for path in output.parent.iterdir())))
+        drawn.append(
+            (call["num_images_per_prompt"], sorted(path.name for path in output.parent.iterdir()))
+        )
         return real(self, *args, **call)
 
     monkeypatch.setattr(TextToImagePipeline, "__call__", counted)
-    arguments = [str(run), "red heart", "--steps", "2", "--device", "cpu", "--seed", "3", "-o", str(output)]
+    arguments = [
+        str(run),
+        "red heart",
+        "--steps",
+        "2",
+        "--device",
+        "cpu",
+        "--seed",
+        "3",
+        "-o",
+        str(output),
+    ]
     assert sample.main([*arguments, "--n", "3", "--batch", "2"]) == 0
     assert drawn == [(2, []), (1, ["cat-0.png", "cat-1.png"])]
     batched = [np.asarray(Image.open(output.with_stem(f"cat-{i}"))).astype(int) for i in range(3)]
-    images = tiny_pipeline(patch_size=2)("red heart", w=1.0, seed=3, num_images_per_prompt=3, num_inference_steps=2).images
+    images = tiny_pipeline(patch_size=2)(
+        "red heart", w=1.0, seed=3, num_images_per_prompt=3, num_inference_steps=2
+    ).images
     assert max(np.abs(a - np.asarray(b)).max() for a, b in zip(batched, images, strict=True)) <= 1
 
 
 def test_a_png_carries_what_draws_it_again_on_the_page(run, output):
-    arguments = [str(run), "red héart", "--negative", "blue", "--w", "2", "--steps", "2", "--eta", "0.5", "--seed", "7",
-                 "--n", "2", "--device", "cpu", "-o", str(output)]  # fmt: skip
+    arguments = [
+        str(run),
+        "red héart",
+        "--negative",
+        "blue",
+        "--w",
+        "2",
+        "--steps",
+        "2",
+        "--eta",
+        "0.5",
+        "--seed",
+        "7",
+        "--n",
+        "2",
+        "--device",
+        "cpu",
+        "-o",
+        str(output),
+    ]
     assert sample.main(arguments) == 0
     path = output.with_stem("cat-1")
     request, denoiser, model = read_png(path, 1000)
@@ -103,7 +164,12 @@ def test_ctrl_c_is_a_word_and_no_traceback(run, output, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(TextToImagePipeline, "__call__", stop)
-    assert loading.stoppable(lambda: sample.main([str(run), "cat", "-o", str(output)]), "none is saved") == 130
+    assert (
+        loading.stoppable(
+            lambda: sample.main([str(run), "cat", "-o", str(output)]), "none is saved"
+        )
+        == 130
+    )
     assert capsys.readouterr().err == "\nstopped: none is saved\n"
 
 
@@ -117,18 +183,21 @@ def test_a_full_disk_is_one_sentence(run, output, capsys, monkeypatch):
     assert said.startswith(f"error: {output} cannot be written (No space left on device)")
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--steps", "0"], "num_inference_steps is 0, expected a whole number from 1 to 1000"),
-    (["--w", "inf"], "w is inf, expected a finite number"),
-    (["--eta", "2"], "eta is 2.0, expected a number from 0"),
-    (["--seed", "-1"], "seed is -1, expected a whole number"),
-    (["--n", "0"], "--n is 0, expected 1 or more"),
-    (["--device", "abacus"], "--device is abacus, expected one that this machine has"),
-    (["-o", "cat.txt"], "-o is cat.txt, expected a name that ends in one of .png"),
-    (["-o", "no/such/cat.png"], "create no/such first"),
-    (["--batch", "0"], "--batch is 0, expected 1 or more"),
-    (["-o", "folder.png"], "-o is folder.png, which is there and no file that can be written"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "0"], "num_inference_steps is 0, expected a whole number from 1 to 1000"),
+        (["--w", "inf"], "w is inf, expected a finite number"),
+        (["--eta", "2"], "eta is 2.0, expected a number from 0"),
+        (["--seed", "-1"], "seed is -1, expected a whole number"),
+        (["--n", "0"], "--n is 0, expected 1 or more"),
+        (["--device", "abacus"], "--device is abacus, expected one that this machine has"),
+        (["-o", "cat.txt"], "-o is cat.txt, expected a name that ends in one of .png"),
+        (["-o", "no/such/cat.png"], "create no/such first"),
+        (["--batch", "0"], "--batch is 0, expected 1 or more"),
+        (["-o", "folder.png"], "-o is folder.png, which is there and no file that can be written"),
+    ],
+)
 def test_bad_settings(run, output, capsys, arguments, message, monkeypatch):
     monkeypatch.chdir(output.parent)
     Path("folder.png").mkdir()
@@ -137,8 +206,12 @@ def test_bad_settings(run, output, capsys, arguments, message, monkeypatch):
 
 
 def test_models_that_are_not_there(tmp_path, capsys, output):
-    assert "does not exist, expected the folder of a run" in refused(capsys, tmp_path / "none", "cat", "-o", output)
-    assert "neither a folder here nor in the cache" in refused(capsys, "someone/emoji", "cat", "-o", output)
+    assert "does not exist, expected the folder of a run" in refused(
+        capsys, tmp_path / "none", "cat", "-o", output
+    )
+    assert "neither a folder here nor in the cache" in refused(
+        capsys, "someone/emoji", "cat", "-o", output
+    )
     assert "holds no pipeline" in refused(capsys, tmp_path, "cat", "-o", output)
     (tmp_path / "config.yaml").write_text("name: unfinished\n")
     assert "its training has not finished" in refused(capsys, tmp_path, "cat", "-o", output)
@@ -162,7 +235,11 @@ def test_a_damaged_model_is_one_sentence(tmp_path, capsys, output, damage):
 
 
 def test_a_damaged_adapter_is_one_sentence(run, tmp_path, capsys, output):
-    config = Config(name="mine", model=ModelConfig(pretrained=str(run / "pipeline")), train=TrainConfig(method="lora"))
+    config = Config(
+        name="mine",
+        model=ModelConfig(pretrained=str(run / "pipeline")),
+        train=TrainConfig(method="lora"),
+    )
     pipe = tiny_pipeline(patch_size=2, w=1.0)
     build.adapt(pipe.unet, LoraConfig(rank=2))
     build.save_adapter(pipe.unet, tmp_path / "mine" / "lora")

@@ -39,7 +39,9 @@ def abar_of_the_linear_schedule(t):
 def test_schedules_are_those_of_diffusers(schedule, T, zero):
     config = {"beta_schedule": schedule, "num_train_timesteps": T, "rescale_betas_zero_snr": zero}
     ours, theirs = DDPMScheduler(**config), diffusers.DDPMScheduler(**config)
-    torch.testing.assert_close(ours.betas, theirs.betas, rtol=2e-3, atol=1e-6)  # theirs carries float32 cancellation
+    torch.testing.assert_close(
+        ours.betas, theirs.betas, rtol=2e-3, atol=1e-6
+    )  # theirs carries float32 cancellation
     torch.testing.assert_close(ours.alphas_cumprod, theirs.alphas_cumprod, rtol=1e-4, atol=1e-7)
     assert not zero or ours.alphas_cumprod[-1] == 0
 
@@ -80,16 +82,23 @@ def test_two_independent_steps_add_like_one_long_step():
     scheduler, zero, one = DDPMScheduler(), torch.zeros(1, dtype=F64), torch.ones(1, dtype=F64)
 
     def scale_and_variance(t, s):
-        return scheduler.add_noise_step(one, zero, t, s), scheduler.add_noise_step(zero, one, t, s) ** 2
+        return scheduler.add_noise_step(one, zero, t, s), scheduler.add_noise_step(
+            zero, one, t, s
+        ) ** 2
 
-    (a, u), (b, v), (c, w) = (scale_and_variance(*pair) for pair in [(400, 100), (900, 400), (900, 100)])
+    (a, u), (b, v), (c, w) = (
+        scale_and_variance(*pair) for pair in [(400, 100), (900, 400), (900, 100)]
+    )
     assert abs(a * b / c - 1) < 1e-12 and abs((b**2 * u + v) / w - 1) < 1e-12
 
 
 def test_end_state_is_noise():
     """(6): nothing of the image is left at T."""
     abar = DDPMScheduler().abar(999, normal(1))
-    assert 0 < abar < 1e-4 and abs(float(DDPMScheduler().snr(999, normal(1))) - float(abar / (1 - abar))) < 1e-12
+    assert (
+        0 < abar < 1e-4
+        and abs(float(DDPMScheduler().snr(999, normal(1))) - float(abar / (1 - abar))) < 1e-12
+    )
 
 
 # -- backwards -------------------------------------------------------------------------------------------------------
@@ -130,7 +139,9 @@ def test_every_prediction_gives_back_the_image_and_the_noise(prediction):
     scheduler, t = DDPMScheduler(prediction_type=prediction), torch.tensor([0, 10, 500, 999])
     x_0, eps = normal(4, 3, 8, 8), normal(4, 3, 8, 8, seed=1)
     x_t = scheduler.add_noise(x_0, eps, t)
-    output = {"epsilon": eps, "sample": x_0, "v_prediction": scheduler.get_velocity(x_0, eps, t)}[prediction]
+    output = {"epsilon": eps, "sample": x_0, "v_prediction": scheduler.get_velocity(x_0, eps, t)}[
+        prediction
+    ]
     torch.testing.assert_close(scheduler.predict_x_0(output, t, x_t), x_0, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(scheduler.predict_eps(x_0, x_t, t), eps, rtol=1e-10, atol=1e-10)
 
@@ -140,7 +151,9 @@ def test_velocity_is_the_derivative_along_the_circle():
     x_0, eps, t = normal(2, 5), normal(2, 5, seed=1), 300
     phi, h = np.arccos(abar_of_the_linear_schedule(t) ** 0.5), 1e-5
     x = [np.cos(phi + d) * x_0 + np.sin(phi + d) * eps for d in (-h, h)]
-    torch.testing.assert_close(DDPMScheduler().get_velocity(x_0, eps, t), (x[1] - x[0]) / (2 * h), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(
+        DDPMScheduler().get_velocity(x_0, eps, t), (x[1] - x[0]) / (2 * h), rtol=1e-8, atol=1e-8
+    )
 
 
 def test_half_precision_samples_are_computed_in_float32():
@@ -151,8 +164,12 @@ def test_half_precision_samples_are_computed_in_float32():
     assert mean.dtype == variance.dtype == torch.float32
     torch.testing.assert_close(mean.double(), exact[0], rtol=1e-4, atol=1e-5)
     exact_eps = scheduler.predict_eps(*[x.double() for x in low], 500)
-    torch.testing.assert_close(scheduler.predict_eps(*low, 500).double(), exact_eps, rtol=1e-4, atol=1e-5)
-    assert scheduler.step(low[0], 500, low[1], generator=noise()).prev_sample.dtype == torch.bfloat16
+    torch.testing.assert_close(
+        scheduler.predict_eps(*low, 500).double(), exact_eps, rtol=1e-4, atol=1e-5
+    )
+    assert (
+        scheduler.step(low[0], 500, low[1], generator=noise()).prev_sample.dtype == torch.bfloat16
+    )
     for eta in (0.0, 0.5):
         steps = (500, 499), (torch.tensor([500, 500]), torch.tensor([499, 499]))
         one, each = (scheduler.transition(*low, t, s, eta=eta)[0] for t, s in steps)
@@ -174,12 +191,20 @@ def round_off(t):
 @pytest.mark.parametrize("n", [1000, 50, 7])
 def test_every_step_is_that_of_diffusers(n, spacing, variance, prediction, clip):
     """(16): same generator, same x_t; fixed_large's last step adds noise there and none here."""
-    config = {"timestep_spacing": spacing, "variance_type": variance, "prediction_type": prediction,
-              "clip_sample": clip}  # fmt: skip
+    config = {
+        "timestep_spacing": spacing,
+        "variance_type": variance,
+        "prediction_type": prediction,
+        "clip_sample": clip,
+    }
     ours, theirs = DDPMScheduler(**config), diffusers.DDPMScheduler(**config)
     ours.set_timesteps(n), theirs.set_timesteps(n)
     assert torch.equal(ours.timesteps, theirs.timesteps)
-    x, generators, last = normal(2, 3, 4, 4, dtype=torch.float32), (noise(), noise()), int(ours.timesteps[-1])
+    x, generators, last = (
+        normal(2, 3, 4, 4, dtype=torch.float32),
+        (noise(), noise()),
+        int(ours.timesteps[-1]),
+    )
     plan = ours.timesteps.tolist() if n < 1000 else [*range(999, 10, -37), *range(10, -1, -1)]
     for t in plan:
         output = normal(2, 3, 4, 4, seed=t, dtype=torch.float32)
@@ -188,7 +213,9 @@ def test_every_step_is_that_of_diffusers(n, spacing, variance, prediction, clip)
         a = ours.step(output, t, x, generator=generators[0])
         b = theirs.step(output, t, x, generator=generators[1])
         torch.testing.assert_close(a.prev_sample, b.prev_sample, rtol=1e-4, atol=round_off(t))
-        torch.testing.assert_close(a.pred_original_sample, b.pred_original_sample, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            a.pred_original_sample, b.pred_original_sample, rtol=1e-4, atol=1e-4
+        )
         x = b.prev_sample.clamp(-3, 3)
     if last == 0:  # theirs draws, and multiplies by nothing, where a plan ends above 0
         assert torch.equal(generators[0].get_state(), generators[1].get_state())
@@ -198,7 +225,10 @@ def test_every_step_is_that_of_diffusers(n, spacing, variance, prediction, clip)
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_every_plan_is_that_of_diffusers(spacing):
     """To the last half; but theirs has a timestep -1 too many in 62 of the trailing ones, and begins a single step at 0."""
-    ours, theirs = DDPMScheduler(timestep_spacing=spacing), diffusers.DDPMScheduler(timestep_spacing=spacing)
+    ours, theirs = (
+        DDPMScheduler(timestep_spacing=spacing),
+        diffusers.DDPMScheduler(timestep_spacing=spacing),
+    )
     for n in range(2, 1001):
         ours.set_timesteps(n), theirs.set_timesteps(n)
         assert len(ours.timesteps) == n and theirs.timesteps[n:].tolist() in ([], [-1])
@@ -207,9 +237,16 @@ def test_every_plan_is_that_of_diffusers(spacing):
     assert spacing == "leading" or ours.timesteps.tolist() == [999]
 
 
-@pytest.mark.parametrize("config", [
-    {"clip_sample_range": 0.5}, {"clip_sample_range": 2.0}, {"thresholding": True, "sample_max_value": 3.0},
-    {"thresholding": True, "sample_max_value": 50.0, "dynamic_thresholding_ratio": 0.8}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"clip_sample_range": 0.5},
+        {"clip_sample_range": 2.0},
+        {"thresholding": True, "sample_max_value": 3.0},
+        {"thresholding": True, "sample_max_value": 50.0, "dynamic_thresholding_ratio": 0.8},
+    ],
+    ids=str,
+)
 def test_x_0_is_kept_in_range_as_by_diffusers(config):
     ours, theirs = DDPMScheduler(**config), diffusers.DDPMScheduler(**config)
     x = normal(2, 3, 4, 4, dtype=torch.float32)
@@ -217,13 +254,17 @@ def test_x_0_is_kept_in_range_as_by_diffusers(config):
         output = normal(2, 3, 4, 4, seed=t, dtype=torch.float32)
         a, b = (scheduler.step(output, t, x, generator=noise()) for scheduler in (ours, theirs))
         torch.testing.assert_close(a.prev_sample, b.prev_sample, rtol=1e-4, atol=round_off(t))
-        torch.testing.assert_close(a.pred_original_sample, b.pred_original_sample, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            a.pred_original_sample, b.pred_original_sample, rtol=1e-4, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("n, spacing", [(50, "leading"), (7, "leading"), (50, "trailing"), (8, "trailing")])
+@pytest.mark.parametrize(
+    "n, spacing", [(50, "leading"), (7, "leading"), (50, "trailing"), (8, "trailing")]
+)
 def test_every_ddim_step_is_that_of_diffusers(n, spacing, prediction, clip, eta):
     """(19); its DDIM derives eps from the clipped x_0 only when asked to."""
     config = {"timestep_spacing": spacing, "prediction_type": prediction, "clip_sample": clip}
@@ -233,7 +274,9 @@ def test_every_ddim_step_is_that_of_diffusers(n, spacing, prediction, clip, eta)
     for t in ours.timesteps.tolist():
         output = normal(2, 3, 4, 4, seed=t, dtype=torch.float32)
         a = ours.step(output, t, x, generator=generators[0], eta=eta).prev_sample
-        b = theirs.step(output, t, x, eta=eta, use_clipped_model_output=clip, generator=generators[1]).prev_sample
+        b = theirs.step(
+            output, t, x, eta=eta, use_clipped_model_output=clip, generator=generators[1]
+        ).prev_sample
         torch.testing.assert_close(a, b, rtol=1e-4, atol=round_off(t))
         x = b.clamp(-3, 3)
 
@@ -245,7 +288,10 @@ def test_one_generator_per_image_makes_images_independent_of_their_batch():
     scheduler, x = DDPMScheduler(), normal(3, 3, 4, 4)
     together = scheduler.step(x, 500, x, [noise(i) for i in range(3)]).prev_sample
     for i in range(3):
-        assert torch.equal(together[i : i + 1], scheduler.step(x[i : i + 1], 500, x[i : i + 1], noise(i)).prev_sample)
+        assert torch.equal(
+            together[i : i + 1],
+            scheduler.step(x[i : i + 1], 500, x[i : i + 1], noise(i)).prev_sample,
+        )
 
 
 def test_nothing_is_drawn_where_nothing_is_random():
@@ -255,7 +301,9 @@ def test_nothing_is_drawn_where_nothing_is_random():
     scheduler.step(x, 500, x, generator, eta=0)
     assert torch.equal(generator.get_state(), before)
     scheduler.step(x, 500, x, generator)
-    assert not torch.equal(generator.get_state(), before) and torch.equal(torch.get_rng_state(), outside)
+    assert not torch.equal(generator.get_state(), before) and torch.equal(
+        torch.get_rng_state(), outside
+    )
 
 
 # -- whole chains, where the answer is known -------------------------------------------------------------------------
@@ -277,7 +325,10 @@ def gaussian_recursion(plan, var, eta=1.0):
     """Variance of the samples of data N(0, var): V <- m² V + variance, each step from (5) and Bayes by hand."""
     V = 1.0
     for t, s in zip(plan, [*plan[1:], -1], strict=True):
-        abar_t, abar_s = abar_of_the_linear_schedule(t), abar_of_the_linear_schedule(s) if s >= 0 else 1.0
+        abar_t, abar_s = (
+            abar_of_the_linear_schedule(t),
+            abar_of_the_linear_schedule(s) if s >= 0 else 1.0,
+        )
         noise_slope = (1 - abar_t) ** 0.5 / (abar_t * var + 1 - abar_t)
         x_0_slope = (1 - (1 - abar_t) ** 0.5 * noise_slope) / abar_t**0.5
         beta_tilde = (1 - abar_s) / (1 - abar_t) * (1 - abar_t / abar_s)
@@ -314,7 +365,9 @@ def transition_recursion(scheduler, var):
     V, plan = 1.0, scheduler.timesteps.tolist()
     x_t = torch.tensor([0.0, 1.0], dtype=F64)
     for t, s in zip(plan, [*plan[1:], -1], strict=True):
-        x_0 = scheduler.predict_x_0(gaussian_eps(x_t, abar_of_the_linear_schedule(t), 0.0, var), t, x_t)
+        x_0 = scheduler.predict_x_0(
+            gaussian_eps(x_t, abar_of_the_linear_schedule(t), 0.0, var), t, x_t
+        )
         mean, variance = scheduler.transition(x_0, x_t, t, s)
         V = float((mean[1] - mean[0]) ** 2 * V + variance)
     return V
@@ -339,8 +392,12 @@ def test_guidance_between_two_gaussians_moves_the_mean(w):
     """(17): with equal covariances the samples' mean is (1 + w) mu_c - w mu_empty."""
     scheduler, N, mu_c, mu_empty, var = DDPMScheduler(**STANDARD), 50_000, 0.8, -0.3, 0.25
     scheduler.set_timesteps(100)
-    x = sample(scheduler, lambda x, a: guide(gaussian_eps(x, a, mu_c, var), gaussian_eps(x, a, mu_empty, var), w),
-               normal(N), noise(1))  # fmt: skip
+    x = sample(
+        scheduler,
+        lambda x, a: guide(gaussian_eps(x, a, mu_c, var), gaussian_eps(x, a, mu_empty, var), w),
+        normal(N),
+        noise(1),
+    )
     expected = (1 + w) * mu_c - w * mu_empty
     start = abar_of_the_linear_schedule(999) ** 0.5 * abs(expected)  # the chain starts at mean 0
     assert abs(x.mean() - expected) < 4 * (var / N) ** 0.5 + start
@@ -353,7 +410,9 @@ def test_a_chain_that_ends_below_float32_walks_on(prediction_type):
     x, T = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)), len(scheduler)
     assert float((1 - scheduler.betas.double()).prod()) < 1e-40
     for t in range(T - 1, T - 40, -1):
-        x_s = scheduler.step(torch.zeros_like(x), t, x, generator=torch.Generator().manual_seed(t)).prev_sample
+        x_s = scheduler.step(
+            torch.zeros_like(x), t, x, generator=torch.Generator().manual_seed(t)
+        ).prev_sample
         assert x_s.isfinite().all()
         assert t < T - 10 or (x_s - x).abs().max() < 1e-3, "pure noise stays what it is"
     assert losses.weight(scheduler, torch.arange(T), "min_velocity", 5.0).isfinite().all()
@@ -361,7 +420,10 @@ def test_a_chain_that_ends_below_float32_walks_on(prediction_type):
 
 def test_samples_of_a_mixture_have_its_weights_means_and_covariances():
     """The exact noise of a Gaussian mixture through (16), within three standard errors plus the chain's own bias."""
-    weights, means = torch.tensor([0.5, 0.3, 0.2], dtype=F64), torch.tensor([[2.0, 0], [-2, 2], [-1, -3]], dtype=F64)
+    weights, means = (
+        torch.tensor([0.5, 0.3, 0.2], dtype=F64),
+        torch.tensor([[2.0, 0], [-2, 2], [-1, -3]], dtype=F64),
+    )
     spread, N, n = 0.09, 20_000, 200
 
     def eps_hat(x, abar):
@@ -386,7 +448,11 @@ def test_samples_of_a_mixture_have_its_weights_means_and_covariances():
 
 def test_deterministic_steps_keep_the_noise():
     """(19) at eta = 0 moves along one line: the same x_0 and the same eps at every level."""
-    scheduler, x_0, eps = DDPMScheduler(clip_sample=False), normal(2, 3, 4, 4), normal(2, 3, 4, 4, seed=1)
+    scheduler, x_0, eps = (
+        DDPMScheduler(clip_sample=False),
+        normal(2, 3, 4, 4),
+        normal(2, 3, 4, 4, seed=1),
+    )
     x_t, x_s = (scheduler.add_noise(x_0, eps, t) for t in (800, 100))
     out = scheduler.step(eps, 800, x_t, eta=0, previous_timestep=100).prev_sample
     torch.testing.assert_close(out, x_s, rtol=1e-10, atol=1e-10)

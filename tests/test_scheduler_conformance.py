@@ -13,8 +13,14 @@ import torch
 
 from pipeline.diffusion.scheduler import PREDICTIONS, SPACINGS, VARIANCES, DDPMScheduler
 
-REFERENCE = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear",
-             "variance_type": "fixed_small", "clip_sample": True}  # fmt: skip
+REFERENCE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "variance_type": "fixed_small",
+    "clip_sample": True,
+}
 quiet = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
@@ -49,12 +55,18 @@ def assert_survives_saving(folder, t=None, **changes):
 
 ROUND_TRIPS = [
     *[{"num_train_timesteps": T} for T in (1, 5, 100, 1000)],  # S1
-    *[{"beta_start": a, "beta_end": b} for a, b in [(1e-4, 0.002), (0.001, 0.02), (0.01, 0.2)]],  # S2
+    *[
+        {"beta_start": a, "beta_end": b} for a, b in [(1e-4, 0.002), (0.001, 0.02), (0.01, 0.2)]
+    ],  # S2
     *[{"beta_schedule": s} for s in ("linear", "squaredcos_cap_v2")],  # S3
     *[{"variance_type": v} for v in ("fixed_small", "fixed_large")],  # S4
     *[{"clip_sample": c} for c in (True, False)],  # S5
     {"thresholding": False},  # S6
-    *[{"thresholding": True, "sample_max_value": m, "prediction_type": p} for m in (0.5, 1, 2) for p in PREDICTIONS],
+    *[
+        {"thresholding": True, "sample_max_value": m, "prediction_type": p}
+        for m in (0.5, 1, 2)
+        for p in PREDICTIONS
+    ],
     *[{"prediction_type": p} for p in PREDICTIONS],  # S7
     *[{"t": t} for t in (0, 500, 999)],  # S8
     *[{"rescale_betas_zero_snr": z} for z in (True, False)],  # S10
@@ -74,7 +86,9 @@ def test_variance_has_diffusers_reference_values(t, variance):
     assert abs(float(make()._get_variance(t)) - variance) < 1e-5
 
 
-@pytest.mark.parametrize("prediction, total, mean", [("epsilon", 258.9606, 0.3372), ("v_prediction", 202.0296, 0.2631)])
+@pytest.mark.parametrize(
+    "prediction, total, mean", [("epsilon", 258.9606, 0.3372), ("v_prediction", 202.0296, 0.2631)]
+)
 def test_full_loop_without_a_plan_has_diffusers_sums(prediction, total, mean):
     """S11, S12, traps 1 and 2."""
     scheduler, x, generator = make(prediction_type=prediction), ramp(), noise()
@@ -97,7 +111,13 @@ def test_custom_timesteps_follow_each_other():
     """S14."""
     scheduler, plan = make(), [100, 87, 50, 1, 0]
     scheduler.set_timesteps(timesteps=plan)
-    assert [scheduler.previous_timestep(t).item() for t in scheduler.timesteps] == [87, 50, 1, 0, -1]
+    assert [scheduler.previous_timestep(t).item() for t in scheduler.timesteps] == [
+        87,
+        50,
+        1,
+        0,
+        -1,
+    ]
 
 
 def test_each_example_goes_on_from_its_own_timestep_of_the_plan():
@@ -105,8 +125,10 @@ def test_each_example_goes_on_from_its_own_timestep_of_the_plan():
     scheduler, x = make(), ramp()
     scheduler.set_timesteps(timesteps=[900, 500, 20, 10])
     t, s = torch.tensor([20, 900, 10, 500]), torch.tensor([10, 500, -1, 20])
-    a, b = (scheduler.step(0.1 * x, t, x, [noise(i) for i in range(4)], **more).prev_sample
-            for more in ({}, {"previous_timestep": s}))  # fmt: skip
+    a, b = (
+        scheduler.step(0.1 * x, t, x, [noise(i) for i in range(4)], **more).prev_sample
+        for more in ({}, {"previous_timestep": s})
+    )
     assert torch.equal(a, b) and torch.equal(scheduler.previous_timestep(t), s)
 
 
@@ -135,14 +157,20 @@ def test_loaded_scheduler_steps_alike_on_a_plan(tmp_path):
     ours.save_config(tmp_path)
     loaded = DDPMScheduler.from_pretrained(tmp_path)
     ours.set_timesteps(50), loaded.set_timesteps(50)
-    a, b = (s.step(0.1 * x, ours.timesteps[0], x, generator=noise()).prev_sample for s in (ours, loaded))
+    a, b = (
+        s.step(0.1 * x, ours.timesteps[0], x, generator=noise()).prev_sample for s in (ours, loaded)
+    )
     assert (a - b).abs().sum() < 1e-5
 
 
 def test_config_travels_through_every_scheduler_of_the_family():
     """S19."""
     ours = make()
-    family = [getattr(diffusers, name) for name in DDPMScheduler._compatibles if name != "DPMSolverSDEScheduler"]
+    family = [
+        getattr(diffusers, name)
+        for name in DDPMScheduler._compatibles
+        if name != "DPMSolverSDEScheduler"
+    ]
     needs = {"LMSDiscreteScheduler": "scipy"}
     for theirs in family:
         if theirs.__name__ in needs and not diffusers.utils.is_scipy_available():
@@ -154,10 +182,14 @@ def test_config_travels_through_every_scheduler_of_the_family():
 @pytest.mark.parametrize("rescaled", [False, True])
 def test_every_stock_scheduler_takes_a_schedule_that_it_does_not_compute(tmp_path, rescaled):
     """diffusers computes `sigmoid` in its DDPMScheduler alone; the others raise where the configuration has no betas."""
-    ours = make(beta_schedule="sigmoid", prediction_type="v_prediction", rescale_betas_zero_snr=rescaled)
+    ours = make(
+        beta_schedule="sigmoid", prediction_type="v_prediction", rescale_betas_zero_snr=rescaled
+    )
     ours.save_pretrained(tmp_path)
     for again in (DDPMScheduler.from_pretrained(tmp_path), DDPMScheduler.from_config(ours.config)):
-        assert torch.equal(*(s.abar(s.timesteps, torch.zeros(1, dtype=torch.float64)) for s in (again, ours)))
+        assert torch.equal(
+            *(s.abar(s.timesteps, torch.zeros(1, dtype=torch.float64)) for s in (again, ours))
+        )
     made = 0
     for kind in (getattr(diffusers, name) for name in DDPMScheduler._compatibles):
         if kind.__name__ in ("DPMSolverSDEScheduler", "EDMEulerScheduler", "LMSDiscreteScheduler"):
@@ -165,7 +197,9 @@ def test_every_stock_scheduler_takes_a_schedule_that_it_does_not_compute(tmp_pat
         knows = "rescale_betas_zero_snr" in inspect.signature(kind.__init__).parameters
         for theirs in (kind.from_pretrained(tmp_path), kind.from_config(ours.config)):
             if knows or not rescaled:
-                a, b = (s.alphas_cumprod[:-1] for s in (ours, theirs))  # some replace a last 0 by something they can divide by
+                a, b = (
+                    s.alphas_cumprod[:-1] for s in (ours, theirs)
+                )  # some replace a last 0 by something they can divide by
                 assert (a - b).abs().max() < 1e-6, kind.__name__
                 made += 1
     assert made >= (10 if rescaled else 20)
@@ -188,7 +222,9 @@ def test_step_keeps_the_shape_and_answers_as_tuple_or_output():
         out = scheduler.step(0.1 * x, t, x, generator=noise())
         pair = scheduler.step(0.1 * x, t, x, generator=noise(), return_dict=False)
         assert out.prev_sample.shape == x.shape and isinstance(pair, tuple)
-        assert torch.equal(pair[0], out.prev_sample) and torch.equal(pair[1], out.pred_original_sample)
+        assert torch.equal(pair[0], out.prev_sample) and torch.equal(
+            pair[1], out.pred_original_sample
+        )
 
 
 def test_public_surface():
@@ -208,13 +244,17 @@ def test_trained_betas_survive_saving_exactly(tmp_path):
     ours.save_pretrained(tmp_path)
     loaded = DDPMScheduler.from_pretrained(tmp_path)
     assert torch.equal(loaded.betas, torch.tensor([0.1, 0.3])) and len(loaded) == 2
-    assert torch.allclose(loaded.abar(torch.tensor([-1, 0, 1]), torch.zeros(3)), torch.tensor([1, 0.9, 0.63]))
+    assert torch.allclose(
+        loaded.abar(torch.tensor([-1, 0, 1]), torch.zeros(3)), torch.tensor([1, 0.9, 0.63])
+    )
 
 
 def test_attributes_are_found_or_refused_as_in_diffusers():
     """S27."""
     scheduler = make()
-    with pytest.raises(AttributeError, match="'DDPMScheduler' object has no attribute 'does_not_exist'"):
+    with pytest.raises(
+        AttributeError, match="'DDPMScheduler' object has no attribute 'does_not_exist'"
+    ):
         scheduler.does_not_exist  # noqa: B018
     with pytest.warns(FutureWarning, match="beta_start"):
         assert scheduler.beta_start == 1e-4
@@ -224,18 +264,28 @@ def test_attributes_are_found_or_refused_as_in_diffusers():
 
 
 def test_constructor_defaults_are_diffusers_own():
-    ours, theirs = (inspect.signature(c.__init__).parameters for c in (DDPMScheduler, diffusers.DDPMScheduler))
+    ours, theirs = (
+        inspect.signature(c.__init__).parameters for c in (DDPMScheduler, diffusers.DDPMScheduler)
+    )
     assert {k: p.default for k, p in ours.items()} == {k: p.default for k, p in theirs.items()}
 
 
 @quiet
 @pytest.mark.parametrize(
     "changes",
-    [{"beta_end": 2}, {"beta_start": 0}, {"beta_schedule": "laplace"}, {"variance_type": "other"},
-     {"variance_type": "learned"}, {"variance_type": "learned_range"}, {"prediction_type": "noise"},
-     {"timestep_spacing": "uniform"}, {"num_train_timesteps": 0}],
+    [
+        {"beta_end": 2},
+        {"beta_start": 0},
+        {"beta_schedule": "laplace"},
+        {"variance_type": "other"},
+        {"variance_type": "learned"},
+        {"variance_type": "learned_range"},
+        {"prediction_type": "noise"},
+        {"timestep_spacing": "uniform"},
+        {"num_train_timesteps": 0},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_values_that_are_not_implemented_are_refused_by_name(changes):
     (name,) = changes
     with pytest.raises(ValueError, match=name):
@@ -246,9 +296,16 @@ def test_values_that_are_not_implemented_are_refused_by_name(changes):
 def test_stock_pipeline_draws_the_reference_picture():
     """diffusers' DDPMPipeline over our scheduler, a random UNet and 2 steps."""
     torch.manual_seed(0)
-    unet = diffusers.UNet2DModel(block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=4, sample_size=8,
-                                 in_channels=3, out_channels=3, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-                                 up_block_types=("AttnUpBlock2D", "UpBlock2D"))  # fmt: skip
+    unet = diffusers.UNet2DModel(
+        block_out_channels=(4, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=8,
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
     pipe = diffusers.DDPMPipeline(unet, DDPMScheduler())
     pipe.set_progress_bar_config(disable=True)
     image = pipe(generator=noise(), num_inference_steps=2, output_type="np").images
@@ -266,7 +323,9 @@ def test_log_variances_are_the_plain_ones_and_all_is_finite(spacing, prediction)
     """B1."""
     ends = {}
     for variance in VARIANCES:
-        scheduler = make(variance_type=variance, timestep_spacing=spacing, prediction_type=prediction)
+        scheduler = make(
+            variance_type=variance, timestep_spacing=spacing, prediction_type=prediction
+        )
         scheduler.set_timesteps(7)
         x, generator = ramp(), noise()
         for t in scheduler.timesteps:
@@ -284,7 +343,11 @@ def test_last_step_with_the_true_noise_gives_the_clean_image(spacing, variance):
     """B2; diffusers leaves a standard deviation of 0.17 with trailing and fixed_large."""
     scheduler = make(variance_type=variance, timestep_spacing=spacing, steps_offset=1)
     scheduler.set_timesteps(50)
-    t, x_0, eps = scheduler.timesteps[-1], 2 * ramp() - 1, torch.randn(4, 3, 8, 8, generator=noise(2))
+    t, x_0, eps = (
+        scheduler.timesteps[-1],
+        2 * ramp() - 1,
+        torch.randn(4, 3, 8, 8, generator=noise(2)),
+    )
     out = scheduler.step(eps, t, scheduler.add_noise(x_0, eps, t), generator=noise()).prev_sample
     assert (out - x_0).abs().max() < 1e-4
 
@@ -328,7 +391,9 @@ def test_zero_terminal_snr_cannot_predict_noise():
     assert scheduler.step(x, 998, x, generator=noise()).prev_sample.isfinite().all()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        x_s = make(rescale_betas_zero_snr=True, prediction_type="v_prediction").step(x, 999, x, generator=noise())
+        x_s = make(rescale_betas_zero_snr=True, prediction_type="v_prediction").step(
+            x, 999, x, generator=noise()
+        )
     assert x_s.prev_sample.isfinite().all()
 
 
@@ -338,13 +403,17 @@ def test_dynamic_thresholding_rescales_and_a_maximum_of_one_warns():
     x_0[1] *= 0.1
     out = make(thresholding=True, sample_max_value=None, prediction_type="sample").clip(x_0)
     size = np.quantile(x_0[0].abs().numpy(), 0.995)
-    assert size > 2.9 and np.allclose(out[0], np.clip(x_0[0].numpy(), -size, size) / size, atol=1e-6)
+    assert size > 2.9 and np.allclose(
+        out[0], np.clip(x_0[0].numpy(), -size, size) / size, atol=1e-6
+    )
     assert torch.equal(out[1], x_0[1]) and not torch.allclose(out[0], x_0[0].clamp(-1, 1))
     with pytest.warns(UserWarning, match="plain clamp"):
         clamp = make(thresholding=True).clip(x_0)
     assert torch.equal(clamp, x_0.clamp(-1, 1))
     with pytest.warns(UserWarning, match=r"sample_max_value=0.5 clamps to it and divides by it"):
-        assert torch.equal(make(thresholding=True, sample_max_value=0.5).clip(x_0), x_0.clamp(-0.5, 0.5) / 0.5)
+        assert torch.equal(
+            make(thresholding=True, sample_max_value=0.5).clip(x_0), x_0.clamp(-0.5, 0.5) / 0.5
+        )
 
 
 def test_noise_level_in_bfloat16_is_right_at_every_timestep():
@@ -355,7 +424,9 @@ def test_noise_level_in_bfloat16_is_right_at_every_timestep():
     assert np.abs(sigma.numpy() / exact - 1).max() < 1e-2
 
 
-@pytest.mark.parametrize("variance, eta", [("fixed_large", 1.0), *[("fixed_small", eta) for eta in (1.0, 0.3, 0.0)]])
+@pytest.mark.parametrize(
+    "variance, eta", [("fixed_large", 1.0), *[("fixed_small", eta) for eta in (1.0, 0.3, 0.0)]]
+)
 def test_one_timestep_per_example_equals_one_example_at_a_time(variance, eta):
     """B7, with one generator an image and an image that is already at its last step."""
     scheduler, x = make(variance_type=variance), torch.randn(4, 3, 8, 8, generator=noise(3))
@@ -364,7 +435,9 @@ def test_one_timestep_per_example_equals_one_example_at_a_time(variance, eta):
     generators = [noise(i) for i in range(4)]
     together = scheduler.step(eps, t, x, generators, eta=eta, previous_timestep=s).prev_sample
     for i in range(4):
-        alone = scheduler.step(eps[i : i + 1], int(t[i]), x[i : i + 1], noise(i), eta=eta, previous_timestep=int(s[i]))
+        alone = scheduler.step(
+            eps[i : i + 1], int(t[i]), x[i : i + 1], noise(i), eta=eta, previous_timestep=int(s[i])
+        )
         assert torch.allclose(together[i : i + 1], alone.prev_sample, atol=1e-6)
 
 
@@ -384,7 +457,10 @@ def test_short_chain_warns_and_the_named_range_ends_in_noise():
     """B11."""
     with pytest.warns(UserWarning, match="abar = 0.364") as caught:
         make(num_train_timesteps=100)
-    start, end = map(float, re.search(r"beta_start=([\d.e-]+), beta_end=([\d.e-]+)", str(caught[0].message)).groups())
+    start, end = map(
+        float,
+        re.search(r"beta_start=([\d.e-]+), beta_end=([\d.e-]+)", str(caught[0].message)).groups(),
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         cured = make(num_train_timesteps=100, beta_start=start, beta_end=end)
@@ -402,7 +478,9 @@ def test_threads_on_one_scheduler_do_not_disturb_each_other():
         return x
 
     alone, together = [chain(n, n) for n in (40, 60)], {}
-    threads = [threading.Thread(target=lambda n=n: together.update({n: chain(n, n)})) for n in (40, 60)]
+    threads = [
+        threading.Thread(target=lambda n=n: together.update({n: chain(n, n)})) for n in (40, 60)
+    ]
     [t.start() for t in threads], [t.join() for t in threads]
     assert torch.equal(alone[0], together[40]) and torch.equal(alone[1], together[60])
 
@@ -424,8 +502,13 @@ def test_what_step_cannot_use_is_refused():
         make(trained_betas=[1.5, 0.2])
     with pytest.raises(ValueError, match="trained_betas must be at least 1 beta, got none"):
         make(trained_betas=[])
-    with pytest.raises(ValueError, match="previous_timestep must lie before timestep where eta is above 0, got 7 and 5"):
+    with pytest.raises(
+        ValueError,
+        match="previous_timestep must lie before timestep where eta is above 0, got 7 and 5",
+    ):
         make().step(ramp(), 5, ramp(), previous_timestep=7)
-    assert torch.isfinite(make().step(ramp(), 5, ramp(), previous_timestep=7, eta=0.0).prev_sample).all(), "DDIM's inversion"
+    assert torch.isfinite(
+        make().step(ramp(), 5, ramp(), previous_timestep=7, eta=0.0).prev_sample
+    ).all(), "DDIM's inversion"
     with pytest.raises(ValueError, match="learned variances"):
         make().step(torch.cat([ramp(), ramp()], 1), 5, ramp())

@@ -31,7 +31,9 @@ def normal(*shape, seed=0):
 def test_the_best_of_n_is_the_mean_over_all_choices_of_n(n):
     values, scores = normal(5, 6), normal(5, 6, seed=1)
     choices = [torch.tensor(some) for some in itertools.combinations(range(6), n)]
-    picked = [values[:, some].gather(1, scores[:, some].argmax(1, keepdim=True))[:, 0] for some in choices]
+    picked = [
+        values[:, some].gather(1, scores[:, some].argmax(1, keepdim=True))[:, 0] for some in choices
+    ]
     torch.testing.assert_close(study.best_of(values, scores, n), torch.stack(picked).mean(0))
 
 
@@ -51,11 +53,21 @@ def test_the_bootstrap_is_the_normal_interval_of_many_values():
 
 def test_a_score_from_kept_differences_is_the_verifiers_own():
     pipe, verifier, x_0 = tiny_pipeline(caption_length=8), Likelihood(4), normal(3, 3, 8, 8).float()
-    kept, weights = verifier.differences(pipe, "red heart", x_0).T[:, None], verifier.plan(pipe.scheduler, x_0.shape[1:])[2]
+    kept, weights = (
+        verifier.differences(pipe, "red heart", x_0).T[:, None],
+        verifier.plan(pipe.scheduler, x_0.shape[1:])[2],
+    )
     for weight in WEIGHTS:
         own = Likelihood(4, weight=weight)(pipe, "red heart", x_0)
-        torch.testing.assert_close(study.score(kept, weights, weight)[:, 0].float(), own, rtol=1e-4, atol=1e-4)
-    assert study.spaced(16, 4).tolist() == [2, 6, 10, 14] and study.spaced(4, 4).tolist() == [0, 1, 2, 3]
+        torch.testing.assert_close(
+            study.score(kept, weights, weight)[:, 0].float(), own, rtol=1e-4, atol=1e-4
+        )
+    assert study.spaced(16, 4).tolist() == [2, 6, 10, 14] and study.spaced(4, 4).tolist() == [
+        0,
+        1,
+        2,
+        3,
+    ]
 
 
 @pytest.mark.slow
@@ -64,16 +76,25 @@ def test_the_study_draws_once_what_search_finds_and_writes_its_section(run, tmp_
     monkeypatch.setattr(study.bench, "DRAWS", 200)
     docs = tmp_path / "docs"
     docs.mkdir()
-    (docs / "benchmarks.md").write_text("# Before\n\n<!-- search -->\nold\n<!-- /search -->\n\n# After\n")
+    (docs / "benchmarks.md").write_text(
+        "# Before\n\n<!-- search -->\nold\n<!-- /search -->\n\n# After\n"
+    )
     command = [str(run), "--quick", "--w", "1", "--paths", "bound", "even", "--docs", str(docs)]
     assert study.main(command) == 0
     text = (docs / "benchmarks.md").read_text()
     said = f"python benchmarks/search.py {run} --quick --w 1 --paths bound even --docs"
     assert text.startswith(f"# Before\n\n<!-- search -->\n`{said}")
     assert text.endswith("\n<!-- /search -->\n\n# After\n")
-    assert "old" not in text and "8 training and 6 held out captions, w = 1, 10 steps, one picture = 20 network calls" in text
+    assert (
+        "old" not in text
+        and "8 training and 6 held out captions, w = 1, 10 steps, one picture = 20 network calls"
+        in text
+    )
     assert "| more steps | 4× | 80 |" in text and "| random, 4 pairs, bound | 4× | 60 |" in text
-    assert "| paths, 1 pairs, bound | 4× | 64 |" in text and "| paths, 1 pairs, even | 4× | 78 |" in text
+    assert (
+        "| paths, 1 pairs, bound | 4× | 64 |" in text
+        and "| paths, 1 pairs, even | 4× | 78 |" in text
+    )
     assert (docs / "figures" / "search.png").is_file()
 
     (kept,) = (run / "search").iterdir()
@@ -83,9 +104,13 @@ def test_the_study_draws_once_what_search_finds_and_writes_its_section(run, tmp_
     together = torch.stack([one["x_0"][0] for one in drawn])
     torch.testing.assert_close(together[found.order], found.candidates, atol=1e-3, rtol=0)
     weights = Likelihood(4).plan(pipe.scheduler, together.shape[1:])[2]
-    judged = [load_file(kept / f"pairs4-candidate-{k}.safetensors")["differences"][0] for k in range(4)]
+    judged = [
+        load_file(kept / f"pairs4-candidate-{k}.safetensors")["differences"][0] for k in range(4)
+    ]
     scores = torch.stack(judged) @ weights
-    torch.testing.assert_close(scores[found.order].float(), found.scores, rtol=1e-2, atol=1e-2 * float(scores.abs().max()))
+    torch.testing.assert_close(
+        scores[found.order].float(), found.scores, rtol=1e-2, atol=1e-2 * float(scores.abs().max())
+    )
 
     def refused(*_args, **_kwargs):
         raise AssertionError("it is drawn again")

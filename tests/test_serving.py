@@ -34,7 +34,12 @@ from pipeline.serving import session
 from pipeline.serving.requests import BUDGET, SEEDS, Request, read_png, same_model
 from pipeline.serving.session import Shelf, Studio
 
-COLORS = {"red heart": (250, 20, 20), "green heart": (20, 250, 20), "blue circle": (20, 20, 250), "yellow square": (250, 250, 20)}
+COLORS = {
+    "red heart": (250, 20, 20),
+    "green heart": (20, 250, 20),
+    "blue circle": (20, 20, 250),
+    "yellow square": (250, 250, 20),
+}
 
 
 @pytest.fixture(scope="module")
@@ -72,32 +77,47 @@ def pixels(images):
 # ---- requests
 
 
-@pytest.mark.parametrize("raw, message", [
-    ({"steps": 3.7}, "steps is 3.7, expected a whole number from 1 to 1000"),
-    ({"steps": 0}, "steps is 0, expected a whole number from 1 to 1000"),
-    ({"steps": True}, "steps is True, expected a whole number"),
-    ({"steps": "5"}, "steps is '5', expected a whole number"),
-    ({"steps": None}, "steps is None, expected a whole number"),
-    ({"w": math.nan}, "w is nan, expected a number from -10 to 30"),
-    ({"w": math.inf}, "w is inf, expected a number from -10 to 30"),
-    ({"w": [1]}, "w is [1], expected a number"),
-    ({"seed": -1}, "seed is -1, expected a whole number from 0"),
-    ({"seed": 2**53}, "expected a whole number from 0 to 9007199254740991"),
-    ({"seed": None}, "seed is None, expected a whole number"),
-    ({"images": 5}, "images is 5, expected a whole number from 1 to 4"),
-    ({"eta": 1.01}, "eta is 1.01, expected a number from 0 to 1"),
-    ({"low": 0.8, "high": 0.2}, "the guidance interval is 0.8 to 0.2, expected its start below its end: swap them"),
-    ({"prompt": {"a": 1}}, "prompt is {'a': 1}, expected a text"),
-    ({"prompt": "x" * 501}, "prompt has 501 characters, expected 500 at most: shorten it"),
-    ({"negative_prompt": None}, "negative_prompt is None, expected a text"),
-    ({"prompt": "\ud83d"}, "prompt holds half a surrogate pair"),
-    ({"images": 4, "steps": 257}, "4 pictures of 257 steps are 1028 network steps, and one request may take 1024"),
-    ({"think": 0}, "think is 0, expected a whole number from 1 to 16"),
-    ({"think": 2.5}, "think is 2.5, expected a whole number from 1 to 16"),
-    ({"think": 4, "images": 2}, "images is 2 and think is 4, expected 1 of either: a search ends in one picture"),
-    ({"think": 16, "steps": 65}, "16 times 65 steps are 1040 network steps, and one request may take 1024"),
-    ({"size": 4096}, "size is not a setting, expected prompt, negative_prompt, w"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "raw, message",
+    [
+        ({"steps": 3.7}, "steps is 3.7, expected a whole number from 1 to 1000"),
+        ({"steps": 0}, "steps is 0, expected a whole number from 1 to 1000"),
+        ({"steps": True}, "steps is True, expected a whole number"),
+        ({"steps": "5"}, "steps is '5', expected a whole number"),
+        ({"steps": None}, "steps is None, expected a whole number"),
+        ({"w": math.nan}, "w is nan, expected a number from -10 to 30"),
+        ({"w": math.inf}, "w is inf, expected a number from -10 to 30"),
+        ({"w": [1]}, "w is [1], expected a number"),
+        ({"seed": -1}, "seed is -1, expected a whole number from 0"),
+        ({"seed": 2**53}, "expected a whole number from 0 to 9007199254740991"),
+        ({"seed": None}, "seed is None, expected a whole number"),
+        ({"images": 5}, "images is 5, expected a whole number from 1 to 4"),
+        ({"eta": 1.01}, "eta is 1.01, expected a number from 0 to 1"),
+        (
+            {"low": 0.8, "high": 0.2},
+            "the guidance interval is 0.8 to 0.2, expected its start below its end: swap them",
+        ),
+        ({"prompt": {"a": 1}}, "prompt is {'a': 1}, expected a text"),
+        ({"prompt": "x" * 501}, "prompt has 501 characters, expected 500 at most: shorten it"),
+        ({"negative_prompt": None}, "negative_prompt is None, expected a text"),
+        ({"prompt": "\ud83d"}, "prompt holds half a surrogate pair"),
+        (
+            {"images": 4, "steps": 257},
+            "4 pictures of 257 steps are 1028 network steps, and one request may take 1024",
+        ),
+        ({"think": 0}, "think is 0, expected a whole number from 1 to 16"),
+        ({"think": 2.5}, "think is 2.5, expected a whole number from 1 to 16"),
+        (
+            {"think": 4, "images": 2},
+            "images is 2 and think is 4, expected 1 of either: a search ends in one picture",
+        ),
+        (
+            {"think": 16, "steps": 65},
+            "16 times 65 steps are 1040 network steps, and one request may take 1024",
+        ),
+        ({"size": 4096}, "size is not a setting, expected prompt, negative_prompt, w"),
+    ],
+)
 def test_a_request_out_of_range_is_refused_by_name(raw, message):
     with pytest.raises(InputError, match="^.*" + re.escape(message)):
         Request.read(raw, T=1000)
@@ -115,19 +135,30 @@ def test_whole_numbers_may_come_as_floats():
     assert type(request.steps) is int and type(request.w) is float
 
 
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda x: st.lists(x) | st.dictionaries(
-    st.text(), x), max_leaves=3)  # fmt: skip
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda x: st.lists(x) | st.dictionaries(st.text(), x),
+    max_leaves=3,
+)
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the first text loads Unicode's tables
+@settings(
+    deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)  # the first text loads Unicode's tables
 @given(st.dictionaries(st.sampled_from(list(Request.__dataclass_fields__)), JSON))
 def test_anything_that_json_can_say_is_either_drawable_or_refused(raw):
     try:
         request = Request.read(raw, T=1000)
     except InputError:
         return
-    assert 1 <= request.steps * request.images * request.think <= BUDGET and math.isfinite(request.w)
-    assert 0 <= request.low <= request.high <= 1 and 0 <= request.seed <= SEEDS and len(request.prompt) <= 500
+    assert 1 <= request.steps * request.images * request.think <= BUDGET and math.isfinite(
+        request.w
+    )
+    assert (
+        0 <= request.low <= request.high <= 1
+        and 0 <= request.seed <= SEEDS
+        and len(request.prompt) <= 500
+    )
     json.dumps(request.prompt).encode()
 
 
@@ -135,15 +166,26 @@ def test_anything_that_json_can_say_is_either_drawable_or_refused(raw):
 
 
 def test_the_page_draws_what_the_pipeline_draws(studio):
-    request = Request("red heart", "blue", w=2.0, steps=3, eta=0.5, images=2, seed=7, low=0.1, high=0.9)
+    request = Request(
+        "red heart", "blue", w=2.0, steps=3, eta=0.5, images=2, seed=7, low=0.1, high=0.9
+    )
     drawn = last(studio.create(request))
-    images = studio.network("red heart", negative_prompt="blue", w=interval(2.0, 0.1, 0.9), num_inference_steps=3, eta=0.5,
-                            seed=7, num_images_per_prompt=2).images  # fmt: skip
+    images = studio.network(
+        "red heart",
+        negative_prompt="blue",
+        w=interval(2.0, 0.1, 0.9),
+        num_inference_steps=3,
+        eta=0.5,
+        seed=7,
+        num_images_per_prompt=2,
+    ).images
     assert np.array_equal(pixels(drawn.images), pixels(images))
 
 
 def test_a_picture_carries_what_draws_it_again(studio, tmp_path):
-    request = Request("a \"red\" heart ❤", "cat", w=1.5, steps=4, eta=0.0, images=2, seed=2**40, low=0.2, high=0.7)
+    request = Request(
+        'a "red" heart ❤', "cat", w=1.5, steps=4, eta=0.0, images=2, seed=2**40, low=0.2, high=0.7
+    )
     drawn = last(studio.create(request)).images
     for i, image in enumerate(drawn):
         image.save(tmp_path / "a.png", pnginfo=_text(image.info))
@@ -165,8 +207,13 @@ def _text(info):
 def test_the_sweep_is_one_noise_under_six_weights(studio):
     request = Request("red heart", steps=3, seed=5)
     drawn = last(studio.sweep(request)).images
-    alone = [studio.network("red heart", w=w, num_inference_steps=3, seed=5).images[0] for w in session.SWEEP]
-    assert np.abs(pixels(drawn) - pixels(alone)).max() <= 1  # the rounding of a batch of another size
+    alone = [
+        studio.network("red heart", w=w, num_inference_steps=3, seed=5).images[0]
+        for w in session.SWEEP
+    ]
+    assert (
+        np.abs(pixels(drawn) - pixels(alone)).max() <= 1
+    )  # the rounding of a batch of another size
     assert [json.loads(image.info["parameters"])["w"] for image in drawn] == list(session.SWEEP)
 
 
@@ -184,7 +231,9 @@ def test_previews_come_before_the_pictures(studio, monkeypatch):
     monkeypatch.setattr(session, "PREVIEW", 0.0)
     frames = list(studio.create(Request("red heart", steps=4)))
     assert [frame.step for frame in frames] == [1, 2, 3, 4]
-    assert not any(frame.images[0].info for frame in frames[:-1]) and [frame.last for frame in frames] == [False] * 3 + [True]
+    assert not any(frame.images[0].info for frame in frames[:-1]) and [
+        frame.last for frame in frames
+    ] == [False] * 3 + [True]
 
 
 def test_leaving_early_leaves_nothing_behind(studio, monkeypatch):
@@ -199,7 +248,9 @@ def test_leaving_early_leaves_nothing_behind(studio, monkeypatch):
 @pytest.mark.parametrize("draw", ["create", "sweep", "backward"])
 def test_a_request_ends_at_its_deadline(studio, monkeypatch, draw):
     monkeypatch.setattr(session, "DEADLINE", -1.0)
-    with pytest.raises(InputError, match="longer than the -1 s that one request may: ask for fewer steps"):
+    with pytest.raises(
+        InputError, match="longer than the -1 s that one request may: ask for fewer steps"
+    ):
         list(getattr(studio, draw)(Request("red heart", steps=4)))
 
 
@@ -218,11 +269,18 @@ def test_one_step_of_one_request_at_a_time(studio):
     def forward():
         return [studio.forward(studio.named("red heart"), 1, 0) for _ in range(4)]
 
-    drawn = [lambda: last(studio.create(Request("red heart", steps=8))).calls, lambda: last(studio.create(THOUGHT)).calls,
-             lambda: last(studio.sweep(Request("red heart", steps=3))).calls,
-             lambda: len([*studio.backward(Request("red heart", steps=8))]), lambda: len(forward())]  # fmt: skip
+    drawn = [
+        lambda: last(studio.create(Request("red heart", steps=8))).calls,
+        lambda: last(studio.create(THOUGHT)).calls,
+        lambda: last(studio.sweep(Request("red heart", steps=3))).calls,
+        lambda: len([*studio.backward(Request("red heart", steps=8))]),
+        lambda: len(forward()),
+    ]
     network = studio.network.unet
-    hooks = [network.register_forward_pre_hook(enter), network.register_forward_hook(lambda *_: inside.pop() and None)]
+    hooks = [
+        network.register_forward_pre_hook(enter),
+        network.register_forward_hook(lambda *_: inside.pop() and None),
+    ]
     with ThreadPoolExecutor(len(drawn)) as threads:
         found = [answer.result() for answer in [threads.submit(draw) for draw in drawn]]
     for hook in hooks:
@@ -234,7 +292,9 @@ def test_a_request_that_is_left_open_is_in_nobodys_way(studio, monkeypatch):
     monkeypatch.setattr(session, "PREVIEW", 0.0)
     left, found = studio.create(Request("red heart", steps=6)), []
     next(left)
-    other = threading.Thread(target=lambda: found.append(last(studio.create(Request("red heart", steps=3)))), daemon=True)
+    other = threading.Thread(
+        target=lambda: found.append(last(studio.create(Request("red heart", steps=3)))), daemon=True
+    )
     other.start()
     other.join(60)
     assert found[0].calls == 6
@@ -245,12 +305,16 @@ def test_a_request_that_is_left_open_is_in_nobodys_way(studio, monkeypatch):
 # ---- thinking longer
 
 
-THOUGHT = Request("red heart", w=1.0, steps=20, seed=7, think=6)  # 240 calls: four of 40, each judged by 18
+THOUGHT = Request(
+    "red heart", w=1.0, steps=20, seed=7, think=6
+)  # 240 calls: four of 40, each judged by 18
 
 
 def test_thinking_longer_is_the_search_and_shows_what_it_discarded(studio):
     drawn = last(studio.create(THOUGHT))
-    found = search.search(studio.network, "red heart", 6 * 40, session.VERIFIER, w=1.0, steps=20, eta=1.0, seed=7)
+    found = search.search(
+        studio.network, "red heart", 6 * 40, session.VERIFIER, w=1.0, steps=20, eta=1.0, seed=7
+    )
     assert len(found.candidates) == 4 and drawn.calls == drawn.found.calls == found.calls == 4 * 58
     assert drawn.found.curve == found.curve and len(found.curve) == 4
     images = session.pictures(studio.network, found.candidates)
@@ -258,11 +322,22 @@ def test_thinking_longer_is_the_search_and_shows_what_it_discarded(studio):
 
 
 def test_thinking_longer_goes_by_all_that_was_asked(studio):
-    asked = Request("red heart", "blue", w=2.0, steps=20, eta=0.5, seed=7, low=0.2, high=0.9, think=6)
+    asked = Request(
+        "red heart", "blue", w=2.0, steps=20, eta=0.5, seed=7, low=0.2, high=0.9, think=6
+    )
     drawn, w = last(studio.create(asked)), interval(2.0, 0.2, 0.9)
     budget = 6 * search.calls_of_sample(studio.network, w, 20)
-    found = search.search(studio.network, "red heart", budget, session.VERIFIER, negative_prompt="blue", w=w, steps=20, eta=0.5,
-                          seed=7)  # fmt: skip
+    found = search.search(
+        studio.network,
+        "red heart",
+        budget,
+        session.VERIFIER,
+        negative_prompt="blue",
+        w=w,
+        steps=20,
+        eta=0.5,
+        seed=7,
+    )
     assert len(found.candidates) > 1 and drawn.calls == found.calls
     images = session.pictures(studio.network, found.candidates)
     assert np.array_equal(pixels([*drawn.images, *drawn.discarded]), pixels(images))
@@ -275,19 +350,27 @@ def test_a_searched_picture_and_the_discarded_carry_what_draws_them_again(studio
         request, *_ = read_png(tmp_path / "a.png", T=1000)
         assert (request == THOUGHT) == best and request.think == (6 if best else 1)
         again = last(studio.create(request)).images
-        assert np.abs(pixels(again) - pixels([image])).max() <= (0 if best else 1)  # alone it rounds otherwise
+        assert np.abs(pixels(again) - pixels([image])).max() <= (
+            0 if best else 1
+        )  # alone it rounds otherwise
 
 
 def test_a_budget_that_judges_nothing_draws_the_plain_picture(studio):
     drawn = last(studio.create(Request("red heart", w=1.0, steps=4, seed=7, think=2)))
     plain = last(studio.create(Request("red heart", w=1.0, steps=4, seed=7)))
-    assert np.array_equal(pixels(drawn.images), pixels(plain.images)) and not drawn.discarded and drawn.calls == 8
+    assert (
+        np.array_equal(pixels(drawn.images), pixels(plain.images))
+        and not drawn.discarded
+        and drawn.calls == 8
+    )
 
 
 def test_a_search_is_shown_on_its_way_and_can_be_left(studio, monkeypatch):
     monkeypatch.setattr(session, "PREVIEW", 0.0)
     frames = list(studio.create(THOUGHT))
-    assert [frame.last for frame in frames] == [False] * (len(frames) - 1) + [True] and len(frames) > 20
+    assert [frame.last for frame in frames] == [False] * (len(frames) - 1) + [True] and len(
+        frames
+    ) > 20
     assert all(frame.calls == frame.step for frame in frames) and len(frames[0].images) == 4
     assert not any(image.info for frame in frames[:-1] for image in frame.images)
     left = studio.create(THOUGHT)
@@ -301,12 +384,16 @@ def test_a_search_is_shown_on_its_way_and_can_be_left(studio, monkeypatch):
 
 def test_the_exact_denoiser_thinks_too(studio):
     drawn = last(studio.create(Request("red heart", w=0.0, steps=20, think=8), "exact"))
-    assert np.abs(pixels(drawn.images) - COLORS["red heart"]).max() <= 1 and len(drawn.discarded) == 3
+    assert (
+        np.abs(pixels(drawn.images) - COLORS["red heart"]).max() <= 1 and len(drawn.discarded) == 3
+    )
 
 
 def test_a_picture_of_before_the_search_is_read(tmp_path):
     old = {name: value for name, value in vars(Request("cat", steps=9)).items() if name != "think"}
-    content = png(pnginfo=_text({"parameters": json.dumps(old | {"denoiser": "exact", "model": "emoji"})}))
+    content = png(
+        pnginfo=_text({"parameters": json.dumps(old | {"denoiser": "exact", "model": "emoji"})})
+    )
     assert read_png(saved(tmp_path, content), T=1000) == (Request("cat", steps=9), "exact", "emoji")
 
 
@@ -320,7 +407,10 @@ def test_without_a_network_a_name_draws_its_own_picture(source):
 
 
 def test_the_exact_denoiser_refuses_what_it_does_not_know(studio):
-    with pytest.raises(InputError, match="knows the 3 names of its pictures .* 'red hart' is none of them: try red heart"):
+    with pytest.raises(
+        InputError,
+        match="knows the 3 names of its pictures .* 'red hart' is none of them: try red heart",
+    ):
         list(studio.create(Request("red hart"), "exact"))
     with pytest.raises(InputError, match="denoiser is 'best', expected one of network, exact"):
         list(studio.create(Request("red heart"), "best"))
@@ -336,18 +426,30 @@ def test_the_exact_denoiser_shares_the_networks_chain(studio):
 
 def test_the_panels_of_the_way_forwards(studio):
     panels = studio.forward(studio.named("red heart"), 1000, 3, "red heart")
-    assert list(panels) == ["x_0", "(5) the jump", "(1) the chain", "(15) x̂_0, network", "(15) x̂_0, exact"]
+    assert list(panels) == [
+        "x_0",
+        "(5) the jump",
+        "(1) the chain",
+        "(15) x̂_0, network",
+        "(15) x̂_0, exact",
+    ]
     picture = pixels([panels["x_0"]])
     assert np.abs(picture - COLORS["red heart"]).max() <= 1
-    assert np.abs(pixels([panels["(15) x̂_0, exact"]]) - picture).max() <= 1  # told the caption, it knows
-    assert np.abs(pixels([panels["(5) the jump"]]) - picture).mean() > 40  # by the jump and by the chain nothing is left
+    assert (
+        np.abs(pixels([panels["(15) x̂_0, exact"]]) - picture).max() <= 1
+    )  # told the caption, it knows
+    assert (
+        np.abs(pixels([panels["(5) the jump"]]) - picture).mean() > 40
+    )  # by the jump and by the chain nothing is left
     assert np.abs(pixels([panels["(1) the chain"]]) - picture).mean() > 40
 
 
 def test_one_step_of_the_chain_is_hardly_noise(studio):
     panels = studio.forward(studio.named("yellow square"), 1, 3)
     for name in ("(5) the jump", "(1) the chain"):
-        assert 0 < np.abs(pixels([panels[name]]) - COLORS["yellow square"]).mean() < 3  # sqrt(beta_1) = 0.01
+        assert (
+            0 < np.abs(pixels([panels[name]]) - COLORS["yellow square"]).mean() < 3
+        )  # sqrt(beta_1) = 0.01
 
 
 def test_held_out_pictures_are_not_the_exact_denoisers(studio):
@@ -357,7 +459,10 @@ def test_held_out_pictures_are_not_the_exact_denoisers(studio):
 
 
 def test_the_exact_denoiser_is_not_told_of_a_picture_that_it_does_not_know(studio):
-    told, untold = (studio.forward(studio.named("yellow square"), 500, 3, caption) for caption in ("yellow square", ""))
+    told, untold = (
+        studio.forward(studio.named("yellow square"), 500, 3, caption)
+        for caption in ("yellow square", "")
+    )
     assert list(told)[-2:] == ["(15) x̂_0, network", "(15) x̂_0, exact, not told"]
     assert np.array_equal(told["(15) x̂_0, exact, not told"], untold["(15) x̂_0, exact"])
     assert not np.array_equal(told["(15) x̂_0, network"], untold["(15) x̂_0, network"])
@@ -367,14 +472,24 @@ def test_two_models_of_one_name_are_told_apart(studio, source):
     other = Studio(tiny_pipeline(caption_length=8), "tiny", source)
     next(other.network.unet.parameters()).data += 1
     assert studio.identity.startswith("tiny (") and studio.identity != other.identity
-    assert Studio(tiny_pipeline(w=2.0), "tiny", source).identity == studio.identity, "of the same weights"
+    assert Studio(tiny_pipeline(w=2.0), "tiny", source).identity == studio.identity, (
+        "of the same weights"
+    )
 
 
-@pytest.mark.parametrize("one, other, same", [
-    ("x (abcdef12)", "x (abcdef12)", True), ("x at step 560 (abcdef12)", "y (1) (abcdef12)", True),
-    ("x (abcdef12)", "x (abcdef13)", False), ("x", "x", True), ("x", "y", False),
-])  # fmt: skip
-def test_a_model_is_known_by_the_digits_of_its_weights_and_without_them_by_its_name(one, other, same):
+@pytest.mark.parametrize(
+    "one, other, same",
+    [
+        ("x (abcdef12)", "x (abcdef12)", True),
+        ("x at step 560 (abcdef12)", "y (1) (abcdef12)", True),
+        ("x (abcdef12)", "x (abcdef13)", False),
+        ("x", "x", True),
+        ("x", "y", False),
+    ],
+)
+def test_a_model_is_known_by_the_digits_of_its_weights_and_without_them_by_its_name(
+    one, other, same
+):
     assert same_model(one, other) == same_model(other, one) == same
 
 
@@ -388,7 +503,9 @@ def test_the_curves_are_the_schedule(studio):
     assert np.allclose(beta, np.linspace(1e-4, 0.02, 1000), atol=1e-9)
     assert np.allclose(abar, np.cumprod(1 - beta))
     assert np.allclose(snr, abar / (1 - abar))
-    assert posterior[0] == 0 and np.allclose(posterior[1:], beta[1:] * (1 - abar[:-1]) / (1 - abar[1:]))
+    assert posterior[0] == 0 and np.allclose(
+        posterior[1:], beta[1:] * (1 - abar[:-1]) / (1 - abar[1:])
+    )
 
 
 def test_the_strip_goes_from_noise_to_the_picture(studio):
@@ -405,12 +522,18 @@ def test_tokens_are_counted_apart_from_what_is_being_drawn(studio):
     tokenizer("a", padding="max_length", max_length=8, truncation=True)
     before = tokenizer.backend_tokenizer.padding, tokenizer.backend_tokenizer.truncation
     studio.tokens("red heart")
-    assert before[0] and before == (tokenizer.backend_tokenizer.padding, tokenizer.backend_tokenizer.truncation)
+    assert before[0] and before == (
+        tokenizer.backend_tokenizer.padding,
+        tokenizer.backend_tokenizer.truncation,
+    )
 
 
 def test_tokens_are_counted_as_the_pipeline_cuts_them(studio):
     assert studio.tokens("red heart") == "2 of 6 tokens"
-    assert studio.tokens("a very long red heart a very green cat") == "9 of 6 tokens; left out: very green cat"
+    assert (
+        studio.tokens("a very long red heart a very green cat")
+        == "9 of 6 tokens; left out: very green cat"
+    )
 
 
 # ---- files
@@ -430,20 +553,28 @@ def png(size=(8, 8), kind="PNG", **options):
 
 def bomb(width, height):
     """A PNG that claims a size, with next to nothing behind it."""
-    chunk = lambda body: struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    chunk = lambda body: (
+        struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    )
     header = chunk(b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT" + zlib.compress(b"\0" * 1000))
 
 
-@pytest.mark.parametrize("content, message", [
-    (b"", "cannot be read, expected a picture"),
-    (b"<svg/>", "cannot be read, expected a picture"),
-    (png(kind="GIF"), "cannot be read, expected a picture"),
-    (bomb(2001, 2000), "the picture is 2001 x 2000, expected 4 megapixels at most"),
-    (bomb(60000, 60000), "cannot be read, expected a picture"),  # Pillow itself will not open it
-    (png((300, 300))[:-40], "damaged"),
-    (b"\0" * 2_000_001, "the file has 2.0 MB, expected 2 at most"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "cannot be read, expected a picture"),
+        (b"<svg/>", "cannot be read, expected a picture"),
+        (png(kind="GIF"), "cannot be read, expected a picture"),
+        (bomb(2001, 2000), "the picture is 2001 x 2000, expected 4 megapixels at most"),
+        (
+            bomb(60000, 60000),
+            "cannot be read, expected a picture",
+        ),  # Pillow itself will not open it
+        (png((300, 300))[:-40], "damaged"),
+        (b"\0" * 2_000_001, "the file has 2.0 MB, expected 2 at most"),
+    ],
+)
 def test_a_file_that_is_no_reasonable_picture_is_refused(tmp_path, content, message):
     with pytest.raises(InputError, match=message):
         session.uploaded(saved(tmp_path, content), 8)
@@ -451,7 +582,10 @@ def test_a_file_that_is_no_reasonable_picture_is_refused(tmp_path, content, mess
 
 def test_a_file_that_is_deleted_meanwhile_is_told(tmp_path):
     for read in (lambda path: session.uploaded(path, 8), lambda path: read_png(path, T=1000)):
-        with pytest.raises(InputError, match="the file is no longer here, expected one dropped within the hour: drop it again"):
+        with pytest.raises(
+            InputError,
+            match="the file is no longer here, expected one dropped within the hour: drop it again",
+        ):
             read(tmp_path / "gone.png")
 
 
@@ -459,24 +593,32 @@ def test_a_file_that_is_deleted_meanwhile_is_told(tmp_path):
 def test_an_uploaded_picture_is_one_of_the_sets_size(tmp_path, kind):
     x_0 = session.uploaded(saved(tmp_path, png((40, 20), kind)), 8)
     assert x_0.shape == (1, 3, 8, 8)
-    assert torch.allclose((x_0[0].mean((1, 2)) + 1) * 127.5, torch.tensor([10.0, 200.0, 30.0]), atol=3)
+    assert torch.allclose(
+        (x_0[0].mean((1, 2)) + 1) * 127.5, torch.tensor([10.0, 200.0, 30.0]), atol=3
+    )
 
 
 DREW = {"denoiser": "network", "model": "emoji"}
 
 
-@pytest.mark.parametrize("parameters, message", [
-    (None, "carries no settings"),
-    ("a cat, steps: 5", "carries no settings"),
-    ("[1, 2]", "carries no settings"),
-    (json.dumps({"prompt": "cat"}), "carries no settings"),
-    (json.dumps(Request.__dict__["__dataclass_fields__"].__len__()), "carries no settings"),
-    (json.dumps(vars(Request("cat"))), "carries no settings"),
-    (json.dumps({**vars(Request("cat")), **DREW, "denoiser": "cat"}), "carries no settings"),
-    (json.dumps({**vars(Request("cat")), **DREW, "model": ["cat"]}), "carries no settings"),
-    (json.dumps({**vars(Request("cat")), **DREW, "steps": 10**9}), "steps is 1000000000, expected"),
-    (json.dumps({**vars(Request("cat")), **DREW, "w": math.nan}), "w is nan, expected"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "parameters, message",
+    [
+        (None, "carries no settings"),
+        ("a cat, steps: 5", "carries no settings"),
+        ("[1, 2]", "carries no settings"),
+        (json.dumps({"prompt": "cat"}), "carries no settings"),
+        (json.dumps(Request.__dict__["__dataclass_fields__"].__len__()), "carries no settings"),
+        (json.dumps(vars(Request("cat"))), "carries no settings"),
+        (json.dumps({**vars(Request("cat")), **DREW, "denoiser": "cat"}), "carries no settings"),
+        (json.dumps({**vars(Request("cat")), **DREW, "model": ["cat"]}), "carries no settings"),
+        (
+            json.dumps({**vars(Request("cat")), **DREW, "steps": 10**9}),
+            "steps is 1000000000, expected",
+        ),
+        (json.dumps({**vars(Request("cat")), **DREW, "w": math.nan}), "w is nan, expected"),
+    ],
+)
 def test_settings_of_a_foreign_picture_are_checked(tmp_path, parameters, message):
     content = png(pnginfo=_text({} if parameters is None else {"parameters": parameters}))
     with pytest.raises(InputError, match=message):
@@ -492,12 +634,17 @@ def test_a_saved_pipeline_is_served_as_it_is(tmp_path):
     assert not shelf.follows and shelf.steps() == [] and shelf.name == "model"
     assert shelf.studio() is shelf.studio(7)
     image = last(shelf.studio().create(Request("red heart", w=1.5, steps=2, seed=3))).images
-    assert np.array_equal(pixels(image), pixels(tiny_pipeline()("red heart", w=1.5, num_inference_steps=2, seed=3).images))
+    assert np.array_equal(
+        pixels(image),
+        pixels(tiny_pipeline()("red heart", w=1.5, num_inference_steps=2, seed=3).images),
+    )
 
 
 def test_a_model_with_a_stock_scheduler_shows_the_equations_of_its_own_noise(tmp_path):
     """Stable Diffusion's PNDM has no eta, no posterior and no single steps: ours takes its betas over."""
-    stock = PNDMScheduler(beta_start=0.001, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True)
+    stock = PNDMScheduler(
+        beta_start=0.001, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True
+    )
     tiny_pipeline(caption_length=8, scheduler=stock).save_pretrained(tmp_path / "model")
     studio = Shelf(tmp_path / "model").studio()
     assert np.allclose(studio.curves()["ᾱ_t (4)"], stock.alphas_cumprod, rtol=1e-5)
@@ -514,7 +661,9 @@ def test_a_model_of_few_timesteps_and_a_size_of_two_numbers_is_served(source, tm
     (tmp_path / "model" / "config.yaml").write_text(Config(data=source).to_yaml())
     blocks = app.build_demo(Shelf(tmp_path / "model")).blocks.values()
     sliders = [block for block in blocks if getattr(block, "label", "") == "Steps"]
-    assert len(sliders) == 3 and all((slider.value, slider.maximum) == (20, 20) for slider in sliders)
+    assert len(sliders) == 3 and all(
+        (slider.value, slider.maximum) == (20, 20) for slider in sliders
+    )
 
 
 def test_of_a_large_set_the_exact_denoiser_knows_a_part(studio, monkeypatch):
@@ -522,7 +671,13 @@ def test_of_a_large_set_the_exact_denoiser_knows_a_part(studio, monkeypatch):
     monkeypatch.setattr(session, "KNOWN", 2 * 3 * studio.source.resolution**2)
     part = session.Studio(studio.network, studio.name, studio.source)
     assert part.known == [whole[0], whole[-1]] and len(part.exact.unet.x_0) == 2 < len(whole)
-    assert np.abs(pixels(last(part.create(Request(whole[-1], w=0.0, steps=20), "exact")).images) - COLORS[whole[-1]]).max() <= 1
+    assert (
+        np.abs(
+            pixels(last(part.create(Request(whole[-1], w=0.0, steps=20), "exact")).images)
+            - COLORS[whole[-1]]
+        ).max()
+        <= 1
+    )
     monkeypatch.setattr(app, "EXAMPLES", (whole[1], whole[-1]))
     assert app.known_caption(part) == whole[-1], "what the page begins with"
     with pytest.raises(InputError, match="knows the 2 names of its pictures"):
@@ -545,7 +700,9 @@ def test_a_folder_above_is_not_taken_for_the_models_own(tmp_path):
 
 
 def test_a_model_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="does not exist, expected the folder of a run or of a saved pipeline"):
+    with pytest.raises(
+        ValueError, match="does not exist, expected the folder of a run or of a saved pipeline"
+    ):
         Shelf(tmp_path / "nothing").studio()
 
 
@@ -553,10 +710,15 @@ def test_a_model_without_its_text_encoder_gets_the_one_its_settings_name(tmp_pat
     pipe = tiny_pipeline(caption_length=8)
     pipe.register_modules(text_encoder=None, tokenizer=None)
     pipe.save_pretrained(tmp_path / "model")
-    with pytest.raises(InputError, match="no text encoder to read .* load it with pipeline.hub.load, .* or pass prompt_embeds"):
+    with pytest.raises(
+        InputError,
+        match="no text encoder to read .* load it with pipeline.hub.load, .* or pass prompt_embeds",
+    ):
         push.load(tmp_path / "model")("red heart")
     (tmp_path / "model" / "config.yaml").write_text(Config().to_yaml())
-    assert push.load(tmp_path / "model").text_encoder.config.hidden_size == 384  # the embedded all-MiniLM-L6-v2
+    assert (
+        push.load(tmp_path / "model").text_encoder.config.hidden_size == 384
+    )  # the embedded all-MiniLM-L6-v2
 
 
 # ---- a run in progress
@@ -582,7 +744,9 @@ def run(source, tmp_path):
     run.create()
     for part in tiny_text(length=8):
         part.save_pretrained(tmp_path / "encoder")
-    config = Config(name="run", model=ModelConfig(text_encoder=str(tmp_path / "encoder")), data=source)
+    config = Config(
+        name="run", model=ModelConfig(text_encoder=str(tmp_path / "encoder")), data=source
+    )
     run.config.write_text(config.to_yaml())
     saved_at(run, 10, 20)
     return run
@@ -591,7 +755,9 @@ def run(source, tmp_path):
 def spied(monkeypatch, before):
     """hub.load_checkpoint, with `before()` before the first call of it alone."""
     load, todo = push.load_checkpoint, [before]
-    monkeypatch.setattr(push, "load_checkpoint", lambda *given: (todo and todo.pop()(), load(*given))[1])
+    monkeypatch.setattr(
+        push, "load_checkpoint", lambda *given: (todo and todo.pop()(), load(*given))[1]
+    )
 
 
 def test_a_page_keeps_one_network_of_a_run(run, monkeypatch):
@@ -601,7 +767,9 @@ def test_a_page_keeps_one_network_of_a_run(run, monkeypatch):
     spied(monkeypatch, lambda: (gc.collect(), alive.append(network() is not None)))
     assert network() is not None and shelf.studio().name == "run at step 20"
     assert shelf.studio(10).name == "run at step 10" and shelf.studio(12) is shelf.studio(10)
-    assert alive == [False] and page.fns, "let go before the next was loaded, by the page's functions too"
+    assert alive == [False] and page.fns, (
+        "let go before the next was loaded, by the page's functions too"
+    )
 
 
 def test_a_checkpoint_that_is_deleted_while_it_is_read_gives_way_to_what_is_left(run, monkeypatch):
@@ -610,7 +778,10 @@ def test_a_checkpoint_that_is_deleted_while_it_is_read_gives_way_to_what_is_left
     assert shelf.studio(10).name == "run at step 30"
     shutil.rmtree(run.checkpoints)
     for step in (None, 30):
-        with pytest.raises(InputError, match="^run has no checkpoint any more, expected one .*until the next is saved"):
+        with pytest.raises(
+            InputError,
+            match="^run has no checkpoint any more, expected one .*until the next is saved",
+        ):
             shelf.studio(step)
 
 
@@ -620,5 +791,8 @@ def test_the_one_before_a_torn_newest_checkpoint_draws(run, caplog):
     assert shelf.studio().name == shelf.studio(20).name == "run at step 10"
     assert "config.json is not what was written" in caplog.text
     (run.checkpoints / "10" / "trainer.json").unlink()
-    with pytest.raises(InputError, match="^checkpoint run/checkpoints/10 cannot be used: trainer.json is missing, expected"):
+    with pytest.raises(
+        InputError,
+        match="^checkpoint run/checkpoints/10 cannot be used: trainer.json is missing, expected",
+    ):
         shelf.studio()

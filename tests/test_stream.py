@@ -39,7 +39,12 @@ def stream(table, tmp_path):
     opened = []
 
     def call(source=table, seed=0, process=0, processes=1, **settings):
-        settings = {"resolution": 4, "shuffle_buffer": 4, "streaming": True, "cache": str(tmp_path / "cache")} | settings
+        settings = {
+            "resolution": 4,
+            "shuffle_buffer": 4,
+            "streaming": True,
+            "cache": str(tmp_path / "cache"),
+        } | settings
         opened.append(Stream(DataConfig(str(source), **settings), seed, process, processes))
         return opened[-1]
 
@@ -67,8 +72,12 @@ def test_every_epoch_has_every_row_once_in_an_order_of_its_own(stream):
 @pytest.mark.parametrize("processes", [2, 3, 5])
 def test_processes_share_an_epoch(stream, processes):
     """By shards where their number allows (5), else by rows (2, 3)."""
-    shares = [[*range(i, SHARDS * ROWS, processes)] for i in range(processes)]  # only their lengths matter
-    taken = [take(stream(process=i, processes=processes), len(share)) for i, share in enumerate(shares)]
+    shares = [
+        [*range(i, SHARDS * ROWS, processes)] for i in range(processes)
+    ]  # only their lengths matter
+    taken = [
+        take(stream(process=i, processes=processes), len(share)) for i, share in enumerate(shares)
+    ]
     assert sorted(i for share in taken for i in share) == [*range(SHARDS * ROWS)]
 
 
@@ -90,7 +99,9 @@ def test_a_stream_goes_on_where_its_state_was_taken(stream, taken, process, proc
 
 
 def test_another_process_s_state_is_refused(stream):
-    with pytest.raises(DataError, match="saved by process 0 of 1 and is read by process 0 of 2: go on with as many"):
+    with pytest.raises(
+        DataError, match="saved by process 0 of 1 and is read by process 0 of 2: go on with as many"
+    ):
         stream(processes=2).load_state_dict(stream().state_dict())
 
 
@@ -103,7 +114,10 @@ def test_broken_rows_are_passed_over_logged_and_counted(stream, tmp_path, caplog
     one = stream(write(tmp_path / "some.parquet", rows), max_broken=0.5)
     assert sorted(take(one, 4)) == [0, 1, 3, 5] and sorted(take(one, 4)) == [0, 1, 3, 5]
     said = " ".join(record.getMessage() for record in caplog.records)
-    assert "skipped row 4: it has no image" in said and "skipped row 2: cannot identify it as a picture" in said
+    assert (
+        "skipped row 4: it has no image" in said
+        and "skipped row 2: cannot identify it as a picture" in said
+    )
     state = one.state_dict()
     assert state["epoch"] == 1 and 8 < state["seen"] <= 12 and state["broken"] == state["seen"] - 8
 
@@ -112,10 +126,16 @@ def test_too_many_broken_rows_end_it_by_name(stream, tmp_path):
     rows = squares(0, 8)
     rows[3]["image"] = rows[5]["image"] = b"x"
     path = write(tmp_path / "some.parquet", rows)
-    with pytest.raises(DataError, match=r"2 of the first \d rows of .* are broken, at most 1% may be, the last one row [35] \("):
+    with pytest.raises(
+        DataError,
+        match=r"2 of the first \d rows of .* are broken, at most 1% may be, the last one row [35] \(",
+    ):
         take(stream(path, max_broken=0.01), 32)
     one = stream(write(tmp_path / "none.parquet", [{"image": b"x", "text": "a"}]), max_broken=1)
-    with pytest.raises(DataError, match="no usable row for process 0 of 1 in a whole epoch: 1 of 1 rows were broken"):
+    with pytest.raises(
+        DataError,
+        match="no usable row for process 0 of 1 in a whole epoch: 1 of 1 rows were broken",
+    ):
         take(one, 1)
     with pytest.raises(DataError, match="no usable row"):
         take(one, 1)
@@ -131,13 +151,16 @@ def test_rows_without_a_caption_are_unconditional_or_left_out(stream, tmp_path):
 
 def flaky(errors):
     """30 rows of a generator that raises one of the errors each time it comes to row 13."""
+
     def rows():
         for i in range(30):
             if i == 13 and errors:
                 raise errors.pop(0)
             yield {"image": {"bytes": png(i), "path": None}, "text": f"square {i}"}
 
-    features = datasets.Features({"image": datasets.Image(decode=False), "text": datasets.Value("string")})
+    features = datasets.Features(
+        {"image": datasets.Image(decode=False), "text": datasets.Value("string")}
+    )
     found = datasets.IterableDataset.from_generator(rows, features=features)
     read = lambda example, number: table_row(example, number, "image", ("text",))
     return lambda config, split: Rows(found, read, "flaky", "a flaky table")
@@ -153,11 +176,24 @@ def test_a_network_that_fails_now_and_then_changes_nothing(stream, monkeypatch):
     assert take(stream(), 60) == whole and errors == []
 
 
-@pytest.mark.parametrize(("error", "says", "kind"), [
-    (ConnectionError("reset by peer"), r"cannot read a flaky table in 3 attempts \(reset by peer\): run the same command again",
-     Unreachable),
-    (FileNotFoundError("shard 7 is gone"), "cannot read a flaky table: shard 7 is gone", DataError)])  # fmt: skip
-def test_a_network_that_fails_for_good_is_one_sentence_and_the_place_before_it_is_kept(stream, monkeypatch, error, says, kind):
+@pytest.mark.parametrize(
+    ("error", "says", "kind"),
+    [
+        (
+            ConnectionError("reset by peer"),
+            r"cannot read a flaky table in 3 attempts \(reset by peer\): run the same command again",
+            Unreachable,
+        ),
+        (
+            FileNotFoundError("shard 7 is gone"),
+            "cannot read a flaky table: shard 7 is gone",
+            DataError,
+        ),
+    ],
+)
+def test_a_network_that_fails_for_good_is_one_sentence_and_the_place_before_it_is_kept(
+    stream, monkeypatch, error, says, kind
+):
     monkeypatch.setattr(rows_module, "WAITS", (0.01, 0.01))
     monkeypatch.setattr(rows_module, "open_rows", flaky([]))
     whole = take(stream(), 40)
@@ -189,18 +225,30 @@ def test_closing_ends_a_wait_for_the_network(stream, monkeypatch):
 def config(table, encoder, tmp_path_factory):
     """test_train's run on the table, with every setting that draws something at each step; 'both' has two captions a row."""
     folder = tmp_path_factory.mktemp("run")
-    rows = [{"image": big(i), "text": f"square {i}", "other": "red" if i % 2 else None} for i in range(12)]
+    rows = [
+        {"image": big(i), "text": f"square {i}", "other": "red" if i % 2 else None}
+        for i in range(12)
+    ]
     path = write(folder / "both.parquet", rows)
     more = "streaming: true, flip: true, shuffle_buffer: 5, caption_column: [text, other], "
-    text = TINY.replace("{source: SOURCE, held_out: HELD, ", f"{{source: {path}, held_out: train, {more}")
-    (folder / "tiny.yaml").write_text(text.replace("ENCODER", str(encoder)).replace("CACHE", str(folder / "cache")))
+    text = TINY.replace(
+        "{source: SOURCE, held_out: HELD, ", f"{{source: {path}, held_out: train, {more}"
+    )
+    (folder / "tiny.yaml").write_text(
+        text.replace("ENCODER", str(encoder)).replace("CACHE", str(folder / "cache"))
+    )
     return folder / "tiny.yaml"
 
 
 def big(i):
     """A picture that differs from its mirror image."""
     buffer = io.BytesIO()
-    ramp = Image.linear_gradient("L").transpose(Image.Transpose.ROTATE_90).resize((16, 16)).convert("RGB")
+    ramp = (
+        Image.linear_gradient("L")
+        .transpose(Image.Transpose.ROTATE_90)
+        .resize((16, 16))
+        .convert("RGB")
+    )
     ramp.point(lambda value: (value + 20 * i) % 256).save(buffer, "PNG")
     return buffer.getvalue()
 
@@ -215,7 +263,9 @@ def whole(config, tmp_path_factory):
 def test_a_run_trains_on_a_stream_and_says_what_is_known_of_it(whole):
     run, done = whole
     assert (run / "pipeline" / "model_index.json").exists()
-    assert "both.parquet (train), the first 12 rows of a stream: 12 of 12 images usable" in done.stdout
+    assert (
+        "both.parquet (train), the first 12 rows of a stream: 12 of 12 images usable" in done.stdout
+    )
     assert "1 to 2 (median 2) captions an image" in done.stdout and "captions of" in done.stdout
 
 
@@ -234,7 +284,9 @@ def test_a_stream_that_fails_for_good_saves_the_steps_before(whole, tmp_path, mo
     def take(self, n):
         taken.append(n)
         if sum(taken) > 4 * 4 + 2:  # in the fifth batch of four
-            raise Unreachable("cannot read both.parquet in 3 attempts (reset by peer): run the same command again")
+            raise Unreachable(
+                "cannot read both.parquet in 3 attempts (reset by peer): run the same command again"
+            )
         return real(self, n)
 
     config, seldom = whole[0] / "config.yaml", ("--train.save_every", "100", *more)
@@ -243,10 +295,15 @@ def test_a_stream_that_fails_for_good_saves_the_steps_before(whole, tmp_path, mo
     monkeypatch.setattr(Stream, "take", take)
     done = train(config, tmp_path, *seldom, check=False)
     assert done.returncode == 1
-    assert "(reset by peer)" in done.stderr and "step 4 is saved: the same command goes on from it" in done.stderr
+    assert (
+        "(reset by peer)" in done.stderr
+        and "step 4 is saved: the same command goes on from it" in done.stderr
+    )
     monkeypatch.setattr(Stream, "take", real)
     assert "going on from step 4" in train(config, tmp_path, *seldom).stdout
-    assert same(weights(tmp_path / "tiny"), weights(tmp_path / "whole" / "tiny" if more else whole[0]))
+    assert same(
+        weights(tmp_path / "tiny"), weights(tmp_path / "whole" / "tiny" if more else whole[0])
+    )
 
 
 @pytest.mark.parametrize("every", ["2", "100"])
@@ -261,13 +318,23 @@ def test_a_stop_is_heard_while_a_stream_is_waited_for(whole, tmp_path, monkeypat
             time.sleep(60)
         return real(self, n)
 
-    monkeypatch.setattr(Run, "save", lambda run, step, *more, **facts: saved.append(step) or save(run, step, *more, **facts))
+    monkeypatch.setattr(
+        Run,
+        "save",
+        lambda run, step, *more, **facts: saved.append(step) or save(run, step, *more, **facts),
+    )
     monkeypatch.setattr(Stream, "take", take)
     done = train(whole[0] / "config.yaml", tmp_path, "--train.save_every", every, check=False)
-    assert done.returncode == 143 and "Stopped (SIGTERM) after step 4 of 6; run the same command to go on." in done.stdout
+    assert (
+        done.returncode == 143
+        and "Stopped (SIGTERM) after step 4 of 6; run the same command to go on." in done.stdout
+    )
     assert saved == ([2, 4] if every == "2" else [4])
     monkeypatch.undo()
-    assert "going on from step 4" in train(whole[0] / "config.yaml", tmp_path, "--train.save_every", every).stdout
+    assert (
+        "going on from step 4"
+        in train(whole[0] / "config.yaml", tmp_path, "--train.save_every", every).stdout
+    )
     assert same(weights(tmp_path / "tiny"), weights(whole[0]))
 
 
@@ -278,9 +345,13 @@ def test_a_streams_skipped_step_names_its_examples_by_their_place(whole, tmp_pat
     assert f"step 3 is skipped: no finite loss for the batch's image 1 at t = {t}\n" in said
 
 
-def test_a_stream_that_fails_before_the_first_step_leaves_no_checkpoint(whole, tmp_path, monkeypatch):
+def test_a_stream_that_fails_before_the_first_step_leaves_no_checkpoint(
+    whole, tmp_path, monkeypatch
+):
     def take(self, n):
-        raise DataError("cannot read both.parquet in 3 attempts (reset by peer): run the same command again")
+        raise DataError(
+            "cannot read both.parquet in 3 attempts (reset by peer): run the same command again"
+        )
 
     monkeypatch.setattr(Stream, "take", take)
     done = train(whole[0] / "config.yaml", tmp_path, check=False)
@@ -289,7 +360,9 @@ def test_a_stream_that_fails_before_the_first_step_leaves_no_checkpoint(whole, t
     assert not list((tmp_path / "tiny" / "checkpoints").iterdir())
 
 
-@pytest.mark.parametrize("setting", [("--data.flip", "false"), ("--data.caption_column", "text"), ("--seed", "1")])
+@pytest.mark.parametrize(
+    "setting", [("--data.flip", "false"), ("--data.caption_column", "text"), ("--seed", "1")]
+)
 def test_what_a_step_draws_changes_what_is_learnt(whole, tmp_path, setting):
     train(whole[0] / "config.yaml", tmp_path, *setting)
     assert not same(weights(tmp_path / "tiny"), weights(whole[0]))
@@ -312,10 +385,33 @@ def test_the_templates_run_dry_on_data_of_ones_own(name, table, tmp_path):
                 (tmp_path / "set" / split / f"square {i}.png").write_bytes(png(i))
         source = ["--data.source", str(tmp_path / "set"), "--data.held_out", "test"]
     else:
-        source = ["--data.source", str(table), "--data.held_out", "null", "--data.image_column", "image",
-                  "--data.caption_column", "text"]  # fmt: skip
-    small = ["--data.resolution", "16", "--data.cache", str(tmp_path / "cache"), "--train.batch_size", "4",
-             "--train.threads", "1", "--model.patch_size", "2", "--model.channels", "[32, 32]",
-             "--model.attention", "[false, true]", "--model.heads", "4"]  # fmt: skip
+        source = [
+            "--data.source",
+            str(table),
+            "--data.held_out",
+            "null",
+            "--data.image_column",
+            "image",
+            "--data.caption_column",
+            "text",
+        ]
+    small = [
+        "--data.resolution",
+        "16",
+        "--data.cache",
+        str(tmp_path / "cache"),
+        "--train.batch_size",
+        "4",
+        "--train.threads",
+        "1",
+        "--model.patch_size",
+        "2",
+        "--model.channels",
+        "[32, 32]",
+        "--model.attention",
+        "[false, true]",
+        "--model.heads",
+        "4",
+    ]
     done = train(ROOT / "configs" / f"{name}.yaml", tmp_path / "out", *source, *small, "--dry_run")
     assert "images usable" in done.stdout and "weights to train" in done.stdout

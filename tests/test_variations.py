@@ -18,16 +18,25 @@ def entries():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return catalogue.write(tmp_path_factory.mktemp("varied") / "set", "emoji-varied", 32, categories=("Food & Drink", "Symbols"))
+    return catalogue.write(
+        tmp_path_factory.mktemp("varied") / "set",
+        "emoji-varied",
+        32,
+        categories=("Food & Drink", "Symbols"),
+    )
 
 
 def rows(folder, part="train"):
-    return [json.loads(line) for line in (folder / part / "metadata.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (folder / part / "metadata.jsonl").read_text().splitlines()
+    ]
 
 
 def flat(*colors):
     """A picture of stripes of equal height in some colours, RGBA."""
-    return Image.fromarray(np.repeat(np.array(colors, np.uint8), 4, 0)[:, None].repeat(8, 1), "RGBA")
+    return Image.fromarray(
+        np.repeat(np.array(colors, np.uint8), 4, 0)[:, None].repeat(8, 1), "RGBA"
+    )
 
 
 def only(picture, color):
@@ -38,10 +47,17 @@ def only(picture, color):
 
 
 def test_the_main_color_becomes_the_paint_and_its_shades_follow():
-    yellow, shade, blue, clear = (250, 200, 40, 255), (200, 160, 32, 255), (40, 40, 200, 255), (250, 200, 40, 0)
+    yellow, shade, blue, clear = (
+        (250, 200, 40, 255),
+        (200, 160, 32, 255),
+        (40, 40, 200, 255),
+        (250, 200, 40, 0),
+    )
     found = np.asarray(only(flat(yellow, yellow, yellow, shade, blue, clear), "red")).astype(int)
     assert found[0, 0].tolist() == [*recolour.PAINTS["red"], 255]
-    assert found[12, 0, :3] == pytest.approx(np.array(recolour.PAINTS["red"]) * 0.8, abs=1)  # four fifths as light
+    assert found[12, 0, :3] == pytest.approx(
+        np.array(recolour.PAINTS["red"]) * 0.8, abs=1
+    )  # four fifths as light
     assert tuple(found[16, 0]) == blue
     assert found[-1, 0, 3] == 0
 
@@ -53,11 +69,14 @@ def test_outlines_are_no_main_color():
     assert found[-1, 0, 1] > found[-1, 0, 0] + 40
 
 
-@pytest.mark.parametrize("colors", [
-    [(200, 30, 30, 255)] * 2,  # red already
-    [(250, 200, 40, 255), (40, 40, 200, 255), (30, 180, 30, 255)],  # of no one colour
-    [(0, 0, 0, 255)] * 2,  # nothing but outline
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "colors",
+    [
+        [(200, 30, 30, 255)] * 2,  # red already
+        [(250, 200, 40, 255), (40, 40, 200, 255), (30, 180, 30, 255)],  # of no one colour
+        [(0, 0, 0, 255)] * 2,  # nothing but outline
+    ],
+)
 def test_what_is_red_or_of_no_color_is_not_painted_red(colors):
     assert list(recolour.painted(flat(*colors), ["red"])) == []
 
@@ -83,7 +102,12 @@ def test_several_are_as_many_smaller_ones(word):
 
 def test_people_have_their_skin_tones_but_the_held_out_one(entries):
     found = catalogue.varied(entries["man pilot"], lambda e: catalogue.opened(e.path))
-    tones = [e for e in entries.values() if e.grid == "skin" and catalogue.bare(e.emoji) == catalogue.bare(entries["man pilot"].emoji)]
+    tones = [
+        e
+        for e in entries.values()
+        if e.grid == "skin"
+        and catalogue.bare(e.emoji) == catalogue.bare(entries["man pilot"].emoji)
+    ]
     assert len(tones) == 5
     assert [captions[0] for _, captions, _ in found] == [e.caption for e in tones if not e.held_out]
     assert len(found) == 4
@@ -97,7 +121,9 @@ def varied():
 
     def of(entry):
         if entry.emoji not in known:
-            known[entry.emoji] = [some[:2] for some in catalogue.varied(entry, lambda e: catalogue.opened(e.path))]
+            known[entry.emoji] = [
+                some[:2] for some in catalogue.varied(entry, lambda e: catalogue.opened(e.path))
+            ]
         return known[entry.emoji]
 
     return of
@@ -105,8 +131,13 @@ def varied():
 
 def test_only_what_has_a_short_name_comes_twice_or_three_times(entries, varied):
     """Names of three words and more are mostly phrases, which have no plural at their end."""
-    found = [(e, captions) for e in entries.values() if e.category in catalogue.THINGS and not e.grid
-             for done, captions in varied(e) if done in recolour.NUMBERS]  # fmt: skip
+    found = [
+        (e, captions)
+        for e in entries.values()
+        if e.category in catalogue.THINGS and not e.grid
+        for done, captions in varied(e)
+        if done in recolour.NUMBERS
+    ]
     assert len(found) > 200
     assert {len(e.caption.split()) for e, _ in found} == {1, 2}
 
@@ -116,8 +147,16 @@ def test_a_role_is_also_said_by_its_gender_alone(entries):
     assert catalogue.said(entries["delivery truck"]) == ["delivery truck", "truck"]
 
 
-@pytest.mark.parametrize(("one", "many"), [("star", "stars"), ("cherry", "cherries"), ("fox", "foxes"), ("key", "keys"),
-                                           ("peach", "peaches")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("one", "many"),
+    [
+        ("star", "stars"),
+        ("cherry", "cherries"),
+        ("fox", "foxes"),
+        ("key", "keys"),
+        ("peach", "peaches"),
+    ],
+)
 def test_plurals(one, many):
     assert recolour.plural(one) == many
 
@@ -137,9 +176,15 @@ def test_nothing_shows_or_tells_what_is_asked_at_the_end(varied):
     held = {e.caption for e in catalogue.catalogue() if e.held_out}
     assert len(told) > 3000
     assert not held & set(told)
-    assert not any(set(prompt.split()) - {"a"} <= set(caption.split()) for prompt in recolour.FREE for caption in told)
+    assert not any(
+        set(prompt.split()) - {"a"} <= set(caption.split())
+        for prompt in recolour.FREE
+        for caption in told
+    )
     shapes = {"heart", "hearts", "circle", "square"}
-    assert not any(set(caption.split()) & shapes for caption in seen if not caption.endswith("skin tone"))
+    assert not any(
+        set(caption.split()) & shapes for caption in seen if not caption.endswith("skin tone")
+    )
 
 
 def test_the_varied_set_trains_on_more_and_is_judged_on_the_same(folder, tmp_path):

@@ -20,7 +20,22 @@ from pipeline.diffusion.patches import PatchAutoencoder
 from pipeline.diffusion.scheduler import DDPMScheduler
 from pipeline.diffusion.text_to_image import TextToImagePipeline
 
-WORDS = ("red", "green", "blue", "yellow", "heart", "circle", "square", "cat", "dog", "face", "hot", "a", "very", "long")
+WORDS = (
+    "red",
+    "green",
+    "blue",
+    "yellow",
+    "heart",
+    "circle",
+    "square",
+    "cat",
+    "dog",
+    "face",
+    "hot",
+    "a",
+    "very",
+    "long",
+)
 WIDTH = 16  # of the caption states
 
 
@@ -31,38 +46,88 @@ def seeded(build, seed: int = 0):
         return build().eval()
 
 
-def tiny_unet(channels: int = 3, sample_size: int | tuple = 8, text: bool = True, seed: int = 0) -> UNet2DConditionModel:
+def tiny_unet(
+    channels: int = 3, sample_size: int | tuple = 8, text: bool = True, seed: int = 0
+) -> UNet2DConditionModel:
     """A denoiser of 66,000 weights for (B, channels, sample_size, sample_size); `text` steers its time embedding too."""
-    return seeded(lambda: UNet2DConditionModel(
-        sample_size=sample_size, in_channels=channels, out_channels=channels, block_out_channels=(8, 16), layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=2, norm_num_groups=4, cross_attention_dim=WIDTH, addition_embed_type="text" if text else None,
-        addition_embed_type_num_heads=2), seed)  # fmt: skip
+    return seeded(
+        lambda: UNet2DConditionModel(
+            sample_size=sample_size,
+            in_channels=channels,
+            out_channels=channels,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=2,
+            norm_num_groups=4,
+            cross_attention_dim=WIDTH,
+            addition_embed_type="text" if text else None,
+            addition_embed_type_num_heads=2,
+        ),
+        seed,
+    )
 
 
-def tiny_text(kind: str = "bert", length: int = 8, words: tuple[str, ...] = WORDS, width: int = WIDTH) -> tuple:
+def tiny_text(
+    kind: str = "bert", length: int = 8, words: tuple[str, ...] = WORDS, width: int = WIDTH
+) -> tuple:
     """(tokenizer, encoder): WordPiece and BERT over `words`, or byte-level BPE and CLIP, for at most `length` tokens."""
-    small = {"hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    small = {
+        "hidden_size": width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
     if kind == "bert":
         tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
-        tokenizer = BertTokenizer(vocab={token: i for i, token in enumerate(tokens)}, model_max_length=length)
+        tokenizer = BertTokenizer(
+            vocab={token: i for i, token in enumerate(tokens)}, model_max_length=length
+        )
         config = BertConfig(vocab_size=len(tokens), max_position_embeddings=length, **small)
         return tokenizer, seeded(lambda: BertModel(config))
     letters = string.ascii_lowercase + string.digits + string.punctuation
-    tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=length)
-    config = CLIPTextConfig(vocab_size=len(tokens), max_position_embeddings=length, bos_token_id=len(tokens) - 2,
-                            eos_token_id=len(tokens) - 1, pad_token_id=len(tokens) - 1, **small)  # fmt: skip
+    tokens = [
+        *letters,
+        *(letter + "</w>" for letter in letters),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
+    tokenizer = CLIPTokenizer(
+        vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=length
+    )
+    config = CLIPTextConfig(
+        vocab_size=len(tokens),
+        max_position_embeddings=length,
+        bos_token_id=len(tokens) - 2,
+        eos_token_id=len(tokens) - 1,
+        pad_token_id=len(tokens) - 1,
+        **small,
+    )
     return tokenizer, seeded(lambda: CLIPTextModel(config))
 
 
-def tiny_pipeline(kind: str = "bert", text: bool = True, patch_size: int | None = None, sample_size: int | tuple = 8,
-                  scheduler=None, quiet: bool = True, **config) -> TextToImagePipeline:  # fmt: skip
+def tiny_pipeline(
+    kind: str = "bert",
+    text: bool = True,
+    patch_size: int | None = None,
+    sample_size: int | tuple = 8,
+    scheduler=None,
+    quiet: bool = True,
+    **config,
+) -> TextToImagePipeline:
     """A whole pipeline: 8x8 pixels, or 8x8 patches of a size; `config` is caption_length, caption_dropout, w."""
     tokenizer, encoder = tiny_text(kind)
     vae = None if patch_size is None else PatchAutoencoder(patch_size)
     unet = tiny_unet(3 * (patch_size or 1) ** 2, sample_size, text)
-    pipe = TextToImagePipeline(unet, scheduler or DDPMScheduler(timestep_spacing="trailing"), encoder, tokenizer, vae, **config)
+    pipe = TextToImagePipeline(
+        unet,
+        scheduler or DDPMScheduler(timestep_spacing="trailing"),
+        encoder,
+        tokenizer,
+        vae,
+        **config,
+    )
     pipe.set_progress_bar_config(disable=quiet)
     return pipe
 
@@ -70,12 +135,23 @@ def tiny_pipeline(kind: str = "bert", text: bool = True, patch_size: int | None 
 def tiny_clip(folder, sign=1):
     """A whole CLIP model of random weights, saved in a folder as the Hub's are; sign -1 turns pictures around."""
     tokenizer, encoder = tiny_text("clip")
-    small = {"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    config = CLIPConfig(text_config=encoder.config.to_dict(), vision_config={**small, "image_size": 32, "patch_size": 8},
-                        projection_dim=8)  # fmt: skip
+    small = {
+        "hidden_size": WIDTH,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
+    config = CLIPConfig(
+        text_config=encoder.config.to_dict(),
+        vision_config={**small, "image_size": 32, "patch_size": 8},
+        projection_dim=8,
+    )
     network = seeded(lambda: CLIPModel(config))
     network.visual_projection.weight.data *= sign
-    for part in (network, tokenizer,
-                 CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})):  # fmt: skip
+    for part in (
+        network,
+        tokenizer,
+        CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+    ):
         part.save_pretrained(folder)
     return folder

@@ -13,21 +13,52 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 def parser() -> argparse.ArgumentParser:
     """The command line's arguments."""
-    arguments = argparse.ArgumentParser(prog="python -m pipeline.sample", description="Draw pictures of a prompt.",
-                                        allow_abbrev=False)  # fmt: skip
-    arguments.add_argument("model", metavar="RUN_OR_ID", help="a run's folder (runs/NAME), a saved pipeline's, or a model of the "
-                                                              "Hub (user/name or user/name@revision)")  # fmt: skip
-    arguments.add_argument("prompt", help='what to draw, such as "a green cat"; "" is no prompt at all')
-    arguments.add_argument("--negative", default="", help="what to keep away from, instead of the empty prompt")
-    arguments.add_argument("--w", type=float, help="guidance: 0 none; guidance_scale is 1 + w (default: the model's own)")
-    arguments.add_argument("--seed", type=int, default=0, help="picture i draws its noise from seed + i (default: 0)")
+    arguments = argparse.ArgumentParser(
+        prog="python -m pipeline.sample",
+        description="Draw pictures of a prompt.",
+        allow_abbrev=False,
+    )
+    arguments.add_argument(
+        "model",
+        metavar="RUN_OR_ID",
+        help="a run's folder (runs/NAME), a saved pipeline's, or a model of the "
+        "Hub (user/name or user/name@revision)",
+    )
+    arguments.add_argument(
+        "prompt", help='what to draw, such as "a green cat"; "" is no prompt at all'
+    )
+    arguments.add_argument(
+        "--negative", default="", help="what to keep away from, instead of the empty prompt"
+    )
+    arguments.add_argument(
+        "--w",
+        type=float,
+        help="guidance: 0 none; guidance_scale is 1 + w (default: the model's own)",
+    )
+    arguments.add_argument(
+        "--seed", type=int, default=0, help="picture i draws its noise from seed + i (default: 0)"
+    )
     arguments.add_argument("--steps", type=int, default=50, help="denoising steps (default: 50)")
-    arguments.add_argument("--eta", type=float, help="1 draws new noise at every step, 0 none (default: the scheduler's own)")
+    arguments.add_argument(
+        "--eta",
+        type=float,
+        help="1 draws new noise at every step, 0 none (default: the scheduler's own)",
+    )
     arguments.add_argument("--n", type=int, default=1, help="how many pictures (default: 1)")
-    arguments.add_argument("--batch", type=int, default=8, help="how many are drawn at once, and then saved (default: 8)")
+    arguments.add_argument(
+        "--batch",
+        type=int,
+        default=8,
+        help="how many are drawn at once, and then saved (default: 8)",
+    )
     arguments.add_argument("--device", help="cpu, cuda or mps (default: the fastest there is)")
-    arguments.add_argument("-o", "--output", type=Path, default=Path("out.png"),
-                           help="the picture's file; several get -0, -1, … before its suffix (default: out.png)")  # fmt: skip
+    arguments.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("out.png"),
+        help="the picture's file; several get -0, -1, … before its suffix (default: out.png)",
+    )
     return arguments
 
 
@@ -36,12 +67,22 @@ def files(output: Path, n: int) -> list[Path]:
     if n < 1:
         raise ValueError(f"--n is {n}, expected 1 or more: pass 1")
     if output.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"-o is {output}, expected a name that ends in one of {', '.join(SUFFIXES)}: pass out.png")
+        raise ValueError(
+            f"-o is {output}, expected a name that ends in one of {', '.join(SUFFIXES)}: pass out.png"
+        )
     if not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
-        raise ValueError(f"-o is {output}, expected a file in a folder that can be written: create {output.parent} first")
+        raise ValueError(
+            f"-o is {output}, expected a file in a folder that can be written: create {output.parent} first"
+        )
     found = [output] if n == 1 else [output.with_stem(f"{output.stem}-{i}") for i in range(n)]
-    if taken := [path for path in found if path.exists() and not (path.is_file() and os.access(path, os.W_OK))]:
-        raise ValueError(f"-o is {taken[0]}, which is there and no file that can be written, expected one: pass another name")
+    if taken := [
+        path
+        for path in found
+        if path.exists() and not (path.is_file() and os.access(path, os.W_OK))
+    ]:
+        raise ValueError(
+            f"-o is {taken[0]}, which is there and no file that can be written, expected one: pass another name"
+        )
     return found
 
 
@@ -56,9 +97,17 @@ def png_settings(pipe, model: str, arguments: argparse.Namespace) -> dict | None
 
     if not isinstance(pipe.scheduler, DDPMScheduler):
         return None
-    request = Request(arguments.prompt, arguments.negative, pipe.config.w if arguments.w is None else arguments.w,
-                      arguments.steps, 1.0 if arguments.eta is None else arguments.eta, seed=arguments.seed)  # fmt: skip
-    return signature(request, "network", identity(Path(model.partition("@")[0]).name, weights_digest(pipe.unet)))
+    request = Request(
+        arguments.prompt,
+        arguments.negative,
+        pipe.config.w if arguments.w is None else arguments.w,
+        arguments.steps,
+        1.0 if arguments.eta is None else arguments.eta,
+        seed=arguments.seed,
+    )
+    return signature(
+        request, "network", identity(Path(model.partition("@")[0]).name, weights_digest(pipe.unet))
+    )
 
 
 def save(image, path: Path, settings: dict | None = None) -> None:
@@ -71,8 +120,10 @@ def save(image, path: Path, settings: dict | None = None) -> None:
     try:
         image.save(path, **({"pnginfo": notes} if path.suffix.lower() == ".png" else {}))
     except OSError as error:
-        raise ValueError(f"{path} cannot be written ({error.strerror or error}), expected room and leave to write: pass another "
-                         "-o") from error  # fmt: skip
+        raise ValueError(
+            f"{path} cannot be written ({error.strerror or error}), expected room and leave to write: pass another "
+            "-o"
+        ) from error
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -86,9 +137,15 @@ def main(argv: list[str] | None = None) -> int:
         settings = png_settings(pipe, arguments.model, arguments)
         for start in range(0, arguments.n, arguments.batch):
             some = outputs[start : start + arguments.batch]
-            images = pipe(arguments.prompt, negative_prompt=arguments.negative or None, w=arguments.w, eta=arguments.eta,
-                          seed=arguments.seed + start, num_inference_steps=arguments.steps,
-                          num_images_per_prompt=len(some)).images  # fmt: skip
+            images = pipe(
+                arguments.prompt,
+                negative_prompt=arguments.negative or None,
+                w=arguments.w,
+                eta=arguments.eta,
+                seed=arguments.seed + start,
+                num_inference_steps=arguments.steps,
+                num_images_per_prompt=len(some),
+            ).images
             for i, (image, output) in enumerate(zip(images, some, strict=True), start):
                 save(image, output, settings and settings | {"seed": arguments.seed + i})
                 print(output, flush=True)

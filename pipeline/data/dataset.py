@@ -59,7 +59,10 @@ SHOWN = 5  # broken rows named in a report
 PREVIEW = 512  # rows that stand for a stream
 ENCODED = 16  # captions that the encoder reads at once while a stream runs
 THREADS = 8  # that prepare pictures, at most
-MAKING, ABANDONED = ".making-", 3600  # where a table is made; after so many seconds without a write nobody makes it any more
+MAKING, ABANDONED = (
+    ".making-",
+    3600,
+)  # where a table is made; after so many seconds without a write nobody makes it any more
 PIECE = 1024  # captions' states that are copied at once
 KEPT_BYTES = 2**28  # of caption states that are kept while a stream runs
 
@@ -74,10 +77,15 @@ class Report:
     notes: tuple[str, ...] = ()
 
     def __str__(self):
-        lines = [f"{self.source}: {self.rows - len(self.broken)} of {self.rows} images usable", *self.notes]
+        lines = [
+            f"{self.source}: {self.rows - len(self.broken)} of {self.rows} images usable",
+            *self.notes,
+        ]
         if self.broken:
             kinds = Counter(re.split("[:,]", reason)[0] for _, reason in self.broken).most_common()
-            lines.append(f"{len(self.broken)} broken rows: {', '.join(f'{count} x {kind}' for kind, count in kinds)}")
+            lines.append(
+                f"{len(self.broken)} broken rows: {', '.join(f'{count} x {kind}' for kind, count in kinds)}"
+            )
         lines += [f"  skipped {name}: {reason}" for name, reason in self.broken[:SHOWN]]
         more = len(self.broken) - SHOWN
         return "\n".join(lines + ([f"  skipped {more} more"] if more > 0 else []))
@@ -87,7 +95,10 @@ class Images(Sequence):
     """The pixels of a prepared data set, read from disk by row: uint8 (3, H, W) by an integer, (B, 3, H, W) by many."""
 
     def __init__(self, dataset: datasets.Dataset, resolution: int):
-        self.dataset, self.shape = dataset.with_format("arrow"), (len(dataset), 3, resolution, resolution)
+        self.dataset, self.shape = (
+            dataset.with_format("arrow"),
+            (len(dataset), 3, resolution, resolution),
+        )
 
     def __len__(self):
         return self.shape[0]
@@ -98,7 +109,9 @@ class Images(Sequence):
         one = isinstance(rows, int) or (isinstance(rows, Tensor) and rows.ndim == 0)
         index = [int(rows)] if one else [int(row) for row in rows]
         pixels = b"".join(self.dataset[index]["pixels"].to_pylist()) if index else b""
-        batch = torch.from_numpy(np.frombuffer(bytearray(pixels), np.uint8).reshape(len(index), *self.shape[1:]))
+        batch = torch.from_numpy(
+            np.frombuffer(bytearray(pixels), np.uint8).reshape(len(index), *self.shape[1:])
+        )
         return batch[0] if one else batch
 
 
@@ -147,10 +160,16 @@ class CaptionedImages:
     def measured(self, tokenizer, length: int) -> "CaptionedImages":
         """The same images, with the lengths of their captions in the report: tokens, and how many are cut at `length`."""
         distinct = sorted(set(self.all_captions))
-        tokens = [len(ids) for ids in tokenizer(distinct, truncation=False, verbose=False).input_ids]
+        tokens = [
+            len(ids) for ids in tokenizer(distinct, truncation=False, verbose=False).input_ids
+        ]
         cut = [caption for caption, count in zip(distinct, tokens, strict=True) if count > length]
         note = f"captions of {spread(tokens)} tokens"
-        note += f"; {len(cut)} of {len(distinct)} are cut at {length}, e.g. {cut[0]!r:.200}" if cut else ""
+        note += (
+            f"; {len(cut)} of {len(distinct)} are cut at {length}, e.g. {cut[0]!r:.200}"
+            if cut
+            else ""
+        )
         report = dataclasses.replace(self.report, notes=(*self.report.notes, note))
         return dataclasses.replace(self, report=report)
 
@@ -158,7 +177,9 @@ class CaptionedImages:
 # ---- reading
 
 
-def load_splits(config: DataConfig, again: bool = False) -> tuple[CaptionedImages, CaptionedImages | None]:
+def load_splits(
+    config: DataConfig, again: bool = False
+) -> tuple[CaptionedImages, CaptionedImages | None]:
     """The training split and the held-out one, if any, of a source; a named emoji set is written first.
 
     Of a stream they are the first rows, PREVIEW at most. again: whether files that could not be read are tried anew; a run that
@@ -168,12 +189,21 @@ def load_splits(config: DataConfig, again: bool = False) -> tuple[CaptionedImage
         folder = Path(config.cache) / f"{config.source}-{config.resolution}"
         written = catalogue.write(folder, name=config.source, size=config.resolution)
         config = dataclasses.replace(config, source=str(written))
-    held_out = dataclasses.replace(config, crop="center")  # what is measured is the same whatever is trained on
-    return read(config, config.split, again), read(held_out, config.held_out, again) if config.held_out else None
+    held_out = dataclasses.replace(
+        config, crop="center"
+    )  # what is measured is the same whatever is trained on
+    return read(config, config.split, again), read(
+        held_out, config.held_out, again
+    ) if config.held_out else None
 
 
-def load_images(source: str | Path, split: str = "train", resolution: int = 64, cache_dir: str | Path | None = None,
-                **settings) -> CaptionedImages:  # fmt: skip
+def load_images(
+    source: str | Path,
+    split: str = "train",
+    resolution: int = 64,
+    cache_dir: str | Path | None = None,
+    **settings,
+) -> CaptionedImages:
     """The images of one split of a source at resolution x resolution, with their captions.
 
     `settings` are DataConfig's others. Unreadable rows are skipped and reported; more than a share `max_broken` of them is a
@@ -191,14 +221,23 @@ def read(config: DataConfig, split: str, again: bool = True) -> CaptionedImages:
 
 def preview(rows: Rows) -> Rows:
     """The first PREVIEW rows of a stream, in memory: what is known of it before it is read."""
-    found = retried(lambda: [fetched(rows.read(example, number))
-                                     for number, example in enumerate(rows.table.take(PREVIEW))], rows.name)  # fmt: skip
+    found = retried(
+        lambda: [
+            fetched(rows.read(example, number))
+            for number, example in enumerate(rows.table.take(PREVIEW))
+        ],
+        rows.name,
+    )
     if not found:
         raise DataError(f"{rows.name} has no rows: expected images with captions")
-    files = [hashlib.blake2b(row["image"]["bytes"]).hexdigest() if row["image"] else "" for row in found]
+    files = [
+        hashlib.blake2b(row["image"]["bytes"]).hexdigest() if row["image"] else "" for row in found
+    ]
     stamp = digest([row | {"image": file} for row, file in zip(found, files, strict=True)])
     table = datasets.Dataset.from_list(found, features=FEATURES)
-    return Rows(table, same, stamp, f"{rows.name}, the first {len(found)} rows of a stream", rows.notes)
+    return Rows(
+        table, same, stamp, f"{rows.name}, the first {len(found)} rows of a stream", rows.notes
+    )
 
 
 # ---- pixels
@@ -209,35 +248,71 @@ def prepare(rows: Rows, config: DataConfig, again: bool = True) -> CaptionedImag
 
     Rows without a caption get the empty one, or are left out too (`missing_caption`).
     """
-    key = digest("pixels", VERSION, rows.stamp, config.resolution, *([] if config.crop == "center" else [config.crop]))
-    features = datasets.Features({
-        "name": datasets.Value("string"), "captions": datasets.List(datasets.Value("string")),
-        "problem": datasets.Value("string"), "metadata": datasets.Value("string"), "pixels": datasets.Value("binary"),
-        "side": datasets.Value("int32"), "hash": datasets.Value("string")})  # fmt: skip
+    key = digest(
+        "pixels",
+        VERSION,
+        rows.stamp,
+        config.resolution,
+        *([] if config.crop == "center" else [config.crop]),
+    )
+    features = datasets.Features(
+        {
+            "name": datasets.Value("string"),
+            "captions": datasets.List(datasets.Value("string")),
+            "problem": datasets.Value("string"),
+            "metadata": datasets.Value("string"),
+            "pixels": datasets.Value("binary"),
+            "side": datasets.Value("int32"),
+            "hash": datasets.Value("string"),
+        }
+    )
     if not len(rows.table):
         raise DataError(f"{rows.name} has no rows: expected images with captions")
     path = cache_file(config.cache, "images", key)
-    first = os.environ.get("LOCAL_RANK", "0") == "0"  # of a machine's processes; the others read what it has written
+    first = (
+        os.environ.get("LOCAL_RANK", "0") == "0"
+    )  # of a machine's processes; the others read what it has written
     outdated = lambda known: again and first and readable_again(known, rows)
     with decoders(min(cores(), THREADS)) as pool:
-        work = functools.partial(prepare_rows, pool=pool, read=rows.read, resolution=config.resolution, crop=config.crop)
+        work = functools.partial(
+            prepare_rows, pool=pool, read=rows.read, resolution=config.resolution, crop=config.crop
+        )
         prepared = made_once(
-            path, rows.table, work, outdated, with_indices=True, batch_size=64, writer_batch_size=64, features=features,
-            remove_columns=rows.table.column_names, new_fingerprint=key, desc="Preparing images")  # fmt: skip
+            path,
+            rows.table,
+            work,
+            outdated,
+            with_indices=True,
+            batch_size=64,
+            writer_batch_size=64,
+            features=features,
+            remove_columns=rows.table.column_names,
+            new_fingerprint=key,
+            desc="Preparing images",
+        )
     problems, captions = prepared["problem"][:], prepared["captions"][:]
-    broken = tuple((name, problem) for name, problem in zip(prepared["name"], problems, strict=True) if problem)
+    broken = tuple(
+        (name, problem) for name, problem in zip(prepared["name"], problems, strict=True) if problem
+    )
     lacking = {i for i, texts in enumerate(captions) if not texts and not problems[i]}
     left_out = lacking if config.missing_caption == "skip" else set()
     good = [i for i, problem in enumerate(problems) if not problem and i not in left_out]
     chosen = prepared.select(good)
     notes = [*rows.notes, *noticed(chosen, config.resolution)] if good else list(rows.notes)
     if lacking:
-        notes.append(f"{len(lacking)} images have " + ("no caption and are left out" if left_out else "an empty caption"))
+        notes.append(
+            f"{len(lacking)} images have "
+            + ("no caption and are left out" if left_out else "an empty caption")
+        )
     report = Report(rows.name, len(problems), broken, tuple(notes))
     if len(broken) > config.max_broken * len(problems) or not good:
-        raise DataError(f"{report}\n{len(broken)} of {len(problems)} rows are broken, at most {config.max_broken:.0%} may be: "
-                        "repair or remove them" if broken else f"{report}\nno row is left: data.missing_caption: empty keeps "
-                        "images without a caption")  # fmt: skip
+        raise DataError(
+            f"{report}\n{len(broken)} of {len(problems)} rows are broken, at most {config.max_broken:.0%} may be: "
+            "repair or remove them"
+            if broken
+            else f"{report}\nno row is left: data.missing_caption: empty keeps "
+            "images without a caption"
+        )
     images = Images(chosen.select_columns("pixels"), config.resolution)
     alternatives = [captions[i] or [""] for i in good]
     pixels = digest(images.shape, chosen["hash"][:])
@@ -252,8 +327,13 @@ def decoders(threads: int) -> concurrent.futures.ThreadPoolExecutor:
     return concurrent.futures.ThreadPoolExecutor(threads, "decode")
 
 
-def made_once(path: Path, table: datasets.Dataset, function: Callable,
-              outdated: Callable[[datasets.Dataset], bool] = lambda known: False, **options) -> datasets.Dataset:  # fmt: skip
+def made_once(
+    path: Path,
+    table: datasets.Dataset,
+    function: Callable,
+    outdated: Callable[[datasets.Dataset], bool] = lambda known: False,
+    **options,
+) -> datasets.Dataset:
     """`table.map(function, batched=True, **options)`, kept in a file of the cache: read where it is there, whole and not
     `outdated`, else made.
 
@@ -263,7 +343,10 @@ def made_once(path: Path, table: datasets.Dataset, function: Callable,
         return found
     for old in path.parent.glob(f"{MAKING}*"):  # of a process that was killed
         with contextlib.suppress(OSError):  # it is just being finished, or another user's
-            if time.time() - max(file.stat().st_mtime for file in (old, *old.iterdir())) > ABANDONED:
+            if (
+                time.time() - max(file.stat().st_mtime for file in (old, *old.iterdir()))
+                > ABANDONED
+            ):
                 shutil.rmtree(old)
     with tempfile.TemporaryDirectory(prefix=MAKING, dir=path.parent) as scratch:
         new = Path(scratch) / path.name
@@ -301,9 +384,13 @@ def readable_again(prepared: datasets.Dataset, rows: Rows) -> bool:
     return False
 
 
-def prepare_rows(examples: dict[str, list], numbers: list[int], pool: concurrent.futures.Executor, **how) -> dict[str, list]:
+def prepare_rows(
+    examples: dict[str, list], numbers: list[int], pool: concurrent.futures.Executor, **how
+) -> dict[str, list]:
     """`prepare_row` of some rows, several at a time: Pillow decodes and resizes beside Python's lock."""
-    singles = [dict(zip(examples, values, strict=True)) for values in zip(*examples.values(), strict=True)]
+    singles = [
+        dict(zip(examples, values, strict=True)) for values in zip(*examples.values(), strict=True)
+    ]
     rows = list(pool.map(functools.partial(prepare_row, **how), singles, numbers))
     return {name: [row[name] for row in rows] for name in rows[0]}
 
@@ -323,7 +410,9 @@ def prepare_row(example: dict, number: int, read, resolution: int, crop: str = "
             side, pixels = min(picture.size), square(picture, resolution, place).tobytes()
         except BrokenRow as error:
             problem = str(error)
-        except Exception as error:  # broken files make Pillow's decoders raise every kind; all are reported
+        except (
+            Exception
+        ) as error:  # broken files make Pillow's decoders raise every kind; all are reported
             problem = f"{type(error).__name__}: {error}".replace("\n", " ")
     seen = hashlib.blake2b(pixels, digest_size=8).hexdigest()
     return row | {"pixels": pixels, "problem": printable(problem), "side": side, "hash": seen}
@@ -336,16 +425,27 @@ def anywhere(content: bytes) -> float:
 
 def noticed(table: datasets.Dataset, resolution: int) -> list[str]:
     """What stands out in usable rows: their sizes, several captions, pictures that come again."""
-    sides, names, counts = table["side"][:], table["name"][:], [len(captions) for captions in table["captions"]]
+    sides, names, counts = (
+        table["side"][:],
+        table["name"][:],
+        [len(captions) for captions in table["captions"]],
+    )
     small = sum(side < resolution for side in sides)
-    notes = [f"shorter sides of {spread(sides)} pixels" + (f"; {small} are below {resolution} and are enlarged" if small else "")]
+    notes = [
+        f"shorter sides of {spread(sides)} pixels"
+        + (f"; {small} are below {resolution} and are enlarged" if small else "")
+    ]
     if max(counts) > 1:
         notes.append(f"{spread(counts)} captions an image, of which every step draws one")
     first = {}
-    again = [(i, first[seen]) for i, seen in enumerate(table["hash"]) if first.setdefault(seen, i) != i]
+    again = [
+        (i, first[seen]) for i, seen in enumerate(table["hash"]) if first.setdefault(seen, i) != i
+    ]
     if again:
         i, j = again[0]
-        notes.append(f"{len(again)} pictures are the same as an earlier one, e.g. {names[i]} as {names[j]}")
+        notes.append(
+            f"{len(again)} pictures are the same as an earlier one, e.g. {names[i]} as {names[j]}"
+        )
     return notes
 
 
@@ -365,10 +465,14 @@ def upright(content: bytes) -> PIL.Image.Image:
     try:
         opened = PIL.Image.open(io.BytesIO(content))
     except PIL.UnidentifiedImageError as error:  # which names an address in memory
-        raise BrokenRow(f"cannot identify it as a picture: {len(content)} bytes in no format that Pillow reads") from error
+        raise BrokenRow(
+            f"cannot identify it as a picture: {len(content)} bytes in no format that Pillow reads"
+        ) from error
     with opened as picture:
         if math.prod(picture.size) > MAX_PIXELS:
-            raise BrokenRow(f"too large: {picture.width} x {picture.height} pixels are more than the limit of {MAX_PIXELS:,}")
+            raise BrokenRow(
+                f"too large: {picture.width} x {picture.height} pixels are more than the limit of {MAX_PIXELS:,}"
+            )
         picture.load()
         return on_white(PIL.ImageOps.exif_transpose(picture))
 
@@ -377,8 +481,12 @@ def square(picture: PIL.Image.Image, resolution: int, place: float = 0.5) -> np.
     """A square of a picture as uint8 (3, resolution, resolution), from the left or upper end (place 0) to the other."""
     side = min(picture.size)
     left, top = int((picture.width - side) * place), int((picture.height - side) * place)
-    cut = picture.crop((left, top, left + side, top + side))  # resize(box=...) would read beyond the box
-    return np.asarray(cut.resize((resolution, resolution), PIL.Image.Resampling.LANCZOS)).transpose(2, 0, 1)
+    cut = picture.crop(
+        (left, top, left + side, top + side)
+    )  # resize(box=...) would read beyond the box
+    return np.asarray(cut.resize((resolution, resolution), PIL.Image.Resampling.LANCZOS)).transpose(
+        2, 0, 1
+    )
 
 
 def on_white(picture: PIL.Image.Image) -> PIL.Image.Image:
@@ -387,16 +495,22 @@ def on_white(picture: PIL.Image.Image) -> PIL.Image.Image:
         grey = np.asarray(picture).astype(np.float64).clip(0, 65535) / 257
         return PIL.Image.fromarray(np.rint(grey).astype(np.uint8)).convert("RGB")
     if picture.mode == "F":
-        raise BrokenRow("floating-point pixels have no agreed range: save the picture with 8 or 16 bits")
+        raise BrokenRow(
+            "floating-point pixels have no agreed range: save the picture with 8 or 16 bits"
+        )
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
-        return PIL.Image.alpha_composite(PIL.Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+        return PIL.Image.alpha_composite(
+            PIL.Image.new("RGBA", picture.size, "white"), picture
+        ).convert("RGB")
     return picture.convert("RGB")
 
 
 def as_float(images: Tensor) -> Tensor:
     """Images as floats in [-1, 1]: uint8 are scaled, floats are clipped."""
-    return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images.float().clamp(-1, 1)
+    return (
+        images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images.float().clamp(-1, 1)
+    )
 
 
 def as_uint8(images: Tensor) -> Tensor:
@@ -421,11 +535,23 @@ def cache_file(cache_dir: str | Path | None, what: str, key: str) -> Path:
 
 def caption_states(captions: list[str], tokenizer, text_encoder, length: int) -> Tensor:
     """The states (B, length, D) of captions that are clean already, float32 on the CPU."""
-    return last_states(captions, tokenizer, text_encoder, length, next(text_encoder.parameters()).device).float().cpu()
+    return (
+        last_states(
+            captions, tokenizer, text_encoder, length, next(text_encoder.parameters()).device
+        )
+        .float()
+        .cpu()
+    )
 
 
-def encode_captions(captions: list[str], tokenizer, text_encoder, length: int, cache_dir: str | Path | None = None,
-                    device: torch.device | None = None) -> Tensor:  # fmt: skip
+def encode_captions(
+    captions: list[str],
+    tokenizer,
+    text_encoder,
+    length: int,
+    cache_dir: str | Path | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
     """The states (N, length, D) of captions, each distinct one encoded once and cached by encoder, length and caption.
 
     Where any is new, the encoder goes to `device`, and stays there. What is longer than `length` tokens is cut, which
@@ -433,18 +559,37 @@ def encode_captions(captions: list[str], tokenizer, text_encoder, length: int, c
     """
     captions = [normalize(caption) for caption in captions]
     distinct = sorted(set(captions))
-    key = digest("states", VERSION, distinct, length, weights_digest(text_encoder), Hasher.hash(tokenizer.get_vocab()))
+    key = digest(
+        "states",
+        VERSION,
+        distinct,
+        length,
+        weights_digest(text_encoder),
+        Hasher.hash(tokenizer.get_vocab()),
+    )
 
     def of_batch(batch: dict) -> dict:
-        states = caption_states(batch["caption"], tokenizer, text_encoder.to(device or text_encoder.device), length)
+        states = caption_states(
+            batch["caption"], tokenizer, text_encoder.to(device or text_encoder.device), length
+        )
         return {"states": [state.numpy().tobytes() for state in states]}
 
     encoded = made_once(
-        cache_file(cache_dir, "states", key), datasets.Dataset.from_dict({"caption": distinct}), of_batch, batch_size=64,
-        new_fingerprint=key, desc="Encoding captions",
-        features=datasets.Features({"caption": datasets.Value("string"), "states": datasets.Value("binary")}))  # fmt: skip
+        cache_file(cache_dir, "states", key),
+        datasets.Dataset.from_dict({"caption": distinct}),
+        of_batch,
+        batch_size=64,
+        new_fingerprint=key,
+        desc="Encoding captions",
+        features=datasets.Features(
+            {"caption": datasets.Value("string"), "states": datasets.Value("binary")}
+        ),
+    )
     row = {caption: i for i, caption in enumerate(distinct)}
-    rows, table = torch.tensor([row[caption] for caption in captions]), encoded.select_columns("states").with_format("arrow")
+    rows, table = (
+        torch.tensor([row[caption] for caption in captions]),
+        encoded.select_columns("states").with_format("arrow"),
+    )
     pieces = (rows[start : start + PIECE] for start in range(0, len(rows), PIECE))
     states = None  # of 100,000 captions they are gigabytes: once, and no second time while they are gathered
     for start, some in enumerate(pieces):
@@ -471,7 +616,9 @@ class CaptionStates:
         new = [caption for caption in dict.fromkeys(captions) if caption not in found]
         for start in range(0, len(new), ENCODED):
             some = new[start : start + ENCODED]
-            states = caption_states(some + [""] * (ENCODED - len(some)), self.tokenizer, self.text_encoder, self.length)
+            states = caption_states(
+                some + [""] * (ENCODED - len(some)), self.tokenizer, self.text_encoder, self.length
+            )
             found |= {caption: state.clone() for caption, state in zip(some, states, strict=False)}
         for caption in captions:
             self.kept[caption] = found[caption]
@@ -500,7 +647,9 @@ def permutation(seed: int, epoch: int, n: int) -> Tensor:
     return torch.randperm(n, generator=randomness.generator(seed, epoch, 0, "order"))
 
 
-def batch_indices(seed: int, step: int, batch_size: int, n: int, slots: Sequence[int] | Tensor | None = None) -> Tensor:
+def batch_indices(
+    seed: int, step: int, batch_size: int, n: int, slots: Sequence[int] | Tensor | None = None
+) -> Tensor:
     """The rows of the examples at `slots` (None: all) of a step's batch, (B,); every epoch is a new order of n.
 
     Batches run on across the ends of epochs, so n may be smaller than the batch. Raises DataError for n < 1.
@@ -509,4 +658,6 @@ def batch_indices(seed: int, step: int, batch_size: int, n: int, slots: Sequence
         raise DataError(f"a batch needs at least one image, got {n}")
     slots = range(batch_size) if slots is None else slots
     places = [divmod(step * batch_size + int(slot), n) for slot in slots]
-    return torch.tensor([int(permutation(seed, epoch, n)[place]) for epoch, place in places], dtype=torch.long)
+    return torch.tensor(
+        [int(permutation(seed, epoch, n)[place]) for epoch, place in places], dtype=torch.long
+    )

@@ -31,7 +31,11 @@ class Latents:
     def sample(self, rows: Sequence[int] | Tensor, mirrored: Tensor, z: Tensor) -> Tensor:
         """What the network sees of images by row (B, c, h, w): (mean + std z - shift) scale, of the mirrored where so (B,)."""
         stored = b"".join(self.table[[int(row) for row in rows]]["latents"].to_pylist())
-        ways = torch.from_numpy(np.frombuffer(bytearray(stored), np.float16).reshape(len(rows), self.ways, 2, *self.shape))
+        ways = torch.from_numpy(
+            np.frombuffer(bytearray(stored), np.float16).reshape(
+                len(rows), self.ways, 2, *self.shape
+            )
+        )
         mean, std = ways[torch.arange(len(rows)), mirrored.long()].float().unbind(1)
         return (mean + std * z.to(mean) - self.shift) * self.scale
 
@@ -45,20 +49,37 @@ def posterior(vae: torch.nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def encode(images: dataset.CaptionedImages, vae: torch.nn.Module, cache_dir: str | Path | None = None,
-           mirrored: bool = True) -> Latents:  # fmt: skip
+def encode(
+    images: dataset.CaptionedImages,
+    vae: torch.nn.Module,
+    cache_dir: str | Path | None = None,
+    mirrored: bool = True,
+) -> Latents:
     """The latents of all images, `mirrored` ones too, from the cache under (images, autoencoder) or computed now."""
-    key = digest("latents", images.pixels, dataset.weights_digest(vae), *([] if mirrored else ["as they are"]))
+    key = digest(
+        "latents",
+        images.pixels,
+        dataset.weights_digest(vae),
+        *([] if mirrored else ["as they are"]),
+    )
     device = next(vae.parameters()).device
 
     def ways(rows: dict) -> dict:
         pixels = dataset.as_float(images.images[rows["row"]].to(device))
-        each = [torch.stack(posterior(vae, x), 1) for x in (pixels, pixels.flip(3))[: 1 + mirrored]]  # (B, 2, c, h, w)
+        each = [
+            torch.stack(posterior(vae, x), 1) for x in (pixels, pixels.flip(3))[: 1 + mirrored]
+        ]  # (B, 2, c, h, w)
         return {"latents": [one.tobytes() for one in torch.stack(each, 1).half().cpu().numpy()]}
 
     table = dataset.made_once(
-        dataset.cache_file(cache_dir, "latents", key), datasets.Dataset.from_dict({"row": range(len(images))}), ways,
-        batch_size=BATCH, remove_columns=["row"], new_fingerprint=key, desc="Encoding images",
-        features=datasets.Features({"latents": datasets.Value("binary")}))  # fmt: skip
+        dataset.cache_file(cache_dir, "latents", key),
+        datasets.Dataset.from_dict({"row": range(len(images))}),
+        ways,
+        batch_size=BATCH,
+        remove_columns=["row"],
+        new_fingerprint=key,
+        desc="Encoding images",
+        features=datasets.Features({"latents": datasets.Value("binary")}),
+    )
     pixels = dataset.as_float(images.images[[0]].to(device))
     return Latents(table, tuple(posterior(vae, pixels)[0].shape[1:]), vae.config, 1 + mirrored)

@@ -65,9 +65,17 @@ class Stream:
 
     def __init__(self, config: DataConfig, seed: int, process: int = 0, processes: int = 1):
         rows = open_rows(config, config.split)
-        shards = rows.table.shuffle(seed=seed, buffer_size=1, max_buffer_input_shards=1)  # their order; the rows: `mixed`
+        shards = rows.table.shuffle(
+            seed=seed, buffer_size=1, max_buffer_input_shards=1
+        )  # their order; the rows: `mixed`
         self.dataset = split_dataset_by_node(shards, process, processes)
-        self.config, self.seed, self.process, self.processes, self.rows = config, seed, process, processes, rows
+        self.config, self.seed, self.process, self.processes, self.rows = (
+            config,
+            seed,
+            process,
+            processes,
+            rows,
+        )
         self.closed = threading.Event()
         self.reader = concurrent.futures.ThreadPoolExecutor(1, "stream")
         self.decoders = dataset.decoders(DECODERS)
@@ -97,8 +105,10 @@ class Stream:
         state = dict(state)
         saved, mine = (state.pop("process"), state.pop("processes")), (self.process, self.processes)
         if saved != mine:
-            raise DataError(f"the stream was saved by process {saved[0]} of {saved[1]} and is read by process {mine[0]} of "
-                            f"{mine[1]}: go on with as many processes as before")  # fmt: skip
+            raise DataError(
+                f"the stream was saved by process {saved[0]} of {saved[1]} and is read by process {mine[0]} of "
+                f"{mine[1]}: go on with as many processes as before"
+            )
         if self.coming is not None:
             concurrent.futures.wait([self.coming])
         self.begin(Place(**state))
@@ -117,29 +127,55 @@ class Stream:
 
     def read(self, place: Place) -> Iterator[tuple[np.ndarray, list[str], Place]]:
         """The usable rows from a place on, decoded, each with the place after it."""
-        size, shape = self.config.shuffle_buffer, (3, self.config.resolution, self.config.resolution)
-        decode = functools.partial(dataset.prepare_row, number=0, read=same, resolution=self.config.resolution,
-                                   crop=self.config.crop)  # fmt: skip
+        size, shape = (
+            self.config.shuffle_buffer,
+            (3, self.config.resolution, self.config.resolution),
+        )
+        decode = functools.partial(
+            dataset.prepare_row,
+            number=0,
+            read=same,
+            resolution=self.config.resolution,
+            crop=self.config.crop,
+        )
         self.iterator = None
         while True:
             rows = retried(functools.partial(self.block, place), self.rows.name, self.closed.wait)
-            mixed = torch.randperm(len(rows), generator=randomness.generator(self.seed, place.epoch, place.block, "mixed"))
+            mixed = torch.randperm(
+                len(rows),
+                generator=randomness.generator(self.seed, place.epoch, place.block, "mixed"),
+            )
             for some in mixed[place.position :].split(AHEAD):
                 for row in self.decoders.map(decode, [rows[i] for i in some.tolist()]):
-                    usable = not row["problem"] and (row["captions"] or self.config.missing_caption == "empty")
-                    place = replace(place, position=place.position + 1, seen=place.seen + 1, used=place.used + bool(usable),
-                                    broken=place.broken + bool(row["problem"]))  # fmt: skip
+                    usable = not row["problem"] and (
+                        row["captions"] or self.config.missing_caption == "empty"
+                    )
+                    place = replace(
+                        place,
+                        position=place.position + 1,
+                        seen=place.seen + 1,
+                        used=place.used + bool(usable),
+                        broken=place.broken + bool(row["problem"]),
+                    )
                     if row["problem"]:
                         self.skipped(row, place)
                     if usable:
-                        yield np.frombuffer(row["pixels"], np.uint8).reshape(shape), row["captions"] or [""], place
+                        yield (
+                            np.frombuffer(row["pixels"], np.uint8).reshape(shape),
+                            row["captions"] or [""],
+                            place,
+                        )
             if len(rows) == size:
-                place = replace(place, block=place.block + 1, position=0, source=self.dataset.state_dict())
+                place = replace(
+                    place, block=place.block + 1, position=0, source=self.dataset.state_dict()
+                )
             elif place.used:
                 place = Place(place.epoch + 1, seen=place.seen, broken=place.broken)
             else:
-                raise DataError(f"{self.rows.name} has no usable row for process {self.process} of {self.processes} in a whole "
-                                f"epoch: {place.broken} of {place.seen} rows were broken")  # fmt: skip
+                raise DataError(
+                    f"{self.rows.name} has no usable row for process {self.process} of {self.processes} in a whole "
+                    f"epoch: {place.broken} of {place.seen} rows were broken"
+                )
 
     def block(self, place: Place) -> list[dict]:
         """The rows of the block that begins at a place, all of them read; fewer than `shuffle_buffer` at an epoch's end."""
@@ -164,6 +200,8 @@ class Stream:
         if place.broken <= dataset.SHOWN:
             logger.warning("%s: skipped %s: %s", self.rows.name, row["name"], row["problem"])
         if place.broken > self.config.max_broken * max(place.seen, TRUSTED):
-            raise DataError(f"{place.broken} of the first {place.seen} rows of {self.rows.name} are broken, at most "
-                            f"{self.config.max_broken:.0%} may be, the last one {row['name']} ({row['problem']}): repair the "
-                            "data, or raise data.max_broken")  # fmt: skip
+            raise DataError(
+                f"{place.broken} of the first {place.seen} rows of {self.rows.name} are broken, at most "
+                f"{self.config.max_broken:.0%} may be, the last one {row['name']} ({row['problem']}): repair the "
+                "data, or raise data.max_broken"
+            )

@@ -8,23 +8,37 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 PIECE = 1024  # captions whose states are whitened at once
-READS_PADDING = ("clip", "clip_text_model")  # text encoders that Stable Diffusion runs without an attention mask
+READS_PADDING = (
+    "clip",
+    "clip_text_model",
+)  # text encoders that Stable Diffusion runs without an attention mask
 
 
 def normalize(caption: str) -> str:
     """A caption as it is encoded, in training and in inference: NFC, no control characters or lone surrogates, single spaces."""
-    kept = "".join(c if unicodedata.category(c) not in ("Cc", "Cs") else " " if c.isspace() else "" for c in caption)
+    kept = "".join(
+        c if unicodedata.category(c) not in ("Cc", "Cs") else " " if c.isspace() else ""
+        for c in caption
+    )
     return " ".join(unicodedata.normalize("NFC", kept).split())
 
 
 @torch.no_grad()
-def last_states(captions: list[str], tokenizer, text_encoder, length: int, device: torch.device) -> Tensor:
+def last_states(
+    captions: list[str], tokenizer, text_encoder, length: int, device: torch.device
+) -> Tensor:
     """The last hidden states (B, length, D), on a device, of captions that are padded or cut to `length` tokens.
 
     A CLIP encoder sees its padding, as in Stable Diffusion; others do not, and their padded positions are zero.
     """
-    tokens = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt",
-                       return_attention_mask=True).to(device)  # fmt: skip
+    tokens = tokenizer(
+        captions,
+        padding="max_length",
+        max_length=length,
+        truncation=True,
+        return_tensors="pt",
+        return_attention_mask=True,
+    ).to(device)
     if text_encoder.config.model_type in READS_PADDING:
         return text_encoder(tokens.input_ids).last_hidden_state
     states = text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
@@ -51,17 +65,23 @@ class CaptionWhitening(ModelMixin, ConfigMixin):
         ValueError where fewer than two states are not padding, or for a ridge that is not above 0.
         """
         if not ridge > 0:
-            raise ValueError(f"ridge is {ridge}, expected a number above 0: few captions leave directions without variance")
+            raise ValueError(
+                f"ridge is {ridge}, expected a number above 0: few captions leave directions without variance"
+            )
         tokens = lambda: (some[some.any(-1)].double() for some in states.split(PIECE))
         count = sum(map(len, tokens()))
         if count < 2:
-            raise ValueError(f"whitening needs at least two caption states that are not padding, got {count}")
+            raise ValueError(
+                f"whitening needs at least two caption states that are not padding, got {count}"
+            )
         mean = sum(some.sum(0) for some in tokens()) / count
         covariance = sum((some - mean).T @ (some - mean) for some in tokens()) / (count - 1)
         variance, axes = torch.linalg.eigh(covariance)
         out = cls(states.shape[-1])
         out.mean.copy_(mean)
-        out.matrix.copy_((axes * (variance.clamp(min=0) + ridge).rsqrt()) @ axes.T)  # symmetric: axes keep their names
+        out.matrix.copy_(
+            (axes * (variance.clamp(min=0) + ridge).rsqrt()) @ axes.T
+        )  # symmetric: axes keep their names
         return out
 
     def whiten_(self, states: Tensor) -> Tensor:

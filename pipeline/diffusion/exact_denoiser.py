@@ -17,7 +17,11 @@ SAME = 1e-3  # caption states closer than this in every element are of the same 
 
 
 def posterior_weights(
-    x_0: Tensor, x_t: Tensor, scheduler: DDPMScheduler, t: int | Tensor, allowed: Tensor | None = None
+    x_0: Tensor,
+    x_t: Tensor,
+    scheduler: DDPMScheduler,
+    t: int | Tensor,
+    allowed: Tensor | None = None,
 ) -> Tensor:
     """p(image i | x_t) for x_t (B, ...) and images (N, ...), a uniform prior over those allowed (B, N): (B, N), float64.
 
@@ -29,13 +33,21 @@ def posterior_weights(
     return (logits if allowed is None else logits.masked_fill(~allowed, -torch.inf)).softmax(1)
 
 
-def expected_x_0(x_0: Tensor, x_t: Tensor, scheduler: DDPMScheduler, t: int | Tensor, allowed: Tensor | None = None) -> Tensor:
+def expected_x_0(
+    x_0: Tensor,
+    x_t: Tensor,
+    scheduler: DDPMScheduler,
+    t: int | Tensor,
+    allowed: Tensor | None = None,
+) -> Tensor:
     """E[x_0 | x_t] (B, ...) over images (N, ...), in the dtype of x_t."""
     mean = posterior_weights(x_0, x_t, scheduler, t, allowed) @ x_0.flatten(1).double()
     return mean.reshape(x_t.shape).to(x_t.dtype)
 
 
-def irreducible_loss(x_0: Tensor, scheduler: DDPMScheduler, t: int, eps: Tensor | None = None) -> Tensor:
+def irreducible_loss(
+    x_0: Tensor, scheduler: DDPMScheduler, t: int, eps: Tensor | None = None
+) -> Tensor:
     """The least mean squared error of x_0 that a denoiser without captions can have at t, (N,) one value an image.
 
     Estimated with one noise an image: `eps` (N, ...), or draws from seed 0.
@@ -54,15 +66,22 @@ class ExactDenoiser(nn.Module):
     knows its set and nothing else.
     """
 
-    def __init__(self, x_0: Tensor, scheduler: DDPMScheduler, caption_states: Tensor | None = None,
-                 empty_state: Tensor | None = None):  # fmt: skip
+    def __init__(
+        self,
+        x_0: Tensor,
+        scheduler: DDPMScheduler,
+        caption_states: Tensor | None = None,
+        empty_state: Tensor | None = None,
+    ):
         super().__init__()
         self.register_buffer("x_0", x_0)
         self.register_buffer("caption_states", caption_states)
         self.register_buffer("empty_state", empty_state)
         self.scheduler = scheduler
         _, channels, height, width = x_0.shape
-        self.config = FrozenDict(sample_size=(height, width), in_channels=channels, out_channels=channels)
+        self.config = FrozenDict(
+            sample_size=(height, width), in_channels=channels, out_channels=channels
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -78,19 +97,31 @@ class ExactDenoiser(nn.Module):
         """Which images each caption (B, L, D) may mean: (B, N), None for all."""
         if states is None or self.caption_states is None:
             return None
-        mine = torch.stack([(self.caption_states - state).abs().amax((1, 2)) < SAME for state in states])
+        mine = torch.stack(
+            [(self.caption_states - state).abs().amax((1, 2)) < SAME for state in states]
+        )
         if self.empty_state is not None:
             mine |= ((states - self.empty_state).abs().amax((1, 2)) < SAME)[:, None]
         if not mine.any(1).all():
             unknown = (~mine.any(1)).nonzero().flatten().tolist()
-            raise ValueError(f"captions {unknown} of the batch are of no image in the set: the exact denoiser knows its "
-                             f"{len(self.x_0)} captions and the empty one, so pass one of them")  # fmt: skip
+            raise ValueError(
+                f"captions {unknown} of the batch are of no image in the set: the exact denoiser knows its "
+                f"{len(self.x_0)} captions and the empty one, so pass one of them"
+            )
         return mine
 
-    def forward(self, sample: Tensor, timestep: int | Tensor, encoder_hidden_states: Tensor | None = None,
-                return_dict: bool = True, **_) -> SimpleNamespace | tuple[Tensor]:  # fmt: skip
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: int | Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        return_dict: bool = True,
+        **_,
+    ) -> SimpleNamespace | tuple[Tensor]:
         """What the scheduler's prediction_type asks for at x_t = `sample` (B, c, h, w)."""
-        x_0 = expected_x_0(self.x_0, sample, self.scheduler, timestep, self.allowed(encoder_hidden_states))
+        x_0 = expected_x_0(
+            self.x_0, sample, self.scheduler, timestep, self.allowed(encoder_hidden_states)
+        )
         kind = self.scheduler.config.prediction_type
         out = x_0
         if kind != "sample":

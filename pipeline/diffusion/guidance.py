@@ -25,14 +25,18 @@ def guide(eps_c: Tensor, eps_u: Tensor, w: Tensor | float) -> Tensor:
     return eps_c + w * (eps_c - eps_u)
 
 
-def interval(w: Real | Sequence[Real] | Tensor, lo: float, hi: float) -> Callable[[float], Real | Sequence[Real] | Tensor]:
+def interval(
+    w: Real | Sequence[Real] | Tensor, lo: float, hi: float
+) -> Callable[[float], Real | Sequence[Real] | Tensor]:
     """Guidance at w where the noise level is in [lo, hi], none elsewhere.
 
     The noise level is sqrt(1 - abar_t), the standard deviation of the noise in x_t: 0 is the clean image, 1 pure noise.
     A bound on the ratio sigma = noise / signal is sigma / sqrt(1 + sigma**2) here.
     """
     if not 0 <= lo <= hi <= 1:
-        raise InputError(f"interval got the noise levels lo={lo}, hi={hi}, expected 0 <= lo <= hi <= 1: swap or clip them")
+        raise InputError(
+            f"interval got the noise levels lo={lo}, hi={hi}, expected 0 <= lo <= hi <= 1: swap or clip them"
+        )
     return lambda level: w if lo <= level <= hi else 0.0
 
 
@@ -41,12 +45,20 @@ def weights(w: Weight, prompts: int, level: float | None = None, name: str = "w"
     value = w(level) if callable(w) else w
     if hasattr(value, "tolist"):  # tensors and arrays
         value = value.tolist()
-    values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value] * prompts
+    values = (
+        list(value)
+        if isinstance(value, Sequence) and not isinstance(value, str)
+        else [value] * prompts
+    )
     if any(isinstance(v, bool) or not isinstance(v, Real) or not math.isfinite(v) for v in values):
-        raise InputError(f"{name} is {value!r}, expected a finite number, one for each prompt, or a function of the noise "
-                         "level: w=0 draws without guidance, w=2 is a good start")  # fmt: skip
+        raise InputError(
+            f"{name} is {value!r}, expected a finite number, one for each prompt, or a function of the noise "
+            "level: w=0 draws without guidance, w=2 is a good start"
+        )
     if len(values) != prompts:
-        raise InputError(f"{name} has {len(values)} values for {prompts} prompts, expected one each: pass {prompts} or a number")
+        raise InputError(
+            f"{name} has {len(values)} values for {prompts} prompts, expected one each: pass {prompts} or a number"
+        )
     return torch.tensor(values, dtype=torch.float64)
 
 
@@ -62,4 +74,10 @@ def of_scale(scale: Weight) -> Weight:
     if callable(scale):
         return lambda level: of_scale(scale(level))
     w = plus(scale, -1)
-    return w.clamp(min=0) if isinstance(w, Tensor) else max(w, 0) if isinstance(w, Real) else [max(v, 0) for v in w]
+    return (
+        w.clamp(min=0)
+        if isinstance(w, Tensor)
+        else max(w, 0)
+        if isinstance(w, Real)
+        else [max(v, 0) for v in w]
+    )

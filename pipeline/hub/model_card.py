@@ -45,8 +45,15 @@ def hardware() -> str:
     return f"a CPU ({torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()})"
 
 
-def facts(report: str, seconds: float, *, base_model: str | None = None, base_model_relation: str = "finetune",
-          base_license: str | None = None, stock: bool = False) -> dict:
+def facts(
+    report: str,
+    seconds: float,
+    *,
+    base_model: str | None = None,
+    base_model_relation: str = "finetune",
+    base_license: str | None = None,
+    stock: bool = False,
+) -> dict:
     """What a card says of a training that ends now: on which images, for how long, on what machine, from which model.
 
     report: what the data set said of itself.
@@ -54,19 +61,37 @@ def facts(report: str, seconds: float, *, base_model: str | None = None, base_mo
     base_license: the base model's, as the Hub names licences. stock: whether stock diffusers loads the result, or what an
     adapter adapts, without code.
     """
-    found = {"images": report, "seconds": seconds, "hardware": hardware(), "commit": commit(), "stock": stock}
-    base = {"base_model": base_model, "base_model_relation": base_model_relation, "base_license": base_license}
+    found = {
+        "images": report,
+        "seconds": seconds,
+        "hardware": hardware(),
+        "commit": commit(),
+        "stock": stock,
+    }
+    base = {
+        "base_model": base_model,
+        "base_model_relation": base_model_relation,
+        "base_license": base_license,
+    }
     return found if base_model is None else found | base
 
 
-def describe(config: Config, run: Run, pipe: TextToImagePipeline, images, seconds: float, **base) -> None:
+def describe(
+    config: Config, run: Run, pipe: TextToImagePipeline, images, seconds: float, **base
+) -> None:
     """Leave a finished run's card, with the pictures on it and what it is made from; `base` is `facts`' base_model and so on."""
     logged = [record for record in run.history() if record.get("loss") is not None]
     last = {"loss": logged[-1]["loss"], "step": logged[-1]["step"]} if logged else {}
     known = facts(str(images.report), seconds, stock=pipe.is_stable_diffusion(), **base)
     names = {config.data.source, (base.get("base_model") or "").partition("@")[0]}
-    known["of_hub"] = [name for name in sorted(names) if published(name)]  # a folder of that name may come and go later
-    for measured in ("metrics.json", f"{IMAGES}/free.png", f"{IMAGES}/sweep.png"):  # of the model that an earlier end left
+    known["of_hub"] = [
+        name for name in sorted(names) if published(name)
+    ]  # a folder of that name may come and go later
+    for measured in (
+        "metrics.json",
+        f"{IMAGES}/free.png",
+        f"{IMAGES}/sweep.png",
+    ):  # of the model that an earlier end left
         (run.folder / measured).unlink(missing_ok=True)
     replace(run.folder / FACTS, json.dumps(known | last, indent=1))
     illustrate(config, run)
@@ -102,7 +127,9 @@ def illustrate(config: Config, run: Run) -> None:
         with Image.open(newest) as grid:
             width, height = grid.width // len(sample.prompts), grid.height // len(sample.w)
             for i in range(len(sample.prompts)):
-                grid.crop((i * width, row * height, (i + 1) * width, (row + 1) * height)).save(target / f"prompt-{i}.png")
+                grid.crop((i * width, row * height, (i + 1) * width, (row + 1) * height)).save(
+                    target / f"prompt-{i}.png"
+                )
     for figure in run.figures.glob("*.png"):
         shutil.copyfile(figure, target / figure.name)
 
@@ -125,33 +152,56 @@ def read(folder: Path, model: str, base: str | None = None) -> ModelCard:
     if base is not None:
         config = on_base(config, base)
         known |= {"base_model": base, "of_hub": [*known.get("of_hub", []), base.partition("@")[0]]}
-    return build(config, known, sorted(path.name for path in (folder / IMAGES).glob("*.png")), model,
-                 trusted.read(metrics) if metrics.is_file() else {},
-                 notes.read_text(encoding="utf-8").strip() if notes.is_file() else "")  # fmt: skip
+    return build(
+        config,
+        known,
+        sorted(path.name for path in (folder / IMAGES).glob("*.png")),
+        model,
+        trusted.read(metrics) if metrics.is_file() else {},
+        notes.read_text(encoding="utf-8").strip() if notes.is_file() else "",
+    )
 
 
-def build(config: Config, known: dict, pictures: list[str] = (), model: str = "USER/NAME",
-          metrics: dict | None = None, notes: str = "") -> ModelCard:  # fmt: skip
+def build(
+    config: Config,
+    known: dict,
+    pictures: list[str] = (),
+    model: str = "USER/NAME",
+    metrics: dict | None = None,
+    notes: str = "",
+) -> ModelCard:
     """The model card: what it draws, how to load it, how it was made, what was measured, its limits and its licences.
 
     known: of `facts`. pictures: the names of those in images/. metrics: of `pipeline.evaluation`. notes: Markdown. All
     metadata goes through YAML, and what users wrote is quoted in the body, so that it stays text.
     """
-    embedded, sample, base = config.data.source in catalogue.SETS, config.sample, known.get("base_model")
+    embedded, sample, base = (
+        config.data.source in catalogue.SETS,
+        config.sample,
+        known.get("base_model"),
+    )
     adapter = known.get("base_model_relation") == "adapter"
     base_name, licence = (base or "").partition("@")[0], known.get("base_license")
     on_hub = known["of_hub"].__contains__ if "of_hub" in known else published
     of_hub = [name for name in (config.data.source, base_name) if on_hub(name)]
     shown = [i for i in range(len(sample.prompts)) if f"prompt-{i}.png" in pictures]
     data = ModelCardData(
-        license=("other" if "," in licence else licence) if licence else "cc-by-4.0" if embedded and not base else "other",
+        license=("other" if "," in licence else licence)
+        if licence
+        else "cc-by-4.0"
+        if embedded and not base
+        else "other",
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=TAGS,
         datasets=[config.data.source] if config.data.source in of_hub else None,
         base_model=base_name if base_name in of_hub else None,
         base_model_relation=known["base_model_relation"] if base_name in of_hub else None,
-        widget=[{"text": sample.prompts[i], "output": {"url": f"{IMAGES}/prompt-{i}.png"}} for i in shown] or None,
+        widget=[
+            {"text": sample.prompts[i], "output": {"url": f"{IMAGES}/prompt-{i}.png"}}
+            for i in shown
+        ]
+        or None,
         model_name=config.name,
         eval_results=results(config, metrics or {}) or None,
     )
@@ -159,23 +209,44 @@ def build(config: Config, known: dict, pictures: list[str] = (), model: str = "U
         f"# {fenced(config.name)}\n\nA text-conditional diffusion model, trained with Direct Jump"
         + (f" from `{fenced(base)}`." if base else "."),
         "<Gallery />" if shown else "",
-        picture("samples.png", pictures, f"Columns: {', '.join(f'`{fenced(p)}`' for p in sample.prompts)}. Rows: "
-                                         f"{' · '.join(f'w = {w:g}' for w in sample.w)}, the same noise."),
+        picture(
+            "samples.png",
+            pictures,
+            f"Columns: {', '.join(f'`{fenced(p)}`' for p in sample.prompts)}. Rows: "
+            f"{' · '.join(f'w = {w:g}' for w in sample.w)}, the same noise.",
+        ),
         "## Use\n\nIt needs diffusers 0.42 and transformers 5.3, or newer.\n\n"
-        + (adapting(base, model, sample.prompts[0], sample.default_w, known["stock"]) if adapter
-           else shipping(model, sample.prompts[0], sample.default_w) if known.get("shipped") and model == known["model"]
-           else loading(model, known["stock"], sample.prompts[0], sample.default_w)),
+        + (
+            adapting(base, model, sample.prompts[0], sample.default_w, known["stock"])
+            if adapter
+            else shipping(model, sample.prompts[0], sample.default_w)
+            if known.get("shipped") and model == known["model"]
+            else loading(model, known["stock"], sample.prompts[0], sample.default_w)
+        ),
         "## Training\n\n" + training(config, known),
         picture("training.png", pictures, "The loss, and the error by timestep."),
-        picture("strips.png", pictures, "From noise to picture: x_t on the left, the current x_0 on the right."),
-        picture("free.png", pictures, "Prompts that name no picture of any embedded set, the first seed."),
-        "## Measured\n\n" + (block(measured(metrics)) if metrics else "Nothing yet, beyond the losses."),
-        picture("sweep.png", pictures, "Quality against alignment, one knob changed at a time from the star."),
+        picture(
+            "strips.png",
+            pictures,
+            "From noise to picture: x_t on the left, the current x_0 on the right.",
+        ),
+        picture(
+            "free.png",
+            pictures,
+            "Prompts that name no picture of any embedded set, the first seed.",
+        ),
+        "## Measured\n\n"
+        + (block(measured(metrics)) if metrics else "Nothing yet, beyond the losses."),
+        picture(
+            "sweep.png",
+            pictures,
+            "Quality against alignment, one knob changed at a time from the star.",
+        ),
         notes,
         "## Limits\n\nIt draws what its training pictures show, composes that only so far, and has their bias. There is no "
         "safety checker: look at what it draws before others do.",
         "## Licence\n\n" + licences(embedded, base, known.get("base_license")),
-    ]  # fmt: skip
+    ]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n")
 
 
@@ -191,7 +262,13 @@ def license_of(model: str) -> str | None:
         found = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict().get("license")
     except (ValueError, yaml.YAMLError):
         return None
-    return ", ".join(map(str, found)) if isinstance(found, list) else None if found is None else str(found)
+    return (
+        ", ".join(map(str, found))
+        if isinstance(found, list)
+        else None
+        if found is None
+        else str(found)
+    )
 
 
 def adapting(base: str, adapter: str, prompt: str, w: float, stock: bool) -> str:
@@ -234,12 +311,18 @@ def published(name: str) -> bool:
 
 def picture(name: str, pictures: list[str], caption: str) -> str:
     """A picture with what it shows, nothing where it is not there."""
-    return f"![{name.removesuffix('.png')}]({IMAGES}/{name})\n\n{caption}" if name in pictures else ""
+    return (
+        f"![{name.removesuffix('.png')}]({IMAGES}/{name})\n\n{caption}" if name in pictures else ""
+    )
 
 
 def training(config: Config, known: dict) -> str:
     """How the model was made, as Markdown."""
-    loss = f"\n- last logged loss: {known['loss']:.4f} at step {known['step']}" if "loss" in known else ""
+    loss = (
+        f"\n- last logged loss: {known['loss']:.4f} at step {known['step']}"
+        if "loss" in known
+        else ""
+    )
     return f"""{block(known["images"])}
 
 - {config.train.steps} steps of {config.train.batch_size} images, {known["seconds"] / 3600:.2f} hours on {known["hardware"]}
@@ -250,11 +333,17 @@ def training(config: Config, known: dict) -> str:
 
 def licences(embedded: bool, base: str | None, base_license: str | None) -> str:
     """Under what terms each part is to be had."""
-    told = ["The code that travels with the model, `pipeline.py` and the files that it names, is Direct Jump's: Apache-2.0."]
+    told = [
+        "The code that travels with the model, `pipeline.py` and the files that it names, is Direct Jump's: Apache-2.0."
+    ]
     if base:
-        told += [f"The weights come from `{fenced(base)}`, and its licence holds for them: "
-                 f"{f'`{fenced(base_license)}`' if base_license else 'see there'}."]  # fmt: skip
-    told += [ATTRIBUTION if embedded else "The training data has its own licence, which its owner tells."]
+        told += [
+            f"The weights come from `{fenced(base)}`, and its licence holds for them: "
+            f"{f'`{fenced(base_license)}`' if base_license else 'see there'}."
+        ]
+    told += [
+        ATTRIBUTION if embedded else "The training data has its own licence, which its owner tells."
+    ]
     return " ".join(told)
 
 
@@ -262,21 +351,38 @@ def results(config: Config, metrics: dict) -> list[EvalResult]:
     """The shares that `pipeline.evaluation` measured, for the Hub's index of models: means over the seeds drawn with."""
     found = []
     for split in ("train", "held_out"):
-        for name, words in (("first", "own picture first"), ("first_five", "own picture among the first five")):
-            shares = [seed[split][name]["share"] for seed in metrics.get("by_seed", {}).values() if name in seed.get(split, {})]
+        for name, words in (
+            ("first", "own picture first"),
+            ("first_five", "own picture among the first five"),
+        ):
+            shares = [
+                seed[split][name]["share"]
+                for seed in metrics.get("by_seed", {}).values()
+                if name in seed.get(split, {})
+            ]
             if shares:
-                found.append(EvalResult(
-                    task_type="text-to-image", dataset_type=config.data.source, dataset_name=config.data.source,
-                    dataset_split=split, metric_type="retrieval",
-                    metric_name=f"{words}, {split.replace('_', '-')} captions, w = {metrics['w']:g}",
-                    metric_value=round(sum(shares) / len(shares), 4)))  # fmt: skip
+                found.append(
+                    EvalResult(
+                        task_type="text-to-image",
+                        dataset_type=config.data.source,
+                        dataset_name=config.data.source,
+                        dataset_split=split,
+                        metric_type="retrieval",
+                        metric_name=f"{words}, {split.replace('_', '-')} captions, w = {metrics['w']:g}",
+                        metric_value=round(sum(shares) / len(shares), 4),
+                    )
+                )
     return found
 
 
 def measured(metrics: dict) -> str:
     """What was measured, in words where `pipeline.evaluation` did."""
     ours = {"by_seed", "sweep"} & metrics.keys()
-    return results_module.report(metrics) if ours else json.dumps(metrics, indent=1, ensure_ascii=False)
+    return (
+        results_module.report(metrics)
+        if ours
+        else json.dumps(metrics, indent=1, ensure_ascii=False)
+    )
 
 
 def fenced(text: str) -> str:
@@ -303,20 +409,43 @@ def plot_run(run: Run, images, pipe: TextToImagePipeline) -> Path:
     for split in ("train", "held_out"):
         line = [(r["step"], r[f"{split}_loss"]) for r in checks if f"{split}_loss" in r]
         if line:
-            left.plot(*zip(*line, strict=True), marker=".", label=f"{split.replace('_', '-')} grid, averaged weights")
+            left.plot(
+                *zip(*line, strict=True),
+                marker=".",
+                label=f"{split.replace('_', '-')} grid, averaged weights",
+            )
     left.set(xlabel="step", ylabel="loss", yscale="log", title="Loss")
     left.legend()
     if checks:
         grid = [int(t) for t in checks[-1]["train_x_0_error"]]
         for split in ("train", "held_out"):
             if f"{split}_x_0_error" in checks[-1]:
-                right.plot(grid, list(checks[-1][f"{split}_x_0_error"].values()), marker=".", label=split.replace("_", "-"))
+                right.plot(
+                    grid,
+                    list(checks[-1][f"{split}_x_0_error"].values()),
+                    marker=".",
+                    label=split.replace("_", "-"),
+                )
         rows = dataset.evenly(512, len(images))
-        x_0 = pipe.encode(dataset.as_float(images.images[rows].to(pipe.device))).cpu()  # MPS has no float64
+        x_0 = pipe.encode(
+            dataset.as_float(images.images[rows].to(pipe.device))
+        ).cpu()  # MPS has no float64
         floor = [irreducible_loss(x_0, pipe.scheduler, t).mean().item() for t in grid]
-        right.plot(grid, floor, "k--", label=f"irreducible without captions (exact denoiser of {len(rows)} images)")
-        lowest = min(min(line.get_ydata()) for line in right.get_lines()[:-1])  # the exact denoiser's falls to nothing
-        right.set(xlabel="timestep", ylabel="mean squared error of x_0", yscale="log", title="Error by timestep")
+        right.plot(
+            grid,
+            floor,
+            "k--",
+            label=f"irreducible without captions (exact denoiser of {len(rows)} images)",
+        )
+        lowest = min(
+            min(line.get_ydata()) for line in right.get_lines()[:-1]
+        )  # the exact denoiser's falls to nothing
+        right.set(
+            xlabel="timestep",
+            ylabel="mean squared error of x_0",
+            yscale="log",
+            title="Error by timestep",
+        )
         right.set_ylim(bottom=lowest / 5)
         right.legend()
     path = run.figures / "training.png"
@@ -326,8 +455,18 @@ def plot_run(run: Run, images, pipe: TextToImagePipeline) -> Path:
 
 
 @torch.no_grad()
-def plot_strips(pipe, prompts: list[str], seen: set[str], path: Path, *, w: float, seed: int, steps: int = 50, eta: float = 1.0,
-                columns: int = 8) -> Path:  # fmt: skip
+def plot_strips(
+    pipe,
+    prompts: list[str],
+    seen: set[str],
+    path: Path,
+    *,
+    w: float,
+    seed: int,
+    steps: int = 50,
+    eta: float = 1.0,
+    columns: int = 8,
+) -> Path:
     """The way from noise to picture, a row a prompt: x_t on the left, the current x_0 of (15) on the right.
 
     Prompts that are not in `seen`, the captions of the data, are labelled so.
@@ -336,19 +475,38 @@ def plot_strips(pipe, prompts: list[str], seen: set[str], path: Path, *, w: floa
     from matplotlib import pyplot as plt
 
     shown = set(torch.linspace(0, steps - 1, columns).round().long().tolist())
-    kept = [(step.t, pipe.decode(step.x_t), pipe.decode(step.x_0_hat))
-            for i, step in enumerate(pipe.denoise(list(prompts), w=w, seed=seed, num_inference_steps=steps, eta=eta))
-            if i in shown]  # fmt: skip
-    figure, axes = plt.subplots(len(prompts), 2 * columns + 1, figsize=(2 * columns + 1, 1.25 * len(prompts)),
-                                width_ratios=[1] * columns + [0.3] + [1] * columns, squeeze=False)  # fmt: skip
+    kept = [
+        (step.t, pipe.decode(step.x_t), pipe.decode(step.x_0_hat))
+        for i, step in enumerate(
+            pipe.denoise(list(prompts), w=w, seed=seed, num_inference_steps=steps, eta=eta)
+        )
+        if i in shown
+    ]
+    figure, axes = plt.subplots(
+        len(prompts),
+        2 * columns + 1,
+        figsize=(2 * columns + 1, 1.25 * len(prompts)),
+        width_ratios=[1] * columns + [0.3] + [1] * columns,
+        squeeze=False,
+    )
     for row, prompt in enumerate(prompts):
         for column, (t, x_t, x_0_hat) in enumerate(kept):
             for place, x in ((column, x_t), (columns + 1 + column, x_0_hat)):
-                axes[row, place].imshow(((x[row] + 1) / 2).clamp(0, 1).permute(1, 2, 0).float().cpu().numpy())
+                axes[row, place].imshow(
+                    ((x[row] + 1) / 2).clamp(0, 1).permute(1, 2, 0).float().cpu().numpy()
+                )
                 if row == 0:
                     axes[row, place].set_title(f"t = {int(t)}", fontsize=8)
         note = "" if prompt in seen else "\n(in no training picture)"
-        axes[row, 0].text(-0.15, 0.5, prompt + note, ha="right", va="center", transform=axes[row, 0].transAxes, fontsize=10)
+        axes[row, 0].text(
+            -0.15,
+            0.5,
+            prompt + note,
+            ha="right",
+            va="center",
+            transform=axes[row, 0].transAxes,
+            fontsize=10,
+        )
     for ax in axes.flat:
         ax.set_axis_off()
     figure.text(0.33, 0.0, "x_t", ha="center")

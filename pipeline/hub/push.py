@@ -18,7 +18,11 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.utils.dynamic_modules_utils import get_relative_imports
 from huggingface_hub import CommitOperationAdd, HfApi, RepoCard, SpaceCardData
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError  # HTTPError: of its own HTTP client
+from huggingface_hub.errors import (  # HTTPError: of its own HTTP client
+    HfHubHTTPError,
+    HTTPError,
+    LocalTokenNotFoundError,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file as load_tensors
 
@@ -28,7 +32,16 @@ from pipeline.diffusion.hub_format import FILE, changes, plain_card
 from pipeline.diffusion.text_to_image import TextToImagePipeline
 from pipeline.hub import model_card
 from pipeline.models import build, loading, trusted
-from pipeline.runs.folder import ADAPTER, IMAGES, INDEX, SHARED_CONFIG, Run, describe, load_state, verify
+from pipeline.runs.folder import (
+    ADAPTER,
+    IMAGES,
+    INDEX,
+    SHARED_CONFIG,
+    Run,
+    describe,
+    load_state,
+    verify,
+)
 
 ROOT = Path(__file__).parent.parent
 PINNED = "model.txt"  # a Space's model, USER/NAME@COMMIT
@@ -41,16 +54,26 @@ class HubError(ValueError):
     """A push or a check before it that failed: what happened, and how to go on."""
 
 
-def newest(root: str | Path = "runs", shipped: str | Path = "pretrained/emoji", pinned: str | Path = PINNED,
-           finished: bool = False) -> Path | str | None:  # fmt: skip
+def newest(
+    root: str | Path = "runs",
+    shipped: str | Path = "pretrained/emoji",
+    pinned: str | Path = PINNED,
+    finished: bool = False,
+) -> Path | str | None:
     """What draws where nobody names a model: the one that a Space is pinned to, the run that was last written to and can be
     drawn with, the shipped model, else None. finished: whether a run has to be, or may have checkpoints alone.
     """
     if Path(pinned).is_file():
         return Path(pinned).read_text(encoding="utf-8").strip()
-    found = [run for run in map(Run, Path(root).glob("*")) if (run.finished if finished else run.drawable or run.steps())]
+    found = [
+        run
+        for run in map(Run, Path(root).glob("*"))
+        if (run.finished if finished else run.drawable or run.steps())
+    ]
     if found:
-        return max(found, key=lambda run: run.metrics.stat().st_mtime if run.metrics.exists() else 0).folder
+        return max(
+            found, key=lambda run: run.metrics.stat().st_mtime if run.metrics.exists() else 0
+        ).folder
     return Path(shipped) if (Path(shipped) / INDEX).is_file() else None
 
 
@@ -69,7 +92,11 @@ def load_checkpoint(run: Run, step: int) -> TextToImagePipeline:
     if damage := verify(folder):
         raise ValueError(f"checkpoint {folder} cannot be used: {damage}")
     base = None if config.model.pretrained is None else load(config.model.pretrained)
-    tokenizer, encoder = (base.tokenizer, base.text_encoder) if base else build.text_encoder(config.model.text_encoder)
+    tokenizer, encoder = (
+        (base.tokenizer, base.text_encoder)
+        if base
+        else build.text_encoder(config.model.text_encoder)
+    )
     if config.train.method == "lora":
         unet, whitening = build.adapt(base.unet, config.lora), base.whitening
     else:
@@ -96,12 +123,18 @@ def check(config: Config) -> None:
         shareable(config.model.pretrained)
     with told("hub.repo_id", config.hub.repo_id):
         if api.whoami().get("auth", {}).get("accessToken", {}).get("role") == "read":
-            raise HubError("the token of this machine may only read, expected one that may write: make one at "
-                           "https://huggingface.co/settings/tokens and `hf auth login`")  # fmt: skip
-        repo = api.create_repo(config.hub.repo_id, private=config.hub.private, exist_ok=True).repo_id
+            raise HubError(
+                "the token of this machine may only read, expected one that may write: make one at "
+                "https://huggingface.co/settings/tokens and `hf auth login`"
+            )
+        repo = api.create_repo(
+            config.hub.repo_id, private=config.hub.private, exist_ok=True
+        ).repo_id
         if config.train.method == "lora":
             of_its_own(api, repo)
-        api.preupload_lfs_files(repo, [CommitOperationAdd("README.md", str(dry).encode())])  # asks, and sends nothing
+        api.preupload_lfs_files(
+            repo, [CommitOperationAdd("README.md", str(dry).encode())]
+        )  # asks, and sends nothing
         dry.validate()
 
 
@@ -110,14 +143,23 @@ def publish(config: Config, run: Run) -> int:
     if config.hub.repo_id is None:
         return 0
     try:
-        print(f"Pushed to {push(run.folder, config.hub.repo_id, private=config.hub.private, token=config.hub.token)}")
+        print(
+            f"Pushed to {push(run.folder, config.hub.repo_id, private=config.hub.private, token=config.hub.token)}"
+        )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def push(source: str | Path, repo_id: str, *, private: bool = False, token: str | None = None, base: str | None = None) -> str:
+def push(
+    source: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    token: str | None = None,
+    base: str | None = None,
+) -> str:
     """Upload the model of a run or of a saved pipeline in one commit, and return its address; none where nothing has changed.
 
     base: of an adapter, the Hub's name of the model that it was trained from, where its settings name a folder.
@@ -133,7 +175,9 @@ def push(source: str | Path, repo_id: str, *, private: bool = False, token: str 
         front = assemble(source, folder, base, token)
         front(repo_id)  # a card that cannot be made is told before the Hub hears of it
         with told("the push", repo_id, f"; {source} is complete, push it again with {again}"):
-            repo = patiently(lambda: api.create_repo(repo_id, private=private, exist_ok=True).repo_id)
+            repo = patiently(
+                lambda: api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            )
             if (folder / ADAPTER).is_file():
                 patiently(lambda: of_its_own(api, repo))
             (folder / "README.md").write_text(front(repo), encoding="utf-8")
@@ -145,7 +189,11 @@ def commit(api: HfApi, folder: Path, repo: str, kind: str, message: str) -> str:
 
     huggingface_hub's own `upload_folder` may make several commits of a folder.
     """
-    patiently(lambda: api.create_commit(repo, changes(api, repo, folder, kind), commit_message=message, repo_type=kind))
+    patiently(
+        lambda: api.create_commit(
+            repo, changes(api, repo, folder, kind), commit_message=message, repo_type=kind
+        )
+    )
     return f"{api.endpoint}/{'spaces/' if kind == 'space' else ''}{repo}"
 
 
@@ -164,31 +212,41 @@ def patiently(request: Callable):
         try:
             return request()
         except (HTTPError, ConnectionError, TimeoutError, RuntimeError) as error:
-            cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+            cause = (
+                error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+            )
             answer = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
             if wait is None or not (answer is None or busy(answer)):
-                raise cause if isinstance(cause, HTTPError) else ConnectionError(one_line(cause)) from error
+                raise (
+                    cause if isinstance(cause, HTTPError) else ConnectionError(one_line(cause))
+                ) from error
             time.sleep(wait)
 
 
 def of_its_own(api: HfApi, repo: str) -> None:
     """HubError where the repository for an adapter holds a pipeline, which whoever loads it would still get."""
     if api.file_exists(repo, INDEX):
-        raise HubError(f"{repo} holds a pipeline ({INDEX}), expected a repository of its own for an adapter: choose another")
+        raise HubError(
+            f"{repo} holds a pipeline ({INDEX}), expected a repository of its own for an adapter: choose another"
+        )
 
 
 def settled(run: Run) -> None:
     """HubError where a run is trained on after its first end: its model and its settings are of different steps."""
     if run.config.is_file() and run.drawable and not run.finished:
-        raise HubError(f"{run.folder} is being trained on, expected a finished run: let the training command come to its end")
+        raise HubError(
+            f"{run.folder} is being trained on, expected a finished run: let the training command come to its end"
+        )
 
 
 def shareable(base: str, of_hub: list[str] | None = None) -> None:
     """HubError where nobody else could load an adapter's base, a folder of this machine; of_hub: what was the Hub's."""
     name = base.partition("@")[0]
     if not (model_card.published(name) if of_hub is None else name in of_hub):
-        raise HubError(f"the adapter is one of {base}, expected one of a model of the Hub, which whoever gets it has: push that "
-                       "model, then the adapter by `python -m pipeline.hub push` with --base USER/NAME")  # fmt: skip
+        raise HubError(
+            f"the adapter is one of {base}, expected one of a model of the Hub, which whoever gets it has: push that "
+            "model, then the adapter by `python -m pipeline.hub push` with --base USER/NAME"
+        )
 
 
 def fitting(run: Run, base: str, token: str | None = None) -> None:
@@ -203,19 +261,29 @@ def fitting(run: Run, base: str, token: str | None = None) -> None:
         wanted = (len(tensors[name]), *tensors[name.replace(".lora_B.", ".lora_A.")].shape[1:])
         found = tuple(layers[layer].weight.shape) if layer in layers else "missing"
         if found != wanted:
-            raise HubError(f"the adapter does not fit {base}, whose {layer} is {found}, expected {wanted}: name the model that "
-                           f"it was trained on, {trained_on}, or a push of it")  # fmt: skip
+            raise HubError(
+                f"the adapter does not fit {base}, whose {layer} is {found}, expected {wanted}: name the model that "
+                f"it was trained on, {trained_on}, or a push of it"
+            )
     here = {}
     if Path(trained_on).is_dir():
         with tempfile.TemporaryDirectory() as scratch:
             assemble_pipeline(loading.folder(trained_on), Path(scratch))
-            here = {path.name: describe(path)["sha256"] for path in Path(scratch).glob("unet/*.safetensors")}
+            here = {
+                path.name: describe(path)["sha256"]
+                for path in Path(scratch).glob("unet/*.safetensors")
+            }
     if base != trained_on and here != there:
         what = "has other weights than" if here else "cannot be compared with"
-        print(f"warning: {base} {what} {trained_on}, which the adapter was trained on, and may draw otherwise", file=sys.stderr)
+        print(
+            f"warning: {base} {what} {trained_on}, which the adapter was trained on, and may draw otherwise",
+            file=sys.stderr,
+        )
 
 
-def assemble(source: str | Path, target: Path, base: str | None = None, token: str | None = None) -> Callable[[str], str]:
+def assemble(
+    source: str | Path, target: Path, base: str | None = None, token: str | None = None
+) -> Callable[[str], str]:
     """What a repository holds, made in an empty folder: a pipeline with its code and text encoder, or an adapter.
 
     Files that are complete as they lie are linked, so that no weights are copied. base: as for `push`. What is returned is its
@@ -229,7 +297,11 @@ def assemble(source: str | Path, target: Path, base: str | None = None, token: s
     if run.adapted:
         folder, stock = run.adapter, False
         if base is None:
-            known = trusted.read(run.folder / model_card.FACTS) if (run.folder / model_card.FACTS).is_file() else {}
+            known = (
+                trusted.read(run.folder / model_card.FACTS)
+                if (run.folder / model_card.FACTS).is_file()
+                else {}
+            )
             shareable(load_file(run.config).model.pretrained, known.get("of_hub"))
         else:
             shareable(base)
@@ -239,14 +311,20 @@ def assemble(source: str | Path, target: Path, base: str | None = None, token: s
     else:
         folder = loading.folder(str(source))
         if not (folder / INDEX).is_file():
-            raise HubError(f"{source} is an adapter without its run, expected a run's folder or a saved pipeline's: pass that")
+            raise HubError(
+                f"{source} is an adapter without its run, expected a run's folder or a saved pipeline's: pass that"
+            )
         stock = assemble_pipeline(folder, target, with_code=Path(source).is_dir())
-    notes = next((place for place in (folder, folder.parent) if (place / "config.yaml").is_file()), folder)
+    notes = next(
+        (place for place in (folder, folder.parent) if (place / "config.yaml").is_file()), folder
+    )
     for path in (folder / SHARED_CONFIG, notes / "config.yaml", notes / "metrics.json"):
         if path.is_file():
             shutil.copyfile(path, target / {"config.yaml": SHARED_CONFIG}.get(path.name, path.name))
     if base is not None:
-        (target / SHARED_CONFIG).write_text(model_card.on_base(load_file(run.config), base).to_yaml(), encoding="utf-8")
+        (target / SHARED_CONFIG).write_text(
+            model_card.on_base(load_file(run.config), base).to_yaml(), encoding="utf-8"
+        )
     for path in (notes / IMAGES).glob("*.png"):
         (target / IMAGES).mkdir(exist_ok=True)
         shutil.copyfile(path, target / IMAGES / path.name)
@@ -266,10 +344,23 @@ def assemble_pipeline(folder: Path, target: Path, with_code: bool = True) -> boo
     """
     raw, code = trusted.read(folder / INDEX), folder / f"{FILE}.py"
     trusted.refuse_pickles(folder, trusted.own(raw))
-    parts = [part for part, value in trusted.own(raw).items() if part in trusted.PARTS and value[0] is not None]
+    parts = [
+        part
+        for part, value in trusted.own(raw).items()
+        if part in trusted.PARTS and value[0] is not None
+    ]
     if {"text_encoder", "tokenizer"} <= set(parts) and with_code and code.is_file():
-        files = [folder / INDEX, code, *(folder / f"{name}.py" for name in get_relative_imports(code))]
-        files += [path for part in parts for kind in (*trusted.FILES, f"{raw[part][0]}.py") for path in (folder / part).glob(kind)]
+        files = [
+            folder / INDEX,
+            code,
+            *(folder / f"{name}.py" for name in get_relative_imports(code)),
+        ]
+        files += [
+            path
+            for part in parts
+            for kind in (*trusted.FILES, f"{raw[part][0]}.py")
+            for path in (folder / part).glob(kind)
+        ]
         for path in files:
             place = target / path.relative_to(folder)
             place.parent.mkdir(exist_ok=True)
@@ -277,8 +368,10 @@ def assemble_pipeline(folder: Path, target: Path, with_code: bool = True) -> boo
     else:
         pipe = loading.load_folder(folder)
         if pipe.text_encoder is None:
-            raise HubError(f"{folder} has no text encoder, expected one in what is shared: put the config.yaml beside it that "
-                           "names it")  # fmt: skip
+            raise HubError(
+                f"{folder} has no text encoder, expected one in what is shared: put the config.yaml beside it that "
+                "names it"
+            )
         pipe.save_pretrained(target)
     return trusted.of_stable_diffusion(target)
 
@@ -294,7 +387,9 @@ def ship(source: str | Path, folder: Path) -> Path:
     vacant(folder)
     run = Run(source)
     if not (run.config.is_file() and (run.pipeline / INDEX).is_file()):
-        raise HubError(f"{source} is no finished run, expected {run.pipeline / INDEX} and {run.config}: train first")
+        raise HubError(
+            f"{source} is no finished run, expected {run.pipeline / INDEX} and {run.config}: train first"
+        )
     settled(run)
     pipe = load(source)
     pipe.unet.to(torch.bfloat16)
@@ -346,8 +441,13 @@ def space(repo_id: str, model: str, *, private: bool = False, token: str | None 
     name, revision, hidden = trusted.revision_of(model, token)
     api = HfApi(token=token)
     with told("the Space", repo_id), tempfile.TemporaryDirectory() as scratch:
-        repo = patiently(lambda: api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private,
-                                                 exist_ok=True).repo_id)  # fmt: skip
+        repo = patiently(
+            lambda: (
+                api.create_repo(
+                    repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True
+                ).repo_id
+            )
+        )
         folder = Path(scratch)
         for path in (path for pattern in SPACE for path in ROOT.glob(pattern)):
             (folder / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
@@ -356,7 +456,9 @@ def space(repo_id: str, model: str, *, private: bool = False, token: str | None 
         (folder / "README.md").write_text(front_page(name, revision), encoding="utf-8")
         address = commit(api, folder, repo, "space", f"Serve {name} at {revision[:7]}")
     if hidden:
-        print(f"{name} is not for everybody: the Space needs a secret HF_TOKEN that may read it, {address}/settings")
+        print(
+            f"{name} is not for everybody: the Space needs a secret HF_TOKEN that may read it, {address}/settings"
+        )
     return address
 
 
@@ -364,8 +466,16 @@ def front_page(model: str, revision: str) -> str:
     """The README of a Space: this project's front matter, with the model that it draws with."""
     ours = RepoCard.load(ROOT / "README.md").data.to_dict()
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    data = SpaceCardData(**ours | {"title": model.rpartition("/")[2], "models": [model], "tags": ["text-to-image", "diffusion"],
-                                   "python_version": python, "suggested_hardware": "cpu-basic"})  # fmt: skip
+    data = SpaceCardData(
+        **ours
+        | {
+            "title": model.rpartition("/")[2],
+            "models": [model],
+            "tags": ["text-to-image", "diffusion"],
+            "python_version": python,
+            "suggested_hardware": "cpu-basic",
+        }
+    )
     return f"---\n{data.to_yaml()}\n---\n\n# {model}\n\nThe page of Direct Jump for `{model}` at commit `{revision}`.\n"
 
 
@@ -378,8 +488,10 @@ def on_disk(what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise HubError(f"{what} failed ({one_line(error)}), expected room, and leave to read and write: mend that and try "
-                       "again") from error  # fmt: skip
+        raise HubError(
+            f"{what} failed ({one_line(error)}), expected room, and leave to read and write: mend that and try "
+            "again"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -388,49 +500,87 @@ def told(what: str, repo_id: str, cure: str = "") -> Iterator[None]:
     try:
         yield
     except LocalTokenNotFoundError as error:
-        raise HubError(f"{what} {repo_id} needs a token and there is none, expected one that may write: `hf auth login`, or set "
-                       f"HF_TOKEN{cure}") from error  # fmt: skip
+        raise HubError(
+            f"{what} {repo_id} needs a token and there is none, expected one that may write: `hf auth login`, or set "
+            f"HF_TOKEN{cure}"
+        ) from error
     except HfHubHTTPError as error:
         status = error.response.status_code
-        reasons = {401: "there is no valid token: `hf auth login`, or set HF_TOKEN",
-                   403: f"this account may not write to {repo_id}: name a repository of your own, with a token that may write",
-                   404: f"there is no {repo_id}: check its name"}  # fmt: skip
-        other = "the Hub is busy: try again later" if busy(status) else "the Hub will not have it: see what it says"
+        reasons = {
+            401: "there is no valid token: `hf auth login`, or set HF_TOKEN",
+            403: f"this account may not write to {repo_id}: name a repository of your own, with a token that may write",
+            404: f"there is no {repo_id}: check its name",
+        }
+        other = (
+            "the Hub is busy: try again later"
+            if busy(status)
+            else "the Hub will not have it: see what it says"
+        )
         reason = reasons.get(status, other)
         says = f" ({' '.join(error.server_message.split())[:200]})" if error.server_message else ""
-        raise HubError(f"{what} {repo_id} got the answer {status}, expected 200: {reason}{says}{cure}") from error
+        raise HubError(
+            f"{what} {repo_id} got the answer {status}, expected 200: {reason}{says}{cure}"
+        ) from error
     except (HTTPError, ConnectionError) as error:
-        raise HubError(f"{what} {repo_id} got no answer ({type(error).__name__}: {one_line(error)}), expected the Hub's: connect "
-                       f"and try again{cure}") from error  # fmt: skip
+        raise HubError(
+            f"{what} {repo_id} got no answer ({type(error).__name__}: {one_line(error)}), expected the Hub's: connect "
+            f"and try again{cure}"
+        ) from error
     except OSError as error:
-        raise HubError(f"{what} {repo_id} failed ({one_line(error)}), expected leave to read and to send: mend that"
-                       f"{cure}") from error  # fmt: skip
+        raise HubError(
+            f"{what} {repo_id} failed ({one_line(error)}), expected leave to read and to send: mend that"
+            f"{cure}"
+        ) from error
     except ValueError as error:
         if isinstance(error, HubError | trusted.ModelError):
             raise
-        said = " ".join(str(error).split()).rstrip(".")  # of a README that the Hub will not take, say
-        raise HubError(f"{what} {repo_id} was refused ({said}), expected no objection: change what it names{cure}") from error
+        said = " ".join(str(error).split()).rstrip(
+            "."
+        )  # of a README that the Hub will not take, say
+        raise HubError(
+            f"{what} {repo_id} was refused ({said}), expected no objection: change what it names{cure}"
+        ) from error
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0 done, 1 not done, 2 a model that is not what was named; each is told in one sentence."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.hub", description="Share models through the Hugging Face Hub.",
-                                     allow_abbrev=False)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.hub",
+        description="Share models through the Hugging Face Hub.",
+        allow_abbrev=False,
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     pushing = commands.add_parser("push", help="upload a run or a saved pipeline")
-    pushing.add_argument("source", metavar="RUN_OR_PATH", help="a run's folder (runs/NAME) or a saved pipeline's")
-    pushing.add_argument("--base", metavar="USER/NAME", help="of an adapter: the name on the Hub of the model that it adapts")
+    pushing.add_argument(
+        "source", metavar="RUN_OR_PATH", help="a run's folder (runs/NAME) or a saved pipeline's"
+    )
+    pushing.add_argument(
+        "--base",
+        metavar="USER/NAME",
+        help="of an adapter: the name on the Hub of the model that it adapts",
+    )
     pulling = commands.add_parser("pull", help="download a model, without code")
     pulling.add_argument("model", metavar="USER/NAME[@REVISION]")
     pulling.add_argument("folder", type=Path, help="a new folder")
-    shipping = commands.add_parser("ship", help="make a run's model small enough for a git repository")
+    shipping = commands.add_parser(
+        "ship", help="make a run's model small enough for a git repository"
+    )
     shipping.add_argument("source", metavar="RUN", help="a finished run's folder (runs/NAME)")
     shipping.add_argument("folder", type=Path, help="a new folder")
     showing = commands.add_parser("space", help="upload this project's page as a Space of a model")
-    showing.add_argument("--model", required=True, metavar="USER/NAME[@REVISION]", help="what it draws with, at that commit")
+    showing.add_argument(
+        "--model",
+        required=True,
+        metavar="USER/NAME[@REVISION]",
+        help="what it draws with, at that commit",
+    )
     for command in (pushing, showing):
-        command.add_argument("repo_id", metavar="USER/NAME", help="where to; it is made where there is none")
-        command.add_argument("--private", action="store_true", help="make it private, where it has to be made")
+        command.add_argument(
+            "repo_id", metavar="USER/NAME", help="where to; it is made where there is none"
+        )
+        command.add_argument(
+            "--private", action="store_true", help="make it private, where it has to be made"
+        )
     args = parser.parse_args(argv)
     try:
         if args.command == "push":
@@ -448,4 +598,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(loading.stoppable(main, "a commit is whole or not there, and the same command tries again"))
+    sys.exit(
+        loading.stoppable(main, "a commit is whole or not there, and the same command tries again")
+    )

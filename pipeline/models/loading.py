@@ -18,16 +18,25 @@ def folder(model: str) -> Path:
         if (path / file).is_file():
             return path
     if Path(model).is_dir():
-        held = "its training has not finished: run the training command again" if (Path(model) / "config.yaml").is_file() else (
-            "pass a run's folder or a saved pipeline's")  # fmt: skip
-        raise ValueError(f"{model} holds no pipeline, expected {Path(model) / 'pipeline' / INDEX}: {held}")
+        held = (
+            "its training has not finished: run the training command again"
+            if (Path(model) / "config.yaml").is_file()
+            else ("pass a run's folder or a saved pipeline's")
+        )
+        raise ValueError(
+            f"{model} holds no pipeline, expected {Path(model) / 'pipeline' / INDEX}: {held}"
+        )
     if Path(model).is_file():
-        raise ValueError(f"{model} is a file, expected the folder of a saved pipeline: make one of a checkpoint by diffusers' "
-                         f"StableDiffusionPipeline.from_single_file({model!r}).save_pretrained(FOLDER)")  # fmt: skip
+        raise ValueError(
+            f"{model} is a file, expected the folder of a saved pipeline: make one of a checkpoint by diffusers' "
+            f"StableDiffusionPipeline.from_single_file({model!r}).save_pretrained(FOLDER)"
+        )
     if trusted.named(model):
         return trusted.download(model)
-    raise ValueError(f"{model} does not exist, expected the folder of a run or of a saved pipeline, or a model of the Hub "
-                     "(user/name): see `ls runs`")  # fmt: skip
+    raise ValueError(
+        f"{model} does not exist, expected the folder of a run or of a saved pipeline, or a model of the Hub "
+        "(user/name): see `ls runs`"
+    )
 
 
 def load(model: str):
@@ -55,12 +64,16 @@ def load_folder(path: Path):
     transformers_logging.disable_progress_bar()
     try:
         trusted.refuse_pickles(path, TextToImagePipeline.load_config(path))
-        pipe = TextToImagePipeline.from_pretrained(path, use_safetensors=True, local_files_only=True)
+        pipe = TextToImagePipeline.from_pretrained(
+            path, use_safetensors=True, local_files_only=True
+        )
     except trusted.ModelError:
         raise
     except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
-        raise ValueError(f"{path} cannot be loaded ({reason}), expected a complete saved pipeline: save it again") from error
+        raise ValueError(
+            f"{path} cannot be loaded ({reason}), expected a complete saved pipeline: save it again"
+        ) from error
     if pipe.text_encoder is None and (path / "config.yaml").is_file():
         tokenizer, encoder = build.text_encoder(load_file(path / "config.yaml").model.text_encoder)
         pipe.register_modules(tokenizer=tokenizer, text_encoder=encoder)
@@ -81,17 +94,25 @@ def load_adapter(path: Path):
     if (path.parent / "config.yaml").is_file():  # a run's
         config = load_file(path.parent / "config.yaml")
         pipe = load(config.model.pretrained)
-        pipe.register_to_config(w=config.sample.default_w, caption_dropout=config.data.caption_dropout)
+        pipe.register_to_config(
+            w=config.sample.default_w, caption_dropout=config.data.caption_dropout
+        )
     else:  # a stranger's settings may name a model of the Hub and nothing on this machine
         base = setting_in(path / SHARED_CONFIG, "model", "pretrained")
         if not isinstance(base, str) or Path(base).exists() or not trusted.named(base):
-            raise trusted.ModelError(f"{path} is an adapter of {base!r}, expected one of a model of the Hub: load that model, then "
-                                  f"`pipe.load_lora_weights({str(path)!r})`")  # fmt: skip
+            raise trusted.ModelError(
+                f"{path} is an adapter of {base!r}, expected one of a model of the Hub: load that model, then "
+                f"`pipe.load_lora_weights({str(path)!r})`"
+            )
         pipe = load(base)
     try:
-        pipe.load_lora_weights(path, weight_name=ADAPTER, use_safetensors=True, local_files_only=True)
+        pipe.load_lora_weights(
+            path, weight_name=ADAPTER, use_safetensors=True, local_files_only=True
+        )
     except (OSError, SafetensorError) as error:
-        raise trusted.ModelError(f"{path / ADAPTER} cannot be loaded ({error}), expected an adapter: save it again") from error
+        raise trusted.ModelError(
+            f"{path / ADAPTER} cannot be loaded ({error}), expected an adapter: save it again"
+        ) from error
     return pipe
 
 
@@ -105,8 +126,13 @@ def pick_device(device: str | None, double: bool = False) -> str:
         return "cpu" if double and found.type == "mps" else str(found)
     try:
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch's way to say that a device is unknown or not there
-        raise ValueError(f"--device is {device}, expected one that this machine has: leave it out to use the fastest") from error
+    except (
+        RuntimeError,
+        AssertionError,
+    ) as error:  # torch's way to say that a device is unknown or not there
+        raise ValueError(
+            f"--device is {device}, expected one that this machine has: leave it out to use the fastest"
+        ) from error
     if double and torch.device(device).type == "mps":
         raise ValueError("--device is mps, expected one that computes in float64: leave it out")
     return device

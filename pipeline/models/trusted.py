@@ -10,13 +10,25 @@ from pathlib import Path
 
 from pipeline.runs.folder import ADAPTER, IMAGES, INDEX, SHARED_CONFIG
 
-OURS = {"DDPMScheduler": "scheduler", "PatchAutoencoder": "patches", "CaptionWhitening": "captions"}  # class -> module
+OURS = {
+    "DDPMScheduler": "scheduler",
+    "PatchAutoencoder": "patches",
+    "CaptionWhitening": "captions",
+}  # class -> module
 PIPELINES = ("TextToImagePipeline", "StableDiffusionPipeline")
 PARTS = ("unet", "scheduler", "text_encoder", "tokenizer", "vae", "whitening")
 NEEDED = ("unet", "scheduler")
-BASES = {"diffusers": ("ModelMixin", "SchedulerMixin"), "transformers": ("PreTrainedModel", "PreTrainedTokenizerBase")}
+BASES = {
+    "diffusers": ("ModelMixin", "SchedulerMixin"),
+    "transformers": ("PreTrainedModel", "PreTrainedTokenizerBase"),
+}
 BESIDE = ("README.md", SHARED_CONFIG, "metrics.json", f"{IMAGES}/*.png")
-FILES = ("*.json", "*.safetensors", "*.txt", "*.model")  # of a component: settings, weights, vocabularies
+FILES = (
+    "*.json",
+    "*.safetensors",
+    "*.txt",
+    "*.model",
+)  # of a component: settings, weights, vocabularies
 VARIANTS = "*.*.safetensors"  # half precision, weights without an average, ...: the same again
 
 
@@ -50,7 +62,9 @@ def download(model: str, variant: str | None = None, **options) -> Path:
     from huggingface_hub.errors import EntryNotFoundError
 
     if (found := named(model)) is None:
-        raise ModelError(f"{model} is not a folder here, expected one or a model of the Hub: pass user/name[@revision]")
+        raise ModelError(
+            f"{model} is not a folder here, expected one or a model of the Hub: pass user/name[@revision]"
+        )
     repo, revision = found
     options |= {} if revision is None else {"revision": revision}
     with told(model):
@@ -59,14 +73,22 @@ def download(model: str, variant: str | None = None, **options) -> Path:
         except EntryNotFoundError as error:
             return download_adapter(repo, error, **options)
         wanted = patterns(index.parent)
-        pinned = options | {"revision": index.parent.name}  # of all files, whatever is pushed meanwhile
-        folder = Path(snapshot_download(repo, allow_patterns=wanted, ignore_patterns=None if variant else VARIANTS, **pinned))
+        pinned = options | {
+            "revision": index.parent.name
+        }  # of all files, whatever is pushed meanwhile
+        folder = Path(
+            snapshot_download(
+                repo, allow_patterns=wanted, ignore_patterns=None if variant else VARIANTS, **pinned
+            )
+        )
     try:
         refuse_pickles(folder, own(read(folder / INDEX)), model, variant)
     except VariantError:
         raise
     except ModelError:
-        with contextlib.suppress(OSError):  # what was left out may be the reason, if the Hub can be asked
+        with contextlib.suppress(
+            OSError
+        ):  # what was left out may be the reason, if the Hub can be asked
             info = HfApi(token=options.get("token")).model_info(repo, revision=pinned["revision"])
             refuse_variants(repo, [file.rfilename for file in info.siblings])
         raise
@@ -76,12 +98,18 @@ def download(model: str, variant: str | None = None, **options) -> Path:
 def refuse_variants(model: str, names: list[str]) -> None:
     """VariantError where, of a model's file names, the safetensors of any component are all variants, such as fp16."""
     for part in PARTS:
-        found = [Path(name) for name in names if name.startswith(f"{part}/") and name.endswith(".safetensors")]
+        found = [
+            Path(name)
+            for name in names
+            if name.startswith(f"{part}/") and name.endswith(".safetensors")
+        ]
         if not found or not all(path.match(VARIANTS) for path in found):
             continue
         kind = found[0].stem.rpartition(".")[2].partition("-")[0]
-        raise VariantError(f"{model} has its weights as {kind} alone, expected plain ones: TextToImagePipeline.from_pretrained("
-                           f"{model!r}, variant={kind!r}) loads it, and its save_pretrained makes a folder that loads everywhere")
+        raise VariantError(
+            f"{model} has its weights as {kind} alone, expected plain ones: TextToImagePipeline.from_pretrained("
+            f"{model!r}, variant={kind!r}) loads it, and its save_pretrained makes a folder that loads everywhere"
+        )
 
 
 def download_adapter(repo: str, missing: Exception, **options) -> Path:
@@ -101,13 +129,22 @@ def patterns(folder: Path) -> list[str]:
     """What is had of a pipeline whose index lies in a folder, or of an adapter, which has none: no code and no pickles."""
     if not (folder / INDEX).is_file():
         return [ADAPTER, *BESIDE]
-    parts = [name for name, value in own(read(folder / INDEX)).items() if name in PARTS and value[0] is not None]
+    parts = [
+        name
+        for name, value in own(read(folder / INDEX)).items()
+        if name in PARTS and value[0] is not None
+    ]
     return [INDEX, *BESIDE, *(f"{part}/{kind}" for part in parts for kind in FILES)]
 
 
 def downloaded(folder: Path) -> list[Path]:
     """The files of a folder that `download` puts there, whatever another tool has put beside them."""
-    return [path for pattern in patterns(folder) for path in folder.glob(pattern) if not path.match(VARIANTS)]
+    return [
+        path
+        for pattern in patterns(folder)
+        for path in folder.glob(pattern)
+        if not path.match(VARIANTS)
+    ]
 
 
 def revision_of(model: str, token: str | None = None) -> tuple[str, str, bool]:
@@ -118,7 +155,9 @@ def revision_of(model: str, token: str | None = None) -> tuple[str, str, bool]:
     from huggingface_hub import HfApi, hf_hub_download
 
     if (found := named(model)) is None:
-        raise ModelError(f"{model} is not a model of the Hub, expected user/name or user/name@revision: push it first")
+        raise ModelError(
+            f"{model} is not a model of the Hub, expected user/name or user/name@revision: push it first"
+        )
     with told(model):
         info = HfApi(token=token).model_info(found[0], revision=found[1])
         names = [file.rfilename for file in info.siblings]
@@ -134,9 +173,15 @@ def network_of(model: str, token: str | None = None) -> tuple[dict, dict[str, st
 
     repo, revision, _ = revision_of(model, token)
     with told(model):
-        settings = read(Path(hf_hub_download(repo, "unet/config.json", revision=revision, token=token)))
+        settings = read(
+            Path(hf_hub_download(repo, "unet/config.json", revision=revision, token=token))
+        )
         tree = HfApi(token=token).list_repo_tree(repo, "unet", revision=revision)
-        sums = {Path(file.path).name: file.lfs and file.lfs.sha256 for file in tree if file.path.endswith(".safetensors")}
+        sums = {
+            Path(file.path).name: file.lfs and file.lfs.sha256
+            for file in tree
+            if file.path.endswith(".safetensors")
+        }
     return settings, sums
 
 
@@ -145,9 +190,13 @@ def read(index: Path) -> dict:
     try:
         found = json.loads(index.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ModelError(f"{index} is damaged ({error}), expected JSON: save the pipeline again") from error
+        raise ModelError(
+            f"{index} is damaged ({error}), expected JSON: save the pipeline again"
+        ) from error
     if not isinstance(found, dict):
-        raise ModelError(f"{index} holds a {type(found).__name__}, expected names and values: save the pipeline again")
+        raise ModelError(
+            f"{index} holds a {type(found).__name__}, expected names and values: save the pipeline again"
+        )
     return found
 
 
@@ -159,19 +208,29 @@ def own(index: dict) -> dict:
     kind = index.get("_class_name")
     name = kind[-1] if isinstance(kind, list) and kind else kind
     if name not in PIPELINES:
-        raise ModelError(f"this model is a {name}, expected a {' or a '.join(PIPELINES)}: load it with its own library")
+        raise ModelError(
+            f"this model is a {name}, expected a {' or a '.join(PIPELINES)}: load it with its own library"
+        )
     from pipeline.diffusion.hub_format import PRIVATE, SD_W, SETTINGS
 
     private = index.get(PRIVATE, {})
     index = index | (private if isinstance(private, dict) else {})
     if missing := [part for part in NEEDED if not index.get(part)]:
-        raise ModelError(f"{INDEX} names no {' and no '.join(missing)}, expected both {' and '.join(NEEDED)}: save it again")
+        raise ModelError(
+            f"{INDEX} names no {' and no '.join(missing)}, expected both {' and '.join(NEEDED)}: save it again"
+        )
     settings = {key: index[key] for key in SETTINGS if index.get(key) is not None}
-    if wrong := [f"{key} {value!r}" for key, value in settings.items() if not isinstance(value, Real)]:
+    if wrong := [
+        f"{key} {value!r}" for key, value in settings.items() if not isinstance(value, Real)
+    ]:
         raise ModelError(f"{INDEX} has {' and '.join(wrong)}, expected numbers: save it again")
     if name != PIPELINES[0]:
         settings.setdefault("w", SD_W)
-    return settings | {part: component(part, index[part]) for part in PARTS if part in index} | {"_class_name": PIPELINES[0]}
+    return (
+        settings
+        | {part: component(part, index[part]) for part in PARTS if part in index}
+        | {"_class_name": PIPELINES[0]}
+    )
 
 
 def of_stable_diffusion(folder: Path) -> bool:
@@ -190,23 +249,38 @@ def component(part: str, value: object) -> list[str | None]:
         if library in BASES:
             module = importlib.import_module(library)
             found = getattr(module, name, None)
-            if isinstance(found, type) and issubclass(found, tuple(getattr(module, base) for base in BASES[library])):
+            if isinstance(found, type) and issubclass(
+                found, tuple(getattr(module, base) for base in BASES[library])
+            ):
                 return [library, name]
-    raise ModelError(f"its {part} is {name!r} of {library!r}, expected a class of diffusers, transformers or this package: code "
-                     "of a model is not run here, so read it and load it by diffusers' trust_remote_code")  # fmt: skip
+    raise ModelError(
+        f"its {part} is {name!r} of {library!r}, expected a class of diffusers, transformers or this package: code "
+        "of a model is not run here, so read it and load it by diffusers' trust_remote_code"
+    )
 
 
-def refuse_pickles(folder: Path, index: dict, name: str | None = None, variant: str | None = None) -> None:
+def refuse_pickles(
+    folder: Path, index: dict, name: str | None = None, variant: str | None = None
+) -> None:
     """ModelError where a network of a saved pipeline has no safetensors: whatever else its weights are in may run code.
 
     name: what to call the model, if not by its folder. variant: which weights are wanted; None are the plain ones.
     """
-    networks = [part for part in PARTS if index.get(part, [None])[0] and (folder / part / "config.json").is_file()]
+    networks = [
+        part
+        for part in PARTS
+        if index.get(part, [None])[0] and (folder / part / "config.json").is_file()
+    ]
     if unsafe := [part for part in networks if not any((folder / part).glob("*.safetensors"))]:
-        raise ModelError(f"{name or folder} cannot be loaded: its {' and '.join(unsafe)} has no safetensors, expected them, "
-                         "since a pickle may run code: have it saved again with safe_serialization=True")  # fmt: skip
+        raise ModelError(
+            f"{name or folder} cannot be loaded: its {' and '.join(unsafe)} has no safetensors, expected them, "
+            "since a pickle may run code: have it saved again with safe_serialization=True"
+        )
     if variant is None:
-        refuse_variants(name or str(folder), [f"{path.parent.name}/{path.name}" for path in folder.glob("*/*.safetensors")])
+        refuse_variants(
+            name or str(folder),
+            [f"{path.parent.name}/{path.name}" for path in folder.glob("*/*.safetensors")],
+        )
 
 
 @contextlib.contextmanager
@@ -216,20 +290,26 @@ def told(model: str) -> Iterator[None]:
 
     reasons = {  # the first that fits
         errors.GatedRepoError: "is gated and this account may not read it, expected its conditions to be accepted: do so on its "
-                               "page, then `hf auth login`",
+        "page, then `hf auth login`",
         errors.RepositoryNotFoundError: "is not on the Hub, or private and not yours, and no folder here: check the name, or "
-                                        "`hf auth login`",
+        "`hf auth login`",
         errors.RevisionNotFoundError: "has no such revision, expected a branch, a tag or a commit: leave it out for the newest",
         errors.LocalEntryNotFoundError: "is neither a folder here nor in the cache, and the Hub cannot be reached: connect once, "
-                                        "or pass a folder",
+        "or pass a folder",
         errors.EntryNotFoundError: f"holds no {INDEX}, expected a saved diffusers pipeline: check the name",
         errors.HTTPError: "cannot be had from the Hub, which is busy or out of reach: try again later",
-    }  # fmt: skip
+    }
     try:
         yield
     except (errors.HTTPError, errors.EntryNotFoundError) as error:
         reason = next(words for kind, words in reasons.items() if isinstance(error, kind))
         raise ModelError(f"{model} {reason}") from error
-    except (OSError, RuntimeError, errors.XetDownloadError) as error:  # a full disk, or files that do not get through
+    except (
+        OSError,
+        RuntimeError,
+        errors.XetDownloadError,
+    ) as error:  # a full disk, or files that do not get through
         said = " ".join(str(error).split())
-        raise ModelError(f"{model} could not be downloaded ({said}), expected all of it: mend that and try again") from error
+        raise ModelError(
+            f"{model} could not be downloaded ({said}), expected all of it: mend that and try again"
+        ) from error

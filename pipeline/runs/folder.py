@@ -90,16 +90,23 @@ class Run:
         try:
             file = open(self.folder / ".lock", "a+")  # noqa: SIM115
         except OSError as error:
-            raise RunError(f"cannot write in the run folder {self.folder}: {error.strerror}") from error
+            raise RunError(
+                f"cannot write in the run folder {self.folder}: {error.strerror}"
+            ) from error
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 file.seek(0)
-                raise RunError(f"{self.folder} is in use by process {file.read().strip()}: "
-                               "wait for it, or give this run another --name") from error  # fmt: skip
+                raise RunError(
+                    f"{self.folder} is in use by process {file.read().strip()}: "
+                    "wait for it, or give this run another --name"
+                ) from error
             except OSError as error:  # some network file systems have no locks
-                warnings.warn(f"{self.folder} cannot be locked ({error.strerror}): start no second run in it", stacklevel=2)
+                warnings.warn(
+                    f"{self.folder} cannot be locked ({error.strerror}): start no second run in it",
+                    stacklevel=2,
+                )
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
@@ -117,14 +124,18 @@ class Run:
         self._check_room(step)
         try:
             self._fill(new, step, write, facts)
-            if target.exists():  # a torn one of the same step: a whole one would have been resumed from
+            if (
+                target.exists()
+            ):  # a torn one of the same step: a whole one would have been resumed from
                 shutil.rmtree(target)
             new.rename(target)
             sync(self.checkpoints)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(new, ignore_errors=True)
-            raise SaveError(f"the checkpoint of step {step} could not be saved in {self.checkpoints} ({error}); those of steps "
-                            f"{self.steps() or 'none'} are whole: make room, then run the same command") from error  # fmt: skip
+            raise SaveError(
+                f"the checkpoint of step {step} could not be saved in {self.checkpoints} ({error}); those of steps "
+                f"{self.steps() or 'none'} are whole: make room, then run the same command"
+            ) from error
         self.torn.discard(step)
         found = self.steps(step)  # a later one is torn, or of another plan
         kept = [n for n in found if n not in self.torn][-keep:]
@@ -135,27 +146,50 @@ class Run:
     def _check_room(self, step: int) -> None:
         """SaveError where the disk has no room for another checkpoint, of one step, of the last one's size."""
         steps = self.steps(step)
-        last = sum(p.stat().st_size for p in (self.checkpoints / str(steps[-1])).rglob("*") if p.is_file()) if steps else 0
+        last = (
+            sum(
+                p.stat().st_size
+                for p in (self.checkpoints / str(steps[-1])).rglob("*")
+                if p.is_file()
+            )
+            if steps
+            else 0
+        )
         free = shutil.disk_usage(self.checkpoints).free
         if free < ROOM * last:
-            raise SaveError(f"{self.checkpoints} has {free:,} bytes free, expected {ROOM * last:,.0f} for a checkpoint: make "
-                            f"room, then run the same command, which goes on from step {steps[-1]}")  # fmt: skip
+            raise SaveError(
+                f"{self.checkpoints} has {free:,} bytes free, expected {ROOM * last:,.0f} for a checkpoint: make "
+                f"room, then run the same command, which goes on from step {steps[-1]}"
+            )
 
     def _fill(self, new: Path, step: int, write: Callable[[Path], None], facts: dict) -> None:
         """Write a checkpoint's files, their manifest last, and have all of it on the disk."""
         new.mkdir()
         write(new)
         files = {str(p.relative_to(new)): p for p in sorted(new.rglob("*")) if p.is_file()}
-        manifest = {"step": step, **facts, "files": {name: describe(path) for name, path in files.items()}}
+        manifest = {
+            "step": step,
+            **facts,
+            "files": {name: describe(path) for name, path in files.items()},
+        }
         (new / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        for path in (*files.values(), new / MANIFEST, *(p for p in new.rglob("*") if p.is_dir()), new):
+        for path in (
+            *files.values(),
+            new / MANIFEST,
+            *(p for p in new.rglob("*") if p.is_dir()),
+            new,
+        ):
             sync(path)
 
     def steps(self, last: float = math.inf) -> list[int]:
         """The steps of all checkpoints, up to `last`, oldest first; other names in the folder are nobody's business."""
         if not self.checkpoints.is_dir():
             return []
-        found = (int(p.name) for p in self.checkpoints.iterdir() if p.is_dir() and re.fullmatch("[1-9][0-9]*", p.name))
+        found = (
+            int(p.name)
+            for p in self.checkpoints.iterdir()
+            if p.is_dir() and re.fullmatch("[1-9][0-9]*", p.name)
+        )
         return sorted(step for step in found if step <= last)
 
     def newest(self) -> Path | None:
@@ -168,8 +202,10 @@ class Run:
             self.torn.add(step)
             warnings.warn(f"checkpoint {folder} is skipped: {damage}", stacklevel=2)
         if steps:
-            raise RunError(f"every checkpoint in {self.checkpoints} is damaged ({len(steps)} of {len(steps)}): "
-                           "nothing was deleted; move the folder away to start anew")  # fmt: skip
+            raise RunError(
+                f"every checkpoint in {self.checkpoints} is damaged ({len(steps)} of {len(steps)}): "
+                "nothing was deleted; move the folder away to start anew"
+            )
         return None
 
     def log(self, **record) -> None:
@@ -186,7 +222,9 @@ class Run:
 
     def drawn(self) -> list[tuple[int, Path]]:
         """The steps that samples were drawn at, each with its picture, the newest last; other files in the folder are none."""
-        return sorted((int(path.stem), path) for path in self.samples.glob("*.png") if path.stem.isdecimal())
+        return sorted(
+            (int(path.stem), path) for path in self.samples.glob("*.png") if path.stem.isdecimal()
+        )
 
     def rewind(self, step: int) -> None:
         """Forget what was logged and drawn after `step`: those steps are about to be repeated."""
@@ -200,7 +238,10 @@ class Run:
 def describe(path: Path) -> dict:
     """A file's size in bytes and sha256, as the manifest keeps them."""
     with open(path, "rb") as file:
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        return {
+            "size": path.stat().st_size,
+            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+        }
 
 
 def manifest(folder: Path) -> dict:
@@ -293,7 +334,13 @@ def load_state(folder: Path, name: str) -> dict:
         ((kind, value),) = node.items()
         if kind == "dict":
             return {key: fill(item) for key, item in value}
-        return [fill(item) for item in value] if kind == "list" else tensors[value] if kind == "tensor" else value
+        return (
+            [fill(item) for item in value]
+            if kind == "list"
+            else tensors[value]
+            if kind == "tensor"
+            else value
+        )
 
     return fill(json.loads((folder / f"{name}.json").read_text()))
 
@@ -309,14 +356,25 @@ class StopRequest:
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
     ORPHAN = "the launcher is gone"
-    LAUNCHERS = ("ACCELERATE_", "TORCHELASTIC_")  # what accelerate launch and torchrun set; a shell may go, and the run goes on
+    LAUNCHERS = (
+        "ACCELERATE_",
+        "TORCHELASTIC_",
+    )  # what accelerate launch and torchrun set; a shell may go, and the run goes on
 
     def __init__(self):
-        self.reason, self.exit_code, self.parent, self.where, self.over = "", 0, os.getppid(), "", threading.Event()
+        self.reason, self.exit_code, self.parent, self.where, self.over = (
+            "",
+            0,
+            os.getppid(),
+            "",
+            threading.Event(),
+        )
         self.terminals = [fd for fd in (1, 2) if os.isatty(fd)]
 
     def __enter__(self):
-        heard = (n for n in self.SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN)
+        heard = (
+            n for n in self.SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN
+        )
         self.before = {number: signal.signal(number, self.handle) for number in heard}
         if any(name.startswith(self.LAUNCHERS) for name in os.environ):
             threading.Thread(target=self._watch, daemon=True).start()
@@ -343,7 +401,9 @@ class StopRequest:
     def handle(self, number, _frame):
         if self.reason and number == signal.SIGINT:
             os._exit(130)
-        for fd in (fd for fd in self.terminals if not os.isatty(fd)):  # closed: writing to it is an error
+        for fd in (
+            fd for fd in self.terminals if not os.isatty(fd)
+        ):  # closed: writing to it is an error
             with open(os.devnull, "w") as nowhere:
                 os.dup2(nowhere.fileno(), fd)
         self.reason = self.reason or signal.Signals(number).name

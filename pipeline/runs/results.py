@@ -18,8 +18,10 @@ def of_distances(found: dict) -> list[str]:
     for name, by in found.items():
         lines += [f"  kid ({name}) {by['kid']['value']:.4f} ± {by['kid']['error']:.4f}"]
         if frechet := by.get("frechet"):
-            lines[-1] += (f"; Fréchet distance ({name}) {frechet['value']:.1f}, of real pictures {frechet['real']:.1f}, "
-                          f"both {frechet['n']} against {frechet['n']}")  # fmt: skip
+            lines[-1] += (
+                f"; Fréchet distance ({name}) {frechet['value']:.1f}, of real pictures {frechet['real']:.1f}, "
+                f"both {frechet['n']} against {frechet['n']}"
+            )
     return lines
 
 
@@ -28,12 +30,18 @@ def of_more(found: dict) -> list[str]:
     lines, errors = [], found["errors"]
     for kind in ("x_0", "eps"):
         splits = [split for split in ("train", "held_out") if split in errors]
-        each = [f"t = {t} " + " and ".join(f"{errors[split][kind][i]:.4f}" for split in splits)
-                for i, t in enumerate(errors["timesteps"])]  # fmt: skip
-        lines += [f"mean squared error of {kind} ({' and '.join(splits).replace('_', '-')} pictures): {', '.join(each)}"]
+        each = [
+            f"t = {t} " + " and ".join(f"{errors[split][kind][i]:.4f}" for split in splits)
+            for i, t in enumerate(errors["timesteps"])
+        ]
+        lines += [
+            f"mean squared error of {kind} ({' and '.join(splits).replace('_', '-')} pictures): {', '.join(each)}"
+        ]
     if bits := found.get("bits_per_dimension"):
-        lines += [f"held-out pictures: at most {likely(bits['model'])} bits per dimension by the bound; as PNG "
-                  f"{likely(bits['png'])}, as lossless WebP {likely(bits['webp'])}"]  # fmt: skip
+        lines += [
+            f"held-out pictures: at most {likely(bits['model'])} bits per dimension by the bound; as PNG "
+            f"{likely(bits['png'])}, as lossless WebP {likely(bits['webp'])}"
+        ]
     each = [f"w = {w} {likely(by_w)}" for w, by_w in found["diversity"].items()]
     taken = f" in {found['num_inference_steps']} steps" if "num_inference_steps" in found else ""
     return [*lines, f"diversity, the judge's distance between seeds{taken}: {', '.join(each)}"]
@@ -42,32 +50,57 @@ def of_more(found: dict) -> list[str]:
 def of_sweep(found: dict) -> list[str]:
     """The table of a sweep, a line a point."""
     base = ", ".join(f"{name} = {value}" for name, value in found["base"]["at"].items())
-    point = lambda at, by: (f"  {at}: kid ({found['features']}) {by['kid']['value']:.4f} ± {by['kid']['error']:.4f}, first "
-                            f"{percent(by['first'])}, first five {percent(by['first_five'])}, {by['calls']} calls")  # fmt: skip
-    lines = [f"sweep over {found['captions']} captions, seed {found['seed']}:", point(base, found["base"])]
-    return lines + [point(f"{knob} = {by['at']}", by) for knob, points in found["curves"].items() for by in points]
+    point = lambda at, by: (
+        f"  {at}: kid ({found['features']}) {by['kid']['value']:.4f} ± {by['kid']['error']:.4f}, first "
+        f"{percent(by['first'])}, first five {percent(by['first_five'])}, {by['calls']} calls"
+    )
+    lines = [
+        f"sweep over {found['captions']} captions, seed {found['seed']}:",
+        point(base, found["base"]),
+    ]
+    return lines + [
+        point(f"{knob} = {by['at']}", by)
+        for knob, points in found["curves"].items()
+        for by in points
+    ]
 
 
 def of_seeds(result: dict) -> list[str]:
     """What every caption's drawings were worth."""
-    refs, lines = result["references"], [f"w = {result['w']:g}, {result['num_inference_steps']} steps"]
+    refs, lines = (
+        result["references"],
+        [f"w = {result['w']:g}, {result['num_inference_steps']} steps"],
+    )
     for seed, found in result["by_seed"].items():
-        lines += [f"seed {seed}: training captions: first {percent(found['train']['first'])}, "
-                  f"first five {percent(found['train']['first_five'])}; seams {found['seam_ratio']:.2f} of real"]  # fmt: skip
+        lines += [
+            f"seed {seed}: training captions: first {percent(found['train']['first'])}, "
+            f"first five {percent(found['train']['first_five'])}; seams {found['seam_ratio']:.2f} of real"
+        ]
         if "held_out" in found:
-            lines += [f"  held-out combinations: first {percent(found['held_out']['first'])}, "
-                      f"copies {percent(found['held_out']['copies'])}"]  # fmt: skip
-            lines += [f"    {name}: first {percent(grid['first'])}" for name, grid in found["grids"].items()]
+            lines += [
+                f"  held-out combinations: first {percent(found['held_out']['first'])}, "
+                f"copies {percent(found['held_out']['copies'])}"
+            ]
+            lines += [
+                f"    {name}: first {percent(grid['first'])}"
+                for name, grid in found["grids"].items()
+            ]
         lines += of_distances(found.get("distances", {}))
         if clip := found.get("clip"):
-            lines += [f"  CLIP score ({clip['model']}) {likely(clip['drawn'])}, of real pictures {likely(clip['real'])}"]
+            lines += [
+                f"  CLIP score ({clip['model']}) {likely(clip['drawn'])}, of real pictures {likely(clip['real'])}"
+            ]
         lines += [f"  free prompts: copies {percent(result['free_prompt_copies'][seed])}"]
-    lines += [f"chance: first {refs['chance']['first']:.2%}, first five {refs['chance']['first_five']:.2%}; "
-              f"a lightly augmented real picture: first {percent(refs['ceiling']['first'])}, first five "
-              f"{percent(refs['ceiling']['first_five'])}"]  # fmt: skip
+    lines += [
+        f"chance: first {refs['chance']['first']:.2%}, first five {refs['chance']['first_five']:.2%}; "
+        f"a lightly augmented real picture: first {percent(refs['ceiling']['first'])}, first five "
+        f"{percent(refs['ceiling']['first_five'])}"
+    ]
     if sibling := refs.get("siblings", {}).get("held_out"):
-        lines += [f"a sibling's picture: first {percent(sibling['first'])}, first five {percent(sibling['first_five'])}; "
-                  f"real held-out pictures: copies {percent(refs['real_held_out_copies'])}"]  # fmt: skip
+        lines += [
+            f"a sibling's picture: first {percent(sibling['first'])}, first five {percent(sibling['first_five'])}; "
+            f"real held-out pictures: copies {percent(refs['real_held_out_copies'])}"
+        ]
     return lines
 
 

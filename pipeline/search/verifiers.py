@@ -40,11 +40,20 @@ class Likelihood:
     rest; "even" weighs all errors in the noise alike besides, a heuristic and no likelihood.
     """
 
-    def __init__(self, pairs: int = 16, seed: int = 0, *, levels: tuple[float, float] = (0.0, 1.0), weight: str = "bound"):
+    def __init__(
+        self,
+        pairs: int = 16,
+        seed: int = 0,
+        *,
+        levels: tuple[float, float] = (0.0, 1.0),
+        weight: str = "bound",
+    ):
         if pairs < 1:
             raise InputError(f"pairs is {pairs}, expected 1 or more: pass 16")
         if weight not in WEIGHTS:
-            raise InputError(f"weight is {weight!r}, expected one of {', '.join(WEIGHTS)}: bound is the likelihood's")
+            raise InputError(
+                f"weight is {weight!r}, expected one of {', '.join(WEIGHTS)}: bound is the likelihood's"
+            )
         self.pairs, self.seed, self.levels, self.weight = pairs, seed, levels, weight
         self.decoder = weight == "bound" and levels[0] == 0
         self.calls = 2 * (pairs + self.decoder)
@@ -53,22 +62,32 @@ class Likelihood:
         *_, weights = self.plan(pipe.scheduler, x_0.shape[1:])
         return (weights.to(x_0.device) @ self.differences(pipe, prompt, x_0)).to(x_0.dtype)
 
-    def plan(self, scheduler: DDPMScheduler, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    def plan(
+        self, scheduler: DDPMScheduler, shape: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The pairs, the decoder's last: timesteps (M,), noises (M, *shape), weights (M,) in float64.
 
         A score is the weights' sum over `differences`. InputError where no timestep is of the noise levels.
         """
         if not hasattr(scheduler, "posterior"):
-            raise InputError(f"the scheduler is {type(scheduler).__name__}, expected pipeline.scheduler's, whose bound is known: "
-                             "judge by a CLIP model")  # fmt: skip
+            raise InputError(
+                f"the scheduler is {type(scheduler).__name__}, expected pipeline.scheduler's, whose bound is known: "
+                "judge by a CLIP model"
+            )
         one = torch.zeros(1, dtype=torch.float64)
         t = torch.arange(1, len(scheduler))  # library time 1 ... T - 1 is the lecture's 2 ... T
         level, (low, high) = (1 - scheduler.abar(t, one)).sqrt(), self.levels
-        t = t[(low <= level) & (level <= high) & (level < 1)]  # where abar = 0 no error in the noise tells of x_0
+        t = t[
+            (low <= level) & (level <= high) & (level < 1)
+        ]  # where abar = 0 no error in the noise tells of x_0
         if not len(t):
-            raise InputError(f"levels are {low:g} to {high:g}, expected a range with a timestep's in it: pass 0 to 1")
+            raise InputError(
+                f"levels are {low:g} to {high:g}, expected a range with a timestep's in it: pass 0 to 1"
+            )
         generator, total = torch.Generator().manual_seed(self.seed), len(t)
-        shares = (torch.arange(self.pairs) + torch.rand(self.pairs, generator=generator)) / self.pairs
+        shares = (
+            torch.arange(self.pairs) + torch.rand(self.pairs, generator=generator)
+        ) / self.pairs
         t = t[(shares * total).long().clamp(max=total - 1)]
         noises = torch.randn(self.pairs, *shape, generator=generator)
         if self.weight == "even":
@@ -77,20 +96,43 @@ class Likelihood:
         if not self.decoder:
             return t, noises, weights
         variance = scheduler.posterior(one, one, 1, 0)[1]  # beta~_2, since beta~_1 = 0
-        density = (1 / (2 * variance * scheduler.snr(0, one))).reshape(1)  # `losses.decoder`'s, of the error in the noise
-        return torch.cat([t, t.new_zeros(1)]), torch.cat([noises, noises[:1]]), torch.cat([weights, density])
+        density = (1 / (2 * variance * scheduler.snr(0, one))).reshape(
+            1
+        )  # `losses.decoder`'s, of the error in the noise
+        return (
+            torch.cat([t, t.new_zeros(1)]),
+            torch.cat([noises, noises[:1]]),
+            torch.cat([weights, density]),
+        )
 
     @torch.no_grad()
-    def differences(self, pipe: TextToImagePipeline, prompt: str | list[str], x_0: Tensor) -> Tensor:
+    def differences(
+        self, pipe: TextToImagePipeline, prompt: str | list[str], x_0: Tensor
+    ) -> Tensor:
         """|eps - eps(x_t, t, 0)|^2 - |eps - eps(x_t, t, c)|^2 of each pair for each candidate, (M, N) in float64."""
         timesteps, noises, _ = self.plan(pipe.scheduler, x_0.shape[1:])
-        captions, empty = (states.expand(len(x_0), -1, -1) for states in pipe.encode_prompt(prompt, negative_prompt=""))
+        captions, empty = (
+            states.expand(len(x_0), -1, -1)
+            for states in pipe.encode_prompt(prompt, negative_prompt="")
+        )
         parts = zip(*(x.split(BATCH) for x in (x_0, captions, empty)), strict=True)
-        return torch.cat([torch.stack([difference(pipe, part, t, eps.to(part), *states) for t, eps in
-                                       zip(timesteps.tolist(), noises, strict=True)]) for part, *states in parts], 1)  # fmt: skip
+        return torch.cat(
+            [
+                torch.stack(
+                    [
+                        difference(pipe, part, t, eps.to(part), *states)
+                        for t, eps in zip(timesteps.tolist(), noises, strict=True)
+                    ]
+                )
+                for part, *states in parts
+            ],
+            1,
+        )
 
 
-def difference(pipe: TextToImagePipeline, x_0: Tensor, t: int, eps: Tensor, captions: Tensor, empty: Tensor) -> Tensor:
+def difference(
+    pipe: TextToImagePipeline, x_0: Tensor, t: int, eps: Tensor, captions: Tensor, empty: Tensor
+) -> Tensor:
     """|eps - eps(x_t, t, 0)|^2 - |eps - eps(x_t, t, c)|^2 of candidates (N, c, h, w) under one noise (c, h, w), (N,)."""
     scheduler, dtype = pipe.scheduler, pipe.unet.dtype
     x_t = scheduler.add_noise(x_0, eps.expand_as(x_0), t).repeat(2, 1, 1, 1)
@@ -112,31 +154,46 @@ class Clip:
 
     def __init__(self, model: str | Path):
         try:
-            if (kind := AutoConfig.from_pretrained(model, trust_remote_code=False).model_type) != "clip":
-                raise InputError(f"{model} is a model of type {kind!r}, expected clip: pass openai/clip-vit-large-patch14")
+            if (
+                kind := AutoConfig.from_pretrained(model, trust_remote_code=False).model_type
+            ) != "clip":
+                raise InputError(
+                    f"{model} is a model of type {kind!r}, expected clip: pass openai/clip-vit-large-patch14"
+                )
             self.model = CLIPModel.from_pretrained(model, use_safetensors=True).eval()
             self.tokenizer = CLIPTokenizer.from_pretrained(model)
-            self.processor = CLIPImageProcessorPil.from_pretrained(model)  # the other one wants torchvision
+            self.processor = CLIPImageProcessorPil.from_pretrained(
+                model
+            )  # the other one wants torchvision
         except InputError:
             raise
         except (OSError, ValueError, SafetensorError) as error:
             reason = " ".join(str(error).split()).rstrip(".")
-            raise InputError(f"{model} is no CLIP model: it cannot be loaded ({reason}), expected a CLIP model's folder or Hub "
-                             "id with safetensors: pass openai/clip-vit-large-patch14") from error  # fmt: skip
+            raise InputError(
+                f"{model} is no CLIP model: it cannot be loaded ({reason}), expected a CLIP model's folder or Hub "
+                "id with safetensors: pass openai/clip-vit-large-patch14"
+            ) from error
 
     def __call__(self, pipe: TextToImagePipeline, prompt: str | list[str], x_0: Tensor) -> Tensor:
         self.model.to(x_0.device)
         draw = lambda part: pipe.image_processor.postprocess(pipe.decode(part), output_type="pil")
         texts = lambda i: [prompt] if isinstance(prompt, str) else prompt[i : i + BATCH]
-        return torch.cat([self.cosines(draw(x_0[i : i + BATCH]), texts(i)) for i in range(0, len(x_0), BATCH)])
+        return torch.cat(
+            [self.cosines(draw(x_0[i : i + BATCH]), texts(i)) for i in range(0, len(x_0), BATCH)]
+        )
 
     @torch.no_grad()
     def cosines(self, pictures: list, texts: list[str]) -> Tensor:
         """The cosines (N,) of N pictures (PIL, or uint8 (H, W, 3)) with a text each, or with one text."""
         device, length = self.model.device, self.model.config.text_config.max_position_embeddings
-        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt").to(device)
+        tokens = self.tokenizer(
+            texts, padding=True, truncation=True, max_length=length, return_tensors="pt"
+        ).to(device)
         pixels = self.processor(images=pictures, return_tensors="pt").pixel_values.to(device)
-        seen, said = self.model.get_image_features(pixel_values=pixels), self.model.get_text_features(**tokens)
+        seen, said = (
+            self.model.get_image_features(pixel_values=pixels),
+            self.model.get_text_features(**tokens),
+        )
         return F.cosine_similarity(seen.pooler_output, said.pooler_output)
 
 
@@ -147,4 +204,6 @@ def clip_scores(clip: Clip, images: Tensor, captions: list[str], batch: int = 32
     """
     pictures = [image.permute(1, 2, 0).numpy() for image in images]
     parts = [slice(i, i + batch) for i in range(0, len(pictures), batch)]
-    return torch.cat([100 * clip.cosines(pictures[part], captions[part]).clamp(min=0) for part in parts])
+    return torch.cat(
+        [100 * clip.cosines(pictures[part], captions[part]).clamp(min=0) for part in parts]
+    )

@@ -45,14 +45,24 @@ class Request:
 
         T is the scheduler's number of timesteps, `rows` how many pictures it draws where that is not `images`.
         """
-        ranges = {"w": (-10, 30), "steps": (1, T), "eta": (0, 1), "images": (1, IMAGES), "seed": (0, SEEDS), "low": (0, 1),
-                  "high": (0, 1), "think": (1, THINK)}  # fmt: skip
+        ranges = {
+            "w": (-10, 30),
+            "steps": (1, T),
+            "eta": (0, 1),
+            "images": (1, IMAGES),
+            "seed": (0, SEEDS),
+            "low": (0, 1),
+            "high": (0, 1),
+            "think": (1, THINK),
+        }
         known, found, problems = {f.name: f.default for f in dataclasses.fields(cls)}, {}, []
         for name, value in raw.items():
             if name not in known:
                 problems.append(f"{name} is not a setting, expected {', '.join(known)}")
             elif name in ranges:
-                found[name] = number(name, value, *ranges[name], isinstance(known[name], int), problems)
+                found[name] = number(
+                    name, value, *ranges[name], isinstance(known[name], int), problems
+                )
             else:
                 found[name] = text(name, value, problems)
         if not problems:
@@ -66,12 +76,22 @@ class Request:
         """What is wrong with settings that are each in range."""
         found = []
         if self.low > self.high:
-            found.append(f"the guidance interval is {self.low:g} to {self.high:g}, expected its start below its end: swap them")
+            found.append(
+                f"the guidance interval is {self.low:g} to {self.high:g}, expected its start below its end: swap them"
+            )
         if self.think > 1 and rows > 1:
-            found.append(f"images is {rows} and think is {self.think}, expected 1 of either: a search ends in one picture")
+            found.append(
+                f"images is {rows} and think is {self.think}, expected 1 of either: a search ends in one picture"
+            )
         if (spent := rows * self.think * self.steps) > BUDGET:
-            what = f"{rows} pictures of {self.steps} steps" if self.think == 1 else f"{self.think} times {self.steps} steps"
-            found.append(f"{what} are {spent} network steps, and one request may take {BUDGET}: ask for fewer of either")
+            what = (
+                f"{rows} pictures of {self.steps} steps"
+                if self.think == 1
+                else f"{self.think} times {self.steps} steps"
+            )
+            found.append(
+                f"{what} are {spent} network steps, and one request may take {BUDGET}: ask for fewer of either"
+            )
         return found
 
     @property
@@ -80,10 +100,14 @@ class Request:
         return self.w if (self.low, self.high) == (0, 1) else interval(self.w, self.low, self.high)
 
 
-def number(name: str, value, low: float, high: float, whole: bool, problems: list[str]) -> float | int | None:
+def number(
+    name: str, value, low: float, high: float, whole: bool, problems: list[str]
+) -> float | int | None:
     """A number in [low, high]; anything else is one more of `problems`."""
     kind = "a whole number" if whole else "a number"
-    good = isinstance(value, Real) and not isinstance(value, bool) and low <= value <= high  # nan is not
+    good = (
+        isinstance(value, Real) and not isinstance(value, bool) and low <= value <= high
+    )  # nan is not
     if not good or (whole and value != int(value)):
         problems.append(f"{name} is {shown(value)}, expected {kind} from {low} to {high}")
         return None
@@ -95,7 +119,9 @@ def text(name: str, value, problems: list[str]) -> str | None:
     if not isinstance(value, str):
         problems.append(f"{name} is {shown(value)}, expected a text")
     elif len(value) > CHARACTERS:
-        problems.append(f"{name} has {len(value)} characters, expected {CHARACTERS} at most: shorten it")
+        problems.append(
+            f"{name} has {len(value)} characters, expected {CHARACTERS} at most: shorten it"
+        )
     elif any("\ud800" <= letter <= "\udfff" for letter in value):
         problems.append(f"{name} holds half a surrogate pair, expected Unicode text")
     else:
@@ -118,7 +144,9 @@ def identity(name: str, digest: str) -> str:
 
 def same_model(one: str, other: str) -> bool:
     """Whether two identities are of the same weights, whatever the folders are called; without digits, of one name."""
-    digits = [found and found[1] for found in (re.search(r" \((\w{8})\)$", text) for text in (one, other))]
+    digits = [
+        found and found[1] for found in (re.search(r" \((\w{8})\)$", text) for text in (one, other))
+    ]
     return digits[0] == digits[1] if all(digits) else one == other
 
 
@@ -132,18 +160,26 @@ def opened(path: str | Path, kinds: tuple[str, ...]) -> bytes:
     try:
         size = Path(path).stat().st_size
         if size > UPLOAD:
-            raise InputError(f"the file has {size / 1e6:.1f} MB, expected {UPLOAD / 1e6:g} at most: save it smaller")
+            raise InputError(
+                f"the file has {size / 1e6:.1f} MB, expected {UPLOAD / 1e6:g} at most: save it smaller"
+            )
         content = Path(path).read_bytes()
     except FileNotFoundError as error:
-        raise InputError("the file is no longer here, expected one dropped within the hour: drop it again") from error
+        raise InputError(
+            "the file is no longer here, expected one dropped within the hour: drop it again"
+        ) from error
     try:
         with PIL.Image.open(io.BytesIO(content), formats=kinds) as picture:
             width, height = picture.size
     except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-        raise InputError(f"the file cannot be read, expected a picture ({' or '.join(kinds)})") from error
+        raise InputError(
+            f"the file cannot be read, expected a picture ({' or '.join(kinds)})"
+        ) from error
     if width * height > UPLOAD_PIXELS:
-        raise InputError(f"the picture is {width} x {height}, expected {UPLOAD_PIXELS / 1e6:g} megapixels at most: "
-                         "save it smaller")  # fmt: skip
+        raise InputError(
+            f"the picture is {width} x {height}, expected {UPLOAD_PIXELS / 1e6:g} megapixels at most: "
+            "save it smaller"
+        )
     return content
 
 
@@ -152,11 +188,15 @@ def read_png(path: str | Path, T: int) -> tuple[Request, str, str]:
     with PIL.Image.open(io.BytesIO(opened(path, ("PNG",)))) as picture:
         try:
             picture.load()
-            raw = {"think": 1} | json.loads(picture.info["parameters"])  # which pictures of before do not name
+            raw = {"think": 1} | json.loads(
+                picture.info["parameters"]
+            )  # which pictures of before do not name
             own = {f.name: raw[f.name] for f in dataclasses.fields(Request)}
             denoiser, model = raw["denoiser"], raw["model"]
             if denoiser not in DENOISERS or not isinstance(model, str):
                 raise ValueError(f"{denoiser!r} of {model!r}")
         except (OSError, SyntaxError, ValueError, KeyError, TypeError) as error:
-            raise InputError("the picture carries no settings, expected a PNG that this page drew") from error
+            raise InputError(
+                "the picture carries no settings, expected a PNG that this page drew"
+            ) from error
     return Request.read(own, T), denoiser, model

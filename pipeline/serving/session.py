@@ -37,13 +37,24 @@ from pipeline.search import search
 from pipeline.search.search import x_0_of
 from pipeline.search.verifiers import Likelihood
 from pipeline.serving import requests
-from pipeline.serving.requests import CHARACTERS, DENOISERS, SEEDS, Request, number, opened, shown, signature
+from pipeline.serving.requests import (
+    CHARACTERS,
+    DENOISERS,
+    SEEDS,
+    Request,
+    number,
+    opened,
+    shown,
+    signature,
+)
 
 log = logging.getLogger(__name__)
 
 SWEEP = (-1.0, 0.0, 1.0, 2.0, 4.0, 8.0)  # the w of "what w does"
 VERIFIER = Likelihood(pairs=8)  # what chooses among the candidates of a request that thinks longer
-KNOWN = 2**27  # colour values of the pictures that the exact denoiser knows, 10,922 pictures of 64 x 64: 0.5 GB
+KNOWN = (
+    2**27
+)  # colour values of the pictures that the exact denoiser knows, 10,922 pictures of 64 x 64: 0.5 GB
 DEADLINE = 120.0  # seconds of one request
 PREVIEW = 0.2  # seconds between two previews
 COLUMNS = 8  # of a film strip
@@ -59,7 +70,9 @@ class Frame:
     calls: int  # network calls, a doubled one is two, summed over the pictures
     seconds: float
     found: search.Found | None = None  # by a search
-    discarded: list[PIL.Image.Image] = dataclasses.field(default_factory=list)  # at its end, best first
+    discarded: list[PIL.Image.Image] = dataclasses.field(
+        default_factory=list
+    )  # at its end, best first
 
     @property
     def last(self) -> bool:
@@ -101,7 +114,11 @@ class Studio:
     @functools.cached_property
     def identity(self) -> str:
         """The name with digits of the network's weights: what draws a picture again."""
-        return self.name if self.network is None else requests.identity(self.name, dataset.weights_digest(self.network.unet))
+        return (
+            self.name
+            if self.network is None
+            else requests.identity(self.name, dataset.weights_digest(self.network.unet))
+        )
 
     @functools.cached_property
     def set(self) -> tuple[dataset.CaptionedImages, dataset.CaptionedImages | None]:
@@ -118,7 +135,10 @@ class Studio:
             shared = {"text_encoder": encoder, "tokenizer": tokenizer, "caption_length": 16}
         else:
             scheduler = pipe.scheduler
-            shared = {name: getattr(pipe, name) for name in ("text_encoder", "tokenizer", "vae", "whitening")}
+            shared = {
+                name: getattr(pipe, name)
+                for name in ("text_encoder", "tokenizer", "vae", "whitening")
+            }
             shared |= {name: pipe.config[name] for name in ("caption_length", "w")}
         parts = (dataset.as_float(train.images[some].to(self.device)) for some in rows.split(64))
         x_0 = torch.cat([some if pipe is None else pipe.encode(some) for some in parts])
@@ -157,15 +177,19 @@ class Studio:
     def chosen(self, denoiser: str, *prompts: str) -> TextToImagePipeline:
         """The pipeline of a denoiser's name, once it can draw these prompts."""
         if denoiser not in DENOISERS:
-            raise InputError(f"denoiser is {shown(denoiser)}, expected one of {', '.join(DENOISERS)}")
+            raise InputError(
+                f"denoiser is {shown(denoiser)}, expected one of {', '.join(DENOISERS)}"
+            )
         if denoiser == "network" and self.network is not None:
             return self.network
         captions = set(self.known)
         for prompt in map(normalize, prompts):
             if prompt and prompt not in captions:
                 near = difflib.get_close_matches(prompt, captions, 3, 0.3)
-                raise InputError(f"the exact denoiser knows the {len(captions)} names of its pictures and nothing else, and "
-                                 f"{shown(prompt)} is none of them: try {', '.join(near or sorted(captions)[:3])}")  # fmt: skip
+                raise InputError(
+                    f"the exact denoiser knows the {len(captions)} names of its pictures and nothing else, and "
+                    f"{shown(prompt)} is none of them: try {', '.join(near or sorted(captions)[:3])}"
+                )
         return self.exact
 
     # -- drawing
@@ -178,31 +202,62 @@ class Studio:
             yield from self._searched(pipe, denoiser, request)
             return
         signatures = [self._signature(request, denoiser, i) for i in range(request.images)]
-        yield from self._drawn(pipe, signatures, prompt=request.prompt, negative_prompt=request.negative_prompt or None,
-                               w=request.weight, num_inference_steps=request.steps, eta=request.eta, seed=request.seed,
-                               num_images_per_prompt=request.images)  # fmt: skip
+        yield from self._drawn(
+            pipe,
+            signatures,
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt or None,
+            w=request.weight,
+            num_inference_steps=request.steps,
+            eta=request.eta,
+            seed=request.seed,
+            num_images_per_prompt=request.images,
+        )
 
     @in_turn
     def sweep(self, request: Request, denoiser: str = "network") -> Iterator[Frame]:
         """One picture for each w of SWEEP, all from the same noise."""
         pipe, n = self.chosen(denoiser, request.prompt, request.negative_prompt), len(SWEEP)
-        signatures = [self._signature(dataclasses.replace(request, w=w, images=1), denoiser) for w in SWEEP]
-        yield from self._drawn(pipe, signatures, prompt=[request.prompt] * n,
-                               negative_prompt=request.negative_prompt or None, w=list(SWEEP),
-                               num_inference_steps=request.steps, eta=request.eta,
-                               generator=[torch.Generator().manual_seed(request.seed) for _ in range(n)])  # fmt: skip
+        signatures = [
+            self._signature(dataclasses.replace(request, w=w, images=1), denoiser) for w in SWEEP
+        ]
+        yield from self._drawn(
+            pipe,
+            signatures,
+            prompt=[request.prompt] * n,
+            negative_prompt=request.negative_prompt or None,
+            w=list(SWEEP),
+            num_inference_steps=request.steps,
+            eta=request.eta,
+            generator=[torch.Generator().manual_seed(request.seed) for _ in range(n)],
+        )
 
     def _searched(self, pipe, denoiser: str, request: Request) -> Iterator[Frame]:
         """The frames of a search, the best picture in the last one, and beside it the others with what draws each alone."""
-        budget, seen = request.think * search.calls_of_sample(pipe, request.weight, request.steps), 0.0
-        stages = search.searching(pipe, request.prompt, budget, VERIFIER, negative_prompt=request.negative_prompt or None,
-                                  w=request.weight, steps=request.steps, eta=request.eta, seed=request.seed)  # fmt: skip
+        budget, seen = (
+            request.think * search.calls_of_sample(pipe, request.weight, request.steps),
+            0.0,
+        )
+        stages = search.searching(
+            pipe,
+            request.prompt,
+            budget,
+            VERIFIER,
+            negative_prompt=request.negative_prompt or None,
+            w=request.weight,
+            steps=request.steps,
+            eta=request.eta,
+            seed=request.seed,
+        )
         for _, found, calls, seconds in timed(stages, pipe.unet):
             if not found.last and seconds - seen < PREVIEW:
                 continue
             images, seen, discarded = pictures(pipe, found.candidates), seconds, []
             if found.last:
-                alone = [dataclasses.replace(request, think=1, seed=request.seed + i) for i in found.order.tolist()]
+                alone = [
+                    dataclasses.replace(request, think=1, seed=request.seed + i)
+                    for i in found.order.tolist()
+                ]
                 for image, own in zip(images, [request, *alone[1:]], strict=True):
                     image.info["parameters"] = self._signature(own, denoiser)
                 images, discarded = images[:1], images[1:]
@@ -230,12 +285,22 @@ class Studio:
     def backward(self, request: Request, denoiser: str = "network") -> Iterator[list[tuple]]:
         """The film strip of one picture so far: (t, x_t, x_0 of (15)) at COLUMNS timesteps, t in the lecture's count."""
         pipe, strip = self.chosen(denoiser, request.prompt, request.negative_prompt), []
-        kept = set(torch.linspace(1, request.steps, min(COLUMNS, request.steps)).round().long().tolist())
-        steps = pipe.denoise(request.prompt, negative_prompt=request.negative_prompt or None, w=request.weight, seed=request.seed,
-                             num_inference_steps=request.steps, eta=request.eta)  # fmt: skip
+        kept = set(
+            torch.linspace(1, request.steps, min(COLUMNS, request.steps)).round().long().tolist()
+        )
+        steps = pipe.denoise(
+            request.prompt,
+            negative_prompt=request.negative_prompt or None,
+            w=request.weight,
+            seed=request.seed,
+            num_inference_steps=request.steps,
+            eta=request.eta,
+        )
         for i, step, _calls, _seconds in timed(steps, pipe.unet):
             if i in kept:
-                strip.append((int(step.s) + 1, pictures(pipe, step.x_t)[0], pictures(pipe, x_0_of(step))[0]))
+                strip.append(
+                    (int(step.s) + 1, pictures(pipe, step.x_t)[0], pictures(pipe, x_0_of(step))[0])
+                )
                 yield list(strip)
 
     # -- the lecture, panel by panel
@@ -245,10 +310,14 @@ class Studio:
         for split in filter(None, self.set):
             if caption in split.captions:
                 return dataset.as_float(split.images[split.captions.index(caption)][None])
-        raise InputError(f"picture is {shown(caption)}, expected one of the set's {sum(map(len, filter(None, self.set)))} names")
+        raise InputError(
+            f"picture is {shown(caption)}, expected one of the set's {sum(map(len, filter(None, self.set)))} names"
+        )
 
     @torch.no_grad()
-    def forward(self, x_0: Tensor, t: int, seed: int, caption: str = "") -> dict[str, PIL.Image.Image]:
+    def forward(
+        self, x_0: Tensor, t: int, seed: int, caption: str = ""
+    ) -> dict[str, PIL.Image.Image]:
         """A picture (1, 3, H, W) noised to the lecture's t, by (5) and by t steps of (1), and what each denoiser makes of it.
 
         The keys name the panels. `caption` is what the denoisers are told of the picture, "" nothing; the exact one is not told
@@ -266,7 +335,9 @@ class Studio:
                 unknown = denoiser == "exact" and normalize(caption) not in (*self.known, "")
                 chosen, told = self.chosen(denoiser), "" if unknown else caption
                 states, _ = chosen.encode_prompt(told)
-                output = chosen.unet(jump, t - 1, encoder_hidden_states=states, return_dict=False)[0]
+                output = chosen.unet(jump, t - 1, encoder_hidden_states=states, return_dict=False)[
+                    0
+                ]
                 name = f"(15) x̂_0, {denoiser}" + (", not told" if unknown else "")
                 panels[name] = scheduler.clip(scheduler.predict_x_0(output, t - 1, jump))
             return {name: pictures(pipe, x)[0] for name, x in panels.items()}
@@ -276,8 +347,12 @@ class Studio:
         scheduler, one = self.pipe.scheduler, torch.zeros(1, dtype=torch.float64)
         t = torch.arange(self.T)
         abar, (_mean, variance) = scheduler.abar(t, one), scheduler.posterior(one, one, t, t - 1)
-        found = {"β_t (1)": 1 - abar / scheduler.abar(t - 1, one), "ᾱ_t (4)": abar,
-                 "SNR = ᾱ_t / (1 - ᾱ_t)": scheduler.snr(t, one), "β̃_t (9)": variance}  # fmt: skip
+        found = {
+            "β_t (1)": 1 - abar / scheduler.abar(t - 1, one),
+            "ᾱ_t (4)": abar,
+            "SNR = ᾱ_t / (1 - ᾱ_t)": scheduler.snr(t, one),
+            "β̃_t (9)": variance,
+        }
         return {name: values.flatten().tolist() for name, values in found.items()}
 
     @functools.cached_property
@@ -299,17 +374,27 @@ class Shelf:
 
     def __init__(self, model: str | Path | None, device: str | None = None):
         self.device = loading.pick_device(device, double=True)
-        self.name = "the exact denoiser" if model is None else Path(str(model).partition("@")[0]).name
+        self.name = (
+            "the exact denoiser" if model is None else Path(str(model).partition("@")[0]).name
+        )
         if model is not None and not Path(model).exists() and trusted.named(str(model)):
             model = trusted.download(str(model))
         self.model, self.run, self._kept, self._loading = model, None, {}, threading.Lock()
-        if model is not None and (Path(model) / "config.yaml").is_file() and not (Path(model) / INDEX).is_file():
+        if (
+            model is not None
+            and (Path(model) / "config.yaml").is_file()
+            and not (Path(model) / INDEX).is_file()
+        ):
             self.run = Run(model)
-            self.follows = not self.run.finished and bool(self.run.steps() or not self.run.drawable)  # one may be trained on
+            self.follows = not self.run.finished and bool(
+                self.run.steps() or not self.run.drawable
+            )  # one may be trained on
         else:
             self.follows = False
         if self.follows and not self.steps():
-            raise ValueError(f"{model} has no checkpoint yet, expected one at the least: wait until it has saved its first")
+            raise ValueError(
+                f"{model} has no checkpoint yet, expected one at the least: wait until it has saved its first"
+            )
 
     def steps(self) -> list[int]:
         """The checkpoints of the run that is followed, oldest first."""
@@ -322,7 +407,9 @@ class Shelf:
         """
         if not self.follows:
             return self._studio(None)
-        wanted = SEEDS if step is None else number("checkpoint", step, 0, SEEDS, True, problems := [])
+        wanted = (
+            SEEDS if step is None else number("checkpoint", step, 0, SEEDS, True, problems := [])
+        )
         if step is not None and problems:
             raise InputError(problems[0])
         torn, why = None, f"{self.name} has no checkpoint any more"
@@ -335,8 +422,13 @@ class Shelf:
                 return self._studio(nearest)
             except (OSError, ValueError, SafetensorError) as error:
                 log.warning("step %d of %s: %s", nearest, self.name, error)
-                torn, why = nearest if nearest == steps[-1] else None, str(error).replace(str(self.run.folder), self.name)
-        raise InputError(f"{why}, expected one that is whole: choose another, or wait until the next is saved")
+                torn, why = (
+                    nearest if nearest == steps[-1] else None,
+                    str(error).replace(str(self.run.folder), self.name),
+                )
+        raise InputError(
+            f"{why}, expected one that is whole: choose another, or wait until the next is saved"
+        )
 
     def _studio(self, step: int | None) -> Studio:
         """The studio of a checkpoint, or (None) of the one model; it is kept until another is asked for, as there may be room
@@ -355,21 +447,37 @@ class Shelf:
             pipe = push.load_checkpoint(self.run, step).to(self.device)
             return Studio(pipe, f"{self.name} at step {step}", load_file(self.run.config).data)
         pipe = push.load(self.model).to(self.device)
-        if not isinstance(pipe.scheduler, DDPMScheduler):  # the page shows the lecture's equations, and a stock one has none
+        if not isinstance(
+            pipe.scheduler, DDPMScheduler
+        ):  # the page shows the lecture's equations, and a stock one has none
             pipe.register_modules(scheduler=build.noise_process(DiffusionConfig(), pipe.scheduler))
         pipe.set_progress_bar_config(disable=True)
-        places = [self.run.config] if self.run else [Path(self.model) / "config.yaml", Path(self.model).parent / "config.yaml"]
+        places = (
+            [self.run.config]
+            if self.run
+            else [Path(self.model) / "config.yaml", Path(self.model).parent / "config.yaml"]
+        )
         known = [load_file(path).data for path in places if path.is_file()]
-        known = [config for config in known if config.source in catalogue.SETS or Path(config.source).is_dir()]
+        known = [
+            config
+            for config in known
+            if config.source in catalogue.SETS or Path(config.source).is_dir()
+        ]
         size = pipe.unet.config.sample_size
         resolution = (size if isinstance(size, int) else size[0]) * pipe.vae_scale_factor
-        return Studio(pipe, self.name, known[0] if known else DataConfig(shared_set(Path(self.model)), resolution=resolution))
+        return Studio(
+            pipe,
+            self.name,
+            known[0] if known else DataConfig(shared_set(Path(self.model)), resolution=resolution),
+        )
 
     def card(self) -> str:
         """The model card, Markdown; a word on the exact denoiser where there is none."""
         if self.model is not None:
             folder = Path(self.model)
-            of_run = (folder.parent / "config.yaml").is_file()  # any other folder above is somebody else's
+            of_run = (
+                folder.parent / "config.yaml"
+            ).is_file()  # any other folder above is somebody else's
             for path in (folder / "README.md", *([folder.parent / "README.md"] if of_run else [])):
                 if path.is_file():
                     return path.read_text(encoding="utf-8")
@@ -387,7 +495,9 @@ def shared_set(folder: Path) -> str:
 
 def counted(tokenizer, length: int | None, prompt: str | None) -> str:
     """How many tokens a prompt has, and what is cut off it for a caption of a length (None is the tokenizer's own)."""
-    ids = tokenizer(normalize((prompt or "")[:CHARACTERS]), add_special_tokens=False, verbose=False).input_ids
+    ids = tokenizer(
+        normalize((prompt or "")[:CHARACTERS]), add_special_tokens=False, verbose=False
+    ).input_ids
     room = (length or tokenizer.model_max_length) - tokenizer.num_special_tokens_to_add()
     cut = f"; left out: {tokenizer.decode(ids[room:])}" if len(ids) > room else ""
     return f"{len(ids)} of {room} tokens{cut}"
@@ -404,20 +514,26 @@ def calls_of(network: torch.nn.Module) -> Iterator[list[int]]:
         hook.remove()
 
 
-def timed(steps: Iterator[Step | search.Found], network) -> Iterator[tuple[int, Step | search.Found, int, float]]:
+def timed(
+    steps: Iterator[Step | search.Found], network
+) -> Iterator[tuple[int, Step | search.Found, int, float]]:
     """The steps of a sampling loop or a search, counted from 1, with the network's calls and the seconds so far.
 
     InputError at the deadline.
     """
     began, calls = time.monotonic(), 0
     for i in itertools.count(1):
-        with calls_of(network) as own:  # open for this step alone: between two of them others may draw
+        with calls_of(
+            network
+        ) as own:  # open for this step alone: between two of them others may draw
             step = next(steps, None)
         if step is None:
             return
         calls, seconds = calls + sum(own), time.monotonic() - began
         if seconds > DEADLINE:
-            raise InputError(f"this took longer than the {DEADLINE:g} s that one request may: ask for fewer steps")
+            raise InputError(
+                f"this took longer than the {DEADLINE:g} s that one request may: ask for fewer steps"
+            )
         yield i, step, calls, seconds
 
 
@@ -434,6 +550,10 @@ def uploaded(path: str | Path, resolution: int) -> Tensor:
     content = opened(path, ("PNG", "JPEG"))
     try:
         pixels = dataset.decode(content, resolution)
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow says to a picture that breaks off
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+    ) as error:  # what Pillow says to a picture that breaks off
         raise InputError("the picture is damaged, expected a whole one: save it again") from error
     return dataset.as_float(torch.from_numpy(pixels.copy())[None])

@@ -10,15 +10,28 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-QUINTIC = (3.4445, -4.7750, 2.0315)  # sigma -> a sigma + b sigma^3 + c sigma^5, which drives singular values towards 1
+QUINTIC = (
+    3.4445,
+    -4.7750,
+    2.0315,
+)  # sigma -> a sigma + b sigma^3 + c sigma^5, which drives singular values towards 1
 ITERATIONS = 5
-EDGES = ("conv_in", "conv_out")  # a network's first and last weights: no matrices between hidden features
+EDGES = (
+    "conv_in",
+    "conv_out",
+)  # a network's first and last weights: no matrices between hidden features
 
 
 def matrices(network: nn.Module) -> list[nn.Parameter]:
     """The weights that Muon steps: those between hidden features, with at least two rows and columns."""
-    hidden = lambda name, weight: weight.ndim >= 2 and min(flat(weight).shape) > 1 and name.split(".")[0] not in EDGES
-    return [weight for name, weight in network.named_parameters() if weight.requires_grad and hidden(name, weight)]
+    hidden = lambda name, weight: (
+        weight.ndim >= 2 and min(flat(weight).shape) > 1 and name.split(".")[0] not in EDGES
+    )
+    return [
+        weight
+        for name, weight in network.named_parameters()
+        if weight.requires_grad and hidden(name, weight)
+    ]
 
 
 def flat(weight: Tensor) -> Tensor:
@@ -48,14 +61,36 @@ class Muon(torch.optim.AdamW):
     A step uses up the gradients of the orthogonalised weights: they are None afterwards.
     """
 
-    def __init__(self, orthogonalised: Iterable[nn.Parameter], others: Iterable[nn.Parameter], lr: float,
-                 matrix_lr: float | None = None, betas: tuple[float, float] = (0.9, 0.999), weight_decay: float = 0.01,
-                 momentum: float = 0.95, dtype: torch.dtype = torch.bfloat16):  # fmt: skip
-        groups = [{"params": list(orthogonalised), "momentum": momentum, "lr": lr if matrix_lr is None else matrix_lr},
-                  {"params": list(others), "momentum": None}]  # fmt: skip
-        super().__init__([group for group in groups if group["params"]], lr, betas, weight_decay=weight_decay, fused=True)
+    def __init__(
+        self,
+        orthogonalised: Iterable[nn.Parameter],
+        others: Iterable[nn.Parameter],
+        lr: float,
+        matrix_lr: float | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.01,
+        momentum: float = 0.95,
+        dtype: torch.dtype = torch.bfloat16,
+    ):
+        groups = [
+            {
+                "params": list(orthogonalised),
+                "momentum": momentum,
+                "lr": lr if matrix_lr is None else matrix_lr,
+            },
+            {"params": list(others), "momentum": None},
+        ]
+        super().__init__(
+            [group for group in groups if group["params"]],
+            lr,
+            betas,
+            weight_decay=weight_decay,
+            fused=True,
+        )
         self.dtype = dtype
-        self._step_supports_amp_scaling = False  # the fused kernel skips an overflow itself, matrices cannot: GradScaler shall
+        self._step_supports_amp_scaling = (
+            False  # the fused kernel skips an overflow itself, matrices cannot: GradScaler shall
+        )
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -85,9 +120,15 @@ class Muon(torch.optim.AdamW):
                 state["step"] += 1
                 momentum = state["momentum"]
                 momentum.lerp_(weight.grad, 1 - group["momentum"])
-                ahead = torch.lerp(weight.grad, momentum, group["momentum"], out=torch.empty_like(weight))
-                nesterov.append(flat(ahead))  # in the weight's own memory format, whatever its gradient's is
+                ahead = torch.lerp(
+                    weight.grad, momentum, group["momentum"], out=torch.empty_like(weight)
+                )
+                nesterov.append(
+                    flat(ahead)
+                )  # in the weight's own memory format, whatever its gradient's is
                 weight.grad = None
-            for weight, direction in zip(weights, orthogonal(torch.stack(nesterov), self.dtype), strict=True):
+            for weight, direction in zip(
+                weights, orthogonal(torch.stack(nesterov), self.dtype), strict=True
+            ):
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
                 flat(weight).add_(direction, alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)

@@ -15,28 +15,51 @@ def optimizer_of(unet, train: TrainConfig) -> torch.optim.AdamW:
         among = {id(weight) for weight in orthogonalised}
         others = [weight for weight in build.trainable(unet) if id(weight) not in among]
         fast = torch.bfloat16 if build.has_bf16(unet.device) else torch.float32
-        return muon.Muon(orthogonalised, others, train.lr, train.matrix_lr, train.betas, train.weight_decay, dtype=fast)
-    return torch.optim.AdamW(build.trainable(unet), train.lr, betas=train.betas, weight_decay=train.weight_decay, fused=True)
+        return muon.Muon(
+            orthogonalised,
+            others,
+            train.lr,
+            train.matrix_lr,
+            train.betas,
+            train.weight_decay,
+            dtype=fast,
+        )
+    return torch.optim.AdamW(
+        build.trainable(unet),
+        train.lr,
+        betas=train.betas,
+        weight_decay=train.weight_decay,
+        fused=True,
+    )
 
 
 def lr_schedule(optimizer, train: TrainConfig):
     """The learning rate by step, after a linear warm-up: diffusers' schedules, or flat, then linear to lr_end."""
     if train.lr_schedule != "flat_then_linear":
         name = "constant_with_warmup" if train.lr_schedule == "constant" else train.lr_schedule
-        return get_scheduler(name, optimizer, num_warmup_steps=train.warmup, num_training_steps=train.steps)
+        return get_scheduler(
+            name, optimizer, num_warmup_steps=train.warmup, num_training_steps=train.steps
+        )
     fall = max(train.decay_share * train.steps, 1)
 
     def share(step: int) -> float:
         down = min((train.steps - step) / fall, 1)
-        return min((step + 1) / max(train.warmup, 1), 1) * (train.lr_end + (1 - train.lr_end) * down)
+        return min((step + 1) / max(train.warmup, 1), 1) * (
+            train.lr_end + (1 - train.lr_end) * down
+        )
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, share)
 
 
-def resume_schedule(schedule: torch.optim.lr_scheduler.LambdaLR, state: dict) -> tuple[float, float]:
+def resume_schedule(
+    schedule: torch.optim.lr_scheduler.LambdaLR, state: dict
+) -> tuple[float, float]:
     """Go on where a schedule was, by this one's own plan, which may have another end; train.lr as it was and as it is."""
     schedule.load_state_dict(state)
-    now = [base * share(schedule.last_epoch) for base, share in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    now = [
+        base * share(schedule.last_epoch)
+        for base, share in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
     for group, lr in zip(schedule.optimizer.param_groups, now, strict=True):
         group["lr"] = lr
     was, schedule._last_lr = schedule.get_last_lr(), now
@@ -48,4 +71,8 @@ def restore(optimizer: torch.optim.Optimizer, state: dict) -> None:
     optimizer.load_state_dict(state)
     for weight, moments in optimizer.state.items():
         for name, value in moments.items():
-            moments[name] = torch.empty_like(weight).copy_(value) if value.shape == weight.shape else value.clone()
+            moments[name] = (
+                torch.empty_like(weight).copy_(value)
+                if value.shape == weight.shape
+                else value.clone()
+            )

@@ -28,7 +28,9 @@ class Parts:
     held_states: torch.Tensor | None  # on the CPU
     empty: torch.Tensor  # (1, L, D) where the network is, the empty caption
     pipe: TextToImagePipeline
-    latents: latent_cache.Latents | None  # of the training split, where an autoencoder is worth asking only once
+    latents: (
+        latent_cache.Latents | None
+    )  # of the training split, where an autoencoder is worth asking only once
     encode: dataset.CaptionStates  # of a stream's captions
     stream: Stream | None = None
 
@@ -47,42 +49,69 @@ class Parts:
         """What the pictures and captions are known by; None of a stream, which nobody has read."""
         return None if self.stream is not None else self.images.fingerprint
 
-    def encoded(self, images: dataset.CaptionedImages, rows, flip: torch.Tensor | None = None,
-                noise: torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip
+    def encoded(
+        self,
+        images: dataset.CaptionedImages,
+        rows,
+        flip: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Images by row as the network sees them, (B, c, h, w), mirrored where `flip` (B,) says so; noise: as `encode` has it."""
         pixels = dataset.as_float(images.images[rows].to(self.empty.device))
         if flip is not None:
-            pixels = torch.where(flip.to(pixels.device)[:, None, None, None], pixels.flip(-1), pixels)
+            pixels = torch.where(
+                flip.to(pixels.device)[:, None, None, None], pixels.flip(-1), pixels
+            )
         return self.pipe.encode(pixels, noise)
 
-    def examples(self, config: Config, step: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def examples(
+        self, config: Config, step: int, slots: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """x_0 (B, c, h, w) and caption states (B, L, D) of the examples at `slots` of the global batch of one step."""
         seed, device = config.seed, self.empty.device
         flip = randomness.flips(seed, step, slots) if config.data.flip else None
         if self.stream is None:
-            rows = dataset.batch_indices(seed, step, config.train.batch_size, len(self.images), slots=slots)
+            rows = dataset.batch_indices(
+                seed, step, config.train.batch_size, len(self.images), slots=slots
+            )
             states = self.states[self.images.chosen(seed, step, slots, rows)].to(device)
             if self.latents is None:
                 return self.encoded(self.images, rows, flip), states
             z = randomness.noise(seed, step, slots, self.latents.shape, "posterior")
-            return self.latents.sample(rows, rows < 0 if flip is None else flip, z).to(device), states
+            return self.latents.sample(rows, rows < 0 if flip is None else flip, z).to(
+                device
+            ), states
         batch = self.stream.take(len(slots))
-        choice = randomness.caption_choice(seed, step, slots, [len(captions) for captions in batch.alternatives]).tolist()
-        states = self.encode([captions[i] for captions, i in zip(batch.alternatives, choice, strict=True)]).to(device)
+        choice = randomness.caption_choice(
+            seed, step, slots, [len(captions) for captions in batch.alternatives]
+        ).tolist()
+        states = self.encode(
+            [captions[i] for captions, i in zip(batch.alternatives, choice, strict=True)]
+        ).to(device)
         shape = (self.unet.config.in_channels, *[self.unet.config.sample_size] * 2)
-        z = randomness.noise(seed, step, slots, shape, "posterior") if costly(self.pipe.vae) else None
-        return self.encoded(batch, slice(None), flip, z), states if self.pipe.whitening is None else self.pipe.whitening(states)
+        z = (
+            randomness.noise(seed, step, slots, shape, "posterior")
+            if costly(self.pipe.vae)
+            else None
+        )
+        return self.encoded(
+            batch, slice(None), flip, z
+        ), states if self.pipe.whitening is None else self.pipe.whitening(states)
 
     def names(self, config: Config, step: int, slots: list[int]) -> list[str]:
         """What the examples at `slots` of the global batch of one step are called."""
         if self.stream is not None:
             return [f"the batch's image {slot}" for slot in slots]
-        rows = dataset.batch_indices(config.seed, step, config.train.batch_size, len(self.images), slots=slots).tolist()
+        rows = dataset.batch_indices(
+            config.seed, step, config.train.batch_size, len(self.images), slots=slots
+        ).tolist()
         return [self.images.metadata[row].get("file_name", f"row {row}") for row in rows]
 
     def loss(self, config: Config, output, x_0, eps, t) -> torch.Tensor:
         """The configured loss of a batch, one value each (B,)."""
-        return losses.training_loss(self.scheduler, output, x_0, eps, t, config.train.weighting, config.train.gamma)
+        return losses.training_loss(
+            self.scheduler, output, x_0, eps, t, config.train.weighting, config.train.gamma
+        )
 
     def save(self, config: Config, folder: Path) -> None:
         """Write the trained weights to a checkpoint's folder, where `prepare` finds them."""
@@ -94,26 +123,48 @@ class Parts:
             self.pipe.whitening.save_pretrained(folder / "whitening", safe_serialization=True)
 
 
-def prepare(config: Config, checkpoint: Path | None, device: torch.device, again: bool = False) -> Parts:
+def prepare(
+    config: Config, checkpoint: Path | None, device: torch.device, again: bool = False
+) -> Parts:
     """Load or build the models, read the data, encode its captions: what may be misspelt is looked for before what takes long.
 
     again: whether pictures that could not be read are tried anew.
     """
-    noise = [f"diffusion.{name}" for name, value in vars(config.diffusion).items() if value is not None]
+    noise = [
+        f"diffusion.{name}" for name, value in vars(config.diffusion).items() if value is not None
+    ]
     if config.train.method == "lora" and noise and checkpoint is None:
-        raise ConfigError(f"an adapter is drawn with its model's own noise process: leave {', '.join(noise)} out")
+        raise ConfigError(
+            f"an adapter is drawn with its model's own noise process: leave {', '.join(noise)} out"
+        )
     base = None if config.model.pretrained is None else pretrained(config)
-    tokenizer, encoder = (base.tokenizer, base.text_encoder) if base else build.text_encoder(config.model.text_encoder)
-    length = (base.config.caption_length or tokenizer.model_max_length) if base else config.data.caption_length
+    tokenizer, encoder = (
+        (base.tokenizer, base.text_encoder)
+        if base
+        else build.text_encoder(config.model.text_encoder)
+    )
+    length = (
+        (base.config.caption_length or tokenizer.model_max_length)
+        if base
+        else config.data.caption_length
+    )
     if length > (limit := getattr(encoder.config, "max_position_embeddings", None) or length):
-        where = "data.caption_length" if base is None else f"the tokenizer's model_max_length of {config.model.pretrained}"
-        raise ConfigError(f"{where} must be at most {limit}, the text encoder's positions, got {length}")
+        where = (
+            "data.caption_length"
+            if base is None
+            else f"the tokenizer's model_max_length of {config.model.pretrained}"
+        )
+        raise ConfigError(
+            f"{where} must be at most {limit}, the text encoder's positions, got {length}"
+        )
     if config.train.method == "lora":
         torch.manual_seed(config.seed)  # the adapter's first weights
         build.adapt(base.unet, config.lora)
     images, held_out = dataset.load_splits(config.data, again)
     images = images.measured(tokenizer, length)
-    encode = lambda captions: dataset.encode_captions(captions, tokenizer, encoder, length, config.data.cache, device)
+    encode = lambda captions: dataset.encode_captions(
+        captions, tokenizer, encoder, length, config.data.cache, device
+    )
     states = encode(images.all_captions)
     whitening = build.saved_whitening(checkpoint) if checkpoint else None
     if whitening is None:
@@ -122,19 +173,36 @@ def prepare(config: Config, checkpoint: Path | None, device: torch.device, again
     held = white(encode(held_out.all_captions)) if held_out else None
     states, empty = white(states), white(encode([""]))
     torch.manual_seed(config.seed)  # the network's first weights
-    unet = base.unet if base else build.unet(config, empty.shape[-1]) if checkpoint is None else None
+    unet = (
+        base.unet if base else build.unet(config, empty.shape[-1]) if checkpoint is None else None
+    )
     if config.train.method == "lora" and checkpoint:
         build.load_adapter(unet, checkpoint / "lora")
     elif checkpoint:
         unet = UNet2DConditionModel.from_pretrained(checkpoint / "unet", use_safetensors=True)
     if config.train.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    pipe = build.pipeline(config, build.for_training(unet, device), tokenizer, encoder, whitening, base).to(device)
+    pipe = build.pipeline(
+        config, build.for_training(unet, device), tokenizer, encoder, whitening, base
+    ).to(device)
     if found := zero_snr_problems(pipe.scheduler.config, config.train.weighting):
         raise ConfigError(found[0])
     keep = costly(pipe.vae) and not config.data.streaming
-    kept = latent_cache.encode(images, pipe.vae, config.data.cache, mirrored=config.data.flip) if keep else None
-    return Parts(images, held_out, states, held, empty.to(device), pipe, kept, dataset.CaptionStates(tokenizer, encoder, length))
+    kept = (
+        latent_cache.encode(images, pipe.vae, config.data.cache, mirrored=config.data.flip)
+        if keep
+        else None
+    )
+    return Parts(
+        images,
+        held_out,
+        states,
+        held,
+        empty.to(device),
+        pipe,
+        kept,
+        dataset.CaptionStates(tokenizer, encoder, length),
+    )
 
 
 def costly(vae: torch.nn.Module | None) -> bool:
@@ -149,15 +217,21 @@ def pretrained(config: Config) -> TextToImagePipeline:
     except ValueError as error:
         raise ConfigError(f"model.pretrained: {error}") from error
     if getattr(pipe.unet, "peft_config", None):
-        raise ConfigError(f"model.pretrained must be a whole model, got {config.model.pretrained}, which is an adapter: give the "
-                          "model that it adapts")  # fmt: skip
+        raise ConfigError(
+            f"model.pretrained must be a whole model, got {config.model.pretrained}, which is an adapter: give the "
+            "model that it adapts"
+        )
     if missing := [name for name in ("tokenizer", "text_encoder") if getattr(pipe, name) is None]:
-        raise ConfigError(f"model.pretrained must have what reads captions, got {config.model.pretrained} without "
-                          f"{' and '.join(missing)}: save it with them")  # fmt: skip
+        raise ConfigError(
+            f"model.pretrained must have what reads captions, got {config.model.pretrained} without "
+            f"{' and '.join(missing)}: save it with them"
+        )
     side, rest = divmod(config.data.resolution, pipe.vae_scale_factor)
     halvings = 2 ** (len(pipe.unet.config.block_out_channels) - 1)
     if rest or side % halvings:
-        raise ConfigError(f"data.resolution must be a multiple of {pipe.vae_scale_factor * halvings} for "
-                          f"{config.model.pretrained}, got {config.data.resolution}")  # fmt: skip
+        raise ConfigError(
+            f"data.resolution must be a multiple of {pipe.vae_scale_factor * halvings} for "
+            f"{config.model.pretrained}, got {config.data.resolution}"
+        )
     pipe.unet.register_to_config(sample_size=side)
     return pipe

@@ -28,7 +28,9 @@ class Trackers:
                 request()
         except Exception as error:  # every tracker has errors of its own
             self.open = False
-            tqdm.write(f"report_to has failed ({type(error).__name__}: {one_line(error)}): training goes on without")
+            tqdm.write(
+                f"report_to has failed ({type(error).__name__}: {one_line(error)}): training goes on without"
+            )
 
     def log(self, step: int, record: dict) -> None:
         """Send a record's numbers, those by timestep under a name each."""
@@ -62,4 +64,7 @@ class Trackers:
 def trackable(config: Config) -> dict:
     """Every setting but the token by its dotted name, as numbers and text: all that TensorBoard's table of them takes."""
     flat = flatten(config.to_dict())
-    return {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in flat.items()}
+    return {
+        name: value if isinstance(value, bool | int | float | str) else str(value)
+        for name, value in flat.items()
+    }

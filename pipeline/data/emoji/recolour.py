@@ -13,14 +13,47 @@ import numpy as np
 from PIL import Image
 
 VERSION = 3  # raise it when the pictures or captions change, so that written sets are replaced
-FREE = ("green cat", "blue dog", "purple banana", "red tree", "yellow frog", "pink lion", "blue strawberry", "green rocket",
-        "orange whale", "red snowman", "purple bus", "blue house", "golden fish", "cat astronaut", "white pizza",
-        "rainbow heart", "a happy puppy", "blue cow", "three stars", "yellow car")  # fmt: skip  # of no picture in any set
-PAINTS = {"red": (221, 46, 68), "pink": (244, 154, 193), "orange": (244, 144, 12), "yellow": (253, 203, 88),
-          "green": (120, 177, 89), "blue": (59, 136, 195), "light blue": (136, 201, 249), "purple": (146, 102, 204),
-          "brown": (138, 75, 56), "black": (49, 55, 61), "grey": (153, 170, 181), "white": (241, 245, 248)}  # fmt: skip
+FREE = (
+    "green cat",
+    "blue dog",
+    "purple banana",
+    "red tree",
+    "yellow frog",
+    "pink lion",
+    "blue strawberry",
+    "green rocket",
+    "orange whale",
+    "red snowman",
+    "purple bus",
+    "blue house",
+    "golden fish",
+    "cat astronaut",
+    "white pizza",
+    "rainbow heart",
+    "a happy puppy",
+    "blue cow",
+    "three stars",
+    "yellow car",
+)  # of no picture in any set
+PAINTS = {
+    "red": (221, 46, 68),
+    "pink": (244, 154, 193),
+    "orange": (244, 144, 12),
+    "yellow": (253, 203, 88),
+    "green": (120, 177, 89),
+    "blue": (59, 136, 195),
+    "light blue": (136, 201, 249),
+    "purple": (146, 102, 204),
+    "brown": (138, 75, 56),
+    "black": (49, 55, 61),
+    "grey": (153, 170, 181),
+    "white": (241, 245, 248),
+}
 NUMBERS = {"two": 2, "three": 3}
-PLACES = {2: ((0, 0.25), (0.5, 0.25)), 3: ((0.25, 0), (0, 0.5), (0.5, 0.5))}  # left, top; each half as wide as the picture
+PLACES = {
+    2: ((0, 0.25), (0.5, 0.25)),
+    3: ((0.25, 0), (0, 0.5), (0.5, 0.5)),
+}  # left, top; each half as wide as the picture
 NEAR = 30 / 360  # hues of one colour and its shades
 SATURATED, DARK = 0.2, 0.35  # from which a colour has a hue; below which it is an outline
 MOSTLY = 0.35  # of a picture must be of one colour to be painted in another
@@ -33,7 +66,11 @@ def hue_saturation_lightness(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray, n
     spread = high - low
     red, green, blue = np.moveaxis(rgb, -1, 0)
     safe = np.where(spread > 0, spread, 1)
-    sixth = np.select([high == red, high == green], [(green - blue) / safe, 2 + (blue - red) / safe], 4 + (red - green) / safe)
+    sixth = np.select(
+        [high == red, high == green],
+        [(green - blue) / safe, 2 + (blue - red) / safe],
+        4 + (red - green) / safe,
+    )
     return sixth / 6 % 1, spread / np.where(high > 0, high, 1), (high + low) / 2
 
 
@@ -43,7 +80,9 @@ def main_color(rgb: np.ndarray, solid: np.ndarray) -> tuple[np.ndarray, np.ndarr
     bright = rgb[solid & (rgb.max(-1) > DARK)]
     if not len(bright):
         return np.zeros(3), np.zeros_like(solid)
-    _, places, counts = np.unique((bright * 15).round(), axis=0, return_inverse=True, return_counts=True)
+    _, places, counts = np.unique(
+        (bright * 15).round(), axis=0, return_inverse=True, return_counts=True
+    )
     found = bright[places.ravel() == counts.argmax()].mean(0)
     h, s, _ = hue_saturation_lightness(found)
     if s < SATURATED:

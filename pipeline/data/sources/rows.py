@@ -20,25 +20,45 @@ import fsspec
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from datasets.packaged_modules.cache.cache import Cache
 from huggingface_hub import constants
-from huggingface_hub.errors import HfHubHTTPError, HTTPError  # HTTPError: the client's own, of refused connections too
+from huggingface_hub.errors import (  # HTTPError: the client's own, of refused connections too
+    HfHubHTTPError,
+    HTTPError,
+)
 
 from pipeline.config import DataConfig
 from pipeline.diffusion.captions import normalize
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff"})
+SUFFIXES = frozenset(
+    {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff"}
+)
 TEXTS = (".txt", ".caption")  # a caption's file beside its picture
-TABLES = {".parquet": "parquet", ".tar": "webdataset"}  # a file's ending -> the builder of `datasets` that reads it
+TABLES = {
+    ".parquet": "parquet",
+    ".tar": "webdataset",
+}  # a file's ending -> the builder of `datasets` that reads it
 CAPTION_COLUMNS = ("caption", "text")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 NETWORK = (ConnectionError, TimeoutError, HTTPError)
-BUSY = frozenset({408, 429, 500, 502, 503, 504})  # answers of a Hub that may say something else later
-WAITS = (2, 8, 30, 60)  # seconds before each new attempt; the client has made six of its own in the 23 seconds before
+BUSY = frozenset(
+    {408, 429, 500, 502, 503, 504}
+)  # answers of a Hub that may say something else later
+WAITS = (
+    2,
+    8,
+    30,
+    60,
+)  # seconds before each new attempt; the client has made six of its own in the 23 seconds before
 UNREAD = "its file cannot be read"
 PATHS = ("string", "large_string")  # the types of a column that names files
-FEATURES = datasets.Features({
-    "image": datasets.Image(decode=False), "name": datasets.Value("string"),
-    "captions": datasets.List(datasets.Value("string")), "problem": datasets.Value("string"),
-    "metadata": datasets.Value("string")})  # fmt: skip
+FEATURES = datasets.Features(
+    {
+        "image": datasets.Image(decode=False),
+        "name": datasets.Value("string"),
+        "captions": datasets.List(datasets.Value("string")),
+        "problem": datasets.Value("string"),
+        "metadata": datasets.Value("string"),
+    }
+)
 
 
 class DataError(ValueError):
@@ -75,7 +95,9 @@ class Rows:
 
 def digest(*parts: object) -> str:
     """16 hexadecimal digits that depend on all parts and on nothing else."""
-    return hashlib.blake2b(repr(parts).encode("utf-8", "backslashreplace"), digest_size=8).hexdigest()
+    return hashlib.blake2b(
+        repr(parts).encode("utf-8", "backslashreplace"), digest_size=8
+    ).hexdigest()
 
 
 def printable(name: str) -> str:
@@ -105,7 +127,9 @@ def read_captions(values: Iterable[object]) -> list[str]:
     return [caption for caption in captions if caption]
 
 
-def find_columns(where: object, known: Iterable[str], wanted: str | Sequence[str] | None) -> tuple[str, ...]:
+def find_columns(
+    where: object, known: Iterable[str], wanted: str | Sequence[str] | None
+) -> tuple[str, ...]:
     """The names of the caption columns; DataError lists the columns if one is not among them."""
     known = sorted(known)
     if wanted is None:
@@ -116,12 +140,20 @@ def find_columns(where: object, known: Iterable[str], wanted: str | Sequence[str
         lacking = [name for name in found if name not in known]
     if lacking:
         expected = " or ".join(map(repr, lacking))
-        raise DataError(f"{where} has no caption column {expected}: it has {', '.join(known) or 'none'}; "
-                        "name one of them with data.caption_column")  # fmt: skip
+        raise DataError(
+            f"{where} has no caption column {expected}: it has {', '.join(known) or 'none'}; "
+            "name one of them with data.caption_column"
+        )
     return found
 
 
-def as_row(name: str, image: dict | None, captions: Iterable[object], problem: str = "", metadata: dict | None = None) -> dict:
+def as_row(
+    name: str,
+    image: dict | None,
+    captions: Iterable[object],
+    problem: str = "",
+    metadata: dict | None = None,
+) -> dict:
     """A row; what cannot be used of it becomes its problem."""
     try:
         texts = read_captions(captions)
@@ -130,8 +162,13 @@ def as_row(name: str, image: dict | None, captions: Iterable[object], problem: s
         texts, image, problem = [], None, "its file name is not valid UTF-8"
     except BrokenRow as error:
         texts, problem = [], str(error)
-    return {"image": image, "name": printable(name), "captions": texts, "problem": printable(problem),
-            "metadata": json.dumps({"file_name": name} | (metadata or {}))}  # fmt: skip
+    return {
+        "image": image,
+        "name": printable(name),
+        "captions": texts,
+        "problem": printable(problem),
+        "metadata": json.dumps({"file_name": name} | (metadata or {})),
+    }
 
 
 def same(row: dict, number: int) -> dict:
@@ -152,7 +189,9 @@ def content(image: dict) -> bytes:
         raise
     except Exception as error:  # every file system has errors of its own; some of aiohttp's have the answer's status
         answer = getattr(error, "status", None)
-        broke_off = type(error).__module__.startswith("aiohttp") or (isinstance(error, OSError) and error.errno != errno.EACCES)
+        broke_off = type(error).__module__.startswith("aiohttp") or (
+            isinstance(error, OSError) and error.errno != errno.EACCES
+        )
         later = broke_off if answer is None else answer in BUSY
         raise (ConnectionError if later else Unavailable)(one_line(error)) from error
 
@@ -187,8 +226,10 @@ def open_rows(config: DataConfig, split: str) -> Rows:
     except PermissionError as error:
         if error.filename is None or not Path(error.filename).is_relative_to(config.source):
             raise  # such as the Hub's cache
-        raise DataError(f"cannot read {error.filename} of data.source {config.source} ({error.strerror}), expected leave to read "
-                        "it: chmod -R u+rX, say") from error  # fmt: skip
+        raise DataError(
+            f"cannot read {error.filename} of data.source {config.source} ({error.strerror}), expected leave to read "
+            "it: chmod -R u+rX, say"
+        ) from error
 
 
 def rows_of(config: DataConfig, split: str) -> Rows:
@@ -196,15 +237,25 @@ def rows_of(config: DataConfig, split: str) -> Rows:
     source = Path(config.source)
     local = source.exists()
     if not (is_table(source, split) if local else HUB_ID.fullmatch(config.source)):
-        unused = [name for name in ("subset", "revision", "image_column") if getattr(config, name) is not None]
+        unused = [
+            name
+            for name in ("subset", "revision", "image_column")
+            if getattr(config, name) is not None
+        ]
         if config.streaming or unused:
             names = " and ".join(f"data.{name}" for name in unused or ["streaming"])
-            raise DataError(f"{names} has no meaning for {source}, which is no table: leave it out, or give a parquet file, "
-                            "a folder of them, or a Hub id")  # fmt: skip
+            raise DataError(
+                f"{names} has no meaning for {source}, which is no table: leave it out, or give a parquet file, "
+                "a folder of them, or a Hub id"
+            )
         return folder_of_images(source, split, config.caption_column, config.held_out)
-    for name in ("revision", "subset")[: source.is_file() + 1] if local else ():  # a folder may have subsets, by its README.md
+    for name in (
+        ("revision", "subset")[: source.is_file() + 1] if local else ()
+    ):  # a folder may have subsets, by its README.md
         if getattr(config, name) is not None:
-            raise DataError(f"data.{name} has no meaning for {source}, which is on disk: leave it out")
+            raise DataError(
+                f"data.{name} has no meaning for {source}, which is on disk: leave it out"
+            )
     return table(config, split)
 
 
@@ -215,8 +266,12 @@ def is_table(source: Path, split: str) -> bool:
     """
     if source.is_file():
         return source.suffix.lower() in TABLES
-    kinds = lambda folder, *patterns: {path.suffix.lower() for pattern in patterns for path in folder.glob(pattern)}
-    listed = any((folder / name).is_file() for folder in (source, source / split) for name in LISTINGS)
+    kinds = lambda folder, *patterns: {
+        path.suffix.lower() for pattern in patterns for path in folder.glob(pattern)
+    }
+    listed = any(
+        (folder / name).is_file() for folder in (source, source / split) for name in LISTINGS
+    )
     inside = kinds(source / split, "*")
     pictured = bool(inside & SUFFIXES) and not inside & TABLES.keys()
     return bool(kinds(source, "*", "*/*") & TABLES.keys()) and not (listed or pictured)
@@ -225,7 +280,9 @@ def is_table(source: Path, split: str) -> bool:
 # ---- image folders
 
 
-def folder_of_images(source: Path, split: str, caption_column: str | Sequence[str] | None, held_out: str | None) -> Rows:
+def folder_of_images(
+    source: Path, split: str, caption_column: str | Sequence[str] | None, held_out: str | None
+) -> Rows:
     """The images of one split of a folder, with their captions.
 
     Captions come from `metadata.jsonl` or `metadata.csv` (`caption` or `text`, or `caption_column`), else from `name.txt` or
@@ -234,19 +291,27 @@ def folder_of_images(source: Path, split: str, caption_column: str | Sequence[st
     folder = split_folder(source, split, held_out)
     for above in (source / name for name in LISTINGS if folder != source):
         if above.is_file() and not any((folder / name).is_file() for name in LISTINGS):
-            raise DataError(f"{above} is not beside the images of {folder}: move it there, with file names as from there on")
+            raise DataError(
+                f"{above} is not beside the images of {folder}: move it there, with file names as from there on"
+            )
     rows, notes = folder_rows(folder, caption_column)
     if not rows:
-        raise DataError(f"{folder} holds no images: expected files ending in {', '.join(sorted(SUFFIXES))}")
+        raise DataError(
+            f"{folder} holds no images: expected files ending in {', '.join(sorted(SUFFIXES))}"
+        )
     stamp = digest([(row, stat(row["image"]["path"] if row["image"] else None)) for row in rows])
-    return Rows(datasets.Dataset.from_list(rows, features=FEATURES), same, stamp, str(folder), tuple(notes))
+    return Rows(
+        datasets.Dataset.from_list(rows, features=FEATURES), same, stamp, str(folder), tuple(notes)
+    )
 
 
 def split_folder(source: Path, split: str, held_out: str | None) -> Path:
     """Where a split's images are: `source/split`, or `source` itself for train where no folder in it is a split's."""
     if not source.is_dir():
-        raise DataError(f"no image folder at {source}: expected a folder of images with captions, a .parquet file, a folder "
-                        "of them, or a Hub id like user/name")  # fmt: skip
+        raise DataError(
+            f"no image folder at {source}: expected a folder of images with captions, a .parquet file, a folder "
+            "of them, or a Hub id like user/name"
+        )
     if (source / split).is_dir():
         return source / split
     known = sorted(p.name for p in source.iterdir() if p.is_dir() and not p.name.startswith("."))
@@ -258,8 +323,10 @@ def split_folder(source: Path, split: str, held_out: str | None) -> Path:
 
 def no_split(source: str, split: str, known: str) -> str:
     """What to say where a split that `data.split` or `data.held_out` names is not there."""
-    return (f"{source} has no split {split!r}: it has {known}. Name the splits by --data.split and --data.held_out; "
-            "--data.held_out null trains without a held-out one")  # fmt: skip
+    return (
+        f"{source} has no split {split!r}: it has {known}. Name the splits by --data.split and --data.held_out; "
+        "--data.held_out null trains without a held-out one"
+    )
 
 
 def stat(path: str | None) -> tuple[int, int] | None:
@@ -273,37 +340,65 @@ def stat(path: str | None) -> tuple[int, int] | None:
     return found.st_size, found.st_mtime_ns
 
 
-def folder_rows(folder: Path, caption_column: str | Sequence[str] | None) -> tuple[list[dict], list[str]]:
+def folder_rows(
+    folder: Path, caption_column: str | Sequence[str] | None
+) -> tuple[list[dict], list[str]]:
     """(rows, notes) of one folder: a row an image, sorted by name, or as metadata.jsonl or metadata.csv lists them."""
     everything = sorted(folder.rglob("*"))
     paths = [p for p in everything if p.suffix.lower() in SUFFIXES]
     files = {p.relative_to(folder).as_posix(): p for p in paths}
-    files = {name: p for name, p in files.items() if not any(part.startswith(".") for part in name.split("/"))}
+    files = {
+        name: p
+        for name, p in files.items()
+        if not any(part.startswith(".") for part in name.split("/"))
+    }
     listing = next((folder / name for name in LISTINGS if (folder / name).is_file()), None)
     if listing:
         entries = LISTINGS[listing.name](listing)
         if not entries:
             return [], []
-        columns = find_columns(listing, {key for e in entries if isinstance(e, dict) for key in e}, caption_column)
+        columns = find_columns(
+            listing, {key for e in entries if isinstance(e, dict) for key in e}, caption_column
+        )
         rows = [listed_row(listing, i, entry, columns) for i, entry in enumerate(entries, 1)]
         unlisted = sorted(files.keys() - {row["name"] for row in rows})
-        return rows, [f"{len(unlisted)} images have no row in {listing}, e.g. {printable(unlisted[0])}"] if unlisted else []
+        return rows, [
+            f"{len(unlisted)} images have no row in {listing}, e.g. {printable(unlisted[0])}"
+        ] if unlisted else []
     if caption_column is not None:
-        raise DataError(f"caption_column {caption_column!r} needs {' or '.join(LISTINGS)} in {folder}, which has neither")
+        raise DataError(
+            f"caption_column {caption_column!r} needs {' or '.join(LISTINGS)} in {folder}, which has neither"
+        )
     beside = {name: [path.with_suffix(kind) for kind in TEXTS] for name, path in files.items()}
-    texts = {name: next(p for p in known if p.is_file()) for name, known in beside.items() if any(p.is_file() for p in known)}
+    texts = {
+        name: next(p for p in known if p.is_file())
+        for name, known in beside.items()
+        if any(p.is_file() for p in known)
+    }
     rows = [beside_row(name, path, texts) for name, path in files.items()]
-    below = [p for p in everything if p.name in LISTINGS and not any(x.startswith(".") for x in p.relative_to(folder).parts)]
+    below = [
+        p
+        for p in everything
+        if p.name in LISTINGS and not any(x.startswith(".") for x in p.relative_to(folder).parts)
+    ]
     if below and not texts:
-        raise DataError(f"{below[0]} is below {folder}, where no listing is looked for: make one of it in {folder} itself, with "
-                        "file names as from there on")  # fmt: skip
+        raise DataError(
+            f"{below[0]} is below {folder}, where no listing is looked for: make one of it in {folder} itself, with "
+            "file names as from there on"
+        )
     if rows and not texts:
         example = next((row["captions"][0] for row in rows if row["captions"]), "")
         places = f"no {' or '.join(LISTINGS)} and no {' or '.join(TEXTS)} files"
         return rows, [f"{places}: captions are the file names, e.g. {example!r}"]
     lacking = sorted(files.keys() - texts.keys())
     kinds = " or ".join(TEXTS)
-    notes = [f"{len(lacking)} images have no {kinds} beside them: no caption, e.g. {printable(lacking[0])}"] if lacking else []
+    notes = (
+        [
+            f"{len(lacking)} images have no {kinds} beside them: no caption, e.g. {printable(lacking[0])}"
+        ]
+        if lacking
+        else []
+    )
     return rows, notes
 
 
@@ -315,7 +410,11 @@ def read_jsonl(path: Path) -> list[dict | BrokenRow]:
             continue
         try:
             entry = json.loads(line)
-            entries.append(entry if isinstance(entry, dict) else BrokenRow(f"expected an object, got {entry!r:.60}"))
+            entries.append(
+                entry
+                if isinstance(entry, dict)
+                else BrokenRow(f"expected an object, got {entry!r:.60}")
+            )
         except ValueError as error:  # not JSON, or not UTF-8
             entries.append(BrokenRow(str(error)))
     return entries
@@ -327,9 +426,14 @@ def read_csv(path: Path) -> list[dict | BrokenRow]:
         with open(path, encoding="utf-8-sig", newline="") as file:
             entries = list(csv.DictReader(file, strict=True))
     except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} cannot be read ({error}): save it as UTF-8 CSV with a header") from error
+        raise DataError(
+            f"{path} cannot be read ({error}): save it as UTF-8 CSV with a header"
+        ) from error
     wide = BrokenRow("it has more cells than the header: quote a caption with commas in it")
-    return [wide if None in entry else {key: value or None for key, value in entry.items()} for entry in entries]
+    return [
+        wide if None in entry else {key: value or None for key, value in entry.items()}
+        for entry in entries
+    ]
 
 
 LISTINGS = {"metadata.jsonl": read_jsonl, "metadata.csv": read_csv}  # Hugging Face's image folders
@@ -357,7 +461,11 @@ def beside_row(name: str, path: Path, texts: dict[str, Path]) -> dict:
     if not texts:
         return as_row(name, on_disk(path), [path.stem.replace("_", " ")])
     try:
-        return as_row(name, on_disk(path), [texts[name].read_text(encoding="utf-8-sig")] if name in texts else [])
+        return as_row(
+            name,
+            on_disk(path),
+            [texts[name].read_text(encoding="utf-8-sig")] if name in texts else [],
+        )
     except UnicodeDecodeError:
         return as_row(name, None, [], f"{texts[name].name} is not UTF-8")
 
@@ -378,11 +486,17 @@ def table(config: DataConfig, split: str) -> Rows:
     try:
         builder = open_builder(config)
         if isinstance(builder, Cache) and not builder.hash.startswith(config.revision or ""):
-            raise DataError(f"the Hub is out of reach and the newest version of {config.source} in the cache is commit "
-                            f"{builder.hash}, which may not be revision {config.revision!r}: connect, or make data.revision "
-                            "that commit")  # fmt: skip
+            raise DataError(
+                f"the Hub is out of reach and the newest version of {config.source} in the cache is commit "
+                f"{builder.hash}, which may not be revision {config.revision!r}: connect, or make data.revision "
+                "that commit"
+            )
         known = list(builder.info.splits or builder.config.data_files or ())
-        unknown = [name for name in (part.split("[")[0].strip() for part in split.split("+")) if name not in known]
+        unknown = [
+            name
+            for name in (part.split("[")[0].strip() for part in split.split("+"))
+            if name not in known
+        ]
         if unknown:
             raise DataError(no_split(config.source, ", ".join(unknown), ", ".join(known) or "none"))
         if config.streaming:
@@ -395,8 +509,10 @@ def table(config: DataConfig, split: str) -> Rows:
     except (*NETWORK, OSError, ValueError, DatasetsError) as error:
         raise DataError(why_not(config, error)) from error
     if found.features is None:
-        raise DataError(f"the columns of {config.source} are not known before it is read, expected parquet, WebDataset or "
-                        "an image folder: convert it to one of them")  # fmt: skip
+        raise DataError(
+            f"the columns of {config.source} are not known before it is read, expected parquet, WebDataset or "
+            "an image folder: convert it to one of them"
+        )
     image = image_column(config, found.features)
     captions = find_columns(config.source, found.features, config.caption_column)
     by_path = kind_of(found.features[image]) in PATHS and not config.streaming
@@ -417,7 +533,9 @@ def open_builder(config: DataConfig) -> datasets.DatasetBuilder:
     kept = str(Path(config.cache) / "tables")
     if source.is_file():
         kind = TABLES[source.suffix.lower()]
-        return datasets.load_dataset_builder(kind, config.subset, data_files={"train": str(source)}, cache_dir=kept)
+        return datasets.load_dataset_builder(
+            kind, config.subset, data_files={"train": str(source)}, cache_dir=kept
+        )
     return datasets.load_dataset_builder(str(source.absolute()), config.subset, cache_dir=kept)
 
 
@@ -425,11 +543,15 @@ def why_not(config: DataConfig, error: BaseException) -> str:
     """One sentence on why a table cannot be opened."""
     source = repr(config.source)
     if isinstance(error, DatasetNotFoundError):
-        return (f"there is no data set {source} on the Hub ({one_line(error)}) and no folder or file of that name here: "
-                "check data.source and data.revision, or log in with `hf auth login` if it is private")  # fmt: skip
+        return (
+            f"there is no data set {source} on the Hub ({one_line(error)}) and no folder or file of that name here: "
+            "check data.source and data.revision, or log in with `hf auth login` if it is private"
+        )
     if isinstance(error, ConnectionError):
-        return (f"data set {source} is neither here nor in the cache, and the Hub is out of reach ({one_line(error)}): "
-                "connect once to download it, or give a folder on disk")  # fmt: skip
+        return (
+            f"data set {source} is neither here nor in the cache, and the Hub is out of reach ({one_line(error)}): "
+            "connect once to download it, or give a folder on disk"
+        )
     return f"cannot read {source}: {one_line(error.__cause__ or error)}"
 
 
@@ -439,16 +561,23 @@ def image_column(config: DataConfig, features: datasets.Features) -> str:
     wanted = config.image_column
     if wanted is None and len(found) == 1:
         return found[0]
-    if wanted in features and (is_image(features[wanted]) or kind_of(features[wanted]) in ("binary", "large_binary", *PATHS)):
+    if wanted in features and (
+        is_image(features[wanted])
+        or kind_of(features[wanted]) in ("binary", "large_binary", *PATHS)
+    ):
         return wanted
     got = f"no column of images {wanted!r}" if wanted else f"{len(found) or 'no'} columns of images"
     columns = ", ".join(f"{name} (images)" if name in found else name for name in features)
-    raise DataError(f"{config.source} has {got}: it has {columns}; name one of them with data.image_column")
+    raise DataError(
+        f"{config.source} has {got}: it has {columns}; name one of them with data.image_column"
+    )
 
 
 def is_image(feature: object) -> bool:
     """Does a column hold images: as `datasets` writes them, or bytes and path as other tools do?"""
-    return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and feature.keys() == {"bytes", "path"})
+    return isinstance(feature, datasets.Image) or (
+        isinstance(feature, dict) and feature.keys() == {"bytes", "path"}
+    )
 
 
 def kind_of(feature: object) -> str | None:
@@ -456,7 +585,9 @@ def kind_of(feature: object) -> str | None:
     return getattr(feature, "dtype", None)
 
 
-def table_row(example: dict, number: int, image: str, captions: tuple[str, ...], within: str | None = None) -> dict:
+def table_row(
+    example: dict, number: int, image: str, captions: tuple[str, ...], within: str | None = None
+) -> dict:
     """One row of a table; of a data set of the Hub, `within`, none whose picture is a file of something else."""
     picture = example[image]
     empty = picture is None or (picture["bytes"] is None and not picture["path"])
@@ -464,21 +595,32 @@ def table_row(example: dict, number: int, image: str, captions: tuple[str, ...],
     problem = "it has no image" if empty else ""
     if within and not empty and picture["bytes"] is None and not belongs(picture["path"], within):
         problem = "its file is outside the data set"
-    return as_row(name, None if problem else picture, [example[column] for column in captions], problem)
+    return as_row(
+        name, None if problem else picture, [example[column] for column in captions], problem
+    )
 
 
 def belongs(path: str, source: str) -> bool:
     """Is a file one of a data set of the Hub, there or in the caches? Its tables may name any file and any URL."""
     if "://" in path:
-        return re.match(rf"hf://datasets/{re.escape(source)}[@/]", path.rpartition("::")[2]) is not None
-    caches = (datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH, constants.HF_HUB_CACHE)
+        return (
+            re.match(rf"hf://datasets/{re.escape(source)}[@/]", path.rpartition("::")[2])
+            is not None
+        )
+    caches = (
+        datasets.config.HF_DATASETS_CACHE,
+        datasets.config.DOWNLOADED_DATASETS_PATH,
+        constants.HF_HUB_CACHE,
+    )
     return any(Path(path).resolve().is_relative_to(Path(cache).resolve()) for cache in caches)
 
 
 # ---- what a network does
 
 
-def retried(attempt: Callable[[], list], what: str, wait: Callable[[float], object] = time.sleep) -> list:
+def retried(
+    attempt: Callable[[], list], what: str, wait: Callable[[float], object] = time.sleep
+) -> list:
     """What `attempt()` returns, called anew after each of WAITS while the network fails; then DataError.
 
     A Hub that says no (a file that is gone, no access) and files that cannot be read are a DataError at once.
@@ -495,8 +637,10 @@ def retried(attempt: Callable[[], list], what: str, wait: Callable[[float], obje
             if seconds is None:
                 tries = "" if refused else f" in {len(WAITS) + 1} attempts"
                 kind = DataError if refused else Unreachable
-                raise kind(f"cannot read {what}{tries} ({one_line(error)}): run the same command again when that is mended, it "
-                           "goes on from the newest checkpoint") from error  # fmt: skip
+                raise kind(
+                    f"cannot read {what}{tries} ({one_line(error)}): run the same command again when that is mended, it "
+                    "goes on from the newest checkpoint"
+                ) from error
             wait(seconds)
         except (OSError, ValueError, DatasetsError) as error:
             raise DataError(f"cannot read {what}: {one_line(error)}") from error
