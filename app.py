@@ -33,25 +33,30 @@ from matplotlib.figure import Figure  # pyplot would keep every figure it makes
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
+from pipeline.cli.runner import run_cli
 from pipeline.diffusion.guidance import InputError
-from pipeline.hub import push
-from pipeline.hub.model_card import ATTRIBUTION, fenced
-from pipeline.models import loading
-from pipeline.serving import requests, session
+from pipeline.hub.model_card import ATTRIBUTION, inline_code
+from pipeline.models.loading import default_model
+from pipeline.serving.model_store import ModelStore
+from pipeline.serving.png_metadata import MAX_UPLOAD_BYTES, read_png, same_model
 from pipeline.serving.requests import (
-    BUDGET,
-    CHARACTERS,
     DENOISERS,
-    IMAGES,
-    SEEDS,
-    THINK,
-    UPLOAD,
+    MAX_IMAGES,
+    MAX_PROMPT_CHARACTERS,
+    MAX_SEARCH_BUDGET,
+    MAX_SEED,
+    MAX_STEPS_PER_REQUEST,
     Request,
-    number,
-    read_png,
-    same_model,
+    parse_number,
+    parse_text,
 )
-from pipeline.serving.session import SWEEP, Shelf, Studio
+from pipeline.serving.session import (
+    STRIP_COLUMNS,
+    SWEEP_WS,
+    Frame,
+    InferenceSession,
+    load_uploaded_image,
+)
 
 log = logging.getLogger("app")
 
@@ -71,7 +76,7 @@ EXAMPLES = (
 )
 QUEUE = 20  # requests that may wait; more hear "Queue is full"
 SESSIONS = 200  # browsers and scripts whose components Gradio remembers, 150 kB each; no event here needs more than its inputs
-BODY = UPLOAD + 100_000  # bytes of one HTTP request
+BODY = MAX_UPLOAD_BYTES + 100_000  # bytes of one HTTP request
 AGE, ROUND = 3600, 600  # seconds that a file of the page is kept, and between two looks at them
 DRAWING = threading.Lock()  # matplotlib is not made for threads
 THEME = gr.themes.Soft(
@@ -187,7 +192,7 @@ class BodyLimit:
 # ---- the page
 
 
-def build_demo(shelf: Shelf) -> gr.Blocks:
+def build_demo(shelf: ModelStore) -> gr.Blocks:
     """The page of a model, or of the checkpoints of a run in progress."""
     studio = shelf.studio()
     with gr.Blocks(title=f"Direct Jump · {shelf.name}", analytics_enabled=False) as demo:
@@ -208,14 +213,14 @@ def build_demo(shelf: Shelf) -> gr.Blocks:
     return demo
 
 
-def about_model(shelf: Shelf, studio: Studio) -> str:
+def about_model(shelf: ModelStore, studio: InferenceSession) -> str:
     """One line on what draws here."""
     if studio.network is None:
         return (
             "**No trained model is here yet**, so the exact denoiser of the embedded emoji draws: it knows its pictures by "
             "name and nothing else. `make train` makes a model in minutes."
         )
-    return f"Model: `{fenced(shelf.name)}`."
+    return f"Model: `{inline_code(shelf.name)}`."
 
 
 def model_options() -> gr.Radio:
@@ -228,7 +233,7 @@ def model_options() -> gr.Radio:
     )
 
 
-def checkpoints(shelf: Shelf, demo: gr.Blocks) -> gr.Slider:
+def checkpoints(shelf: ModelStore, demo: gr.Blocks) -> gr.Slider:
     """The slider over a run's checkpoints, which follows the newest; hidden where there is one model."""
     steps = shelf.steps()
     with gr.Group(visible=shelf.follows):
@@ -246,7 +251,11 @@ def checkpoints(shelf: Shelf, demo: gr.Blocks) -> gr.Slider:
         first, last = ends(
             found
         )  # a value below first, of a checkpoint that is gone, would be refused
-        value = max(found, default=0) if follow else number("checkpoint", value, 0, SEEDS, True, [])
+        value = (
+            max(found, default=0)
+            if follow
+            else parse_number("checkpoint", value, 0, MAX_SEED, True, [])
+        )
         if value is None:  # an emptied box stays so
             return gr.Slider(minimum=first, maximum=last)
         return gr.Slider(minimum=first, maximum=last, value=min(max(value, first), last))
@@ -269,14 +278,14 @@ def ends(steps: list[int]) -> tuple[int, int]:
     return (first if first < last else 0), last
 
 
-def steps_slider(studio: Studio, most: int, **layout) -> gr.Slider:
+def steps_slider(studio: InferenceSession, most: int, **layout) -> gr.Slider:
     """How many denoising steps, no more than the model has timesteps."""
     return gr.Slider(
         1, min(most, studio.T), value=min(50, studio.T), step=1, label="Steps", **layout
     )
 
 
-def create_tab(shelf: Shelf, studio: Studio, checkpoint: gr.Slider) -> None:
+def create_tab(shelf: ModelStore, studio: InferenceSession, checkpoint: gr.Slider) -> None:
     """Prompt in, pictures out, with everything that decides them."""
     default = studio.pipe.config.w
     with gr.Row():
@@ -287,7 +296,7 @@ def create_tab(shelf: Shelf, studio: Studio, checkpoint: gr.Slider) -> None:
                 placeholder="red heart",
                 autofocus=True,
                 elem_id="prompt",
-                max_length=CHARACTERS,
+                max_length=MAX_PROMPT_CHARACTERS,
             )
             counter = gr.Markdown("", elem_id="tokens")
             with gr.Row():
@@ -295,11 +304,11 @@ def create_tab(shelf: Shelf, studio: Studio, checkpoint: gr.Slider) -> None:
                 stop = gr.Button("Stop", variant="stop", visible=False, elem_id="stop")
             w = gr.Slider(-1, 10, value=default, step=0.25, label="w, guidance", info=GUIDANCE)
             with gr.Row():
-                images = gr.Slider(1, IMAGES, value=1, step=1, label="Pictures", min_width=120)
+                images = gr.Slider(1, MAX_IMAGES, value=1, step=1, label="Pictures", min_width=120)
                 steps = steps_slider(studio, 250, min_width=120)
             think = gr.Slider(
                 1,
-                THINK,
+                MAX_SEARCH_BUDGET,
                 value=1,
                 step=1,
                 label="Think longer",
@@ -335,7 +344,7 @@ def create_tab(shelf: Shelf, studio: Studio, checkpoint: gr.Slider) -> None:
                     "",
                     label="Negative prompt",
                     info="guided away from, in the empty caption's place",
-                    max_length=CHARACTERS,
+                    max_length=MAX_PROMPT_CHARACTERS,
                 )
                 with gr.Row():
                     low = gr.Slider(
@@ -433,7 +442,7 @@ def create_tab(shelf: Shelf, studio: Studio, checkpoint: gr.Slider) -> None:
     def reuse(path, checkpoint):
         studio = shelf.studio(checkpoint)
         request, drew, model = read_png(path, studio.T)
-        other = f"`{fenced(model[:80])}` drew that picture; `{fenced(studio.identity)}` draws another one."
+        other = f"`{inline_code(model[:80])}` drew that picture; `{inline_code(studio.identity)}` draws another one."
         return (
             request.prompt,
             request.negative_prompt,
@@ -527,7 +536,7 @@ def clicked(triggers, go: gr.Button, stop: gr.Button, function, inputs, outputs,
         )
 
 
-def progress(frame: session.Frame, seed: int | None = None) -> str:
+def progress(frame: Frame, seed: int | None = None) -> str:
     """What a request has cost so far."""
     done = (
         ""
@@ -545,7 +554,7 @@ def progress(frame: session.Frame, seed: int | None = None) -> str:
     return f"{done}{frame.seconds:.1f} s · {frame.calls} network calls{used}"
 
 
-def thoughts(frame: session.Frame) -> tuple:
+def thoughts(frame: Frame) -> tuple:
     """The curve of a search so far, and at its end the candidates that it discarded with their scores."""
     if frame.found is None or not frame.found.curve:
         return None, []
@@ -579,23 +588,23 @@ def strip(label: str, columns: int, name: str) -> gr.Gallery:
     )
 
 
-def sweep_tab(shelf: Shelf, studio: Studio, checkpoint: gr.Slider) -> None:
+def sweep_tab(shelf: ModelStore, studio: InferenceSession, checkpoint: gr.Slider) -> None:
     """The same noise under six w."""
-    gr.Markdown(f"The same noise at w = {', '.join(f'{w:g}' for w in SWEEP)}. {GUIDANCE}.")
+    gr.Markdown(f"The same noise at w = {', '.join(f'{w:g}' for w in SWEEP_WS)}. {GUIDANCE}.")
     with gr.Row():
         prompt = gr.Textbox(
             label="Prompt",
             value=known_caption(studio),
             scale=4,
             min_width=200,
-            max_length=CHARACTERS,
+            max_length=MAX_PROMPT_CHARACTERS,
         )
         seed = gr.Number(0, label="Seed", scale=1, min_width=100)
-        steps = steps_slider(studio, BUDGET // len(SWEEP), scale=2, min_width=140)
+        steps = steps_slider(studio, MAX_STEPS_PER_REQUEST // len(SWEEP_WS), scale=2, min_width=140)
     with gr.Row():
         go = gr.Button("Draw all six", variant="primary", elem_id="sweep")
         stop = gr.Button("Stop", variant="stop", visible=False)
-    gallery = strip("One noise, six w", len(SWEEP), "sweep-gallery")
+    gallery = strip("One noise, six w", len(SWEEP_WS), "sweep-gallery")
     status = gr.Markdown("")
     slider = gr.ImageSlider(
         label="conditional (w = 0) | unconditional (w = -1)",
@@ -612,24 +621,26 @@ def sweep_tab(shelf: Shelf, studio: Studio, checkpoint: gr.Slider) -> None:
         """Draw a prompt at w = -1, 0, 1, 2, 4 and 8 from the same noise: (pictures, status, the pair of w = 0 and w = -1)."""
         studio = shelf.studio(checkpoint)
         request = Request.read(
-            {"prompt": prompt, "seed": seed, "steps": steps}, studio.T, rows=len(SWEEP)
+            {"prompt": prompt, "seed": seed, "steps": steps}, studio.T, rows=len(SWEEP_WS)
         )
         for frame in studio.sweep(request, denoiser):
-            labelled = [(image, f"w = {w:g}") for w, image in zip(SWEEP, frame.images, strict=True)]
-            pair = (frame.images[SWEEP.index(0)], frame.images[SWEEP.index(-1)])
+            labelled = [
+                (image, f"w = {w:g}") for w, image in zip(SWEEP_WS, frame.images, strict=True)
+            ]
+            pair = (frame.images[SWEEP_WS.index(0)], frame.images[SWEEP_WS.index(-1)])
             yield labelled, progress(frame), pair if frame.last else gr.skip()
 
     inputs = [prompt, seed, steps, denoiser, checkpoint]
     clicked([prompt.submit, go.click], go, stop, sweep, inputs, [gallery, status, slider], "sweep")
 
 
-def known_caption(studio: Studio) -> str:
+def known_caption(studio: InferenceSession) -> str:
     """A prompt to begin with that every denoiser here can draw."""
     captions = studio.known
     return next((e for e in EXAMPLES if e in captions), captions[0])
 
 
-def walk_tab(shelf: Shelf, studio: Studio, checkpoint: gr.Slider) -> None:
+def walk_tab(shelf: ModelStore, studio: InferenceSession, checkpoint: gr.Slider) -> None:
     """The lecture's equations on a picture: forwards, and back again."""
     captions = studio.known + (studio.set[1].captions[:1000] if studio.set[1] else [])
     T, curves = studio.T, studio.curves()
@@ -671,7 +682,7 @@ def walk_tab(shelf: Shelf, studio: Studio, checkpoint: gr.Slider) -> None:
             value=known_caption(studio),
             scale=3,
             min_width=200,
-            max_length=CHARACTERS,
+            max_length=MAX_PROMPT_CHARACTERS,
         )
         w = gr.Slider(
             -1, 10, value=studio.pipe.config.w, step=0.25, label="w", scale=2, min_width=140
@@ -683,21 +694,21 @@ def walk_tab(shelf: Shelf, studio: Studio, checkpoint: gr.Slider) -> None:
         go = gr.Button("Walk back", variant="primary", elem_id="walk")
         stop = gr.Button("Stop", variant="stop", visible=False)
     gr.Markdown("x\\_t")
-    noisy = strip("x_t", session.COLUMNS, "strip")
+    noisy = strip("x_t", STRIP_COLUMNS, "strip")
     gr.Markdown("x̂\\_0, the current prediction (15)")
-    clean = strip("x̂_0", session.COLUMNS, "strip-clean")
+    clean = strip("x̂_0", STRIP_COLUMNS, "strip-clean")
 
     @answering
     def forward(picture, t, seed, tell, upload, checkpoint):
         """Noise a picture to t and denoise it once: the panels x_0, (5), (1) and (15), with their names."""
         studio, problems = shelf.studio(checkpoint), []
-        t = number("t", t, 1, studio.T, True, problems)
-        seed = number("seed", seed, 0, SEEDS, True, problems)
-        name = requests.text("picture", picture, problems)
+        t = parse_number("t", t, 1, studio.T, True, problems)
+        seed = parse_number("seed", seed, 0, MAX_SEED, True, problems)
+        name = parse_text("picture", picture, problems)
         if problems:
             raise InputError("; ".join(problems))
         x_0 = (
-            session.uploaded(upload["path"], studio.source.resolution)
+            load_uploaded_image(upload["path"], studio.source.resolution)
             if upload
             else studio.named(name)
         )
@@ -744,7 +755,7 @@ def walk_tab(shelf: Shelf, studio: Studio, checkpoint: gr.Slider) -> None:
 def plot_curves(curves: dict[str, list[float]], t: int) -> PlotData:
     """The schedule's four curves, each of T values, with one t marked."""
     T, problems = min(map(len, curves.values())), []
-    t = number("t", t, 1, T, True, problems)
+    t = parse_number("t", t, 1, T, True, problems)
     if problems:
         raise InputError(problems[0])
     figure = Figure(figsize=(11, 2.4), layout="constrained")
@@ -757,7 +768,7 @@ def plot_curves(curves: dict[str, list[float]], t: int) -> PlotData:
     return drawn(figure)
 
 
-def card(shelf: Shelf) -> str:
+def card(shelf: ModelStore) -> str:
     """The model's card, without its front matter and its pictures, and whose the embedded data is."""
     text = re.sub(r"\A---\n.*?\n---\n", "", shelf.card(), flags=re.S)
     text = re.sub(
@@ -853,7 +864,7 @@ def serve(demo: gr.Blocks, host: str = "127.0.0.1", port: int | None = None, **o
         show_error=False,
         enable_monitoring=False,
         ssr_mode=False,
-        max_file_size=UPLOAD,
+        max_file_size=MAX_UPLOAD_BYTES,
         state_session_capacity=SESSIONS,
         app_kwargs=kwargs,
         theme=THEME,
@@ -883,7 +894,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         try_address(args.host, args.port)
-        shelf = Shelf(args.model or push.newest(), args.device)
+        shelf = ModelStore(args.model or default_model(), args.device)
         with own_files() as folder:
             demo = build_demo(shelf)
             # SIGTERM leaves no files either; Gradio's own way out would wait for open pages
@@ -899,4 +910,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(loading.stoppable(main, "no page was served yet"))
+    sys.exit(run_cli(main, "no page was served yet"))

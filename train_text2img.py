@@ -29,38 +29,47 @@ from accelerate.utils import (
 from diffusers.utils import make_image_grid
 from tqdm.auto import tqdm
 
-from pipeline import randomness
 from pipeline.config import Config, ConfigError, differences, load, load_file
-from pipeline.data import dataset
-from pipeline.data.emoji import catalogue
+from pipeline.data.emoji.catalogue import EmojiError
+from pipeline.data.sampler import evenly_spaced
 from pipeline.data.sources.rows import DataError
-from pipeline.data.streaming import Place, Stream
+from pipeline.data.streaming import Stream, StreamPosition
 from pipeline.diffusion.text_to_image import TextToImagePipeline
 from pipeline.hardware import (
-    DRAWING,
+    is_out_of_memory,
     keep_freed_memory,
-    local_main_first,
-    of_memory,
+    mixed_precision,
     set_threads,
-    spared,
+    skip_on_out_of_memory,
 )
-from pipeline.hub import model_card, push
-from pipeline.models import build
-from pipeline.runs.folder import (
-    MANIFEST,
-    Diverged,
-    Run,
-    RunError,
-    Stopped,
-    StopRequest,
-    load_state,
-    manifest,
-    replace,
-    replace_folder,
-    save_state,
+from pipeline.hub import push
+from pipeline.hub.client import HubError
+from pipeline.hub.figures import plot_strips, plot_training
+from pipeline.hub.model_card import (
+    TRAINING_FACTS,
+    build_card,
+    license_of,
+    training_facts,
+    write_card,
 )
-from pipeline.training.optimizers import lr_schedule, optimizer_of, restore, resume_schedule
-from pipeline.training.task import Parts, prepare
+from pipeline.hub.push import check_push
+from pipeline.models.build import parameter_count, trainable_parameters
+from pipeline.models.ema import build_ema
+from pipeline.models.lora import save_adapter
+from pipeline.randomness import keep_caption, noise, timesteps
+from pipeline.runs.checkpoints import CHECKPOINT_MANIFEST, read_checkpoint_manifest
+from pipeline.runs.files import replace_folder, replace_text
+from pipeline.runs.folder import Diverged, RunError, RunFolder
+from pipeline.runs.state_files import load_state, save_state
+from pipeline.runs.stop_signals import Stopped, StopSignals
+from pipeline.training.distributed import SAMPLE_TIMEOUT, local_main_first
+from pipeline.training.optimizers import (
+    build_lr_schedule,
+    build_optimizer,
+    restore_optimizer,
+    resume_lr_schedule,
+)
+from pipeline.training.task import TrainingTask, build_task
 from pipeline.training.trackers import Trackers
 
 FREE = (
@@ -104,14 +113,16 @@ def open_stream(
     )
 
 
-def batch_loss(unet, parts: Parts, config: Config, step: int, slots: torch.Tensor) -> torch.Tensor:
+def batch_loss(
+    unet, parts: TrainingTask, config: Config, step: int, slots: torch.Tensor
+) -> torch.Tensor:
     """The training loss of the examples at `slots` of the global batch of one step, one value each (B,)."""
     seed, train, device = config.seed, config.train, parts.empty.device
     x_0, states = parts.examples(config, step, slots)
-    t = randomness.timesteps(seed, step, slots, train.batch_size, len(parts.scheduler)).to(device)
-    eps = randomness.noise(seed, step, slots, x_0.shape[1:]).to(device)
+    t = timesteps(seed, step, slots, train.batch_size, len(parts.scheduler)).to(device)
+    eps = noise(seed, step, slots, x_0.shape[1:]).to(device)
     x_t = parts.scheduler.add_noise(x_0, eps, t)  # (5)
-    keep = randomness.keep_caption(seed, step, slots, config.data.caption_dropout).to(device)
+    keep = keep_caption(seed, step, slots, config.data.caption_dropout).to(device)
     captions = torch.where(keep[:, None, None], states, parts.empty)  # (14)
     output = unet(
         x_t.to(memory_format=torch.channels_last),
@@ -123,7 +134,7 @@ def batch_loss(unet, parts: Parts, config: Config, step: int, slots: torch.Tenso
 
 
 @torch.no_grad()
-def validate(unet, parts: Parts, config: Config, stop) -> dict:
+def validate(unet, parts: TrainingTask, config: Config, stop) -> dict:
     """Loss and x_0 error by timestep on a fixed grid of (image, t, eps), for the training and the held-out split."""
     T, record = len(parts.scheduler), {}
     for split, images, states in [
@@ -132,9 +143,9 @@ def validate(unet, parts: Parts, config: Config, stop) -> dict:
     ]:
         if images is None:
             continue
-        rows = dataset.evenly(HELD, len(images))
+        rows = evenly_spaced(HELD, len(images))
         x_0, chosen = parts.encoded(images, rows), states[images.first[rows]].to(parts.empty.device)
-        eps = randomness.noise(0, 0, rows, x_0.shape[1:]).to(x_0.device)
+        eps = noise(0, 0, rows, x_0.shape[1:]).to(x_0.device)
         loss, error = [], {}
         for k in ((torch.arange(GRID) + 0.5) * T / GRID).long().tolist():
             if stop:
@@ -148,7 +159,7 @@ def validate(unet, parts: Parts, config: Config, stop) -> dict:
     return record
 
 
-def try_sampling(parts: Parts, config: Config) -> None:
+def try_sampling(parts: TrainingTask, config: Config) -> None:
     """ConfigError where the run's model could not draw its samples, before the first step."""
     sample = config.sample
     try:
@@ -187,7 +198,7 @@ def averaged(ema, unet):
     """The network with its moving average for weights, which change places: nothing is copied."""
 
     def exchange():
-        for weight, mean in zip(build.trainable(unet), ema.shadow_params, strict=True):
+        for weight, mean in zip(trainable_parameters(unet), ema.shadow_params, strict=True):
             weight.data, mean.data = mean.data, weight.data
 
     exchange()
@@ -198,11 +209,11 @@ def averaged(ema, unet):
         unet.train()
 
 
-def resume_point(run: Run, config: Config) -> Path | None:
+def resume_point(run: RunFolder, config: Config) -> Path | None:
     """The checkpoint to go on from, None for a new run; RunError where settings changed, or what lies there would be lost."""
     checkpoint = run.newest()
     if checkpoint is None:
-        foreign = run.card.is_file() and not (run.folder / model_card.FACTS).is_file()
+        foreign = run.card.is_file() and not (run.folder / TRAINING_FACTS).is_file()
         if run.drawable or foreign:
             held = (
                 "a model, and no checkpoint to go on from"
@@ -243,8 +254,8 @@ def train(config: Config, dry_run: bool = False) -> int:
         )
     wanted = parse_flag_from_env("ACCELERATE_USE_CPU")  # of accelerate launch --cpu
     cpu = wanted or not torch.accelerator.is_available()  # told, torchrun's ranks find each other
-    device = PartialState(cpu=cpu, timeout=DRAWING).device
-    precision = build.precision(config.train.precision, device)
+    device = PartialState(cpu=cpu, timeout=SAMPLE_TIMEOUT).device
+    precision = mixed_precision(config.train.precision, device)
     if precision == "fp16" and device.type == "cpu":
         raise ConfigError("train.precision must be auto, no or bf16 on a CPU, got fp16")
     accelerator = Accelerator(
@@ -265,16 +276,18 @@ def train(config: Config, dry_run: bool = False) -> int:
         )
     if dry_run:
         return rehearse(config, accelerator)
-    run, main = Run(config.folder), accelerator.is_main_process
+    run, main = RunFolder(config.folder), accelerator.is_main_process
     if main:
-        push.check(config)
+        check_push(config)
     with accelerator.main_process_first():
         run.create()
-    with StopRequest() as stop, run.lock() if main else contextlib.nullcontext():
+    with StopSignals() as stop, run.lock() if main else contextlib.nullcontext():
         checkpoint, finished = broadcast_object_list(
             [resume_point(run, config), run.finished] if main else [None, None]
         )
-        if checkpoint and not (checkpoint / MANIFEST).is_file():  # one process has decided for all
+        if (
+            checkpoint and not (checkpoint / CHECKPOINT_MANIFEST).is_file()
+        ):  # one process has decided for all
             raise RunError(
                 f"process {accelerator.process_index} does not see {checkpoint}, expected `output` on a disk "
                 "that all machines share: put the run there"
@@ -318,13 +331,13 @@ class Outcome(NamedTuple):
 class Trainer:
     """The network in training: its optimiser, learning rate, average and counters, all that a checkpoint keeps beside it."""
 
-    def __init__(self, config: Config, accelerator: Accelerator, parts: Parts):
+    def __init__(self, config: Config, accelerator: Accelerator, parts: TrainingTask):
         self.config, self.accelerator, self.parts = config, accelerator, parts
-        optimizer = optimizer_of(parts.unet, config.train)
-        self.schedule = lr_schedule(optimizer, config.train)
-        self.ema = build.moving_average(parts.unet, config.train.ema)
+        optimizer = build_optimizer(parts.unet, config.train)
+        self.schedule = build_lr_schedule(optimizer, config.train)
+        self.ema = build_ema(parts.unet, config.train.ema)
         self.unet, self.optimizer = accelerator.prepare(parts.unet, optimizer)
-        self.weights = build.trainable(parts.unet)
+        self.weights = trainable_parameters(parts.unet)
         self.ema.to(accelerator.device)
         self.done, self.skipped, self.in_a_row = (
             0,
@@ -406,8 +419,8 @@ class Trainer:
     def resume(self, checkpoint: Path) -> tuple[float, float]:
         """Go on where a checkpoint is; train.lr as it was, and as it is by this run's plan."""
         saved = load_state(checkpoint, "trainer")
-        restore(self.optimizer, saved["optimizer"])
-        rates = resume_schedule(self.schedule, saved["schedule"])
+        restore_optimizer(self.optimizer, saved["optimizer"])
+        rates = resume_lr_schedule(self.schedule, saved["schedule"])
         self.ema.load_state_dict(saved["ema"])
         self.ema.shadow_params = [
             torch.empty_like(weight).copy_(
@@ -438,7 +451,7 @@ def of_rank(saved: list, accelerator: Accelerator):
 def loop(
     config: Config,
     accelerator: Accelerator,
-    run: Run,
+    run: RunFolder,
     checkpoint: Path | None,
     stop,
     stream: Stream | None,
@@ -449,7 +462,7 @@ def loop(
         stop.at_once("before the first step"),
         local_main_first(accelerator),
     ):  # the others find in the cache what it prepares
-        parts = prepare(config, checkpoint, accelerator.device, again=checkpoint is None)
+        parts = build_task(config, checkpoint, accelerator.device, again=checkpoint is None)
     parts.stream = stream
     compare_pictures(parts, config, run, checkpoint)
     try_sampling(parts, config)
@@ -517,7 +530,9 @@ def loop(
     return publish(config, run, stop) if main else 0
 
 
-def compare_pictures(parts: Parts, config: Config, run: Run, checkpoint: Path | None) -> None:
+def compare_pictures(
+    parts: TrainingTask, config: Config, run: RunFolder, checkpoint: Path | None
+) -> None:
     """Refuse pictures that are not the same on all machines, DataError, or not those that the run was begun on, RunError."""
     read = parts.fingerprint
     if len(set(gather_object([read]))) > 1:
@@ -525,7 +540,7 @@ def compare_pictures(parts: Parts, config: Config, run: Run, checkpoint: Path | 
             f"the processes read different pictures or captions in {config.data.source}, expected the same on "
             "all machines: copy those of one to the others"
         )
-    if checkpoint and (was := manifest(checkpoint).get("data", read)) != read:
+    if checkpoint and (was := read_checkpoint_manifest(checkpoint).get("data", read)) != read:
         raise RunError(
             f"{run.folder} was begun on other pictures or captions: the fingerprint of {config.data.source} "
             f"was {was} and is now {read}. Put them back, or give the new run another --name"
@@ -533,7 +548,7 @@ def compare_pictures(parts: Parts, config: Config, run: Run, checkpoint: Path | 
 
 
 def begin(
-    trainer: Trainer, run: Run, checkpoint: Path | None, rates: tuple[float, float] | None
+    trainer: Trainer, run: RunFolder, checkpoint: Path | None, rates: tuple[float, float] | None
 ) -> None:
     """Clear away what the coming steps write anew, and say what they are; rates: train.lr before the checkpoint and after."""
     steps, now = trainer.config.train.steps, trainer.accelerator.num_processes
@@ -543,12 +558,12 @@ def begin(
         trainer.done == steps
     ):  # nothing is left but its end, whose samples may be of other prompts now
         sample_path(run, steps).unlink(missing_ok=True)
-    replace(run.config, trainer.config.to_yaml())
+    replace_text(run.config, trainer.config.to_yaml())
     print(
-        f"{trainer.parts.images.report}\n{build.count(trainer.weights) / 1e6:.1f} M weights to train;",
+        f"{trainer.parts.images.report}\n{parameter_count(trainer.weights) / 1e6:.1f} M weights to train;",
         f"going on from step {trainer.done}" if checkpoint else "a new run",
     )
-    if checkpoint and (before := manifest(checkpoint)["processes"]) != now:
+    if checkpoint and (before := read_checkpoint_manifest(checkpoint)["processes"]) != now:
         print(
             f"The checkpoint is of {before} process(es), now there are {now}: the batches are the same, their sums are rounded "
             "otherwise"
@@ -559,7 +574,7 @@ def begin(
         )
 
 
-def save(trainer: Trainer, run: Run) -> None:
+def save(trainer: Trainer, run: RunFolder) -> None:
     """A checkpoint of the step that is done, by all processes together."""
     config, accelerator, state = trainer.config, trainer.accelerator, trainer.state_dict()
 
@@ -578,7 +593,7 @@ def save(trainer: Trainer, run: Run) -> None:
     accelerator.wait_for_everyone()
 
 
-def show(trainer: Trainer, run: Run, trackers: Trackers, stop) -> None:
+def show(trainer: Trainer, run: RunFolder, trackers: Trackers, stop) -> None:
     """The check and the picture that are due at a step; those that a stop or a death cut short are made up on resuming."""
     config, parts, step = trainer.config, trainer.parts, trainer.done
     last, path = step == config.train.steps, sample_path(run, step)
@@ -587,19 +602,19 @@ def show(trainer: Trainer, run: Run, trackers: Trackers, stop) -> None:
         "train_loss" in record for record in run.history() if record["step"] == step
     ):
         record = {}
-        with averaged(trainer.ema, parts.unet), spared(f"the check of step {step}"):
+        with averaged(trainer.ema, parts.unet), skip_on_out_of_memory(f"the check of step {step}"):
             record = validate(parts.unet, parts, config, stop)
         if record:
             run.log(step=step, **record)
             trackers.log(step, record)
     if (step % config.sample.every == 0 or last) and not path.is_file() and not stop:
-        with averaged(trainer.ema, parts.unet), spared(path, FEWER):
+        with averaged(trainer.ema, parts.unet), skip_on_out_of_memory(path, FEWER):
             draw(parts.pipe, config, path, stop)
         trackers.show(step, path)
 
 
 @contextlib.contextmanager
-def kept(trainer: Trainer, run: Run, stop, place: Place | None):
+def kept(trainer: Trainer, run: RunFolder, stop, place: StreamPosition | None):
     """Save the steps before a stream fails for good, or is waited for when a stop is asked for.
 
     place: of the stream, where the step that is next began. Several processes cannot agree on it any more, and a step that is
@@ -625,7 +640,7 @@ def kept(trainer: Trainer, run: Run, stop, place: Place | None):
         ) from error
 
 
-def tell_skipped(trainer: Trainer, run: Run, taken: Outcome) -> None:
+def tell_skipped(trainer: Trainer, run: RunFolder, taken: Outcome) -> None:
     """Say for which examples of all processes a step was skipped; Diverged where too many were in a row."""
     step, config, bad = trainer.done, trainer.config, gather_object(spoilt(trainer, taken))
     if trainer.accelerator.is_main_process:
@@ -645,18 +660,16 @@ def spoilt(trainer: Trainer, taken: Outcome) -> list[str]:
     bad = [int(slot) for slots, each in taken.seen for slot in slots[~each.isfinite().cpu()]]
     if not bad:
         return []
-    t = randomness.timesteps(
-        config.seed, step, bad, config.train.batch_size, len(parts.scheduler)
-    ).tolist()
+    t = timesteps(config.seed, step, bad, config.train.batch_size, len(parts.scheduler)).tolist()
     return [f"{name} at t = {k}" for name, k in zip(parts.names(config, step, bad), t, strict=True)]
 
 
-def sample_path(run: Run, step: int) -> Path:
+def sample_path(run: RunFolder, step: int) -> Path:
     """Where the samples of a step are drawn."""
     return run.samples / f"{step:06d}.png"
 
 
-def publish(config: Config, run: Run, stop) -> int:
+def publish(config: Config, run: RunFolder, stop) -> int:
     """Push a finished run where its settings say, until a stop is asked for; the exit code."""
     with stop.at_once("before the model was pushed"):
         return push.publish(config, run)
@@ -672,27 +685,27 @@ def stopped(stop, accelerator: Accelerator) -> bool:
     return bool(code)  # not `stop`: what has come meanwhile is heard by all at the next step
 
 
-def finish(trainer: Trainer, run: Run) -> None:
+def finish(trainer: Trainer, run: RunFolder) -> None:
     """Leave the averaged weights as a loadable pipeline, with its card and figures."""
     config, parts, seconds = trainer.config, trainer.parts, trainer.seconds
     pipe = parts.pipe
     trainer.ema.copy_to(trainer.weights)
     parts.unet.eval()
     if config.train.method == "lora":
-        replace_folder(run.adapter, lambda folder: build.save_adapter(parts.unet, folder))
+        replace_folder(run.adapter, lambda folder: save_adapter(parts.unet, folder))
     else:
         replace_folder(
             run.pipeline, lambda folder: pipe.save_pretrained(folder, safe_serialization=True)
         )
-    with spared(run.figures / "training.png"):
-        model_card.plot_run(run, parts.images, pipe)
+    with skip_on_out_of_memory(run.figures / "training.png"):
+        plot_training(run, parts.images, pipe)
     sample, strips, last = (
         config.sample,
         run.figures / "strips.png",
         sample_path(run, config.train.steps),
     )
-    with spared(strips, FEWER):
-        model_card.plot_strips(
+    with skip_on_out_of_memory(strips, FEWER):
+        plot_strips(
             pipe,
             list(sample.prompts),
             set(parts.images.all_captions),
@@ -703,7 +716,7 @@ def finish(trainer: Trainer, run: Run) -> None:
             eta=sample.eta,
             columns=min(8, sample.steps),
         )
-    model_card.describe(config, run, pipe, parts.images, seconds, **base_of(config))
+    write_card(config, run, pipe, parts.images, seconds, **base_of(config))
     shown = f"{last} shows its samples, " if last.is_file() else ""
     print(f"\n{shown}{run.card} is its card.\n{usage(run, config)}")
 
@@ -714,12 +727,12 @@ def base_of(config: Config) -> dict:
         return {}
     return {
         "base_model": config.model.pretrained,
-        "base_license": model_card.license_of(config.model.pretrained),
+        "base_license": license_of(config.model.pretrained),
         "base_model_relation": "adapter" if config.train.method == "lora" else "finetune",
     }
 
 
-def usage(run: Run, config: Config) -> str:
+def usage(run: RunFolder, config: Config) -> str:
     """The line that draws a picture with a finished run."""
     sample = config.sample
     return f'Draw with it:  python -m pipeline.sample {run.folder} "{sample.prompts[0]}" --w {sample.default_w:g} -o out.png'
@@ -728,7 +741,7 @@ def usage(run: Run, config: Config) -> str:
 def rehearse(config: Config, accelerator: Accelerator) -> int:
     """`--dry_run`: the plan, from one timed step; nothing is kept but the prepared data."""
     with local_main_first(accelerator):
-        parts = prepare(config, None, accelerator.device)
+        parts = build_task(config, None, accelerator.device)
     try_sampling(parts, config)
     trainer = Trainer(config, accelerator, parts)
     with open_stream(config, accelerator) as parts.stream:
@@ -736,13 +749,13 @@ def rehearse(config: Config, accelerator: Accelerator) -> int:
         began = time.perf_counter()
         trainer.step()
     seconds = time.perf_counter() - began
-    model_card.build(config, model_card.facts(str(parts.images.report), 0.0, **base_of(config)))
+    build_card(config, training_facts(str(parts.images.report), 0.0, **base_of(config)))
     memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == 'darwin' else 2**20):.1f} GiB"
     if accelerator.device.type == "cuda":
         memory += f" and {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of each GPU's"
     accelerator.print(
         config.to_yaml()
-        + f"\n{parts.images.report}\n{build.count(trainer.weights):,} weights to train\n"
+        + f"\n{parts.images.report}\n{parameter_count(trainer.weights):,} weights to train\n"
         f"{config.train.steps} steps of {config.train.batch_size} images, {seconds:.3f} s each: about "
         f"{seconds * config.train.steps / 60:.1f} minutes\n{memory} of memory at most so far"
     )
@@ -753,7 +766,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command line: 0 done, 1 failed and resumable, 2 bad input, 130 or 143 stopped and resumable."""
     try:
         return train(*load(sys.argv[1:] if argv is None else argv))
-    except (ConfigError, DataError, catalogue.EmojiError, RunError, push.HubError) as error:
+    except (ConfigError, DataError, EmojiError, RunError, HubError) as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return getattr(error, "exit_code", 2)
     except OSError as error:
@@ -766,7 +779,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 1
     except RuntimeError as error:
-        if not of_memory(error):
+        if not is_out_of_memory(error):
             raise
         print(
             f"error: there is not enough memory ({str(error).splitlines()[0]}), expected room for one micro-batch: raise "

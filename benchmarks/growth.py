@@ -46,6 +46,7 @@ def draw(config: str, batch: int, side: int, steps: int, repeats: int) -> dict:
     """Seconds an image, and MiB, of drawing with random weights of a configuration at another size (side, in pixels)."""
     import torch
 
+    from pipeline import hardware
     from pipeline.config import load
     from pipeline.diffusion.text_to_image import TextToImagePipeline
     from pipeline.models import build
@@ -53,13 +54,13 @@ def draw(config: str, batch: int, side: int, steps: int, repeats: int) -> dict:
     bench.prepare()
     chosen, _ = load(["--config", config, f"--data.resolution={side}"])
     torch.manual_seed(0)
-    network, patches = build.unet(chosen, 384).eval(), build.autoencoder(chosen.model)
+    network, patches = build.build_unet(chosen, 384).eval(), build.build_autoencoder(chosen.model)
     pipe = TextToImagePipeline(
-        network, build.noise_process(chosen.diffusion), vae=patches, caption_dropout=0.1
+        network, build.build_scheduler(chosen.diffusion), vae=patches, caption_dropout=0.1
     )
     pipe.set_progress_bar_config(disable=True)
     states, before, seconds = torch.randn(2, batch, chosen.data.caption_length, 384), held(), []
-    bf16 = build.has_bf16(torch.device("cpu"))
+    bf16 = hardware.has_bf16(torch.device("cpu"))
     for n in [1, *[steps] * repeats]:
         began = time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -102,7 +103,7 @@ def write(path: str, rows: int, side: int) -> dict:
 def read(path: str, rows: int, side: int, streaming: bool) -> dict:
     """MiB of reading an epoch of a table, prepared before or streamed."""
     from pipeline.config import DataConfig
-    from pipeline.data import dataset
+    from pipeline.data import dataset, sampler
     from pipeline.data.streaming import Stream
 
     config = DataConfig(
@@ -119,9 +120,9 @@ def read(path: str, rows: int, side: int, streaming: bool) -> dict:
             stream.take(BATCH)
         stream.close()
     else:
-        images = dataset.read(config, config.split)
+        images = dataset.load_split(config, config.split)
         for step in range(rows // BATCH):
-            images.images[dataset.batch_indices(0, step, BATCH, len(images))]
+            images.images[sampler.batch_indices(0, step, BATCH, len(images))]
     return {
         "seconds": [(time.perf_counter() - began) / rows],
         "before": before,

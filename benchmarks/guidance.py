@@ -14,12 +14,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import bench
 from benchmarks.bench import points, table
-from pipeline.data import dataset
+from pipeline.data import sampler
 from pipeline.diffusion import losses
 from pipeline.diffusion.guidance import guide
 from pipeline.diffusion.text_to_image import TextToImagePipeline
-from pipeline.evaluation import evaluate, retrieval
-from pipeline.hub import push
+from pipeline.evaluation import evaluate, retrieval, samples
+from pipeline.models import loading
 
 SEED = 3000
 Rule = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -81,18 +81,18 @@ class Guided(TextToImagePipeline):
             return self.rule(out_c, out_u, w)
         scheduler = self.scheduler
         x_0 = self.rule(*(scheduler.predict_x_0(out, t, x_t) for out in (out_c, out_u)), w)
-        return losses.target(scheduler, x_0, scheduler.predict_eps(x_0, x_t, t), t)
+        return losses.network_target(scheduler, x_0, scheduler.predict_eps(x_0, x_t, t), t)
 
 
 def judged(
     folder: Path, captions: int, ws: list[float], steps: int, batch: int
 ) -> dict[tuple[str, float], Tensor]:
     """The ranks of the drawings of some training captions, by rule and w, from the same noise."""
-    _config, judge, bank, pipe = evaluate.finished(folder)
+    _config, judge, bank, pipe = evaluate.load_run(folder)
     kept = {name: pipe.config[name] for name in ("caption_length", "caption_dropout", "w")}
     guided = Guided(**pipe.components, **kept)
     guided.set_progress_bar_config(disable=True)
-    rows = dataset.evenly(captions, bank.n_train)
+    rows = sampler.evenly_spaced(captions, bank.n_train)
     prompts, found = bank.captions_of(rows), {}
     for name, make in RULES.items():
         for w in ws:
@@ -100,7 +100,7 @@ def judged(
             for start in range(0, len(prompts), batch):
                 guided.rule = make()
                 images.append(
-                    evaluate.drawn(
+                    samples.generate_batch(
                         guided,
                         prompts[start : start + batch],
                         w=w,
@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.quick:
         args.captions, args.steps = 6, 2
     bench.prepare()
-    model = args.model or push.newest(finished=True)
+    model = args.model or loading.default_model(finished=True)
     if model is None:
         print("There is no run to judge, so guidance is not compared: make train, or --model RUN.")
         return
@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     lines, adopted = [], []
     for w in args.w:
         for name in RULES:
-            summary = retrieval.summary(ranks[name, w])
+            summary = retrieval.recall_summary(ranks[name, w])
             top, five = (bench.paired(ranks[name, w] <= n, ranks["plain", w] <= n) for n in (1, 5))
             if name != "plain" and five[1] > 0:
                 adopted.append(f"{name} at w = {w:g}")

@@ -27,12 +27,12 @@ from benchmarks import bench
 from benchmarks.bench import table, target
 from pipeline import hardware
 from pipeline.config import load, load_file
-from pipeline.data import dataset
-from pipeline.data.sources.rows import digest
-from pipeline.evaluation import evaluate, feature_extractor, retrieval
-from pipeline.hub import push
-from pipeline.models import build
-from pipeline.runs.folder import Run, replace
+from pipeline.data import dataset, sampler
+from pipeline.data.fingerprint import digest
+from pipeline.evaluation import evaluate, feature_extractor, reference_set, retrieval, samples
+from pipeline.models import loading
+from pipeline.runs.files import replace_text
+from pipeline.runs.folder import RunFolder
 
 CONFIG = "configs/emoji-small.yaml"
 DIFFUSERS = {  # the text-to-image example's recipe, on the network's own shape; captions are cached, as the trainer always does
@@ -141,7 +141,7 @@ def minutes_to_goal(checks: list[tuple[float, float]]) -> float | None:
 def shares(pipe, judge, bank, rows: torch.Tensor, steps: int) -> dict[str, float]:
     """How often some rows' drawings have their own picture first, and among the first five."""
     images = [
-        evaluate.drawn(
+        samples.generate_batch(
             pipe, bank.captions_of(some), w=1.0, seed=SEED + 32 * n, num_inference_steps=steps
         )
         for n, some in enumerate(rows.split(32))
@@ -151,7 +151,7 @@ def shares(pipe, judge, bank, rows: torch.Tensor, steps: int) -> dict[str, float
     )
     return {
         name: share["share"]
-        for name, share in retrieval.summary(ranks).items()
+        for name, share in retrieval.recall_summary(ranks).items()
         if name != "median_rank"
     }
 
@@ -183,18 +183,18 @@ def once(rung: str, seed: int, args) -> None:
     found = peer(PEERS[rung], seed, args) if rung in PEERS else climb(rung, seed, args)
     path = args.output.parent / RESULTS
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace(
+    replace_text(
         path,
         json.dumps(
             [*results(path), {"rung": rung, "seed": seed, **found, "way": way(args)}], indent=1
         ),
     )
-    shutil.rmtree(Run(args.folder / f"{rung}-s{seed}").checkpoints, ignore_errors=True)
+    shutil.rmtree(RunFolder(args.folder / f"{rung}-s{seed}").checkpoints, ignore_errors=True)
 
 
 def climb(rung: str, seed: int, args) -> dict:
     """One run of a rung, trained and judged."""
-    run = Run(args.folder / f"{rung}-s{seed}")
+    run = RunFolder(args.folder / f"{rung}-s{seed}")
     plan = (
         run.folder / "ladder-steps"
     )  # a run that was stopped goes on with the steps that it began with
@@ -204,7 +204,7 @@ def climb(rung: str, seed: int, args) -> dict:
     subprocess.run(
         [sys.executable, *command(rung, seed, args.folder, int(plan.read_text()))], check=True
     )
-    config, judge, bank, pipe = evaluate.finished(run.folder)
+    config, judge, bank, pipe = evaluate.load_run(run.folder)
     rows, held = (
         torch.linspace(0, bank.n_train - 1, args.captions).long(),
         torch.arange(bank.n_train, len(bank.captions)),
@@ -215,7 +215,7 @@ def climb(rung: str, seed: int, args) -> dict:
     for step in (
         run.steps() if at_end >= GOAL else []
     ):  # where the end is below it, what was before does not matter
-        made = push.load_checkpoint(run, step)
+        made = loading.load_checkpoint(run, step)
         made.set_progress_bar_config(disable=True)
         checks.append((clock[step], shares(made, judge, bank, rows, args.steps)["first_five"]))
         if checks[-1][1] >= GOAL:
@@ -261,8 +261,10 @@ def peer(width: int, seed: int, args) -> dict:
     bench.prepare()
     hardware.keep_freed_memory()
     config, module = load_file(CONFIG), loaded(args.peers)
-    judge, images = feature_extractor.Judge(), dataset.load_splits(config.data)
-    bank = evaluate.Bank.of(judge.features, [split for split in images if split is not None])
+    judge, images = feature_extractor.FeatureExtractor(), dataset.load_splits(config.data)
+    bank = reference_set.ReferenceSet.of(
+        judge.features, [split for split in images if split is not None]
+    )
     x, classes = bank.images[: bank.n_train].float() / 255, torch.arange(bank.n_train)
     torch.manual_seed(seed)
     network = module.Unet(dim=width, num_classes=bank.n_train)
@@ -270,11 +272,11 @@ def peer(width: int, seed: int, args) -> dict:
         network, image_size=config.data.resolution, sampling_timesteps=args.steps
     )
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, betas=(0.9, 0.99))
-    ema, bf16 = EMAModel(network.parameters(), decay=0.995), build.has_bf16(torch.device("cpu"))
+    ema, bf16 = EMAModel(network.parameters(), decay=0.995), hardware.has_bf16(torch.device("cpu"))
     rows, step, spent = torch.linspace(0, bank.n_train - 1, args.captions).long(), 0, 0.0
     while spent < 60 * args.minutes:
         began = time.perf_counter()
-        some = dataset.batch_indices(seed, step, 16, len(x))
+        some = sampler.batch_indices(seed, step, 16, len(x))
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss = diffusion(x[some], classes=classes[some])
         loss.backward()
@@ -325,7 +327,7 @@ def judged_peer(diffusion, ema, judge, bank, rows: torch.Tensor, bf16: bool) -> 
 
 def precision() -> str:
     """What `train.precision: auto` is here."""
-    return "bf16" if build.has_bf16(torch.device("cpu")) else "float32"
+    return "bf16" if hardware.has_bf16(torch.device("cpu")) else "float32"
 
 
 def row(rung: str, change: str, found: list[dict], minutes: float) -> list[str]:

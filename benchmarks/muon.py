@@ -17,7 +17,6 @@ from benchmarks.bench import spread, table
 from benchmarks.training import Trainer, configured
 from pipeline import hardware
 from pipeline.config import DEFAULT, Config
-from pipeline.models import build
 
 NAMES = ("adamw", "muon")
 
@@ -53,7 +52,7 @@ class Timed:
 
 def race(file: str, batch: int, seconds: float, every: int) -> dict[str, Timed]:
     """Both optimisers at one batch size, until each has trained for so many seconds; measured every `every` images."""
-    bf16 = build.has_bf16(torch.device("cpu"))
+    bf16 = hardware.has_bf16(torch.device("cpu"))
     runs = {
         name: Timed(
             configured(file, batch, name, lr_schedule="constant", warmup=50, steps=100_000), bf16

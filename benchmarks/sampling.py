@@ -26,14 +26,14 @@ from diffusers import (
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import bench
 from benchmarks.bench import points, ratios, spread, table, target
+from pipeline import hardware
 from pipeline.config import DEFAULT, load_file
-from pipeline.data import dataset
+from pipeline.data import image_ops, sampler
 from pipeline.diffusion.guidance import interval
 from pipeline.diffusion.patches import PatchAutoencoder
 from pipeline.diffusion.text_to_image import TextToImagePipeline, noise_level
 from pipeline.evaluation import evaluate, retrieval
-from pipeline.hub import push
-from pipeline.models import build
+from pipeline.models import build, loading, text_encoders
 
 LEVEL = 1 / 255
 MARGIN = 0.05  # of the first-five rate: what is lost at most where a way to draw counts as no worse
@@ -42,20 +42,23 @@ SEED = 2000  # of the judged drawings: neither of those that choose or report w 
 
 def opened(model: str | None, config: str) -> tuple[TextToImagePipeline, str]:
     """The pipeline of a run or the newest one, else of a configuration with random weights; and what it is."""
-    model = model or push.newest(finished=True)
+    model = model or loading.default_model(finished=True)
     if model is not None:
-        pipe, name = push.load(model), f"`{model}`"
+        pipe, name = loading.load_pipeline(model), f"`{model}`"
     else:
         chosen = load_file(config)
-        tokenizer, encoder = build.text_encoder(chosen.model.text_encoder)
+        tokenizer, encoder = text_encoders.load_text_encoder(chosen.model.text_encoder)
         torch.manual_seed(0)
-        unet = build.unet(chosen, encoder.config.hidden_size).eval()
+        unet = build.build_unet(chosen, encoder.config.hidden_size).eval()
         pipe, name = (
-            build.pipeline(chosen, unet, tokenizer, encoder, None),
+            build.build_pipeline(chosen, unet, tokenizer, encoder, None),
             f"random weights in the shape of `{config}`",
         )
     pipe.set_progress_bar_config(disable=True)
-    side, weights = pipe.unet.config.sample_size, build.count(list(pipe.unet.parameters()))
+    side, weights = (
+        pipe.unet.config.sample_size,
+        build.parameter_count(list(pipe.unet.parameters())),
+    )
     return (
         pipe,
         f"{name}: {weights / 1e6:.1f} M weights, {side} x {side} x {pipe.unet.config.in_channels}",
@@ -152,7 +155,7 @@ def speed(
 ) -> tuple[str, list[str]]:
     """The table of time per image, with the cost k of the doubled call, and what it says of the goals."""
     rows, goals = [], []
-    for bf16 in dict.fromkeys([False, build.has_bf16(torch.device("cpu"))]):
+    for bf16 in dict.fromkeys([False, hardware.has_bf16(torch.device("cpu"))]):
         for batch in batches:
             some = Contenders(pipe, batch, steps, w, bf16)
             apart = float(np.abs(some.ours() - some.stocks()).max())
@@ -224,7 +227,7 @@ def cheaper(
         pipe.components,
         {name: pipe.config[name] for name in ("caption_length", "caption_dropout", "w")},
     )
-    own, bf16 = pipe.scheduler, build.has_bf16(torch.device("cpu"))
+    own, bf16 = pipe.scheduler, hardware.has_bf16(torch.device("cpu"))
 
     def by(kind, **changes):
         # trained_betas: stock solvers do not know every beta schedule; thresholding at 1: how they clip x_0
@@ -287,8 +290,8 @@ def judged(
     folder: Path, captions: int, w: float, steps: int, batch: int, doc
 ) -> tuple[str, list[str], str]:
     """The table of judged ways to draw, what it says of the goal, and its figure. All ways draw a batch before the next."""
-    _config, judge, bank, pipe = evaluate.finished(folder)
-    rows = dataset.evenly(captions, bank.n_train)
+    _config, judge, bank, pipe = evaluate.load_run(folder)
+    rows = sampler.evenly_spaced(captions, bank.n_train)
     prompts, ways = bank.captions_of(rows), cheaper(pipe, w, steps)
     images, seconds = {name: [] for name in ways}, {name: [] for name in ways}
     for start in range(0, len(prompts), batch):
@@ -302,7 +305,7 @@ def judged(
                     prompts[start : start + batch], seed=SEED + start, output_type="pt", **call
                 ).images
             seconds[name].append(time.perf_counter() - began)
-            images[name].append(dataset.as_uint8(drawn))
+            images[name].append(image_ops.as_uint8(drawn))
     ranks = {
         name: retrieval.retrieval_ranks(
             judge.features(torch.cat(some)), bank.features, bank.own[rows]
@@ -312,7 +315,7 @@ def judged(
     first = next(iter(ways))
     lines, equal, places = [], {}, {}
     for name, found in ranks.items():
-        faster, summary = ratios(seconds[first], seconds[name]), retrieval.summary(found)
+        faster, summary = ratios(seconds[first], seconds[name]), retrieval.recall_summary(found)
         top, five = (bench.paired(found <= n, ranks[first] <= n) for n in (1, 5))
         if five[1] >= -MARGIN and name != first:
             equal[name] = median(faster)
@@ -381,7 +384,7 @@ def main(argv: list[str] | None = None) -> None:
     bench.prepare()
     pipe, name = opened(args.model, args.config)
     timed, goals = speed(pipe, args.batch, args.steps, args.repeats, args.w)
-    some = Contenders(pipe, max(args.batch), 2, args.w, build.has_bf16(pipe.device))
+    some = Contenders(pipe, max(args.batch), 2, args.w, hardware.has_bf16(pipe.device))
     limits = (
         f"What limits it, at batch {max(args.batch)} in {'bf16' if some.bf16 else 'float32'}, by torch's profiler: "
         f"{bench.where(some.ours)}."
@@ -393,7 +396,7 @@ def main(argv: list[str] | None = None) -> None:
         "\n".join(goals),
         limits,
     ]
-    model = args.model or push.newest(finished=True)
+    model = args.model or loading.default_model(finished=True)
     if args.captions and model is not None:
         rows, goals, picture = judged(
             Path(model), args.captions, args.w, 8 if args.quick else 50, 32, args

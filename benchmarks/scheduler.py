@@ -15,9 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import bench
 from benchmarks.bench import ratios, spread, table, target
 from benchmarks.sampling import Contenders, opened
-from pipeline import config
+from pipeline import config, hardware
 from pipeline.diffusion.scheduler import DDPMScheduler
-from pipeline.models import build
 
 IMAGE = (4, 32, 32)  # 4,096 elements
 SMALL = 2**16  # elements up to which the goal is half of diffusers' time
@@ -99,7 +98,7 @@ def compare(batches: list[int], repeats: int) -> tuple[str, list[str]]:
 @torch.no_grad()
 def share_of_sampling(pipe, batches: list[int], repeats: int, w: float) -> tuple[str, list[str]]:
     """The scheduler's share of a sampling step by batch: `step` beside the network's doubled call."""
-    rows, goals, bf16 = [], [], build.has_bf16(torch.device("cpu"))
+    rows, goals, bf16 = [], [], hardware.has_bf16(torch.device("cpu"))
     for batch in batches:
         some = Contenders(pipe, batch, 2, w, bf16)
         scheduler, x = DDPMScheduler.from_config(pipe.scheduler.config), some.x_T

@@ -9,7 +9,7 @@ from playwright.sync_api import sync_playwright
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import app
 from benchmarks.bench import ROOT
-from pipeline.serving.session import Shelf
+from pipeline.serving.model_store import ModelStore
 
 FIGURES, WIDTH, MINUTE = ROOT / "docs" / "figures", 1180, 60_000
 
@@ -36,7 +36,7 @@ def walk(page) -> None:
 def main() -> None:
     """Serve the model, and take each picture from a page of its own."""
     with app.own_files(), sync_playwright() as playwright:
-        demo = app.build_demo(Shelf(ROOT / "pretrained" / "emoji"))
+        demo = app.build_demo(ModelStore(ROOT / "pretrained" / "emoji"))
         _app, address, _share = app.serve(demo, prevent_thread_lock=True, quiet=True)
         browser = playwright.chromium.launch(
             executable_path=shutil.which("chromium"), args=["--no-sandbox"]

@@ -25,14 +25,15 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import bench
-from pipeline.data import dataset
+from pipeline import hardware
+from pipeline.data import image_ops, sampler
 from pipeline.diffusion.text_to_image import TextToImagePipeline
-from pipeline.evaluation import evaluate, retrieval
-from pipeline.evaluation.evaluate import STRIDE, Bank
-from pipeline.evaluation.feature_extractor import Judge
-from pipeline.models import build
+from pipeline.evaluation import evaluate, retrieval, samples
+from pipeline.evaluation.feature_extractor import FeatureExtractor
+from pipeline.evaluation.reference_set import ReferenceSet
+from pipeline.evaluation.samples import SEED_STRIDE
 from pipeline.search import search
-from pipeline.search.verifiers import WEIGHTS, Likelihood
+from pipeline.search.verifiers import LIKELIHOOD_WEIGHTS, LikelihoodVerifier
 
 APART = 100  # caption p's candidates are drawn from seeds p * APART, p * APART + 1, ...
 QUICK = {
@@ -57,8 +58,8 @@ class Study:
     """A model, P captions, and the folder that keeps what was drawn of them."""
 
     pipe: TextToImagePipeline
-    judge: Judge
-    bank: Bank
+    judge: FeatureExtractor
+    bank: ReferenceSet
     rows: Tensor  # (P,) of the bank
     folder: Path
     w: float
@@ -87,7 +88,7 @@ class Study:
     def seeds(self, first: int, n: int = 1) -> list[int]:
         """The seeds of candidates first ... first + n - 1 of every caption, (P n)."""
         return [
-            self.seed * STRIDE + APART * p + first + k
+            self.seed * SEED_STRIDE + APART * p + first + k
             for p in range(len(self.rows))
             for k in range(n)
         ]
@@ -95,21 +96,21 @@ class Study:
     def kept(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What `make` gives, from the disk where it has been made."""
         make_whole = lambda: {key: value.contiguous() for key, value in make().items()}
-        return retrieval.cached(self.folder / f"{name}.safetensors", make_whole)
+        return samples.cached_tensors(self.folder / f"{name}.safetensors", make_whole)
 
     def judged(self, x_0: Tensor) -> dict[str, Tensor]:
         """Pictures uint8 (P, 3, H, W) of what was drawn (P, c, h, w), the rank of their own, and their similarity to it."""
         images = self.pipe.image_processor.postprocess(self.pipe.decode(x_0), output_type="pt")
-        images = dataset.as_uint8(images.cpu())
+        images = image_ops.as_uint8(images.cpu())
         features, own = self.judge.features(images), self.bank.own[self.rows]
         ranks = retrieval.retrieval_ranks(features, self.bank.features, own)
-        centre = retrieval.centred(self.bank.features, self.bank.features)[own]
-        similarity = (retrieval.centred(features, self.bank.features) * centre).sum(1)
+        centre = retrieval.centred_unit_vectors(self.bank.features, self.bank.features)[own]
+        similarity = (retrieval.centred_unit_vectors(features, self.bank.features) * centre).sum(1)
         return {"images": images, "rank": ranks, "similarity": similarity}
 
     def batched(self, what: str, make: Callable[[slice], Tensor], size: int) -> Tensor:
         """`make` over all captions, `size` at a time, in the precision of training."""
-        bf16 = build.has_bf16(self.pipe.device)
+        bf16 = hardware.has_bf16(self.pipe.device)
         with torch.no_grad(), torch.autocast(self.pipe.device.type, torch.bfloat16, enabled=bf16):
             starts = tqdm(
                 range(0, len(self.rows), size), desc=what, unit="batch", dynamic_ncols=True
@@ -134,14 +135,14 @@ class Study:
 
         return self.kept(name, make)
 
-    def differences(self, name: str, x_0: Tensor, verifier: Likelihood) -> Tensor:
+    def differences(self, name: str, x_0: Tensor, verifier: LikelihoodVerifier) -> Tensor:
         """What a verifier's pairs say of one candidate of each caption, (P, M)."""
         some = lambda part: verifier.differences(self.pipe, self.prompts[part], x_0[part]).T
         return self.kept(name, lambda: {"differences": self.batched(name, some, self.batch)})[
             "differences"
         ]
 
-    def paths(self, n: int, verifier: Likelihood) -> dict[str, Tensor]:
+    def paths(self, n: int, verifier: LikelihoodVerifier) -> dict[str, Tensor]:
         """The best of n paths of each caption, judged."""
         name, seeds, size = (
             f"paths-{n}-{verifier.pairs}-{verifier.weight}",
@@ -152,7 +153,9 @@ class Study:
         def some(part: slice) -> Tensor:
             prompts = self.prompts[part]
             own = seeds[part.start * n : part.start * n + len(prompts) * n]
-            for found in search.walked(self.pipe, prompts, n, verifier, own, self.call, self.batch):  # noqa: B007
+            for found in search.advance_paths(
+                self.pipe, prompts, n, verifier, own, self.call, self.batch
+            ):  # noqa: B007
                 pass
             x_0, scores, _calls = found
             return x_0[torch.arange(len(prompts)) * n + scores.argmax(1)]
@@ -213,7 +216,7 @@ def measured(
     ranks, similarity = (
         torch.stack([one[key] for one in drawn], 1) for key in ("rank", "similarity")
     )
-    verifier = Likelihood(pairs)
+    verifier = LikelihoodVerifier(pairs)
     judge = lambda what, of: torch.stack(
         [
             study.differences(f"{what}-{name}", one["x_0"], of(k))
@@ -221,7 +224,7 @@ def measured(
         ],
         1,
     )
-    apart = lambda k: Likelihood(few, seed=1000 + k)
+    apart = lambda k: LikelihoodVerifier(few, seed=1000 + k)
     common, own = judge(f"pairs{pairs}", lambda k: verifier), judge(f"own{few}", apart)
     shape = drawn[0]["x_0"].shape[1:]
     t, _, weights = verifier.plan(study.pipe.scheduler, shape)
@@ -250,9 +253,9 @@ def measured(
                 search.calls_of_sample(study.pipe, study.w, longer),
                 kept(drawn_longer),
             )
-        for weight in WEIGHTS:
+        for weight in LIKELIHOOD_WEIGHTS:
             for m in dict.fromkeys((pairs, few)):
-                each = study.one + Likelihood(m, weight=weight).calls
+                each = study.one + LikelihoodVerifier(m, weight=weight).calls
                 n = min(max(budget // each, 1), candidates)
                 scores = score(common, weights, weight, spaced(pairs, m))
                 add(
@@ -261,7 +264,7 @@ def measured(
                     n * each if n > 1 else study.one,
                     by(lambda hit, n=n, scores=scores: best_of(hit, scores, n)),
                 )
-        for guide in (Likelihood(few, weight=weight) for weight in guides):
+        for guide in (LikelihoodVerifier(few, weight=weight) for weight in guides):
             each = search.calls_of_path(study.pipe, guide, study.call)
             n = budget // each
             values = kept(study.paths(n, guide)) if n > 1 else plain
@@ -284,7 +287,7 @@ def measured(
         (1 - study.pipe.scheduler.abar(t, torch.zeros(1, dtype=torch.float64))).sqrt()[:-1],
         {},
     )
-    for weight in WEIGHTS:
+    for weight in LIKELIHOOD_WEIGHTS:
         for m in (m for m in (1, 2, 4, 8, 16, 32, 64) if m <= pairs):
             told[f"{weight}, {m} pairs"] = alike(score(common, weights, weight, spaced(pairs, m)))
         for low, high in BANDS if weight != "bound" else ():
@@ -339,7 +342,7 @@ def report(study: Study, found: dict, command: str, seconds: float) -> str:
     lines = rates(found)
     splits = {name: found["held"] == (name == "held out") for name in lines[0]["rates"]}
     counts = " and ".join(f"{int(some.sum())} {name}" for name, some in splits.items())
-    bf16 = build.has_bf16(study.pipe.device)
+    bf16 = hardware.has_bf16(study.pipe.device)
     out = [
         f"`{command}`; {counts} captions, w = {study.w:g}, {study.steps} steps, one picture = {study.one} network calls. "
         f"{bench.machine()}, {'bf16' if bf16 else 'float32'}; {seconds / 60:.0f} minutes this time.",
@@ -456,7 +459,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--paths",
         nargs="+",
-        choices=WEIGHTS,
+        choices=LIKELIHOOD_WEIGHTS,
         default=["bound"],
         help="the weights that guide paths",
     )
@@ -482,19 +485,17 @@ def main(argv: list[str] | None = None) -> int:
                 f"--candidates is {args.candidates}, --captions {args.captions}, --multiples {args.multiples}, expected 1 "
                 f"or more of each, and {APART} candidates at most: leave them out"
             )
-        _config, judge, bank, pipe = evaluate.finished(args.run)
+        _config, judge, bank, pipe = evaluate.load_run(args.run)
         held = len(bank.captions) - bank.n_train
-        shown = dataset.evenly(args.captions, bank.n_train)
-        hidden = bank.n_train + dataset.evenly(
+        shown = sampler.evenly_spaced(args.captions, bank.n_train)
+        hidden = bank.n_train + sampler.evenly_spaced(
             held if args.held_out is None else args.held_out, held
         )
         rows, w = torch.cat([shown, hidden]), pipe.config.w if args.w is None else args.w
         captions = hashlib.sha256(
             json.dumps([bank.captions[row] for row in rows]).encode()
         ).hexdigest()[:8]
-        name = (
-            f"{evaluate.identity(pipe, bank)}-{captions}-steps{args.steps}-w{w:g}-seed{args.seed}"
-        )
+        name = f"{samples.samples_identity(pipe, bank)}-{captions}-steps{args.steps}-w{w:g}-seed{args.seed}"
         study = Study(
             pipe,
             judge,

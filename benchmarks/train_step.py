@@ -20,11 +20,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import bench
+from pipeline import hardware
 from pipeline.config import DEFAULT, Config, load_file
 from pipeline.diffusion import losses
 from pipeline.hardware import keep_freed_memory
 from pipeline.models import build
-from pipeline.training.optimizers import optimizer_of
+from pipeline.models.ema import build_ema
+from pipeline.training.optimizers import build_optimizer
 
 CAPTION_WIDTH = 384  # of the embedded encoder
 
@@ -43,12 +45,12 @@ def timed(call, repeats: int) -> float:
 def step_of(config: Config, batch: int, bf16: bool, fused_attention: bool):
     """A training step on random latents and captions, as train_text2img.py takes it."""
     torch.manual_seed(0)
-    unet = build.for_training(build.unet(config, CAPTION_WIDTH), torch.device("cpu"))
+    unet = build.prepare_for_training(build.build_unet(config, CAPTION_WIDTH), torch.device("cpu"))
     if fused_attention:
         unet.set_attn_processor(AttnProcessor2_0())
-    optimizer = optimizer_of(unet, config.train)
-    ema = build.moving_average(unet, config.train.ema)
-    scheduler = build.noise_process(config.diffusion)
+    optimizer = build_optimizer(unet, config.train)
+    ema = build_ema(unet, config.train.ema)
+    scheduler = build.build_scheduler(config.diffusion)
     side, channels = unet.config.sample_size, unet.config.in_channels
     x_0, eps = torch.randn(2, batch, channels, side, side)
     captions = torch.randn(batch, config.data.caption_length, CAPTION_WIDTH)
@@ -66,12 +68,12 @@ def step_of(config: Config, batch: int, bf16: bool, fused_attention: bool):
         optimizer.zero_grad()
         ema.step(unet.parameters())
 
-    return step, build.count(build.trainable(unet))
+    return step, build.parameter_count(build.trainable_parameters(unet))
 
 
 def measure(config: Config, batches: list[int], fused_attention: bool) -> None:
     """The table of one precision."""
-    bf16 = build.has_bf16(torch.device("cpu"))
+    bf16 = hardware.has_bf16(torch.device("cpu"))
     dtype = torch.bfloat16 if bf16 else torch.float32
     print(
         f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, {dtype}",

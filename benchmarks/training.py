@@ -31,6 +31,7 @@ from pipeline import hardware
 from pipeline.config import DEFAULT, Config, load
 from pipeline.diffusion import losses
 from pipeline.models import build
+from pipeline.models.ema import build_ema
 from pipeline.training import optimizers
 
 CPU = torch.device("cpu")
@@ -54,10 +55,10 @@ class Trainer:
     def __init__(self, config: Config, bf16: bool):
         self.config, self.bf16, self.done = config, bf16, 0
         self.parts = train_text2img.prepare(config, None, CPU)
-        self.weights = build.trainable(self.parts.unet)
-        self.optimizer = optimizers.optimizer_of(self.parts.unet, config.train)
-        self.schedule = optimizers.lr_schedule(self.optimizer, config.train)
-        self.ema = build.moving_average(self.parts.unet, config.train.ema)
+        self.weights = build.trainable_parameters(self.parts.unet)
+        self.optimizer = optimizers.build_optimizer(self.parts.unet, config.train)
+        self.schedule = optimizers.build_lr_schedule(self.optimizer, config.train)
+        self.ema = build_ema(self.parts.unet, config.train.ema)
 
     def predict(self, *args, **kwargs):
         """The network, in the run's precision."""
@@ -126,7 +127,7 @@ def example(
         x_t = scheduler.add_noise(x_0, eps, t)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             output = unet(x_t, t, captions, return_dict=False)[0]
-        F.mse_loss(output.float(), losses.target(parts.scheduler, x_0, eps, t)).backward()
+        F.mse_loss(output.float(), losses.network_target(parts.scheduler, x_0, eps, t)).backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -154,7 +155,7 @@ def transformed(file: bytes, side: int) -> torch.Tensor:
 
 def compare(file: str, batch: int, repeats: int) -> tuple[list[list], list[list], list[str], str]:
     """One batch size: rows of throughput, rows of ratios, the goals, and where a step's time goes."""
-    bf16, config = build.has_bf16(CPU), configured(file, batch)
+    bf16, config = hardware.has_bf16(CPU), configured(file, batch)
     recipe = Trainer(load(["--config", file, f"--train.batch_size={batch}"])[0], bf16)
     fast, plain = Trainer(config, bf16), Trainer(config, False)
     steps = {

@@ -5,23 +5,18 @@ import ctypes
 import os
 import platform
 import re
-from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-PREPARING = timedelta(
-    hours=12
-)  # for which processes wait for the one that prepares the data; torch's own limit is minutes
-DRAWING = timedelta(hours=2)  # and for the one that checks, draws and saves
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def set_threads(chosen: int | None, accelerator: Accelerator) -> None:
     """Use every core that this process may: `accelerate launch` exports OMP_NUM_THREADS=1 on a CPU."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-    threads = chosen or max(cores() // local, 1)
+    threads = chosen or max(available_cores() // local, 1)
     torch.set_num_threads(threads)
     accelerator.print(
         f"{accelerator.num_processes} process(es) on {accelerator.device}, {threads} CPU threads each, "
@@ -29,7 +24,7 @@ def set_threads(chosen: int | None, accelerator: Accelerator) -> None:
     )
 
 
-def cores() -> int:
+def available_cores() -> int:
     """How many CPU cores this process may use."""
     return (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -44,32 +39,59 @@ def keep_freed_memory() -> None:
             libc.mallopt(option, size)
 
 
-def of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Whether an error says that there is no memory: torch.OutOfMemoryError where there is one; MPS and cuDNN have none."""
     said = re.search("out of memory|allocate memory|ALLOC_FAILED", str(error).partition("\n")[0])
     return isinstance(error, torch.OutOfMemoryError) or said is not None
 
 
 @contextlib.contextmanager
-def spared(what: object, advice: str = ""):
+def skip_on_out_of_memory(what: object, advice: str = ""):
     """Skip a check or a drawing for which there is no memory or disk space, with a message: training itself fits and goes on."""
     try:
         yield
     except (RuntimeError, OSError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        full = of_memory(error)
+        full = is_out_of_memory(error)
         if not full and not isinstance(error, OSError):
             raise
         tqdm.write(f"{what} is left out ({reason}){advice if full else ''}")
 
 
-@contextlib.contextmanager
-def local_main_first(accelerator: Accelerator):
-    """accelerate's `local_main_process_first` with a longer limit, PREPARING: the default group waits DRAWING at most."""
-    several, first = accelerator.num_processes > 1, accelerator.is_local_main_process
-    group = torch.distributed.new_group(backend="gloo", timeout=PREPARING) if several else None
-    if several and not first:
-        torch.distributed.barrier(group)
-    yield
-    if several and first:
-        torch.distributed.barrier(group)
+def pick_device(device: str | None, double: bool = False) -> str:
+    """The device by name, or the fastest there is, `double` of those that compute in float64; ValueError for any other."""
+    import torch
+    from accelerate import PartialState
+
+    if device is None:
+        found = PartialState().device
+        return "cpu" if double and found.type == "mps" else str(found)
+    try:
+        torch.zeros(1, device=device)
+    except (
+        RuntimeError,
+        AssertionError,
+    ) as error:  # torch's way to say that a device is unknown or not there
+        raise ValueError(
+            f"--device is {device}, expected one that this machine has: leave it out to use the fastest"
+        ) from error
+    if double and torch.device(device).type == "mps":
+        raise ValueError("--device is mps, expected one that computes in float64: leave it out")
+    return device
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies in bfloat16 itself, and does not emulate it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    wide = torch.backends.cpu.get_cpu_capability().startswith(
+        "AVX512"
+    )  # ATEN_CPU_CAPABILITY may say less than the chip
+    return device.type == "cpu" and wide and torch.cpu._is_avx512_bf16_supported()
+
+
+def mixed_precision(choice: str, device: torch.device) -> str:
+    """accelerate's `mixed_precision`: "auto" is bf16 where the device has it, fp16 on other CUDA cards, else no."""
+    if choice != "auto":
+        return choice
+    return "bf16" if has_bf16(device) else "fp16" if device.type == "cuda" else "no"

@@ -30,8 +30,9 @@ import app
 from pipeline.config import Config, DataConfig
 from pipeline.search import search
 from pipeline.serving import session
-from pipeline.serving.requests import Request, read_png
-from pipeline.serving.session import Shelf
+from pipeline.serving.model_store import ModelStore
+from pipeline.serving.png_metadata import read_png
+from pipeline.serving.requests import Request
 
 ROOT = Path(__file__).parent.parent
 FIELDS = (
@@ -72,7 +73,7 @@ def shelf(tmp_path_factory):
     (folder / "tiny" / "README.md").write_text(
         "---\nlicense: other\n---\n# Tiny\n<script>1</script> ![x](y.png) card text"
     )
-    return Shelf(folder / "tiny")
+    return ModelStore(folder / "tiny")
 
 
 @contextlib.contextmanager
@@ -194,9 +195,9 @@ def test_a_randomised_seed_is_told_and_draws_the_same_again(url):
 def test_the_sweep_and_the_walk_answer(url, shelf):
     _, event, (gallery, said, pair) = call(url, "sweep", "red heart", 3, 2, "network", 0)
     assert event == "complete" and [entry["caption"] for entry in gallery] == [
-        f"w = {w:g}" for w in session.SWEEP
+        f"w = {w:g}" for w in session.SWEEP_WS
     ]
-    followed, ignored = (image_of(url, gallery[session.SWEEP.index(w)]) for w in (0, -1))
+    followed, ignored = (image_of(url, gallery[session.SWEEP_WS.index(w)]) for w in (0, -1))
     assert "20 network calls" in said and not np.array_equal(pixels([followed]), pixels([ignored]))
     assert np.array_equal(
         pixels([image_of(url, {"image": entry}) for entry in pair]), pixels([followed, ignored])
@@ -210,7 +211,7 @@ def test_the_sweep_and_the_walk_answer(url, shelf):
         assert np.array_equal(seen[-1], pixels(expected.values()))
     assert not np.array_equal(*seen), "the checkbox changes what is made of it"
     _, event, (noisy, clean) = call(url, "backward", "red heart", 1.0, 20, 1.0, 0, "exact", 0)
-    assert event == "complete" and len(noisy) == len(clean) == session.COLUMNS
+    assert event == "complete" and len(noisy) == len(clean) == session.STRIP_COLUMNS
 
 
 def test_thinking_longer_answers_with_the_curve_and_the_discarded(url, shelf):
@@ -220,11 +221,11 @@ def test_thinking_longer_answers_with_the_curve_and_the_discarded(url, shelf):
         r"the best of 4 · \d+\.\d s · 232 network calls · seed 7", said
     )
     network = shelf.studio().network
-    found = search.search(
+    found = search.find_best(
         network, "red heart", 6 * 40, session.VERIFIER, w=1.0, steps=20, eta=1.0, seed=7
     )
     shown = pixels([image_of(url, entry) for entry in [*gallery, *discarded]])
-    assert np.array_equal(shown, pixels(session.pictures(network, found.candidates)))
+    assert np.array_equal(shown, pixels(session.to_images(network, found.candidates)))
     scores = [float(entry["caption"]) for entry in discarded]
     assert scores == pytest.approx(found.scores[1:].tolist(), rel=1e-3), (
         "each its own, to four digits"
@@ -480,7 +481,7 @@ def test_it_listens_to_this_machine_alone(url):
 
 def test_a_checkpoint_that_is_gone_is_not_asked_for(tmp_path, monkeypatch):
     """A slider refuses a value below its least, at every tick of its timer."""
-    shelf, steps = Shelf(None), [100, 200]
+    shelf, steps = ModelStore(None), [100, 200]
     shelf.follows = True
     monkeypatch.setattr(shelf, "steps", lambda: steps)
     with gr.Blocks() as demo:
@@ -528,7 +529,7 @@ def test_an_abandoned_request_frees_the_model_within_a_second(url):
 
 def test_a_request_after_stop_counts_its_own_calls_alone(url, shelf, monkeypatch):
     """Stop frees the queue's place at once; what its request was drawing goes on in its thread until the next preview."""
-    monkeypatch.setattr(session, "PREVIEW", 1.0)
+    monkeypatch.setattr(session, "PREVIEW_INTERVAL", 1.0)
     network = shelf.studio().network.unet
     slow = network.register_forward_pre_hook(lambda *_: time.sleep(0.05))
     config = web.get(f"{url}/config").json()
@@ -1073,7 +1074,7 @@ def test_a_card_brings_nobody_elses_pictures(tmp_path):
         "[ref]: https://x.example/4.png"
     )
     (tmp_path / "README.md").write_text(f"---\nlicense: mit\n---\n{words}")
-    said = app.card(Shelf(tmp_path))
+    said = app.card(ModelStore(tmp_path))
     assert (
         "kept" in said
         and "![" not in said

@@ -13,7 +13,7 @@ from tiny import WORDS, tiny_pipeline, tiny_text
 
 from benchmarks import bench, growth, guidance, ladder, muon, sampling, scheduler, training
 from pipeline import config
-from pipeline.data.emoji import catalogue
+from pipeline.data.emoji import writer
 from pipeline.diffusion.guidance import guide
 
 ROOT = Path(__file__).parents[1]
@@ -34,7 +34,7 @@ def threads(monkeypatch):
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
     """28 coloured shapes of 16 x 16, some held out."""
-    return catalogue.write(tmp_path_factory.mktemp("shapes") / "set", "shapes", size=16)
+    return writer.write_emoji(tmp_path_factory.mktemp("shapes") / "set", "shapes", size=16)
 
 
 @pytest.fixture(scope="module")

@@ -76,7 +76,7 @@ def test_what_cannot_be_whitened_is_refused(states, ridge, rows, says):
 def test_many_captions_are_whitened_a_piece_at_a_time(states, monkeypatch):
     """Their statistics are those of all, and so is what comes out, in the memory that they had."""
     whole = CaptionWhitening.fit(states, RIDGE)
-    monkeypatch.setattr(captions, "PIECE", 7)
+    monkeypatch.setattr(captions, "WHITENING_BATCH", 7)
     pieces, memory = CaptionWhitening.fit(states, RIDGE), states.clone()
     assert torch.allclose(pieces.matrix, whole.matrix, atol=1e-5) and torch.allclose(
         pieces.mean, whole.mean, atol=1e-5

@@ -25,10 +25,10 @@ from transformers import BertConfig, BertModel, BertTokenizerFast, CLIPTextConfi
 
 from pipeline import randomness
 from pipeline.config import DataConfig
-from pipeline.data import dataset
-from pipeline.data.emoji import catalogue
+from pipeline.data import caption_cache, dataset, image_ops, map_cache, sampler
+from pipeline.data.emoji import writer
 from pipeline.data.sources import rows as rows_module
-from pipeline.data.sources.rows import BrokenRow, DataError, as_row
+from pipeline.data.sources.rows import BrokenRow, DataError, as_row, fetch_image_bytes
 from pipeline.data.streaming import Stream
 from pipeline.diffusion import text_to_image
 from pipeline.diffusion.captions import normalize
@@ -122,7 +122,7 @@ def test_pictures_beside_a_test_folder_are_not_taken_for_the_training_split(load
 
 
 def test_the_emoji_folder_loads(tmp_path):
-    folder = catalogue.write(tmp_path / "shapes", "shapes", size=16)
+    folder = writer.write_emoji(tmp_path / "shapes", "shapes", size=16)
     images = dataset.load_images(folder, "test", 16, cache_dir=tmp_path)
     assert (
         len(images) == 6
@@ -229,7 +229,9 @@ def test_too_many_broken_rows_end_it_by_name(load, tmp_path):
 
 def test_a_report_names_five_rows_and_counts_all_by_their_reason():
     reasons = ["cut: at 7", "cut: at 9", "no text, got 3", "cut: at 1", "gone", "gone", "cut: at 2"]
-    report = dataset.Report("x", 9, tuple((f"{i}.png", reason) for i, reason in enumerate(reasons)))
+    report = dataset.DatasetReport(
+        "x", 9, tuple((f"{i}.png", reason) for i, reason in enumerate(reasons))
+    )
     assert str(report).count("skipped") == 6 and str(report).endswith("skipped 2 more")
     assert "7 broken rows: 4 x cut, 2 x gone, 1 x no text\n" in str(report)
 
@@ -333,7 +335,7 @@ def test_a_run_that_goes_on_keeps_the_pictures_that_it_began_with(tmp_path, monk
         cache=str(tmp_path / "cache"),
         max_broken=0.9,
     )
-    real = rows_module.content
+    real = fetch_image_bytes
 
     def stale(image):
         if image["path"].endswith("b.png"):
@@ -341,7 +343,7 @@ def test_a_run_that_goes_on_keeps_the_pictures_that_it_began_with(tmp_path, monk
         return real(image)
 
     with monkeypatch.context() as broken:
-        broken.setattr(rows_module, "content", stale)
+        broken.setattr(rows_module, "fetch_image_bytes", stale)
         begun = dataset.load_splits(config, again=True)[0]
     assert (
         begun.captions == ["a"] and dataset.load_splits(config)[0].fingerprint == begun.fingerprint
@@ -440,7 +442,7 @@ def test_nothing_usable_is_an_error(load, tmp_path):
 
 
 def pixel(content):
-    return dataset.decode(content, 4)[:, 1, 1].tolist()
+    return image_ops.decode(content, 4)[:, 1, 1].tolist()
 
 
 def test_transparency_shows_white():
@@ -473,7 +475,7 @@ def test_exif_turns_the_picture_upright():
     stored.paste("black", (0, 0, 4, 8))
     exif = Image.Exif()
     exif[0x0112] = 6
-    shown = dataset.decode(encoded(stored, exif=exif), 8)
+    shown = image_ops.decode(encoded(stored, exif=exif), 8)
     assert (shown[:, :4] == 0).all() and (shown[:, 4:] == 255).all()
 
 
@@ -488,7 +490,7 @@ def test_any_shape_becomes_its_central_square(size):
     side = min(size)
     left, top = (size[0] - side) // 2, (size[1] - side) // 2
     picture.paste("red", (left, top, left + side, top + side))
-    shown = dataset.decode(encoded(picture), 8)
+    shown = image_ops.decode(encoded(picture), 8)
     assert shown.shape == (3, 8, 8) and (shown == np.array([255, 0, 0])[:, None, None]).all()
 
 
@@ -542,8 +544,8 @@ def test_rows_are_read_in_any_order_and_by_any_index(load, tmp_path):
 
 
 def test_preparing_happens_once_and_again_when_a_file_changes(load, tmp_path, monkeypatch):
-    calls, upright = [], dataset.upright
-    monkeypatch.setattr(dataset, "upright", lambda *a: calls.append(1) or upright(*a))
+    calls, upright = [], image_ops.load_rgb
+    monkeypatch.setattr(image_ops, "load_rgb", lambda *a: calls.append(1) or upright(*a))
     save(tmp_path / "set" / "a.png", "red")
     save(tmp_path / "set" / "b.png", "red")
     first, again = load(), load()
@@ -579,14 +581,17 @@ def test_of_a_preparation_that_fails_nothing_is_left(load, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list(cache.iterdir())
-    for name, age in (("old", 2 * dataset.ABANDONED), ("new", 1)):
-        (cache / f"{dataset.MAKING}{name}").mkdir()
-        (cache / f"{dataset.MAKING}{name}" / "tmp").touch()
-        for path in (cache / f"{dataset.MAKING}{name}" / "tmp", cache / f"{dataset.MAKING}{name}"):
+    for name, age in (("old", 2 * map_cache.SCRATCH_MAX_AGE), ("new", 1)):
+        (cache / f"{map_cache.SCRATCH_PREFIX}{name}").mkdir()
+        (cache / f"{map_cache.SCRATCH_PREFIX}{name}" / "tmp").touch()
+        for path in (
+            cache / f"{map_cache.SCRATCH_PREFIX}{name}" / "tmp",
+            cache / f"{map_cache.SCRATCH_PREFIX}{name}",
+        ):
             os.utime(path, (time.time() - age,) * 2)
     assert len(load(resolution=64)) == 1
     assert sorted(path.name.partition("-")[0] for path in cache.iterdir()) == [".making", "images"]
-    assert (cache / f"{dataset.MAKING}new" / "tmp").exists()
+    assert (cache / f"{map_cache.SCRATCH_PREFIX}new" / "tmp").exists()
 
 
 @pytest.mark.parametrize("damage", ["empty", "torn", "fewer rows"])
@@ -657,7 +662,7 @@ def bert(seed=0):
 def test_states_are_the_encoders_own_and_zero_where_padded(tokenizer, tmp_path):
     """The encoder run on the caption alone, without any padding, is the oracle."""
     encoder, captions = bert(), ["red heart", "", "cat", "red heart"]
-    states = dataset.encode_captions(captions, tokenizer, encoder, 6, tmp_path)
+    states = caption_cache.encode_captions(captions, tokenizer, encoder, 6, tmp_path)
     assert (
         states.shape == (4, 6, 16)
         and states.dtype == torch.float32
@@ -688,7 +693,7 @@ def test_states_are_what_the_pipeline_encodes(tokenizer, tmp_path):
         pipe = text_to_image.TextToImagePipeline(
             unet=None, scheduler=None, text_encoder=encoder, tokenizer=tokenizer, caption_length=8
         )
-        states = dataset.encode_captions(captions, tokenizer, encoder, 8, tmp_path)
+        states = caption_cache.encode_captions(captions, tokenizer, encoder, 8, tmp_path)
         asked, empty = (
             pipe._caption_states(captions, torch.device("cpu")),
             pipe._caption_states([""], torch.device("cpu")),
@@ -710,24 +715,25 @@ def test_any_text_is_a_caption_that_can_be_tokenized(tokenizer, text):
 
 
 def test_states_are_cached_by_encoder_and_caption(tokenizer, tmp_path, monkeypatch):
-    calls, encode = [], dataset.caption_states
+    calls, encode = [], caption_cache.encode_batch
     monkeypatch.setattr(
-        dataset,
-        "caption_states",
+        caption_cache,
+        "encode_batch",
         lambda captions, *a: calls.append(captions) or encode(captions, *a),
     )
-    monkeypatch.setattr(dataset, "PIECE", 2)  # of three captions
-    first = dataset.encode_captions(["cat", "red"], tokenizer, bert(), 5, tmp_path)
-    again = dataset.encode_captions(["red", "cat", "cat"], tokenizer, bert(), 5, tmp_path)
+    monkeypatch.setattr(caption_cache, "COPY_BATCH", 2)  # of three captions
+    first = caption_cache.encode_captions(["cat", "red"], tokenizer, bert(), 5, tmp_path)
+    again = caption_cache.encode_captions(["red", "cat", "cat"], tokenizer, bert(), 5, tmp_path)
     assert (
         calls == [["cat", "red"]]
         and torch.equal(again[0], first[1])
         and torch.equal(again[2], first[0])
     )
-    other = dataset.encode_captions(["cat", "red"], tokenizer, bert(seed=1), 5, tmp_path)
+    other = caption_cache.encode_captions(["cat", "red"], tokenizer, bert(seed=1), 5, tmp_path)
     assert len(calls) == 2 and not torch.allclose(other, first)
     assert (
-        dataset.encode_captions(["cat", "red"], tokenizer, bert(), 6, tmp_path).shape == (2, 6, 16)
+        caption_cache.encode_captions(["cat", "red"], tokenizer, bert(), 6, tmp_path).shape
+        == (2, 6, 16)
         and len(calls) == 3
     )
 
@@ -738,30 +744,32 @@ def test_states_asked_for_one_by_one_are_those_of_all_at_once(tokenizer, tmp_pat
         bert(),
         [" ".join(words) for words in itertools.permutations(WORDS[5:], 2)],
     )  # 20
-    whole = dataset.encode_captions(captions, tokenizer, encoder, 6, tmp_path)
-    states = dataset.CaptionStates(tokenizer, encoder, 6)
+    whole = caption_cache.encode_captions(captions, tokenizer, encoder, 6, tmp_path)
+    states = caption_cache.CaptionCache(tokenizer, encoder, 6)
     assert torch.allclose(states(captions), whole, atol=1e-6)
     first = states(captions)
     for some in (captions[3:4], captions[9:2:-1], captions[5:6] * 3):
-        fresh = dataset.CaptionStates(tokenizer, encoder, 6)(some)
+        fresh = caption_cache.CaptionCache(tokenizer, encoder, 6)(some)
         assert torch.equal(
             fresh, first[[captions.index(caption) for caption in some]]
         ) and torch.equal(states(some), fresh)
-    calls, encode = [], dataset.caption_states
+    calls, encode = [], caption_cache.encode_batch
     monkeypatch.setattr(
-        dataset,
-        "caption_states",
+        caption_cache,
+        "encode_batch",
         lambda captions, *a: calls.append(captions) or encode(captions, *a),
     )
-    monkeypatch.setattr(dataset, "KEPT_BYTES", 3 * 6 * 16 * 4)
-    few = dataset.CaptionStates(tokenizer, encoder, 6)
+    monkeypatch.setattr(caption_cache, "CACHED_BYTES", 3 * 6 * 16 * 4)
+    few = caption_cache.CaptionCache(tokenizer, encoder, 6)
     for caption, misses in zip("abcbad", [1, 2, 3, 3, 3, 4], strict=True):
         few([caption])
         assert len(calls) == misses and len(few.kept) <= 3
     few(["c"])
     assert len(calls) == 5, "the one that was not asked for the longest is forgotten"
-    dataset.CaptionStates(tokenizer, encoder, 6)(captions)
-    assert {len(asked) for asked in calls} == {dataset.ENCODED}, "one shape, whose rounding is one"
+    caption_cache.CaptionCache(tokenizer, encoder, 6)(captions)
+    assert {len(asked) for asked in calls} == {caption_cache.ENCODER_BATCH}, (
+        "one shape, whose rounding is one"
+    )
 
 
 # ---- randomness
@@ -783,7 +791,7 @@ def test_randomness_does_not_depend_on_how_a_batch_is_split(batch, draw):
         lambda s: randomness.keep_caption(seed, step, s, 0.5),
         lambda s: randomness.caption_choice(seed, step, s, [5] * len(s)),
         lambda s: randomness.flips(seed, step, s),
-        lambda s: dataset.batch_indices(seed, step, size, 7, slots=s),
+        lambda s: sampler.batch_indices(seed, step, size, 7, slots=s),
     ):
         whole = f(torch.arange(size))
         torch.manual_seed(draw.draw(st.integers(0, 9)))
@@ -796,7 +804,7 @@ def test_the_global_generator_is_not_touched():
     before = torch.get_rng_state()
     randomness.noise(0, 0, range(4), (2,)), randomness.timesteps(0, 0, range(4), 4, 10)
     randomness.keep_caption(0, 0, range(4), 0.5), randomness.caption_choice(0, 0, range(4), [2] * 4)
-    dataset.batch_indices(0, 0, 4, 9), randomness.flips(0, 0, range(4))
+    sampler.batch_indices(0, 0, 4, 9), randomness.flips(0, 0, range(4))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -896,22 +904,22 @@ def test_half_of_the_examples_are_mirrored():
 def test_every_epoch_has_every_row_once(seed, n, batch):
     """Also where the batch is larger than the data and epochs end inside batches."""
     steps = math.ceil(3 * n / batch)
-    rows = torch.cat([dataset.batch_indices(seed, step, batch, n) for step in range(steps)])
+    rows = torch.cat([sampler.batch_indices(seed, step, batch, n) for step in range(steps)])
     for epoch in range(3):
         assert sorted(rows[epoch * n : (epoch + 1) * n].tolist()) == list(range(n))
 
 
 def test_epochs_and_seeds_differ_in_order():
     orders = [
-        dataset.batch_indices(seed, epoch, 50, 50).tolist() for seed in (0, 1) for epoch in (0, 1)
+        sampler.batch_indices(seed, epoch, 50, 50).tolist() for seed in (0, 1) for epoch in (0, 1)
     ]
     assert len({tuple(order) for order in orders}) == 4
 
 
 def test_slots_start_where_asked():
     assert torch.equal(
-        dataset.batch_indices(0, 3, 10, 17, slots=range(6, 10)),
-        dataset.batch_indices(0, 3, 10, 17)[6:],
+        sampler.batch_indices(0, 3, 10, 17, slots=range(6, 10)),
+        sampler.batch_indices(0, 3, 10, 17)[6:],
     )
     with pytest.raises(DataError, match="at least one image, got 0"):
-        dataset.batch_indices(0, 0, 4, 0)
+        sampler.batch_indices(0, 0, 4, 0)

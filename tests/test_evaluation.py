@@ -15,17 +15,18 @@ from tiny import tiny_clip, tiny_pipeline, tiny_unet
 from torch import nn
 
 from pipeline import config
-from pipeline.data import dataset
-from pipeline.data.emoji import catalogue
+from pipeline.cli import evaluate
+from pipeline.data import dataset, image_ops
+from pipeline.data.emoji import writer
 from pipeline.diffusion import text_to_image
 from pipeline.diffusion.exact_denoiser import ExactDenoiser
 from pipeline.diffusion.text_to_image import TextToImagePipeline
-from pipeline.evaluation import evaluate, retrieval
-from pipeline.evaluation.evaluate import Bank
-from pipeline.evaluation.feature_extractor import NAME
+from pipeline.evaluation import distances, evaluate, retrieval, samples
+from pipeline.evaluation.feature_extractor import FEATURE_NETWORK
+from pipeline.evaluation.reference_set import ReferenceSet
 from pipeline.hub import model_card
 from pipeline.models import build
-from pipeline.runs.folder import Run
+from pipeline.runs.folder import RunFolder
 
 ONE = ["--steps", "2", "--batch", "16"]  # w
 STEPS = [*ONE, "--choose-on", "5"]
@@ -33,13 +34,13 @@ STEPS = [*ONE, "--choose-on", "5"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return catalogue.write(tmp_path_factory.mktemp("shapes") / "set", "shapes", size=16)
+    return writer.write_emoji(tmp_path_factory.mktemp("shapes") / "set", "shapes", size=16)
 
 
 @pytest.fixture(scope="module")
 def bank(judge, folder):
     cache = folder.parent / "cache"
-    return Bank.of(
+    return ReferenceSet.of(
         judge,
         [
             dataset.load_images(folder, split=s, resolution=16, cache_dir=cache)
@@ -71,16 +72,16 @@ def measured_apart(judge, bank) -> float:
     noise = torch.randint(
         256, bank.images.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8
     )
-    found = evaluate.measure(judge, bank, noise, torch.arange(len(bank.captions)), 0.1, 4)
-    return found["distances"][NAME]["kid"]["value"]
+    found = evaluate.measure_samples(judge, bank, noise, torch.arange(len(bank.captions)), 0.1, 4)
+    return found["distances"][FEATURE_NETWORK]["kid"]["value"]
 
 
 def test_the_bank_ranks_its_own_pictures_first(judge, bank):
     rows = torch.arange(len(bank.captions))
-    found = evaluate.measure(judge, bank, bank.images, rows, 0.1, 4)
+    found = evaluate.measure_samples(judge, bank, bank.images, rows, 0.1, 4)
     assert found["train"]["first"]["share"] == found["held_out"]["first"]["share"] == 1
     assert found["seam_ratio"] == pytest.approx(1)
-    assert found["distances"][NAME]["kid"]["value"] < 0 < measured_apart(judge, bank), (
+    assert found["distances"][FEATURE_NETWORK]["kid"]["value"] < 0 < measured_apart(judge, bank), (
         "the bias of pairs of one with itself"
     )
     assert {name: grid["first"]["n"] for name, grid in found["grids"].items()} == {
@@ -116,7 +117,7 @@ def test_siblings_share_all_factors_but_one():
     ]
     metadata = [{"grid": "roles", "factors": {"gender": g, "role": r}} for g, r in rows]
     metadata[1:1] = [{"grid": None, "factors": {}}]
-    bank = Bank(
+    bank = ReferenceSet(
         torch.empty(0), [""] * 6, metadata, 5, torch.empty(0), torch.empty(0), torch.arange(6)
     )
     assert bank.siblings(5) == [0, 2]  # the cooks; judges differ in two factors
@@ -171,11 +172,11 @@ def test_an_evaluation_goes_on_where_it_stopped(run, bank, monkeypatch, capsys):
 
 def test_drawings_are_another_samplers_no_more(run, monkeypatch):
     """What a change of the sampler, or of the free prompts, draws is drawn anew."""
-    drawn, real = [], evaluate.drawn
+    drawn, real = [], samples.generate_batch
     counted = lambda pipe, prompts, **call: (
         drawn.append(len(prompts)) or real(pipe, prompts, **call)
     )
-    monkeypatch.setattr(evaluate, "drawn", counted)
+    monkeypatch.setattr(samples, "generate_batch", counted)
     command, settings = (
         [str(run), "--w", "0", *ONE],
         run / "pipeline" / "scheduler" / "scheduler_config.json",
@@ -198,10 +199,10 @@ def test_drawings_are_known_again_by_another_process(bank):
         pipe.scheduler._internal_dict = FrozenDict(
             dict(pipe.scheduler.config) | {"_use_default_values": noted}
         )
-        found.append(evaluate.identity(pipe, bank))
+        found.append(samples.samples_identity(pipe, bank))
     assert found[0] == found[1]
     pipe.unet = tiny_unet(seed=1)
-    assert evaluate.identity(pipe, bank) != found[0]
+    assert samples.samples_identity(pipe, bank) != found[0]
 
 
 @pytest.mark.parametrize("chosen", ["bf16", "no"])
@@ -209,7 +210,9 @@ def test_drawings_are_computed_in_the_precision_of_training(chosen, monkeypatch,
     pipe, seen = tiny_pipeline(caption_length=8), set()
     monkeypatch.setattr(evaluate.models, "has_bf16", lambda device: chosen == "bf16")
     pipe.unet.conv_in.register_forward_hook(lambda net, args, out: seen.add(out.dtype))
-    drawn = evaluate.draw(pipe, ["red", "blue"], 1.0, 0, 2, tmp_path / "images.safetensors", 2)
+    drawn = samples.generate_samples(
+        pipe, ["red", "blue"], 1.0, 0, 2, tmp_path / "images.safetensors", 2
+    )
     assert seen == {torch.bfloat16 if chosen == "bf16" else torch.float32} and drawn.shape == (
         2,
         3,
@@ -225,18 +228,20 @@ def test_w_is_not_reported_on_the_seed_that_chose_it(run, capsys):
 
 def test_what_starts_from_its_own_picture_is_as_good_as_the_chain_below(run, judge, bank):
     """The exact denoiser gives back the picture it can still see, and any picture where it sees none."""
-    *_, pipe = evaluate.finished(run)
-    pipe.unet = ExactDenoiser(dataset.as_float(bank.train), pipe.scheduler)
+    *_, pipe = evaluate.load_run(run)
+    pipe.unet = ExactDenoiser(image_ops.as_float(bank.train), pipe.scheduler)
     rows = torch.arange(bank.n_train)
-    low, high = (evaluate.from_real(judge, bank, pipe, rows, t, 0.0, 0, 50) for t in (19, 999))
+    low, high = (
+        evaluate.denoise_real_images(judge, bank, pipe, rows, t, 0.0, 0, 50) for t in (19, 999)
+    )
     assert (low["t"], high["t"]) == (19, 999)
     assert low["first"]["share"] == 1 and high["first"]["share"] < 0.5
-    assert evaluate.from_real(judge, bank, pipe, rows, 999, 0.0, 0, 50, batch=5) == high
+    assert evaluate.denoise_real_images(judge, bank, pipe, rows, 999, 0.0, 0, 50, batch=5) == high
     with pytest.raises(
         retrieval.EvaluationError,
         match="a plan of 50 steps has no timestep up to 5: give more --steps",
     ):
-        evaluate.from_real(judge, bank, pipe, rows, 5, 0.0, 0, 50)
+        evaluate.denoise_real_images(judge, bank, pipe, rows, 5, 0.0, 0, 50)
 
 
 @pytest.mark.parametrize(
@@ -269,7 +274,7 @@ def test_the_command_starts_from_real_pictures(run, capsys):
 
 
 def test_an_unfinished_run_is_refused(tmp_path, capsys):
-    Run(tmp_path / "new").create()
+    RunFolder(tmp_path / "new").create()
     assert evaluate.main([str(tmp_path / "new")]) == 2
     assert "holds no finished pipeline" in capsys.readouterr().err
 
@@ -288,17 +293,17 @@ class Colours(nn.Module):
 @pytest.fixture
 def colours(monkeypatch):
     """A second network, Fréchet distances that see too little of the judge's features to take long, and few drawings."""
-    frechet = retrieval.frechet
-    monkeypatch.setitem(evaluate.NETWORKS, "colours", Colours)
-    monkeypatch.setattr(retrieval, "frechet", lambda x, y: frechet(x[:, :16], y[:, :16]))
-    monkeypatch.setattr(evaluate, "DIVERSE", (4, 2))
+    frechet = distances.frechet_distance
+    monkeypatch.setitem(evaluate.FEATURE_NETWORKS, "colours", Colours)
+    monkeypatch.setattr(distances, "frechet_distance", lambda x, y: frechet(x[:, :16], y[:, :16]))
+    monkeypatch.setattr(evaluate, "DIVERSITY_SAMPLES", (4, 2))
     monkeypatch.setattr(Colours, "shown", 0)
 
 
 def test_more_measures_the_same_drawings_by_more_and_names_every_network(run, colours, capsys):
     command = [str(run), "--w", "1", *ONE]
-    (run / model_card.FACTS).write_text(
-        json.dumps(model_card.facts("28 images", 1.0) | {"model": str(run / "pipeline")})
+    (run / model_card.TRAINING_FACTS).write_text(
+        json.dumps(model_card.training_facts("28 images", 1.0) | {"model": str(run / "pipeline")})
     )
     assert evaluate.main(command) == 0
     assert not (run / "README.md").exists(), (
@@ -306,8 +311,8 @@ def test_more_measures_the_same_drawings_by_more_and_names_every_network(run, co
     )
     (run / "README.md").write_text("a card")
     plain = json.loads((run / "metrics.json").read_text())
-    assert set(plain["by_seed"]["0"]["distances"]) == {NAME} and "more" not in plain
-    assert "frechet" not in plain["by_seed"]["0"]["distances"][NAME]
+    assert set(plain["by_seed"]["0"]["distances"]) == {FEATURE_NETWORK} and "more" not in plain
+    assert "frechet" not in plain["by_seed"]["0"]["distances"][FEATURE_NETWORK]
     assert evaluate.main([*command, "--more", "--features", "colours"]) == 0
     found = json.loads((run / "metrics.json").read_text())
     assert {k: v for k, v in found["by_seed"]["0"].items() if k != "distances"} == {
@@ -331,14 +336,14 @@ def test_more_measures_the_same_drawings_by_more_and_names_every_network(run, co
     told = capsys.readouterr().out
     for line in (
         "kid (colours)",
-        f"kid ({NAME})",
-        f"Fréchet distance ({NAME})",
+        f"kid ({FEATURE_NETWORK})",
+        f"Fréchet distance ({FEATURE_NETWORK})",
         "bits per dimension by the bound; as PNG",
     ):
         assert line in told
     assert (
-        model_card.measured(found) in told
-        and model_card.measured(found) in (run / "README.md").read_text()
+        model_card.metrics_section(found) in told
+        and model_card.metrics_section(found) in (run / "README.md").read_text()
     )
     assert evaluate.main(command) == 0
     assert json.loads((run / "metrics.json").read_text())["more"] == more, (
@@ -350,25 +355,29 @@ def test_more_measures_the_same_drawings_by_more_and_names_every_network(run, co
 
 
 def test_what_is_known_of_real_pictures_is_computed_once(run, colours, tmp_path, monkeypatch):
-    _config, _judge, bank, _pipe = evaluate.finished(run)
-    frechet, pairs = retrieval.frechet, []
-    monkeypatch.setattr(retrieval, "frechet", lambda x, y: pairs.append(len(x)) or frechet(x, y))
-    first = evaluate.distances("colours", bank, bank.images, tmp_path)
+    _config, _judge, bank, _pipe = evaluate.load_run(run)
+    frechet, pairs = distances.frechet_distance, []
+    monkeypatch.setattr(
+        distances, "frechet_distance", lambda x, y: pairs.append(len(x)) or frechet(x, y)
+    )
+    first = evaluate.feature_distances("colours", bank, bank.images, tmp_path)
     assert Colours.shown == 56 and pairs == [14, 14]
     assert first["frechet"]["value"] == pytest.approx(first["frechet"]["real"]), (
         "real pictures in the drawings' place"
     )
-    again = evaluate.distances("colours", bank, bank.images, tmp_path)
+    again = evaluate.feature_distances("colours", bank, bank.images, tmp_path)
     assert again == first and Colours.shown == 56 + 28 and len(pairs) == 3
     bank.images[0, 0, 0, 0] ^= 1
-    evaluate.distances("colours", bank, bank.images, tmp_path)
+    evaluate.feature_distances("colours", bank, bank.images, tmp_path)
     assert Colours.shown == 56 + 28 + 56, "other pictures have other statistics"
 
 
 def test_a_network_that_is_not_there_is_refused(run, capsys):
     with pytest.raises(SystemExit):
         evaluate.main([str(run), "--features", "vgg"])
-    assert f"choose from {NAME}, inception-v3" in capsys.readouterr().err.replace("'", "")
+    assert f"choose from {FEATURE_NETWORK}, inception-v3" in capsys.readouterr().err.replace(
+        "'", ""
+    )
 
 
 def test_a_clip_model_scores_drawings_beside_real_pictures(run, tmp_path, capsys):
@@ -380,7 +389,9 @@ def test_a_clip_model_scores_drawings_beside_real_pictures(run, tmp_path, capsys
 
 
 def test_what_is_misspelt_is_said_before_anything_is_drawn(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate, "draw", lambda *_args, **_more: pytest.fail("it draws"))
+    monkeypatch.setattr(
+        samples, "generate_samples", lambda *_args, **_more: pytest.fail("it draws")
+    )
     for more, says in (
         (["--clip", str(tmp_path / "none")], "is no CLIP model"),
         (["--features", "inception-v3"], "inception-v3 is not installed"),
@@ -412,7 +423,7 @@ def test_a_model_that_draws_by_a_stock_scheduler_is_measured_by_its_noise_proces
     assert evaluate.main([*command, "--more"]) == 0
     more = json.loads((run / "metrics.json").read_text())["more"]
     by_stock = more["errors"]["train"]["x_0"], more["bits_per_dimension"]["model"]["mean"]
-    pipe.scheduler = build.noise_process(config.DiffusionConfig(), pipe.scheduler)
+    pipe.scheduler = build.build_scheduler(config.DiffusionConfig(), pipe.scheduler)
     pipe.save_pretrained(run / "pipeline")
     assert evaluate.main([*command, "--more"]) == 0
     again = json.loads((run / "metrics.json").read_text())["more"]
@@ -427,14 +438,14 @@ def test_a_model_that_draws_by_a_stock_scheduler_is_measured_by_its_noise_proces
 
 
 def test_measurements_of_another_precision_are_replaced_and_that_is_told(tmp_path, capsys):
-    evaluate.record(tmp_path, "abc-def", w=1.0)
-    assert evaluate.record(tmp_path, "abc-def", sweep={}) == {
+    evaluate.update_metrics(tmp_path, "abc-def", w=1.0)
+    assert evaluate.update_metrics(tmp_path, "abc-def", sweep={}) == {
         "w": 1.0,
         "sweep": {},
         "model": "abc-def",
     }
     assert not capsys.readouterr().err
-    assert evaluate.record(tmp_path, "abc-def-float32", w=2.0) == {
+    assert evaluate.update_metrics(tmp_path, "abc-def-float32", w=2.0) == {
         "w": 2.0,
         "model": "abc-def-float32",
     }
@@ -442,5 +453,5 @@ def test_measurements_of_another_precision_are_replaced_and_that_is_told(tmp_pat
         "metrics.json was of the same model by a machine of another precision"
         in capsys.readouterr().err
     )
-    evaluate.record(tmp_path, "another", w=2.0)
+    evaluate.update_metrics(tmp_path, "another", w=2.0)
     assert not capsys.readouterr().err

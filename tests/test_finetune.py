@@ -37,10 +37,9 @@ from pipeline.config import (
     TrainConfig,
     load,
 )
-from pipeline.data import dataset, latent_cache
-from pipeline.hub import push
-from pipeline.models import build
-from pipeline.runs.folder import ADAPTER, Run
+from pipeline.data import dataset, latent_cache, sampler
+from pipeline.models import build, loading, lora
+from pipeline.runs.folder import ADAPTER_FILE, RunFolder
 
 FINETUNE = """
 name: tuned
@@ -159,8 +158,8 @@ def stock(base, adapter=None):
 
 
 def ours(model):
-    pipe = push.load(model)
-    pipe.scheduler = build.noise_process(
+    pipe = loading.load_pipeline(model)
+    pipe.scheduler = build.build_scheduler(
         DiffusionConfig(timestep_spacing="leading"), pipe.scheduler
     )
     pipe.set_progress_bar_config(disable=True)
@@ -199,7 +198,7 @@ def test_a_full_fine_tune_leaves_what_stock_diffusers_loads(config, base, tmp_pa
 
 
 def test_stable_diffusion_is_guided_as_by_its_own_pipeline(base):
-    assert push.load(base).guidance_scale == 7.5
+    assert loading.load_pipeline(base).guidance_scale == 7.5
 
 
 def test_latents_are_not_clipped_whatever_stable_diffusions_scheduler_says(tmp_path):
@@ -213,13 +212,13 @@ def test_latents_are_not_clipped_whatever_stable_diffusions_scheduler_says(tmp_p
     )
     theirs, mine = (
         StableDiffusionPipeline.from_pretrained(tmp_path, safety_checker=None),
-        push.load(str(tmp_path)),
+        loading.load_pipeline(str(tmp_path)),
     )
     for pipe in (theirs, mine):
         pipe.set_progress_bar_config(disable=True)
     np.testing.assert_allclose(draw(theirs), draw(mine), rtol=0, atol=1e-4)
     assert (
-        not build.noise_process(DiffusionConfig(), mine.scheduler).config.clip_sample
+        not build.build_scheduler(DiffusionConfig(), mine.scheduler).config.clip_sample
         and mine.is_stable_diffusion()
     )
 
@@ -287,9 +286,9 @@ def test_an_emoji_pipeline_is_fine_tuned_with_its_own_captions_and_patches(confi
         "--train.steps",
         "2",
     )
-    tuned = push.load(tmp_path / "tuned")
+    tuned = loading.load_pipeline(tmp_path / "tuned")
     assert tuned.config.caption_length == 6 and type(tuned.vae).__name__ == "PatchAutoencoder"
-    assert not same(tuned.unet.state_dict(), push.load(folder).unet.state_dict())
+    assert not same(tuned.unet.state_dict(), loading.load_pipeline(folder).unet.state_dict())
 
 
 # ---- LoRA
@@ -297,7 +296,7 @@ def test_an_emoji_pipeline_is_fine_tuned_with_its_own_captions_and_patches(confi
 
 def test_only_the_adapter_is_trained_and_saved(adapted, base):
     (file,) = adapted.joinpath("lora").iterdir()
-    assert not (adapted / "pipeline").exists() and Run(adapted).finished
+    assert not (adapted / "pipeline").exists() and RunFolder(adapted).finished
     assert sorted(p.name for p in (adapted / "checkpoints" / "4" / "lora").iterdir()) == [file.name]
     assert (
         file.stat().st_size
@@ -322,7 +321,7 @@ def test_the_adapter_draws_alike_in_stock_diffusers_and_here(adapted, base):
 
 
 def test_the_lines_of_its_card_draw_in_stock_diffusers(adapted):
-    (lines,) = re.findall(r"```python\n(.*?)```", Run(adapted).card.read_text(), re.S)
+    (lines,) = re.findall(r"```python\n(.*?)```", RunFolder(adapted).card.read_text(), re.S)
     assert "guidance_scale=3)" in lines, "1 + the w of its settings"
     exec(lines, there := {})
     assert type(there["pipe"]) is StableDiffusionPipeline and there["pipe"].get_list_adapters()
@@ -356,13 +355,16 @@ def test_a_fused_adapter_draws_the_same_and_an_unloaded_one_leaves_nothing(adapt
 def test_a_lora_run_resumes_in_the_same_bytes(config, adapted, tmp_path):
     run = killed_after(2, adapted, tmp_path)
     assert "going on from step 2" in train(config, tmp_path, *LORA).stdout
-    assert same(*(load_file(folder / "lora" / ADAPTER) for folder in (run, adapted)))
+    assert same(*(load_file(folder / "lora" / ADAPTER_FILE) for folder in (run, adapted)))
     assert log(run) == log(adapted)
     assert "is finished at step 4" in train(config, tmp_path, *LORA).stdout
 
 
 def test_a_checkpoint_of_a_lora_run_draws_as_the_finished_one(adapted):
-    checkpoint, finished = push.load_checkpoint(Run(adapted), 4), push.load(adapted)
+    checkpoint, finished = (
+        loading.load_checkpoint(RunFolder(adapted), 4),
+        loading.load_pipeline(adapted),
+    )
     for pipe in (checkpoint, finished):
         pipe.set_progress_bar_config(disable=True)
     assert (
@@ -403,7 +405,7 @@ def test_configs_for_models_that_are_not_here_are_rehearsed_on_tiny_ones(
 @pytest.mark.parametrize("kind", ["kl", "tiny"])
 def test_latents_are_what_the_autoencoder_says(images, tmp_path, kind):
     pictures, vae = dataset.load_images(images, resolution=16, cache_dir=tmp_path), tiny_vae(kind)
-    kept = latent_cache.encode(pictures, vae, tmp_path)
+    kept = latent_cache.cache_latents(pictures, vae, tmp_path)
     rows, pixels = torch.tensor([5, 0]), pictures.images[[5, 0]].float() / 127.5 - 1
     assert len(kept) == len(pictures) and kept.shape == (4, 8, 8)
     with torch.no_grad():
@@ -429,10 +431,10 @@ def test_latents_are_encoded_once(images, tmp_path):
     calls = []
     vae.encoder.register_forward_hook(lambda *_: calls.append(1))
     z, rows = torch.zeros(8, 4, 8, 8), torch.arange(8)
-    first = latent_cache.encode(pictures, vae, tmp_path).sample(rows, rows < 0, z)
+    first = latent_cache.cache_latents(pictures, vae, tmp_path).sample(rows, rows < 0, z)
     once = len(calls)
     assert torch.equal(
-        latent_cache.encode(pictures, vae, tmp_path).sample(rows, rows < 0, z), first
+        latent_cache.cache_latents(pictures, vae, tmp_path).sample(rows, rows < 0, z), first
     )
     assert (
         once == 3 and len(calls) == once + 1
@@ -445,10 +447,12 @@ def test_latents_are_encoded_once(images, tmp_path):
     renamed = dataset.load_images(tmp_path / "renamed", resolution=16, cache_dir=tmp_path)
     assert renamed.fingerprint != pictures.fingerprint and renamed.captions != pictures.captions
     assert (
-        torch.equal(latent_cache.encode(renamed, vae, tmp_path).sample(rows, rows < 0, z), first)
+        torch.equal(
+            latent_cache.cache_latents(renamed, vae, tmp_path).sample(rows, rows < 0, z), first
+        )
         and len(calls) == once + 2
     )
-    alone = latent_cache.encode(pictures, vae, tmp_path, mirrored=False)
+    alone = latent_cache.cache_latents(pictures, vae, tmp_path, mirrored=False)
     assert len(calls) == once + 4 and torch.equal(alone.sample(rows, rows < 0, z), first)
 
 
@@ -456,7 +460,7 @@ def test_every_step_draws_another_latent_of_the_same_picture(config):
     chosen = config_module.load_file(config)
     parts = train_text2img.prepare(chosen, None, torch.device("cpu"))
     rows = [
-        dataset.batch_indices(0, step, 4, len(parts.images)) for step in range(4)
+        sampler.batch_indices(0, step, 4, len(parts.images)) for step in range(4)
     ]  # two epochs of eight
     later, slot = next(
         (step, slot) for step in (2, 3) for slot in range(4) if rows[step][slot] == rows[0][1]
@@ -491,7 +495,9 @@ def test_a_streams_latents_are_drawn_from_what_the_autoencoder_says_too(config, 
     parts, slots = train_text2img.prepare(chosen, None, torch.device("cpu")), torch.arange(4)
     with train_text2img.open_stream(chosen, Accelerator(cpu=True)) as parts.stream:
         drawn = torch.cat([parts.examples(chosen, step, slots)[0] for step in range(8)])
-    mean, std = latent_cache.posterior(parts.pipe.vae, parts.images.images[:1].float() / 127.5 - 1)
+    mean, std = latent_cache.posterior_moments(
+        parts.pipe.vae, parts.images.images[:1].float() / 127.5 - 1
+    )
     z = drawn / parts.pipe.vae.config.scaling_factor - mean
     assert (z / std).std().item() == pytest.approx(1, abs=0.05) and (
         z / std
@@ -501,7 +507,7 @@ def test_a_streams_latents_are_drawn_from_what_the_autoencoder_says_too(config, 
 def test_mirrored_examples_come_from_the_mirrored_latents(config):
     chosen, _ = load(["--config", str(config), "--data.flip", "true"])
     parts = train_text2img.prepare(chosen, None, torch.device("cpu"))
-    slots, rows = torch.arange(4), dataset.batch_indices(0, 0, 4, len(parts.images))
+    slots, rows = torch.arange(4), sampler.batch_indices(0, 0, 4, len(parts.images))
     flip = randomness.flips(0, 0, slots)
     assert flip.any() and not flip.all()
     z = randomness.noise(0, 0, slots, parts.latents.shape, "posterior")
@@ -558,7 +564,7 @@ def test_an_adapter_is_no_model_to_go_on_from(config, adapted, tmp_path):
 
 
 def test_a_model_that_reads_no_captions_is_refused(config, base, tmp_path):
-    pipe = push.load(base)
+    pipe = loading.load_pipeline(base)
     pipe.register_modules(text_encoder=None, tokenizer=None)
     pipe.save_pretrained(tmp_path / "mute")
     done = train(config, tmp_path, "--model.pretrained", str(tmp_path / "mute"), check=False)
@@ -587,10 +593,10 @@ def test_adapters_start_at_the_pretrained_network():
     network = tiny_unet()
     with torch.no_grad():
         before = network(x, t, states).sample
-        build.adapt(network, LoraConfig())
+        lora.add_adapter(network, LoraConfig())
         assert torch.equal(network(x, t, states).sample, before)
     assert all(
         "lora_" in name for name, weight in network.named_parameters() if weight.requires_grad
     )
     with pytest.raises(ConfigError, match=r"lora\.targets"):
-        build.adapt(tiny_unet(), LoraConfig(targets=("nothing",)))
+        lora.add_adapter(tiny_unet(), LoraConfig(targets=("nothing",)))

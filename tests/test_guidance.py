@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.diffusion.guidance import InputError, guide, interval, plus, weights
+from pipeline.diffusion.guidance import InputError, guide, interval, prompt_weights, shift_weight
 
 FINITE = st.floats(-50, 50)
 
@@ -87,14 +87,14 @@ def test_interval_guides_inside_only():
 
 def test_interval_takes_one_weight_per_prompt():
     w = interval([1.0, 3.0], 0.2, 0.8)
-    assert weights(w, 2, 0.5).tolist() == [1, 3]
-    assert weights(w, 2, 0.9).tolist() == [0, 0]
+    assert prompt_weights(w, 2, 0.5).tolist() == [1, 3]
+    assert prompt_weights(w, 2, 0.9).tolist() == [0, 0]
 
 
 def test_interval_takes_tensors():
     assert [interval(torch.tensor(2.0), 0.2, 0.8)(level) for level in (0.5, 0.9)] == [2, 0]
     assert [
-        weights(interval(torch.tensor([1.0, 3.0]), 0.2, 0.8), 2, level).tolist()
+        prompt_weights(interval(torch.tensor([1.0, 3.0]), 0.2, 0.8), 2, level).tolist()
         for level in (0.5, 0.9)
     ] == [[1, 3], [0, 0]]
 
@@ -118,7 +118,7 @@ def test_interval_refuses_what_is_not_an_interval_of_noise_levels(bounds):
     ],
 )
 def test_weights_come_as_numbers_sequences_tensors_and_functions(w):
-    assert torch.equal(weights(w, 2, 0.5), torch.tensor([2.0, 2.0], dtype=torch.float64))
+    assert torch.equal(prompt_weights(w, 2, 0.5), torch.tensor([2.0, 2.0], dtype=torch.float64))
 
 
 @pytest.mark.parametrize(
@@ -136,16 +136,21 @@ def test_weights_come_as_numbers_sequences_tensors_and_functions(w):
 )
 def test_weights_refuse_what_is_no_finite_number(w):
     with pytest.raises(InputError, match="expected a finite number"):
-        weights(w, 2, 0.5)
+        prompt_weights(w, 2, 0.5)
 
 
 def test_weights_refuse_the_wrong_count():
     with pytest.raises(InputError, match="w has 3 values for 2 prompts"):
-        weights([1, 2, 3], 2)
+        prompt_weights([1, 2, 3], 2)
 
 
 @pytest.mark.parametrize("w", [2.0, [2.0, 0.5], torch.tensor([2.0, 0.5]), interval(2.0, 0.2, 0.8)])
 def test_guidance_scale_counts_from_one(w):
     for level in (0.1, 0.5):
-        assert torch.equal(weights(plus(w, 1), 2, level), weights(w, 2, level) + 1)
-        assert torch.equal(weights(plus(plus(w, 1), -1), 2, level), weights(w, 2, level))
+        assert torch.equal(
+            prompt_weights(shift_weight(w, 1), 2, level), prompt_weights(w, 2, level) + 1
+        )
+        assert torch.equal(
+            prompt_weights(shift_weight(shift_weight(w, 1), -1), 2, level),
+            prompt_weights(w, 2, level),
+        )

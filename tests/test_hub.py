@@ -40,11 +40,14 @@ from pipeline.diffusion import hub_format
 from pipeline.diffusion.captions import CaptionWhitening
 from pipeline.diffusion.scheduler import DDPMScheduler
 from pipeline.diffusion.text_to_image import TextToImagePipeline
-from pipeline.hub import model_card
+from pipeline.hub import client, figures, model_card
 from pipeline.hub import push as push_module
-from pipeline.hub.push import HubError, assemble, load, patiently, pull, shareable, ship
-from pipeline.models import build, loading, trusted
-from pipeline.runs.folder import IMAGES, Run
+from pipeline.hub.client import HubError, with_retries
+from pipeline.hub.export import export, pull
+from pipeline.hub.push import assemble_repository, check_push, require_public_base
+from pipeline.models import build, loading, lora, trusted
+from pipeline.models.loading import load_pipeline
+from pipeline.runs.folder import IMAGES_FOLDER, RunFolder
 
 ROOT = Path(__file__).parent.parent
 CANARY = "hf_canary_Jq3xT"
@@ -144,7 +147,7 @@ def owner(world, place):
 @pytest.fixture(scope="module")
 def run(place):
     """The folder of a finished run: patches, whitened captions, pictures, measurements, and what must not be shared."""
-    run = Run(place / "runs" / "tiny")
+    run = RunFolder(place / "runs" / "tiny")
     run.create()
     recipe = DDPMScheduler(
         beta_schedule="sigmoid", prediction_type="sample", timestep_spacing="trailing"
@@ -169,18 +172,18 @@ def run(place):
     (run.checkpoints / "optimizer.safetensors").write_bytes(b"secret")
     (run.pipeline / "notes.py").write_text("private = 1")
     (run.pipeline / "unet" / "optimizer.bin").write_bytes(b"secret")
-    model_card.describe(
+    model_card.write_card(
         config, run, pipe, SimpleNamespace(report="emoji-small: 425 of 425 images usable"), 60.0
     )
     (run.folder / "metrics.json").write_text(json.dumps(METRICS))
-    model_card.refresh(run.folder)
+    model_card.refresh_card(run.folder)
     return run
 
 
 @pytest.fixture(scope="module")
 def expected(run):
     """What the run's pipeline draws here (1, H, W, 3)."""
-    pipe = loading.load_folder(run.pipeline)
+    pipe = loading.load_from_folder(run.pipeline)
     pipe.set_progress_bar_config(disable=True)
     return eval(f"pipe({REQUEST}).images", {"pipe": pipe})
 
@@ -325,7 +328,7 @@ def test_the_lines_of_the_card_run(world, stranger, pushed):
 
 def test_the_stock_schedulers_that_the_card_says_fit_are_those_that_draw():
     sentence = re.search(
-        r"stock schedulers .*?:", hub_format.loading("a/b", False, "cat", 1.0), re.S
+        r"stock schedulers .*?:", hub_format.usage_snippet("a/b", False, "cat", 1.0), re.S
     )[0]
     own = DDPMScheduler(
         num_train_timesteps=100, beta_end=0.2, prediction_type="sample", timestep_spacing="trailing"
@@ -369,7 +372,7 @@ def test_a_strangers_own_push_is_the_same_and_loads_again(world, place, stranger
     )
     other.close()
     assert commits(world, "tester/fork") == 2, "the second time nothing had changed"
-    loading.load_folder(place / "other" / "saved")
+    loading.load_from_folder(place / "other" / "saved")
 
 
 def test_what_diffusers_cannot_load_is_as_the_readme_says(stranger, pushed):
@@ -406,7 +409,7 @@ def test_diffusers_cannot_import_code_from_a_repository_with_a_dot_in_its_name(
 
 
 def test_no_file_of_a_saved_pipeline_tells_where_it_was(run, tmp_path):
-    loading.load_folder(run.pipeline).save_pretrained(tmp_path)
+    loading.load_from_folder(run.pipeline).save_pretrained(tmp_path)
     for path in (path for path in tmp_path.rglob("*") if path.is_file()):
         assert str(run.pipeline).encode() not in path.read_bytes(), path
     assert "local" not in (tmp_path / "tokenizer" / "tokenizer_config.json").read_text()
@@ -439,7 +442,7 @@ def stable(owner, place):
 def test_a_stable_diffusion_loads_in_stock_diffusers_and_ours_lies_beside_it(
     world, stable, stranger, place
 ):
-    pipe = loading.load_folder(place / "stable")
+    pipe = loading.load_from_folder(place / "stable")
     scheduler = pipe.scheduler
     assert pipe.is_stable_diffusion()
     for other in (
@@ -467,7 +470,7 @@ for name, pipeline in (("stock", stock), ("ours", ours)):
     np.save(name + ".npy", pipeline({joint}).images)""")
     stock, ours = (np.load(stranger.cwd / f"{name}.npy") for name in ("stock", "ours"))
     close(stock, ours)
-    again = loading.load_folder(place / "stable")
+    again = loading.load_from_folder(place / "stable")
     assert type(again.scheduler) is DDPMScheduler and again.config.w == 3.0
     again.set_progress_bar_config(disable=True)
     with pytest.warns(UserWarning, match="that is no pure noise"):
@@ -585,14 +588,14 @@ def test_what_is_no_finished_model_is_told_before_the_hub_hears_of_it(
     unfinished.mkdir()
     (unfinished / "config.yaml").write_text(Config(name="unfinished").to_yaml())
     shutil.copytree(run.folder, damaged)
-    (damaged / model_card.FACTS).write_text("{")
-    (damaged / IMAGES / "samples.png").write_bytes(bytes(5000))
+    (damaged / model_card.TRAINING_FACTS).write_text("{")
+    (damaged / IMAGES_FOLDER / "samples.png").write_bytes(bytes(5000))
     world.requests.clear()
     for source, code, words in (
         (tmp_path / "mistyped", 2, "mistyped does not exist, expected the folder of a run"),
         (unfinished, 2, "its training has not finished: run the training command again"),
         (adapter.adapter, 1, "is an adapter without its run, expected a run's folder"),
-        (damaged, 2, f"{model_card.FACTS} is damaged"),
+        (damaged, 2, f"{model_card.TRAINING_FACTS} is damaged"),
     ):
         said = owner(f"print(hub.main(['push', {str(source)!r}, 'tester/never']))")
         assert (
@@ -649,10 +652,10 @@ def test_a_folder_that_cannot_be_written_is_one_sentence_and_leaves_nothing(
     owner, pushed, run, tmp_path, monkeypatch
 ):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(trusted, "download", lambda model: run.pipeline)
+    monkeypatch.setattr(trusted, "download_model", lambda model: run.pipeline)
     for make in (
         lambda folder: pull("tester/tiny", folder),
-        lambda folder: ship(run.folder, folder),
+        lambda folder: export(run.folder, folder),
     ):
         with pytest.raises(
             HubError,
@@ -671,7 +674,7 @@ def test_a_folder_that_cannot_be_written_is_one_sentence_and_leaves_nothing(
 
 def adapter_of(base, pipe, folder):
     """The run of an adapter of a base, which a pipeline holds."""
-    run = Run(folder)
+    run = RunFolder(folder)
     run.create()
     config = Config(
         name=folder.name,
@@ -682,12 +685,12 @@ def adapter_of(base, pipe, folder):
         sample=SampleConfig(default_w=1.5),
     )
     run.config.write_text(config.to_yaml())
-    network = build.adapt(pipe.unet, LoraConfig(rank=2, alpha=5))
+    network = lora.add_adapter(pipe.unet, LoraConfig(rank=2, alpha=5))
     with torch.no_grad():
-        for weight in build.trainable(network):
+        for weight in build.trainable_parameters(network):
             weight.normal_(generator=torch.Generator().manual_seed(weight.numel()))
-    build.save_adapter(network, run.adapter)
-    model_card.describe(
+    lora.save_adapter(network, run.adapter)
+    model_card.write_card(
         config,
         run,
         pipe,
@@ -751,7 +754,9 @@ def test_the_lines_of_the_card_of_an_adapter_run(
         f"{then}\nassert picture.size == (16, 16) and pipe.get_list_adapters()\npipe.unload_lora_weights()"
     )
     pinned = f"{stable}@{world.repos['models', stable].refs['main']}"
-    run = adapter_of(pinned, loading.load_folder(place / "stable"), place / "runs" / "of-stable")
+    run = adapter_of(
+        pinned, loading.load_from_folder(place / "stable"), place / "runs" / "of-stable"
+    )
     owner(f"hub.push({str(run.folder)!r}, 'tester/of-stable')")
     readme = world.files("models", "tester/of-stable")["README.md"].decode()
     (lines,) = code_of(readme)
@@ -855,32 +860,32 @@ def test_an_adapter_of_a_folder_is_pushed_with_the_name_of_its_base_on_the_hub(
         hub=HubConfig("tester/x"),
     )
     with pytest.raises(HubError, match=f"the adapter is one of {tmp_path}"):
-        push_module.check(local)
-    shareable("a/b@v1"), shareable("a/b@v1", ["a/b"])
+        check_push(local)
+    require_public_base("a/b@v1"), require_public_base("a/b@v1", ["a/b"])
     with pytest.raises(HubError, match="is no run of an adapter, got --base a/b: leave it out"):
-        assemble(run.folder, tmp_path / "new", "a/b")
+        assemble_repository(run.folder, tmp_path / "new", "a/b")
 
 
 def test_a_folder_that_is_gone_does_not_become_a_name_of_the_hub(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / "mine").mkdir(parents=True)
-    config, made = Config(name="x", data=DataConfig("data/mine")), Run(tmp_path / "x")
+    config, made = Config(name="x", data=DataConfig("data/mine")), RunFolder(tmp_path / "x")
     made.create()
     made.config.write_text(config.to_yaml())
-    model_card.describe(
+    model_card.write_card(
         config,
         made,
-        loading.load_folder(run.pipeline),
+        loading.load_from_folder(run.pipeline),
         SimpleNamespace(report=""),
         1.0,
         base_model="data/mine",
     )
     (tmp_path / "data" / "mine").rmdir()
-    data = model_card.read(made.folder, "a/b").data
+    data = model_card.read_card(made.folder, "a/b").data
     assert data.datasets is None and data.base_model is None
-    assert model_card.build(config, model_card.facts("", 1.0)).data.datasets == ["data/mine"], (
-        "nothing was noted of it"
-    )
+    assert model_card.build_card(config, model_card.training_facts("", 1.0)).data.datasets == [
+        "data/mine"
+    ], "nothing was noted of it"
 
 
 @pytest.mark.parametrize(
@@ -897,8 +902,8 @@ def test_a_card_of_somebody_else_that_is_damaged_ends_nothing(readme, licence, t
     if readme is not None:
         (tmp_path / "README.md").write_text(readme)
     assert model_card.license_of(str(tmp_path)) == licence
-    made = model_card.build(
-        Config(), model_card.facts("", 1.0, base_model="a/b@v1", base_license=licence)
+    made = model_card.build_card(
+        Config(), model_card.training_facts("", 1.0, base_model="a/b@v1", base_license=licence)
     )
     assert (
         made.data.license == {"mit": "mit"}.get(licence, "other") and made.data.base_model == "a/b"
@@ -913,7 +918,7 @@ def test_an_adapter_of_what_is_on_another_machine_is_refused(tmp_path):
         trusted.ModelError,
         match="is an adapter of '/srv/model', expected one of a model of the Hub",
     ):
-        loading.load(str(tmp_path))
+        loading.load_pipeline(str(tmp_path))
 
 
 def test_a_revision_stays_what_it_was(world, owner, pushed):
@@ -999,9 +1004,9 @@ INDEX = {
     ],
 )
 def test_an_index_may_name_known_classes_only(change, message):
-    assert trusted.own(INDEX)["scheduler"] == ["pipeline.scheduler", "DDPMScheduler"]
+    assert trusted.validate_index(INDEX)["scheduler"] == ["pipeline.scheduler", "DDPMScheduler"]
     with pytest.raises(trusted.ModelError, match=re.escape(message)):
-        trusted.own(INDEX | change)
+        trusted.validate_index(INDEX | change)
 
 
 def test_what_is_asked_of_the_hub_and_cannot_be_had_is_one_sentence(world, owner, pushed):
@@ -1047,16 +1052,18 @@ def test_what_is_asked_of_the_hub_and_cannot_be_had_is_one_sentence(world, owner
 
 def test_a_name_whose_first_part_is_a_folder_is_a_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert trusted.named("runs/emoji") == ("runs/emoji", None)
+    assert trusted.parse_repo_id("runs/emoji") == ("runs/emoji", None)
     (tmp_path / "runs").mkdir()
-    assert trusted.named("runs/emoji") is None and trusted.named("runs/emoji@main") == (
+    assert trusted.parse_repo_id("runs/emoji") is None and trusted.parse_repo_id(
+        "runs/emoji@main"
+    ) == (
         "runs/emoji",
         "main",
     )
     assert (
-        trusted.named("/abs/path") is None
-        and trusted.named("../x/y") is None
-        and trusted.named("a/b/c") is None
+        trusted.parse_repo_id("/abs/path") is None
+        and trusted.parse_repo_id("../x/y") is None
+        and trusted.parse_repo_id("a/b/c") is None
     )
 
 
@@ -1090,7 +1097,10 @@ def test_a_shared_pipeline_always_has_its_text_encoder(world, owner, place):
     )
     config = Config(name="bare", model=ModelConfig(text_encoder=str(place / "bert")))
     (place / "bare" / "config.yaml").write_text(config.to_yaml())
-    assert load(place / "bare")("red heart", num_inference_steps=2).images[0].size == (8, 8)
+    assert load_pipeline(place / "bare")("red heart", num_inference_steps=2).images[0].size == (
+        8,
+        8,
+    )
     owner(
         f"hub.push({str(place / 'bare')!r}, 'tester/bare')\nassert hub.load('tester/bare').text_encoder is not None"
     )
@@ -1180,7 +1190,7 @@ def test_a_push_that_fails_says_how_to_do_it_again(world, owner, run):
         f"is complete, push it again with `python -m pipeline.hub push {run.folder} tester/failed`\n1\n"
     ), said
     assert world.files("models", "tester/failed") == {} and "Traceback" not in said
-    loading.load_folder(run.pipeline)
+    loading.load_from_folder(run.pipeline)
 
 
 def test_a_file_that_does_not_get_through_is_one_sentence_with_the_command(world, owner, run):
@@ -1213,19 +1223,19 @@ def test_a_file_that_does_not_get_through_is_one_sentence_with_the_command(world
 )
 def test_what_xet_raises_is_told_too(error, words, monkeypatch):
     """Its transfers need a service that no test has; its errors are RuntimeError and OSError."""
-    monkeypatch.setattr(push_module, "WAITS", (0, 0))
+    monkeypatch.setattr(client, "RETRY_WAITS", (0, 0))
     asked = []
 
     def request():
         asked.append(1)
         raise error
 
-    with pytest.raises(HubError, match=words), push_module.told("the push", "a/b"):
-        patiently(request)
+    with pytest.raises(HubError, match=words), client.upload_errors("the push", "a/b"):
+        with_retries(request)
     assert len(asked) == (3 if isinstance(error, RuntimeError) else 1)
     with (
         pytest.raises(trusted.ModelError, match=f"a/b could not be downloaded .{error}.,"),
-        trusted.told("a/b"),
+        trusted.download_errors("a/b"),
     ):
         raise error
 
@@ -1327,11 +1337,11 @@ def test_hostile_words_stay_words_in_a_card():
         data=DataConfig("some/set: |\n---\n<script>"),
         sample=SampleConfig(prompts=prompts),
     )
-    known = model_card.facts(
+    known = model_card.training_facts(
         "data:\n```\n<script>\n---\n", 3600.0, base_model="a/b<script>\n---\n", base_license="|: x"
     )
     pictures = [f"prompt-{i}.png" for i in range(len(prompts))] + ["samples.png"]
-    made = model_card.build(config, known, pictures, "tester/tiny", METRICS)
+    made = model_card.build_card(config, known, pictures, "tester/tiny", METRICS)
     read = ModelCard(str(made))
     assert [w["text"] for w in read.data.widget] == list(prompts)
     assert read.data.license == "|: x" and read.data.base_model is None, "no name of the Hub"
@@ -1348,14 +1358,14 @@ def test_hostile_words_stay_words_in_a_card():
 
 
 def test_a_card_of_a_tuned_model_says_what_it_comes_from(run):
-    known = model_card.facts(
+    known = model_card.training_facts(
         "",
         1.0,
         base_model="someone/stable",
         base_model_relation="adapter",
         base_license="creativeml-openrail-m",
     )
-    made = model_card.build(load_file(run.config), known)
+    made = model_card.build_card(load_file(run.config), known)
     assert (made.data.base_model, made.data.base_model_relation) == ("someone/stable", "adapter")
     assert (
         made.data.license == "creativeml-openrail-m"
@@ -1363,13 +1373,15 @@ def test_a_card_of_a_tuned_model_says_what_it_comes_from(run):
     )
     assert "There is no safety checker" in made.text
     assert (
-        model_card.build(load_file(run.config), model_card.facts("", 1.0)).data.license
+        model_card.build_card(
+            load_file(run.config), model_card.training_facts("", 1.0)
+        ).data.license
         == "cc-by-4.0"
     )
 
 
 def test_a_card_needs_neither_pictures_nor_measurements(run):
-    made = model_card.build(Config(), model_card.facts("", 0.0))
+    made = model_card.build_card(Config(), model_card.training_facts("", 0.0))
     assert not {"widget", "model-index"} & made.data.to_dict().keys() and "Nothing yet" in made.text
     text = (run.folder / "README.md").read_text()
     assert (
@@ -1386,12 +1398,12 @@ def test_a_card_needs_neither_pictures_nor_measurements(run):
 
 def test_the_gallery_shows_only_what_was_drawn_at_the_default_w(run, tmp_path):
     """Its pictures stand above code that draws at that w."""
-    made = Run(tmp_path / "run")
+    made = RunFolder(tmp_path / "run")
     shutil.copytree(run.folder, made.folder)
     config = load_file(made.config)
     between = dataclasses.replace(config.sample, default_w=0.5)
     Image.new("RGB", (32, 32)).save(made.samples / "mine.png")
-    model_card.illustrate(dataclasses.replace(config, sample=between), made)
+    figures.collect_images(dataclasses.replace(config, sample=between), made)
     assert sorted(path.name for path in (made.folder / "images").iterdir()) == [
         "samples.png",
         "training.png",
@@ -1399,7 +1411,7 @@ def test_the_gallery_shows_only_what_was_drawn_at_the_default_w(run, tmp_path):
     assert (made.folder / "images" / "samples.png").read_bytes() == (
         made.samples / "000006.png"
     ).read_bytes()
-    model_card.refresh(made.folder)
+    model_card.refresh_card(made.folder)
     text = made.card.read_text()
     assert (
         "<Gallery />" not in text
@@ -1409,9 +1421,9 @@ def test_the_gallery_shows_only_what_was_drawn_at_the_default_w(run, tmp_path):
 
 
 def test_a_card_needs_no_git(monkeypatch, tmp_path):
-    assert model_card.commit() != "unknown" or not (ROOT / ".git").exists()
+    assert model_card.git_commit() != "unknown" or not (ROOT / ".git").exists()
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert model_card.commit() == "unknown"
+    assert model_card.git_commit() == "unknown"
 
 
 # ---- the Space

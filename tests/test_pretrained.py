@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from pipeline import TextToImagePipeline
 from pipeline import config as config_module
 from pipeline.diffusion.guidance import InputError
-from pipeline.hub import push
+from pipeline.models import loading
 
 SHIPPED = Path(__file__).parent.parent / "pretrained" / "emoji"
 METRICS = json.loads((SHIPPED / "metrics.json").read_text())
@@ -20,7 +20,7 @@ METRICS = json.loads((SHIPPED / "metrics.json").read_text())
 
 @pytest.fixture(scope="module")
 def pipe():
-    pipe = push.load(SHIPPED)
+    pipe = loading.load_pipeline(SHIPPED)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -41,7 +41,9 @@ def test_it_fits_in_a_repository():
 
 
 def test_a_fresh_clone_draws_with_it_where_no_run_is_newer(tmp_path, pipe):
-    assert push.newest(root=tmp_path, shipped=SHIPPED, pinned=tmp_path / "none") == SHIPPED
+    assert (
+        loading.default_model(root=tmp_path, shipped=SHIPPED, pinned=tmp_path / "none") == SHIPPED
+    )
     red, blue = (
         np.asarray(pipe(prompt, seed=0, num_inference_steps=10).images[0]).astype(float)
         for prompt in ("red heart", "blue heart")

@@ -37,8 +37,9 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 import train_text2img
 from pipeline import randomness
 from pipeline.config import load_file
-from pipeline.data import dataset
-from pipeline.runs.folder import Run, load_state
+from pipeline.data import dataset, sampler
+from pipeline.runs.folder import RunFolder
+from pipeline.runs.state_files import load_state
 
 KILLS = int(os.environ.get("KILLS", "3"))  # 25 for the whole loop
 QUICK = (
@@ -107,9 +108,9 @@ def test_a_checkpoint_torn_in_any_file_is_passed_over_for_the_one_before(whole, 
         ):
             damage()
             with pytest.warns(UserWarning, match="6 is skipped"):
-                assert Run(run).newest().name == "4", file
+                assert RunFolder(run).newest().name == "4", file
             file.write_bytes(kept)
-    assert Run(run).newest().name == "6"
+    assert RunFolder(run).newest().name == "6"
 
 
 def test_a_run_whose_newest_checkpoint_is_torn_ends_in_the_same_bytes(whole, tmp_path):
@@ -157,7 +158,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_named(
     done = train(config, tmp_path, "--train.lr_schedule", "constant")
     shown, _ = dataset.load_splits(load_file(config).data)
     rows, t = (
-        dataset.batch_indices(0, 2, 4, len(shown)).tolist(),
+        sampler.batch_indices(0, 2, 4, len(shown)).tolist(),
         randomness.timesteps(0, 2, torch.arange(4), 4, 100).tolist(),
     )
     named = "; ".join(f"{shown.metadata[rows[slot]]['file_name']} at t = {t[slot]}" for slot in bad)
@@ -170,7 +171,10 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_named(
     ) == 5
     assert all(value.isfinite().all() for value in weights(tmp_path / "tiny").values())
     two, four = (
-        Run(tmp_path / "tiny").checkpoints / str(n) / "unet" / "diffusion_pytorch_model.safetensors"
+        RunFolder(tmp_path / "tiny").checkpoints
+        / str(n)
+        / "unet"
+        / "diffusion_pytorch_model.safetensors"
         for n in (2, 4)
     )
     assert two.read_bytes() != four.read_bytes()
@@ -188,7 +192,7 @@ def test_a_skipped_step_leaves_weights_average_and_moments_as_they_were(
     Broken(monkeypatch, lambda step, slot: step >= 2)
     done = train(config, tmp_path, "--train.max_skipped", "99")
     assert done.stdout.count("is skipped") == 4
-    run = Run(tmp_path / "tiny")
+    run = RunFolder(tmp_path / "tiny")
     checkpoints = [
         run.checkpoints / n / "unet" / "diffusion_pytorch_model.safetensors"
         for n in ("2", "4", "6")
@@ -224,23 +228,24 @@ def test_too_many_in_a_row_end_the_run_and_keep_its_last_checkpoint(config, tmp_
         "lower train.lr (now 0.001) in a run of another --name" in done.stderr
         and "Traceback" not in done.stderr
     )
-    assert Run(tmp_path / "tiny").newest().name == "4"
+    assert RunFolder(tmp_path / "tiny").newest().name == "4"
 
 
 def test_a_full_disk_ends_the_run_in_one_sentence_and_the_run_goes_on_later(
     config, tmp_path, monkeypatch
 ):
     """Case 14, by a save that the system refuses."""
-    from pipeline.runs import folder as folder_module
+    from pipeline.runs import files as files_module
+    from pipeline.runs.files import sync_to_disk
 
-    real, full = folder_module.sync, {"now": False}
+    real, full = sync_to_disk, {"now": False}
 
     def sync(path):
         if full["now"] and path.name == "trainer.safetensors" and ".tmp-4" in str(path):
             raise OSError(28, "No space left on device")
         real(path)
 
-    monkeypatch.setattr(folder_module, "sync", sync)
+    monkeypatch.setattr(files_module, "sync_to_disk", sync)
     full["now"] = True
     done = train(config, tmp_path, check=False)
     assert (
@@ -286,7 +291,7 @@ def test_a_killed_launcher_leaves_no_orphan(config, tmp_path):
     launcher.wait()
     gone, alive = psutil.wait_procs(children, timeout=10)
     assert gone and not alive
-    assert Run(tmp_path / "tiny").newest() is not None
+    assert RunFolder(tmp_path / "tiny").newest() is not None
 
 
 @pytest.mark.slow
@@ -330,7 +335,7 @@ def test_when_one_of_two_ranks_dies_the_other_ends(config, tmp_path):
     both[1].kill()
     assert launcher.wait(timeout=60) != 0
     assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in both)
-    assert Run(tmp_path / "tiny").newest() is not None
+    assert RunFolder(tmp_path / "tiny").newest() is not None
 
 
 def ranked(said, job):

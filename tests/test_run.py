@@ -14,23 +14,16 @@ import pytest
 import torch
 
 from pipeline.runs import folder as folder_module
-from pipeline.runs.folder import (
-    MANIFEST,
-    Run,
-    RunError,
-    SaveError,
-    Stopped,
-    StopRequest,
-    load_state,
-    replace_folder,
-    save_state,
-    verify,
-)
+from pipeline.runs.checkpoints import CHECKPOINT_MANIFEST, verify_checkpoint
+from pipeline.runs.files import replace_folder
+from pipeline.runs.folder import RunError, RunFolder, SaveError
+from pipeline.runs.state_files import load_state, save_state
+from pipeline.runs.stop_signals import Stopped, StopSignals
 
 
 @pytest.fixture
 def run(tmp_path):
-    made = Run(tmp_path / "run")
+    made = RunFolder(tmp_path / "run")
     made.create()
     return made
 
@@ -43,7 +36,7 @@ def test_a_saved_checkpoint_verifies_and_is_the_newest(run):
     run.save(2, write(), keep=3)
     run.save(10, write(), keep=3, processes=1)
     assert run.newest().name == "10"
-    manifest = json.loads((run.checkpoints / "10" / MANIFEST).read_text())
+    manifest = json.loads((run.checkpoints / "10" / CHECKPOINT_MANIFEST).read_text())
     assert (manifest["step"], manifest["processes"], list(manifest["files"])) == (
         10,
         1,
@@ -57,7 +50,7 @@ def test_a_saved_checkpoint_verifies_and_is_the_newest(run):
 def test_a_damaged_checkpoint_is_skipped_with_a_warning(run, damage):
     run.save(1, write(), keep=3)
     folder = run.save(2, write(), keep=3)
-    file, manifest = folder / "unet" / "w.bin", folder / MANIFEST
+    file, manifest = folder / "unet" / "w.bin", folder / CHECKPOINT_MANIFEST
     {
         "truncate": lambda: file.write_text("wei"),
         "empty": lambda: file.write_text(""),
@@ -72,7 +65,7 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning(run, damage):
 
 def test_when_all_are_damaged_nothing_is_deleted_and_nobody_starts_anew(run):
     for step in (1, 2):
-        (run.save(step, write(), keep=3) / MANIFEST).unlink()
+        (run.save(step, write(), keep=3) / CHECKPOINT_MANIFEST).unlink()
     with pytest.warns(UserWarning), pytest.raises(RunError, match="2 of 2"):
         run.newest()
     assert run.steps() == [1, 2]
@@ -186,7 +179,7 @@ def test_what_cannot_be_deleted_is_told_and_a_saved_checkpoint_stays_saved(
 def test_a_torn_checkpoint_is_none_of_those_that_are_kept(run):
     for step in (2, 4, 6):
         run.save(step, write(), keep=3)
-    (run.checkpoints / "6" / MANIFEST).unlink()
+    (run.checkpoints / "6" / CHECKPOINT_MANIFEST).unlink()
     with pytest.warns(UserWarning, match="6 is skipped"):
         assert run.newest().name == "4"
     run.save(5, write(), keep=2)
@@ -198,7 +191,7 @@ def test_a_torn_checkpoint_is_none_of_those_that_are_kept(run):
 def test_a_torn_checkpoint_that_is_saved_anew_is_one_again(run):
     for step in (2, 4):
         run.save(step, write(), keep=3)
-    (run.checkpoints / "4" / MANIFEST).unlink()
+    (run.checkpoints / "4" / CHECKPOINT_MANIFEST).unlink()
     with pytest.warns(UserWarning, match="4 is skipped"):
         assert run.newest().name == "2"
     run.save(4, write(), keep=1)
@@ -263,11 +256,11 @@ def test_a_second_process_is_refused_while_the_run_is_held(run):
 def test_a_file_in_the_way_is_one_clear_error(tmp_path):
     (tmp_path / "runs").write_text("")
     with pytest.raises(RunError, match="cannot make the run folder"):
-        Run(tmp_path / "runs" / "a").create()
+        RunFolder(tmp_path / "runs" / "a").create()
     (tmp_path / "b" / ".lock").mkdir(parents=True)
     with (
         pytest.raises(RunError, match="cannot write in the run folder"),
-        Run(tmp_path / "b").lock(),
+        RunFolder(tmp_path / "b").lock(),
     ):
         pytest.fail("it was locked")
 
@@ -295,7 +288,7 @@ def test_a_signal_is_a_request_and_the_handlers_are_put_back(number, code):
     own = lambda *_: None
     before = signal.signal(number, own)
     try:
-        with StopRequest() as stop:
+        with StopSignals() as stop:
             assert not stop
             os.kill(os.getpid(), number)
             assert stop and stop.exit_code == code and stop.reason == number.name
@@ -336,7 +329,7 @@ def test_a_closed_terminal_is_a_request_to_stop_that_ends_as_one():
 def test_what_nohup_has_ignored_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with StopRequest() as stop:
+        with StopSignals() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
             assert not stop
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
@@ -345,15 +338,15 @@ def test_what_nohup_has_ignored_stays_ignored():
 
 
 def test_a_signal_is_told_by_its_name_also_where_the_shell_is_gone(monkeypatch):
-    monkeypatch.setattr(StopRequest, "LAUNCHERS", ("NO_SUCH_LAUNCHER_",))
-    with StopRequest() as stop:
+    monkeypatch.setattr(StopSignals, "LAUNCHERS", ("NO_SUCH_LAUNCHER_",))
+    with StopSignals() as stop:
         stop.parent = -1
         os.kill(os.getpid(), signal.SIGTERM)
         assert (stop.reason, stop.exit_code) == ("SIGTERM", 143)
 
 
 def test_before_there_is_anything_to_save_a_signal_ends_the_work_at_once():
-    with StopRequest() as stop:
+    with StopSignals() as stop:
         with (
             pytest.raises(Stopped, match=r"^Stopped \(SIGTERM\) before the first step$"),
             stop.at_once("before the first step"),
@@ -404,7 +397,7 @@ def test_a_vanished_launcher_is_a_request_to_stop_and_a_vanished_shell_is_none(l
     env = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith(StopRequest.LAUNCHERS)
+        if not name.startswith(StopSignals.LAUNCHERS)
     }
     env |= {"ACCELERATE_MIXED_PRECISION": "no"} if launched else {}
     process = subprocess.Popen(
@@ -422,6 +415,6 @@ def test_a_vanished_launcher_is_a_request_to_stop_and_a_vanished_shell_is_none(l
 
 def test_verify_says_which_file(run):
     folder = run.save(1, write(), keep=1)
-    assert verify(folder) == ""
+    assert verify_checkpoint(folder) == ""
     (folder / "unet" / "w.bin").write_text("other!!")
-    assert verify(folder) == "unet/w.bin is not what was written"
+    assert verify_checkpoint(folder) == "unet/w.bin is not what was written"

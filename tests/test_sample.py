@@ -9,12 +9,12 @@ import pytest
 from PIL import Image
 from tiny import tiny_pipeline
 
-from pipeline.cli import sample
+from pipeline.cli import runner, sample
 from pipeline.config import Config, DataConfig, LoraConfig, ModelConfig, TrainConfig
 from pipeline.diffusion.text_to_image import TextToImagePipeline
-from pipeline.models import build, loading
-from pipeline.serving.requests import read_png
-from pipeline.serving.session import Studio
+from pipeline.models import loading, lora
+from pipeline.serving.png_metadata import read_png
+from pipeline.serving.session import InferenceSession
 
 ROOT = Path(__file__).parents[1]
 
@@ -153,7 +153,7 @@ def test_a_png_carries_what_draws_it_again_on_the_page(run, output):
     path = output.with_stem("cat-1")
     request, denoiser, model = read_png(path, 1000)
     assert (denoiser, request.seed, request.images) == ("network", 8, 1)
-    studio = Studio(loading.load(str(run)), "tiny", DataConfig())
+    studio = InferenceSession(loading.load_pipeline(str(run)), "tiny", DataConfig())
     assert model == studio.identity
     *_, frame = studio.create(request, denoiser)
     assert np.abs(np.asarray(frame.images[0]).astype(int) - np.asarray(Image.open(path))).max() <= 1
@@ -165,9 +165,7 @@ def test_ctrl_c_is_a_word_and_no_traceback(run, output, capsys, monkeypatch):
 
     monkeypatch.setattr(TextToImagePipeline, "__call__", stop)
     assert (
-        loading.stoppable(
-            lambda: sample.main([str(run), "cat", "-o", str(output)]), "none is saved"
-        )
+        runner.run_cli(lambda: sample.main([str(run), "cat", "-o", str(output)]), "none is saved")
         == 130
     )
     assert capsys.readouterr().err == "\nstopped: none is saved\n"
@@ -241,8 +239,8 @@ def test_a_damaged_adapter_is_one_sentence(run, tmp_path, capsys, output):
         train=TrainConfig(method="lora"),
     )
     pipe = tiny_pipeline(patch_size=2, w=1.0)
-    build.adapt(pipe.unet, LoraConfig(rank=2))
-    build.save_adapter(pipe.unet, tmp_path / "mine" / "lora")
+    lora.add_adapter(pipe.unet, LoraConfig(rank=2))
+    lora.save_adapter(pipe.unet, tmp_path / "mine" / "lora")
     (tmp_path / "mine" / "config.yaml").write_text(config.to_yaml())
     assert sample.main([str(tmp_path / "mine"), "cat", "--steps", "2", "-o", str(output)]) == 0
     weights = tmp_path / "mine" / "lora" / "pytorch_lora_weights.safetensors"

@@ -9,7 +9,12 @@ import torch
 
 from pipeline.diffusion import losses
 from pipeline.diffusion.guidance import guide
-from pipeline.diffusion.scheduler import PREDICTIONS, SCHEDULES, SPACINGS, DDPMScheduler
+from pipeline.diffusion.scheduler import (
+    BETA_SCHEDULES,
+    PREDICTION_TYPES,
+    TIMESTEP_SPACINGS,
+    DDPMScheduler,
+)
 
 F64 = torch.float64
 PAIRS = [(999, 998), (999, 0), (500, 499), (500, 250), (1, 0), (20, 3)]
@@ -35,7 +40,7 @@ def abar_of_the_linear_schedule(t):
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("zero", [False, True])
 @pytest.mark.parametrize("T", [1000, 100])
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", BETA_SCHEDULES)
 def test_schedules_are_those_of_diffusers(schedule, T, zero):
     config = {"beta_schedule": schedule, "num_train_timesteps": T, "rescale_betas_zero_snr": zero}
     ours, theirs = DDPMScheduler(**config), diffusers.DDPMScheduler(**config)
@@ -133,7 +138,7 @@ def test_posterior_is_what_simulation_shows():
     assert abs(left.var() / variance - 1) < 4 * (2 / N) ** 0.5
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("prediction", PREDICTION_TYPES)
 def test_every_prediction_gives_back_the_image_and_the_noise(prediction):
     """(15) and its relatives, for one timestep per example."""
     scheduler, t = DDPMScheduler(prediction_type=prediction), torch.tensor([0, 10, 500, 999])
@@ -185,9 +190,9 @@ def round_off(t):
 
 
 @pytest.mark.parametrize("clip", [True, False])
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("prediction", PREDICTION_TYPES)
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_small_log", "fixed_large"])
-@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("spacing", TIMESTEP_SPACINGS)
 @pytest.mark.parametrize("n", [1000, 50, 7])
 def test_every_step_is_that_of_diffusers(n, spacing, variance, prediction, clip):
     """(16): same generator, same x_t; fixed_large's last step adds noise there and none here."""
@@ -222,7 +227,7 @@ def test_every_step_is_that_of_diffusers(n, spacing, variance, prediction, clip)
 
 
 @pytest.mark.filterwarnings("ignore:.*is no pure noise")
-@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("spacing", TIMESTEP_SPACINGS)
 def test_every_plan_is_that_of_diffusers(spacing):
     """To the last half; but theirs has a timestep -1 too many in 62 of the trailing ones, and begins a single step at 0."""
     ours, theirs = (
@@ -261,7 +266,7 @@ def test_x_0_is_kept_in_range_as_by_diffusers(config):
 
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("clip", [True, False])
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("prediction", PREDICTION_TYPES)
 @pytest.mark.parametrize(
     "n, spacing", [(50, "leading"), (7, "leading"), (50, "trailing"), (8, "trailing")]
 )
@@ -415,7 +420,7 @@ def test_a_chain_that_ends_below_float32_walks_on(prediction_type):
         ).prev_sample
         assert x_s.isfinite().all()
         assert t < T - 10 or (x_s - x).abs().max() < 1e-3, "pure noise stays what it is"
-    assert losses.weight(scheduler, torch.arange(T), "min_velocity", 5.0).isfinite().all()
+    assert losses.loss_weight(scheduler, torch.arange(T), "min_velocity", 5.0).isfinite().all()
 
 
 def test_samples_of_a_mixture_have_its_weights_means_and_covariances():

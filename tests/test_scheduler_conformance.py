@@ -11,7 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.diffusion.scheduler import PREDICTIONS, SPACINGS, VARIANCES, DDPMScheduler
+from pipeline.diffusion.scheduler import (
+    PREDICTION_TYPES,
+    TIMESTEP_SPACINGS,
+    VARIANCE_TYPES,
+    DDPMScheduler,
+)
 
 REFERENCE = {
     "num_train_timesteps": 1000,
@@ -65,9 +70,9 @@ ROUND_TRIPS = [
     *[
         {"thresholding": True, "sample_max_value": m, "prediction_type": p}
         for m in (0.5, 1, 2)
-        for p in PREDICTIONS
+        for p in PREDICTION_TYPES
     ],
-    *[{"prediction_type": p} for p in PREDICTIONS],  # S7
+    *[{"prediction_type": p} for p in PREDICTION_TYPES],  # S7
     *[{"t": t} for t in (0, 500, 999)],  # S8
     *[{"rescale_betas_zero_snr": z} for z in (True, False)],  # S10
 ]
@@ -317,12 +322,12 @@ def test_stock_pipeline_draws_the_reference_picture():
 
 
 @quiet
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("prediction", PREDICTION_TYPES)
+@pytest.mark.parametrize("spacing", TIMESTEP_SPACINGS)
 def test_log_variances_are_the_plain_ones_and_all_is_finite(spacing, prediction):
     """B1."""
     ends = {}
-    for variance in VARIANCES:
+    for variance in VARIANCE_TYPES:
         scheduler = make(
             variance_type=variance, timestep_spacing=spacing, prediction_type=prediction
         )
@@ -337,8 +342,8 @@ def test_log_variances_are_the_plain_ones_and_all_is_finite(spacing, prediction)
 
 
 @quiet
-@pytest.mark.parametrize("variance", VARIANCES)
-@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("variance", VARIANCE_TYPES)
+@pytest.mark.parametrize("spacing", TIMESTEP_SPACINGS)
 def test_last_step_with_the_true_noise_gives_the_clean_image(spacing, variance):
     """B2; diffusers leaves a standard deviation of 0.17 with trailing and fixed_large."""
     scheduler = make(variance_type=variance, timestep_spacing=spacing, steps_offset=1)
@@ -352,7 +357,7 @@ def test_last_step_with_the_true_noise_gives_the_clean_image(spacing, variance):
     assert (out - x_0).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("variance", VARIANCES)
+@pytest.mark.parametrize("variance", VARIANCE_TYPES)
 def test_the_transition_to_the_clean_image_is_certain(variance):
     """B2, as the bound and any other reader of `transition` see it, for one timestep and for one per example."""
     scheduler, x_0 = make(variance_type=variance), 2 * ramp() - 1

@@ -11,14 +11,21 @@ from diffusers import DDIMScheduler, HeunDiscreteScheduler, LMSDiscreteScheduler
 from PIL import Image
 from tiny import tiny_clip, tiny_pipeline
 
+from pipeline.cli import runner, search
 from pipeline.diffusion.exact_denoiser import ExactDenoiser
 from pipeline.diffusion.guidance import InputError, interval
 from pipeline.diffusion.scheduler import DDPMScheduler
-from pipeline.models import loading
 from pipeline.search import search
-from pipeline.search.search import METHODS, calls_of_sample, search, searching, walked
-from pipeline.search.verifiers import Likelihood
-from pipeline.serving.requests import Request, read_png
+from pipeline.search.search import (
+    SEARCH_METHODS,
+    advance_paths,
+    calls_of_sample,
+    find_best,
+    search_steps,
+)
+from pipeline.search.verifiers import LikelihoodVerifier
+from pipeline.serving.png_metadata import read_png
+from pipeline.serving.requests import Request
 
 
 @pytest.fixture
@@ -46,24 +53,24 @@ class Brightness:
 def test_the_budget_of_one_sample_is_that_sample_bit_for_bit(pipe, method):
     plain = pipe("red heart", seed=5, num_inference_steps=4, output_type="latent").images
     rows = counted(pipe)
-    found = search(pipe, "red heart", 8, Likelihood(4), method, steps=4, seed=5)
+    found = find_best(pipe, "red heart", 8, LikelihoodVerifier(4), method, steps=4, seed=5)
     assert torch.equal(found.x_0, plain[0]) and found.calls == sum(rows) == 8
 
 
 @pytest.mark.parametrize("method", ["random", "paths"])
-@pytest.mark.parametrize("verifier", [Likelihood(2), Brightness()])
+@pytest.mark.parametrize("verifier", [LikelihoodVerifier(2), Brightness()])
 @pytest.mark.parametrize("budget", [60, 200])
 def test_no_budget_is_overdrawn_and_every_call_is_counted(pipe, method, verifier, budget):
     rows = counted(pipe)
-    found = search(pipe, "red heart", budget, verifier, method, steps=4)
+    found = find_best(pipe, "red heart", budget, verifier, method, steps=4)
     assert found.calls == sum(rows) <= budget
     assert budget - found.calls < 8 + 3 * verifier.calls, "another candidate would not have fitted"
     assert found.curve[-1] == (found.calls, pytest.approx(found.scores.max().item()))
 
 
 def test_the_best_of_several_is_returned_first(pipe, monkeypatch):
-    monkeypatch.setattr(search, "BATCH", 4)  # ten candidates are three batches
-    found = search(pipe, "red heart", 80, Brightness(), steps=4, seed=3)
+    monkeypatch.setattr(find_best, "BATCH", 4)  # ten candidates are three batches
+    found = find_best(pipe, "red heart", 80, Brightness(), steps=4, seed=3)
     alone = torch.stack(
         [
             pipe("red heart", seed=3 + i, num_inference_steps=4, output_type="latent").images[0]
@@ -89,8 +96,8 @@ def test_paths_go_where_the_verifier_points_and_copies_part_again():
     pipe = tiny_pipeline(scheduler=scheduler, caption_length=8)
     pipe.unet = ExactDenoiser(images, scheduler)
     independent, found = (
-        search(pipe, "red heart", 20 * 24, Brightness(), method, w=0.0, steps=20)
-        for method in METHODS
+        find_best(pipe, "red heart", 20 * 24, Brightness(), method, w=0.0, steps=20)
+        for method in SEARCH_METHODS
     )
     assert independent.scores.mean().abs() < 0.3 and found.scores.min() > 0.3
     assert found.calls == independent.calls == 480
@@ -115,7 +122,7 @@ def test_calls_are_two_where_guided_and_one_elsewhere(pipe):
 )
 def test_what_cannot_be_searched_is_refused(pipe, change, says):
     with pytest.raises(InputError, match=says):  # before anything is drawn
-        searching(
+        search_steps(
             pipe, "red heart", **{"budget": 100, "verifier": Brightness(), "steps": 4} | change
         )
 
@@ -125,7 +132,7 @@ def test_what_cannot_judge_is_refused_before_anything_is_drawn(pipe):
     with pytest.raises(
         InputError, match="the scheduler is DDIMScheduler, expected pipeline.scheduler's"
     ):
-        searching(pipe, "red heart", 100, Likelihood(2), steps=4)
+        search_steps(pipe, "red heart", 100, LikelihoodVerifier(2), steps=4)
 
 
 def test_paths_that_stay_together_are_refused(pipe):
@@ -134,9 +141,10 @@ def test_paths_that_stay_together_are_refused(pipe):
     with pytest.raises(
         InputError, match="eta is None, expected more for method paths: .* by DDIMScheduler"
     ):
-        search(pipe, "red heart", 100, Brightness(), "paths", steps=6)
+        find_best(pipe, "red heart", 100, Brightness(), "paths", steps=6)
     assert (
-        len(search(pipe, "red heart", 100, Brightness(), "paths", steps=6, eta=1.0).candidates) > 1
+        len(find_best(pipe, "red heart", 100, Brightness(), "paths", steps=6, eta=1.0).candidates)
+        > 1
     )
 
 
@@ -146,28 +154,29 @@ def test_paths_of_a_scheduler_that_remembers_other_rows_are_refused(pipe, kind):
     with pytest.raises(
         InputError, match=f"{kind.__name__} remembers the steps before, .* use random"
     ):
-        search(pipe, "red heart", 100, Brightness(), "paths", steps=6)
+        find_best(pipe, "red heart", 100, Brightness(), "paths", steps=6)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64, 1.5])
 def test_what_is_no_seed_is_refused_by_both_methods(pipe, seed):
     for method in ("random", "paths"):
         with pytest.raises(InputError, match="expected a whole number from 0"):
-            search(pipe, "red heart", 100, Brightness(), method, steps=4, seed=seed)
+            find_best(pipe, "red heart", 100, Brightness(), method, steps=4, seed=seed)
 
 
 def test_one_weight_may_come_as_a_list_or_a_tensor(pipe):
-    plain = search(pipe, "red heart", 24, Brightness(), steps=4, w=2.0)
+    plain = find_best(pipe, "red heart", 24, Brightness(), steps=4, w=2.0)
     for w in ([2.0], torch.tensor(2.0), torch.tensor([2.0])):
         assert torch.equal(
-            search(pipe, "red heart", 24, Brightness(), steps=4, w=w).candidates, plain.candidates
+            find_best(pipe, "red heart", 24, Brightness(), steps=4, w=w).candidates,
+            plain.candidates,
         )
 
 
 @pytest.mark.parametrize("method", ["random", "paths"])
 def test_a_search_can_be_watched_and_left_at_any_call(pipe, method):
-    rows, verifier = counted(pipe), Likelihood(2)
-    stages = list(searching(pipe, "red heart", 200, verifier, method, steps=4))
+    rows, verifier = counted(pipe), LikelihoodVerifier(2)
+    stages = list(search_steps(pipe, "red heart", 200, verifier, method, steps=4))
     assert [stage.last for stage in stages] == [False] * (len(stages) - 1) + [True]
     calls = [stage.calls for stage in stages]
     assert (
@@ -177,11 +186,11 @@ def test_a_search_can_be_watched_and_left_at_any_call(pipe, method):
     )
     most = max(after - before for before, after in itertools.pairwise(calls))
     n = len(stages[-1].candidates)
-    assert most <= max(2 * n, search.JUDGED * verifier.calls), (
+    assert most <= max(2 * n, search.CANDIDATES_PER_CHECK * verifier.calls), (
         "between two looks: a step of all, or a few judged"
     )
     before = sum(rows)
-    left = searching(pipe, "red heart", 200, verifier, method, steps=4)
+    left = search_steps(pipe, "red heart", 200, verifier, method, steps=4)
     next(left)
     left.close()
     assert sum(rows) == before + 2 * n
@@ -190,11 +199,11 @@ def test_a_search_can_be_watched_and_left_at_any_call(pipe, method):
 def test_paths_of_several_prompts_are_those_of_each(pipe):
     """Together they share the network's batches and nothing else."""
     call = {"w": 1.5, "num_inference_steps": 6, "eta": None, "negative_prompt": None}
-    *_, (together, scores, calls) = walked(
+    *_, (together, scores, calls) = advance_paths(
         pipe, ["red heart", "blue circle"], 3, Brightness(), [1, 2, 3, 4, 5, 6], call
     )
     alone = [
-        search(pipe, prompt, 3 * 12, Brightness(), "paths", steps=6, seed=seed)
+        find_best(pipe, prompt, 3 * 12, Brightness(), "paths", steps=6, seed=seed)
         for prompt, seed in (("red heart", 1), ("blue circle", 4))
     ]
     assert calls == sum(found.calls for found in alone) == 72
@@ -212,7 +221,7 @@ def test_a_negative_prompt_and_eta_reach_the_drawing(pipe):
         num_inference_steps=4,
         output_type="latent",
     ).images
-    found = search(
+    found = find_best(
         pipe, "red heart", 8, Brightness(), steps=4, seed=5, negative_prompt="blue", eta=0.5
     )
     assert torch.equal(found.x_0, plain[0]) and found.curve == [] and found.scores.isnan().all()
@@ -278,7 +287,7 @@ def test_a_search_that_is_stopped_keeps_the_best_so_far(saved, tmp_path, capsys,
         tmp_path / "best.png",
         [str(saved[0]), "red heart", "--steps", "4", "--device", "cpu"],
     )
-    monkeypatch.setattr(search, "Clip", lambda name: Stopping(int(name)))
+    monkeypatch.setattr(find_best, "Clip", lambda name: Stopping(int(name)))
     assert search.main([*command, "--budget", "160", "--verifier", "3", "--out", str(out)]) == 130
     *_curve, last = capsys.readouterr().out.splitlines()
     (seed,) = re.fullmatch(
@@ -290,7 +299,7 @@ def test_a_search_that_is_stopped_keeps_the_best_so_far(saved, tmp_path, capsys,
     assert int(seed) == max(range(8), key=lambda i: np.asarray(images[i]).mean())
     assert np.array_equal(np.asarray(Image.open(out)), np.asarray(images[int(seed)]))
     out.unlink()
-    code = loading.stoppable(
+    code = runner.run_cli(
         lambda: search.main([*command, "--budget", "160", "--verifier", "1", "--out", str(out)]),
         "nothing",
     )
@@ -304,7 +313,7 @@ def test_what_cannot_be_judged_is_the_worst(pipe):
             return torch.where(torch.arange(len(scores)) == 1, torch.nan, scores)
 
     for method in ("random", "paths"):
-        found = search(pipe, "red heart", 40, Broken(), method, steps=4, w=2.0)
+        found = find_best(pipe, "red heart", 40, Broken(), method, steps=4, w=2.0)
         assert (
             found.scores[-1] == -math.inf
             and found.scores[0].isfinite()

@@ -11,11 +11,11 @@ from scipy import stats
 from test_evaluation import folder, run, untrained  # noqa: F401
 from tiny import tiny_pipeline
 
+from pipeline import hardware
 from pipeline.diffusion.text_to_image import TextToImagePipeline
 from pipeline.evaluation import evaluate
-from pipeline.models import build
-from pipeline.search.search import search
-from pipeline.search.verifiers import WEIGHTS, Likelihood
+from pipeline.search.search import find_best
+from pipeline.search.verifiers import LIKELIHOOD_WEIGHTS, LikelihoodVerifier
 
 ROOT = Path(__file__).parent.parent
 spec = importlib.util.spec_from_file_location("search_study", ROOT / "benchmarks" / "search.py")
@@ -52,13 +52,17 @@ def test_the_bootstrap_is_the_normal_interval_of_many_values():
 
 
 def test_a_score_from_kept_differences_is_the_verifiers_own():
-    pipe, verifier, x_0 = tiny_pipeline(caption_length=8), Likelihood(4), normal(3, 3, 8, 8).float()
+    pipe, verifier, x_0 = (
+        tiny_pipeline(caption_length=8),
+        LikelihoodVerifier(4),
+        normal(3, 3, 8, 8).float(),
+    )
     kept, weights = (
         verifier.differences(pipe, "red heart", x_0).T[:, None],
         verifier.plan(pipe.scheduler, x_0.shape[1:])[2],
     )
-    for weight in WEIGHTS:
-        own = Likelihood(4, weight=weight)(pipe, "red heart", x_0)
+    for weight in LIKELIHOOD_WEIGHTS:
+        own = LikelihoodVerifier(4, weight=weight)(pipe, "red heart", x_0)
         torch.testing.assert_close(
             study.score(kept, weights, weight)[:, 0].float(), own, rtol=1e-4, atol=1e-4
         )
@@ -72,7 +76,7 @@ def test_a_score_from_kept_differences_is_the_verifiers_own():
 
 @pytest.mark.slow
 def test_the_study_draws_once_what_search_finds_and_writes_its_section(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "has_bf16", lambda device: False)
+    monkeypatch.setattr(hardware, "has_bf16", lambda device: False)
     monkeypatch.setattr(study.bench, "DRAWS", 200)
     docs = tmp_path / "docs"
     docs.mkdir()
@@ -98,12 +102,14 @@ def test_the_study_draws_once_what_search_finds_and_writes_its_section(run, tmp_
     assert (docs / "figures" / "search.png").is_file()
 
     (kept,) = (run / "search").iterdir()
-    *_, bank, pipe = evaluate.finished(run)
+    *_, bank, pipe = evaluate.load_run(run)
     drawn = [load_file(kept / f"candidate-{k}.safetensors") for k in range(4)]
-    found = search(pipe, bank.captions[0], 4 * (20 + 10), Likelihood(4), w=1.0, steps=10, seed=0)
+    found = find_best(
+        pipe, bank.captions[0], 4 * (20 + 10), LikelihoodVerifier(4), w=1.0, steps=10, seed=0
+    )
     together = torch.stack([one["x_0"][0] for one in drawn])
     torch.testing.assert_close(together[found.order], found.candidates, atol=1e-3, rtol=0)
-    weights = Likelihood(4).plan(pipe.scheduler, together.shape[1:])[2]
+    weights = LikelihoodVerifier(4).plan(pipe.scheduler, together.shape[1:])[2]
     judged = [
         load_file(kept / f"pairs4-candidate-{k}.safetensors")["differences"][0] for k in range(4)
     ]
@@ -116,7 +122,7 @@ def test_the_study_draws_once_what_search_finds_and_writes_its_section(run, tmp_
         raise AssertionError("it is drawn again")
 
     monkeypatch.setattr(TextToImagePipeline, "denoise", refused)
-    monkeypatch.setattr(Likelihood, "differences", refused)
+    monkeypatch.setattr(LikelihoodVerifier, "differences", refused)
     assert study.main(command) == 0
     minutes = lambda said: [line for line in said.splitlines() if "minutes this time" not in line]
     assert minutes((docs / "benchmarks.md").read_text()) == minutes(text)

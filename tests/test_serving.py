@@ -26,13 +26,15 @@ import app
 from pipeline.config import Config, DataConfig, ModelConfig
 from pipeline.diffusion.guidance import InputError, interval
 from pipeline.diffusion.scheduler import DDPMScheduler
-from pipeline.hub import push
-from pipeline.models import build
-from pipeline.runs.folder import Run, save_state
+from pipeline.models import ema, loading
+from pipeline.runs.folder import RunFolder
+from pipeline.runs.state_files import save_state
 from pipeline.search import search
 from pipeline.serving import session
-from pipeline.serving.requests import BUDGET, SEEDS, Request, read_png, same_model
-from pipeline.serving.session import Shelf, Studio
+from pipeline.serving.model_store import ModelStore
+from pipeline.serving.png_metadata import read_png, same_model
+from pipeline.serving.requests import MAX_SEED, MAX_STEPS_PER_REQUEST, Request
+from pipeline.serving.session import InferenceSession
 
 COLORS = {
     "red heart": (250, 20, 20),
@@ -55,13 +57,15 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def studio(source):
-    return Studio(tiny_pipeline(caption_length=8, caption_dropout=0.1, w=1.0), "tiny", source)
+    return InferenceSession(
+        tiny_pipeline(caption_length=8, caption_dropout=0.1, w=1.0), "tiny", source
+    )
 
 
 @pytest.fixture(scope="module")
 def alone(source):
     """A page without a network."""
-    return Studio(None, "the exact denoiser", source)
+    return InferenceSession(None, "the exact denoiser", source)
 
 
 def last(frames):
@@ -151,12 +155,13 @@ def test_anything_that_json_can_say_is_either_drawable_or_refused(raw):
         request = Request.read(raw, T=1000)
     except InputError:
         return
-    assert 1 <= request.steps * request.images * request.think <= BUDGET and math.isfinite(
-        request.w
+    assert (
+        1 <= request.steps * request.images * request.think <= MAX_STEPS_PER_REQUEST
+        and math.isfinite(request.w)
     )
     assert (
         0 <= request.low <= request.high <= 1
-        and 0 <= request.seed <= SEEDS
+        and 0 <= request.seed <= MAX_SEED
         and len(request.prompt) <= 500
     )
     json.dumps(request.prompt).encode()
@@ -209,12 +214,12 @@ def test_the_sweep_is_one_noise_under_six_weights(studio):
     drawn = last(studio.sweep(request)).images
     alone = [
         studio.network("red heart", w=w, num_inference_steps=3, seed=5).images[0]
-        for w in session.SWEEP
+        for w in session.SWEEP_WS
     ]
     assert (
         np.abs(pixels(drawn) - pixels(alone)).max() <= 1
     )  # the rounding of a batch of another size
-    assert [json.loads(image.info["parameters"])["w"] for image in drawn] == list(session.SWEEP)
+    assert [json.loads(image.info["parameters"])["w"] for image in drawn] == list(session.SWEEP_WS)
 
 
 @pytest.mark.parametrize("w, calls", [(0.0, 1), (-1.0, 1), (1.0, 2)])
@@ -228,7 +233,7 @@ def test_the_sweeps_calls(studio):
 
 
 def test_previews_come_before_the_pictures(studio, monkeypatch):
-    monkeypatch.setattr(session, "PREVIEW", 0.0)
+    monkeypatch.setattr(session, "PREVIEW_INTERVAL", 0.0)
     frames = list(studio.create(Request("red heart", steps=4)))
     assert [frame.step for frame in frames] == [1, 2, 3, 4]
     assert not any(frame.images[0].info for frame in frames[:-1]) and [
@@ -237,7 +242,7 @@ def test_previews_come_before_the_pictures(studio, monkeypatch):
 
 
 def test_leaving_early_leaves_nothing_behind(studio, monkeypatch):
-    monkeypatch.setattr(session, "PREVIEW", 0.0)
+    monkeypatch.setattr(session, "PREVIEW_INTERVAL", 0.0)
     frames = studio.create(Request("red heart", steps=50))
     next(frames)
     frames.close()
@@ -289,7 +294,7 @@ def test_one_step_of_one_request_at_a_time(studio):
 
 
 def test_a_request_that_is_left_open_is_in_nobodys_way(studio, monkeypatch):
-    monkeypatch.setattr(session, "PREVIEW", 0.0)
+    monkeypatch.setattr(session, "PREVIEW_INTERVAL", 0.0)
     left, found = studio.create(Request("red heart", steps=6)), []
     next(left)
     other = threading.Thread(
@@ -312,12 +317,12 @@ THOUGHT = Request(
 
 def test_thinking_longer_is_the_search_and_shows_what_it_discarded(studio):
     drawn = last(studio.create(THOUGHT))
-    found = search.search(
+    found = search.find_best(
         studio.network, "red heart", 6 * 40, session.VERIFIER, w=1.0, steps=20, eta=1.0, seed=7
     )
     assert len(found.candidates) == 4 and drawn.calls == drawn.found.calls == found.calls == 4 * 58
     assert drawn.found.curve == found.curve and len(found.curve) == 4
-    images = session.pictures(studio.network, found.candidates)
+    images = session.to_images(studio.network, found.candidates)
     assert np.array_equal(pixels([*drawn.images, *drawn.discarded]), pixels(images))
 
 
@@ -327,7 +332,7 @@ def test_thinking_longer_goes_by_all_that_was_asked(studio):
     )
     drawn, w = last(studio.create(asked)), interval(2.0, 0.2, 0.9)
     budget = 6 * search.calls_of_sample(studio.network, w, 20)
-    found = search.search(
+    found = search.find_best(
         studio.network,
         "red heart",
         budget,
@@ -339,7 +344,7 @@ def test_thinking_longer_goes_by_all_that_was_asked(studio):
         seed=7,
     )
     assert len(found.candidates) > 1 and drawn.calls == found.calls
-    images = session.pictures(studio.network, found.candidates)
+    images = session.to_images(studio.network, found.candidates)
     assert np.array_equal(pixels([*drawn.images, *drawn.discarded]), pixels(images))
 
 
@@ -366,7 +371,7 @@ def test_a_budget_that_judges_nothing_draws_the_plain_picture(studio):
 
 
 def test_a_search_is_shown_on_its_way_and_can_be_left(studio, monkeypatch):
-    monkeypatch.setattr(session, "PREVIEW", 0.0)
+    monkeypatch.setattr(session, "PREVIEW_INTERVAL", 0.0)
     frames = list(studio.create(THOUGHT))
     assert [frame.last for frame in frames] == [False] * (len(frames) - 1) + [True] and len(
         frames
@@ -401,7 +406,7 @@ def test_a_picture_of_before_the_search_is_read(tmp_path):
 
 
 def test_without_a_network_a_name_draws_its_own_picture(source):
-    studio = Studio(None, "exact", source)
+    studio = InferenceSession(None, "exact", source)
     image = last(studio.create(Request("green heart", w=0.0, steps=20))).images[0]
     assert np.abs(pixels([image]) - COLORS["green heart"]).max() <= 1
 
@@ -469,10 +474,10 @@ def test_the_exact_denoiser_is_not_told_of_a_picture_that_it_does_not_know(studi
 
 
 def test_two_models_of_one_name_are_told_apart(studio, source):
-    other = Studio(tiny_pipeline(caption_length=8), "tiny", source)
+    other = InferenceSession(tiny_pipeline(caption_length=8), "tiny", source)
     next(other.network.unet.parameters()).data += 1
     assert studio.identity.startswith("tiny (") and studio.identity != other.identity
-    assert Studio(tiny_pipeline(w=2.0), "tiny", source).identity == studio.identity, (
+    assert InferenceSession(tiny_pipeline(w=2.0), "tiny", source).identity == studio.identity, (
         "of the same weights"
     )
 
@@ -510,7 +515,7 @@ def test_the_curves_are_the_schedule(studio):
 
 def test_the_strip_goes_from_noise_to_the_picture(studio):
     *_, strip = studio.backward(Request("red heart", w=3.0, steps=20, eta=0.0, seed=4))
-    assert len(strip) == session.COLUMNS and strip[-1][0] == 0
+    assert len(strip) == session.STRIP_COLUMNS and strip[-1][0] == 0
     assert [t for t, _, _ in strip] == sorted((t for t, _, _ in strip), reverse=True)
     picture = studio.network("red heart", w=3.0, num_inference_steps=20, eta=0.0, seed=4).images
     assert np.array_equal(pixels([strip[-1][1]]), pixels(picture))
@@ -577,11 +582,14 @@ def bomb(width, height):
 )
 def test_a_file_that_is_no_reasonable_picture_is_refused(tmp_path, content, message):
     with pytest.raises(InputError, match=message):
-        session.uploaded(saved(tmp_path, content), 8)
+        session.load_uploaded_image(saved(tmp_path, content), 8)
 
 
 def test_a_file_that_is_deleted_meanwhile_is_told(tmp_path):
-    for read in (lambda path: session.uploaded(path, 8), lambda path: read_png(path, T=1000)):
+    for read in (
+        lambda path: session.load_uploaded_image(path, 8),
+        lambda path: read_png(path, T=1000),
+    ):
         with pytest.raises(
             InputError,
             match="the file is no longer here, expected one dropped within the hour: drop it again",
@@ -591,7 +599,7 @@ def test_a_file_that_is_deleted_meanwhile_is_told(tmp_path):
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 def test_an_uploaded_picture_is_one_of_the_sets_size(tmp_path, kind):
-    x_0 = session.uploaded(saved(tmp_path, png((40, 20), kind)), 8)
+    x_0 = session.load_uploaded_image(saved(tmp_path, png((40, 20), kind)), 8)
     assert x_0.shape == (1, 3, 8, 8)
     assert torch.allclose(
         (x_0[0].mean((1, 2)) + 1) * 127.5, torch.tensor([10.0, 200.0, 30.0]), atol=3
@@ -630,7 +638,7 @@ def test_settings_of_a_foreign_picture_are_checked(tmp_path, parameters, message
 
 def test_a_saved_pipeline_is_served_as_it_is(tmp_path):
     tiny_pipeline(w=1.5, caption_length=8).save_pretrained(tmp_path / "model")
-    shelf = Shelf(tmp_path / "model")
+    shelf = ModelStore(tmp_path / "model")
     assert not shelf.follows and shelf.steps() == [] and shelf.name == "model"
     assert shelf.studio() is shelf.studio(7)
     image = last(shelf.studio().create(Request("red heart", w=1.5, steps=2, seed=3))).images
@@ -646,7 +654,7 @@ def test_a_model_with_a_stock_scheduler_shows_the_equations_of_its_own_noise(tmp
         beta_start=0.001, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True
     )
     tiny_pipeline(caption_length=8, scheduler=stock).save_pretrained(tmp_path / "model")
-    studio = Shelf(tmp_path / "model").studio()
+    studio = ModelStore(tmp_path / "model").studio()
     assert np.allclose(studio.curves()["ᾱ_t (4)"], stock.alphas_cumprod, rtol=1e-5)
     assert last(studio.create(Request("red heart", steps=2, eta=0.5))).images
     assert "(1) the chain" in studio.forward(torch.zeros(1, 3, 8, 8), 3, 0)
@@ -656,10 +664,10 @@ def test_a_model_of_few_timesteps_and_a_size_of_two_numbers_is_served(source, tm
     pipe = tiny_pipeline(caption_length=8, scheduler=DDPMScheduler(num_train_timesteps=20))
     pipe.unet.register_to_config(sample_size=(8, 8))
     pipe.save_pretrained(tmp_path / "model")
-    studio = Shelf(tmp_path / "model").studio()
+    studio = ModelStore(tmp_path / "model").studio()
     assert studio.source.resolution == 8 and studio.T == 20
     (tmp_path / "model" / "config.yaml").write_text(Config(data=source).to_yaml())
-    blocks = app.build_demo(Shelf(tmp_path / "model")).blocks.values()
+    blocks = app.build_demo(ModelStore(tmp_path / "model")).blocks.values()
     sliders = [block for block in blocks if getattr(block, "label", "") == "Steps"]
     assert len(sliders) == 3 and all(
         (slider.value, slider.maximum) == (20, 20) for slider in sliders
@@ -668,8 +676,8 @@ def test_a_model_of_few_timesteps_and_a_size_of_two_numbers_is_served(source, tm
 
 def test_of_a_large_set_the_exact_denoiser_knows_a_part(studio, monkeypatch):
     whole = studio.set[0].captions
-    monkeypatch.setattr(session, "KNOWN", 2 * 3 * studio.source.resolution**2)
-    part = session.Studio(studio.network, studio.name, studio.source)
+    monkeypatch.setattr(session, "MAX_EXACT_VALUES", 2 * 3 * studio.source.resolution**2)
+    part = session.InferenceSession(studio.network, studio.name, studio.source)
     assert part.known == [whole[0], whole[-1]] and len(part.exact.unet.x_0) == 2 < len(whole)
     assert (
         np.abs(
@@ -688,22 +696,22 @@ def test_a_model_whose_pictures_are_elsewhere_is_compared_to_the_embedded_ones(t
     tiny_pipeline(caption_length=8).save_pretrained(tmp_path / "model")
     config = Config(data=DataConfig(source=str(tmp_path / "gone"), resolution=8))
     (tmp_path / "model" / "config.yaml").write_text(config.to_yaml())
-    assert Shelf(tmp_path / "model").studio().source == DataConfig(resolution=8)
+    assert ModelStore(tmp_path / "model").studio().source == DataConfig(resolution=8)
 
 
 def test_a_folder_above_is_not_taken_for_the_models_own(tmp_path):
     tiny_pipeline(caption_length=8).save_pretrained(tmp_path / "mine")
     (tmp_path / "README.md").write_text("# somebody else's")
-    assert "There is no model card" in Shelf(tmp_path / "mine").card()
+    assert "There is no model card" in ModelStore(tmp_path / "mine").card()
     (tmp_path / "config.yaml").write_text("")
-    assert Shelf(tmp_path / "mine").card() == "# somebody else's"
+    assert ModelStore(tmp_path / "mine").card() == "# somebody else's"
 
 
 def test_a_model_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(
         ValueError, match="does not exist, expected the folder of a run or of a saved pipeline"
     ):
-        Shelf(tmp_path / "nothing").studio()
+        ModelStore(tmp_path / "nothing").studio()
 
 
 def test_a_model_without_its_text_encoder_gets_the_one_its_settings_name(tmp_path):
@@ -714,10 +722,10 @@ def test_a_model_without_its_text_encoder_gets_the_one_its_settings_name(tmp_pat
         InputError,
         match="no text encoder to read .* load it with pipeline.hub.load, .* or pass prompt_embeds",
     ):
-        push.load(tmp_path / "model")("red heart")
+        loading.load_pipeline(tmp_path / "model")("red heart")
     (tmp_path / "model" / "config.yaml").write_text(Config().to_yaml())
     assert (
-        push.load(tmp_path / "model").text_encoder.config.hidden_size == 384
+        loading.load_pipeline(tmp_path / "model").text_encoder.config.hidden_size == 384
     )  # the embedded all-MiniLM-L6-v2
 
 
@@ -728,7 +736,7 @@ def saved_at(run, *steps, keep=9):
     """Checkpoints of a run as training saves them, of other weights at each step."""
     for step in steps:
         network = tiny_unet(seed=step)
-        state = {"ema": build.moving_average(network, 0.99).state_dict()}
+        state = {"ema": ema.build_ema(network, 0.99).state_dict()}
 
         def write(folder, network=network, state=state):
             network.save_pretrained(folder / "unet")
@@ -740,7 +748,7 @@ def saved_at(run, *steps, keep=9):
 @pytest.fixture
 def run(source, tmp_path):
     """A run with checkpoints at steps 10 and 20."""
-    run = Run(tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
     run.create()
     for part in tiny_text(length=8):
         part.save_pretrained(tmp_path / "encoder")
@@ -754,14 +762,14 @@ def run(source, tmp_path):
 
 def spied(monkeypatch, before):
     """hub.load_checkpoint, with `before()` before the first call of it alone."""
-    load, todo = push.load_checkpoint, [before]
+    load, todo = loading.load_checkpoint, [before]
     monkeypatch.setattr(
-        push, "load_checkpoint", lambda *given: (todo and todo.pop()(), load(*given))[1]
+        loading, "load_checkpoint", lambda *given: (todo and todo.pop()(), load(*given))[1]
     )
 
 
 def test_a_page_keeps_one_network_of_a_run(run, monkeypatch):
-    shelf, alive = Shelf(run.folder), []
+    shelf, alive = ModelStore(run.folder), []
     page = app.build_demo(shelf)
     network = weakref.ref(shelf.studio().network)
     spied(monkeypatch, lambda: (gc.collect(), alive.append(network() is not None)))
@@ -773,7 +781,7 @@ def test_a_page_keeps_one_network_of_a_run(run, monkeypatch):
 
 
 def test_a_checkpoint_that_is_deleted_while_it_is_read_gives_way_to_what_is_left(run, monkeypatch):
-    shelf = Shelf(run.folder)
+    shelf = ModelStore(run.folder)
     spied(monkeypatch, lambda: saved_at(run, 30, keep=1))
     assert shelf.studio(10).name == "run at step 30"
     shutil.rmtree(run.checkpoints)
@@ -787,7 +795,7 @@ def test_a_checkpoint_that_is_deleted_while_it_is_read_gives_way_to_what_is_left
 
 def test_the_one_before_a_torn_newest_checkpoint_draws(run, caplog):
     (run.checkpoints / "20" / "unet" / "config.json").write_text("{}")
-    shelf = Shelf(run.folder)
+    shelf = ModelStore(run.folder)
     assert shelf.studio().name == shelf.studio(20).name == "run at step 10"
     assert "config.json is not what was written" in caplog.text
     (run.checkpoints / "10" / "trainer.json").unlink()

@@ -15,9 +15,16 @@ from hub_stub import HubStub, Repo
 from huggingface_hub import constants
 from PIL import Image
 
-from pipeline.data import dataset
+from pipeline.data import dataset, sources
 from pipeline.data.sources import rows as rows_module
-from pipeline.data.sources.rows import WAITS, DataError, as_row, fetched, retried, table_row
+from pipeline.data.sources.rows import (
+    READ_WAITS,
+    DataError,
+    as_row,
+    retry_on_network_error,
+    with_image_bytes,
+)
+from pipeline.data.sources.table import table_row
 
 ROOT = Path(__file__).parent.parent
 
@@ -249,7 +256,7 @@ def test_a_source_that_may_not_be_read_is_one_sentence(load, tmp_path, monkeypat
         raise PermissionError(13, "Permission denied", str(tmp_path / place / "metadata.jsonl"))
 
     (tmp_path / "set").mkdir()
-    monkeypatch.setattr(rows_module, "is_table", refuse)
+    monkeypatch.setattr(sources, "is_table", refuse)
     kind, says = (
         (DataError, "cannot read .*expected leave to read it")
         if place == "set"
@@ -523,13 +530,15 @@ def test_a_file_that_will_never_come_is_its_rows_problem_and_a_network_that_fail
     row = as_row("x", {"path": "https://somewhere/x.png", "bytes": None}, ["x"])
     if problem is None:
         with pytest.raises(ConnectionError):
-            fetched(row)
+            with_image_bytes(row)
     else:
-        assert fetched(row)["problem"] == problem and fetched(row)["image"] is None
+        assert (
+            with_image_bytes(row)["problem"] == problem and with_image_bytes(row)["image"] is None
+        )
 
 
 def test_a_picture_that_the_disk_does_not_give_is_its_rows_problem(tmp_path):
-    row = fetched(as_row("x", {"path": str(tmp_path), "bytes": None}, ["x"]))
+    row = with_image_bytes(as_row("x", {"path": str(tmp_path), "bytes": None}, ["x"]))
     assert row["problem"].startswith("its file cannot be read: [Errno 21]") and row["image"] is None
 
 
@@ -549,12 +558,14 @@ def test_a_network_that_fails_is_asked_again_after_ever_longer_waits():
     waited = []
     attempt, _ = failing([ConnectionError("reset"), TimeoutError("slow"), OSError("disk")])
     with pytest.raises(DataError, match="cannot read it: disk"):
-        retried(attempt, "it", waited.append)
-    assert tuple(waited) == WAITS[:2] and retried(failing([])[0], "it", waited.append) == [1]
+        retry_on_network_error(attempt, "it", waited.append)
+    assert tuple(waited) == READ_WAITS[:2] and retry_on_network_error(
+        failing([])[0], "it", waited.append
+    ) == [1]
     attempt, left = failing([ConnectionError(f"{i}") for i in range(9)])
     waited.clear()
     with pytest.raises(
         DataError, match=r"cannot read it in 5 attempts \(4\): run the same command again"
     ):
-        retried(attempt, "it", waited.append)
-    assert tuple(waited) == WAITS == tuple(sorted(WAITS)) and len(left) == 4
+        retry_on_network_error(attempt, "it", waited.append)
+    assert tuple(waited) == READ_WAITS == tuple(sorted(READ_WAITS)) and len(left) == 4

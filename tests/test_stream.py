@@ -16,10 +16,12 @@ from test_train import ROOT, TINY, alike, encoder, killed_after, log, same, trai
 
 from pipeline import randomness
 from pipeline.config import DataConfig, load_file
+from pipeline.data import sources
 from pipeline.data.sources import rows as rows_module
-from pipeline.data.sources.rows import DataError, Rows, Unreachable, table_row
+from pipeline.data.sources.rows import DataError, Rows, Unreachable
+from pipeline.data.sources.table import table_row
 from pipeline.data.streaming import Stream
-from pipeline.runs.folder import Run
+from pipeline.runs.folder import RunFolder
 
 SHARDS, ROWS = 5, 7
 
@@ -167,12 +169,12 @@ def flaky(errors):
 
 
 def test_a_network_that_fails_now_and_then_changes_nothing(stream, monkeypatch):
-    monkeypatch.setattr(rows_module, "WAITS", (0.01, 0.01))
-    monkeypatch.setattr(rows_module, "open_rows", flaky([]))
+    monkeypatch.setattr(rows_module, "READ_WAITS", (0.01, 0.01))
+    monkeypatch.setattr(sources, "open_rows", flaky([]))
     whole = take(stream(), 60)
     assert sorted(whole) == sorted([*range(30)] * 2)
     errors = [ConnectionError("reset"), TimeoutError("slow")]
-    monkeypatch.setattr(rows_module, "open_rows", flaky(errors))
+    monkeypatch.setattr(sources, "open_rows", flaky(errors))
     assert take(stream(), 60) == whole and errors == []
 
 
@@ -194,23 +196,23 @@ def test_a_network_that_fails_now_and_then_changes_nothing(stream, monkeypatch):
 def test_a_network_that_fails_for_good_is_one_sentence_and_the_place_before_it_is_kept(
     stream, monkeypatch, error, says, kind
 ):
-    monkeypatch.setattr(rows_module, "WAITS", (0.01, 0.01))
-    monkeypatch.setattr(rows_module, "open_rows", flaky([]))
+    monkeypatch.setattr(rows_module, "READ_WAITS", (0.01, 0.01))
+    monkeypatch.setattr(sources, "open_rows", flaky([]))
     whole = take(stream(), 40)
-    monkeypatch.setattr(rows_module, "open_rows", flaky([error] * 9))
+    monkeypatch.setattr(sources, "open_rows", flaky([error] * 9))
     one = stream()
     with pytest.raises(DataError, match=says) as caught:
         take(one, 32)
     assert "\n" not in str(caught.value) and caught.type is kind
-    monkeypatch.setattr(rows_module, "open_rows", flaky([]))
+    monkeypatch.setattr(sources, "open_rows", flaky([]))
     mended = stream()
     mended.load_state_dict(one.state_dict())
     assert take(mended, 40) == whole
 
 
 def test_closing_ends_a_wait_for_the_network(stream, monkeypatch):
-    monkeypatch.setattr(rows_module, "WAITS", (600,))
-    monkeypatch.setattr(rows_module, "open_rows", flaky([ConnectionError("reset")] * 9))
+    monkeypatch.setattr(rows_module, "READ_WAITS", (600,))
+    monkeypatch.setattr(sources, "open_rows", flaky([ConnectionError("reset")] * 9))
     one = stream(shuffle_buffer=30)
     one.coming = one.reader.submit(one.some, 1)
     one.close()
@@ -309,7 +311,7 @@ def test_a_stream_that_fails_for_good_saves_the_steps_before(whole, tmp_path, mo
 @pytest.mark.parametrize("every", ["2", "100"])
 def test_a_stop_is_heard_while_a_stream_is_waited_for(whole, tmp_path, monkeypatch, every):
     """The steps before are saved, once."""
-    real, taken, saved, save = Stream.take, [], [], Run.save
+    real, taken, saved, save = Stream.take, [], [], RunFolder.save
 
     def take(self, n):
         taken.append(n)
@@ -319,7 +321,7 @@ def test_a_stop_is_heard_while_a_stream_is_waited_for(whole, tmp_path, monkeypat
         return real(self, n)
 
     monkeypatch.setattr(
-        Run,
+        RunFolder,
         "save",
         lambda run, step, *more, **facts: saved.append(step) or save(run, step, *more, **facts),
     )

@@ -7,13 +7,14 @@ from PIL import Image
 from test_evaluation import folder, run, untrained  # noqa: F401
 from tiny import tiny_unet
 
+from pipeline.cli import evaluate
 from pipeline.config import load_file
 from pipeline.diffusion.text_to_image import TextToImagePipeline
-from pipeline.evaluation import evaluate, sweep
-from pipeline.evaluation.feature_extractor import NAME
+from pipeline.evaluation import sweep
+from pipeline.evaluation.feature_extractor import FEATURE_NETWORK
 from pipeline.evaluation.retrieval import EvaluationError
 from pipeline.hub import model_card
-from pipeline.runs.folder import Run
+from pipeline.runs.folder import RunFolder
 
 WORDS = ["w=0,1", "steps=2,3", "eta=0,1", "interval=0:1,0.99:1", "weights=averaged,raw"]
 BASE = ["--w", "1", "--steps", "2", "--on", "8", "--batch", "5"]
@@ -40,8 +41,8 @@ def calls(monkeypatch):
 
 
 def test_a_sweep_goes_on_where_it_stopped_and_shows_each_knob(run, calls, capsys):
-    Run(run).create()
-    Run(run).save(
+    RunFolder(run).create()
+    RunFolder(run).save(
         5, lambda path: tiny_unet(sample_size=16, seed=1).save_pretrained(path / "unet"), keep=1
     )
     command, calls.stop_at = [str(run), "--sweep", *WORDS, *BASE], 5
@@ -63,7 +64,7 @@ def test_a_sweep_goes_on_where_it_stopped_and_shows_each_knob(run, calls, capsys
     assert not calls
 
     found = json.loads((run / "metrics.json").read_text())["sweep"]
-    assert found["captions"] == 8 and found["features"] == NAME
+    assert found["captions"] == 8 and found["features"] == FEATURE_NETWORK
     assert found["base"]["at"] == {
         "w": "1",
         "steps": "2",
@@ -99,18 +100,21 @@ def test_a_sweep_goes_on_where_it_stopped_and_shows_each_knob(run, calls, capsys
         for k, v in (("w", "0"), ("w", "1"), ("steps", "3"), ("interval", "0.99:1"))
     ] == [2, 4, 6, 3]
 
-    assert f"interval = 0.99:1: kid ({NAME})" in said.out
+    assert f"interval = 0.99:1: kid ({FEATURE_NETWORK})" in said.out
     assert Image.open(run / "images" / "sweep.png").size == (770, 550)
     metrics = json.loads((run / "metrics.json").read_text())
     shown = str(
-        model_card.build(
+        model_card.build_card(
             load_file(run / "config.yaml"),
-            model_card.facts("", 1.0),
+            model_card.training_facts("", 1.0),
             ["sweep.png"],
             metrics=metrics,
         )
     )
-    assert "![sweep](images/sweep.png)" in shown and f"interval = 0.99:1: kid ({NAME})" in shown
+    assert (
+        "![sweep](images/sweep.png)" in shown
+        and f"interval = 0.99:1: kid ({FEATURE_NETWORK})" in shown
+    )
 
 
 def test_a_sweep_of_every_caption_starts_from_what_is_drawn_already(run, calls):
@@ -123,7 +127,8 @@ def test_a_sweep_of_every_caption_starts_from_what_is_drawn_already(run, calls):
     found = json.loads((run / "metrics.json").read_text())
     assert (
         not calls
-        and found.pop("sweep")["base"]["kid"] == before["by_seed"]["0"]["distances"][NAME]["kid"]
+        and found.pop("sweep")["base"]["kid"]
+        == before["by_seed"]["0"]["distances"][FEATURE_NETWORK]["kid"]
     )
     assert found == before
 
@@ -135,7 +140,9 @@ def test_the_figure_has_a_curve_a_knob_with_its_points_named():
         "kid": {"value": y, "error": 0.1},
     }
     curves = {"w": [point("0", 0.2, 1.0), point("2", 0.6, 0.5)], "eta": [point("0", 0.4, 0.8)]}
-    (ax,) = sweep.figure({"features": "net", "base": point({}, 0.6, 0.5), "curves": curves}).axes
+    (ax,) = sweep.plot_sweep(
+        {"features": "net", "base": point({}, 0.6, 0.5), "curves": curves}
+    ).axes
     w, eta = ax.containers
     assert (w.get_label(), eta.get_label()) == ("w", "eta")
     assert w.lines[0].get_xydata().tolist() == [[0.2, 1.0], [0.6, 0.5]]
@@ -166,7 +173,7 @@ def test_the_figure_has_a_curve_a_knob_with_its_points_named():
 )
 def test_a_sweep_that_cannot_be_read_is_refused(words):
     with pytest.raises(EvaluationError, match=f"--sweep got '{words[-1]}', expected"):
-        sweep.read(words)
+        sweep.parse_sweep(words)
 
 
 @pytest.mark.parametrize(

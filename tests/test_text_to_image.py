@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 from tiny import WIDTH, WORDS, tiny_pipeline, tiny_text, tiny_unet
 
-from pipeline.data import dataset
+from pipeline.data import caption_cache
 from pipeline.diffusion import text_to_image
 from pipeline.diffusion.captions import CaptionWhitening
 from pipeline.diffusion.guidance import InputError, interval
@@ -636,7 +636,7 @@ def test_without_peft_there_is_nothing_to_scale(monkeypatch):
     monkeypatch.setattr(
         text_to_image, "scale_lora_layers", lambda *_: pytest.fail("peft would be imported")
     )
-    with text_to_image.scaled(tiny_text()[1], 1.0):
+    with text_to_image.scaled_lora(tiny_text()[1], 1.0):
         pass
 
 
@@ -883,7 +883,7 @@ def test_captions_are_read_as_in_training(kind, tmp_path):
     tokenizer, encoder = tiny_text(kind)
     pipe = TextToImagePipeline(None, None, encoder, tokenizer, caption_length=6)
     captions = ["red heart", "", "a  red\tcat", "very " * 9, "caf\u0065\u0301", "\u200fdog\u0000"]
-    trained = dataset.encode_captions(captions, tokenizer, encoder, 6, cache_dir=tmp_path)
+    trained = caption_cache.encode_captions(captions, tokenizer, encoder, 6, cache_dir=tmp_path)
     states, empty = pipe.encode_prompt(captions)
     torch.testing.assert_close(states, trained)
     torch.testing.assert_close(empty, trained[1:2].expand(len(captions), -1, -1))

@@ -32,13 +32,16 @@ import train_text2img
 from pipeline import config as config_module
 from pipeline import randomness
 from pipeline.config import ConfigError, TrainConfig, load
-from pipeline.data import dataset
-from pipeline.diffusion import losses as losses_module
+from pipeline.data import image_ops, sampler
 from pipeline.diffusion.captions import CaptionWhitening
-from pipeline.hub import push
-from pipeline.models import build
-from pipeline.runs.folder import Run, StopRequest, load_state, save_state
-from pipeline.serving.session import Shelf
+from pipeline.diffusion.losses import loss_weight
+from pipeline.hub import client, export, push
+from pipeline.models import loading
+from pipeline.models.ema import build_ema
+from pipeline.runs.folder import RunFolder
+from pipeline.runs.state_files import load_state, save_state
+from pipeline.runs.stop_signals import StopSignals
+from pipeline.serving.model_store import ModelStore
 
 ROOT = Path(__file__).parent.parent
 TINY = """
@@ -258,10 +261,10 @@ def test_the_saved_pipeline_draws_and_a_checkpoint_holds_a_loadable_unet(whole):
 
 def test_a_checkpoint_draws_with_its_averaged_weights(whole):
     run, _ = whole
-    pipe = push.load_checkpoint(Run(run), 6)
+    pipe = loading.load_checkpoint(RunFolder(run), 6)
     assert same(pipe.unet.state_dict(), weights(run))
     pipe.set_progress_bar_config(disable=True)
-    finished = push.load(run)
+    finished = loading.load_pipeline(run)
     finished.set_progress_bar_config(disable=True)
     drawn = [
         np.asarray(p("red", w=1.0, seed=0, num_inference_steps=3).images[0])
@@ -286,7 +289,7 @@ def test_checks_and_samples_see_the_average_and_training_goes_on_with_its_own_we
     network = tiny_unet().train()
     own, ema = (
         [weight.detach().clone() for weight in network.parameters()],
-        build.moving_average(network, 0.9),
+        build_ema(network, 0.9),
     )
     ema.shadow_params = [torch.full_like(weight, 0.5) for weight in own]
     with train_text2img.averaged(ema, network) as shown:
@@ -297,7 +300,7 @@ def test_checks_and_samples_see_the_average_and_training_goes_on_with_its_own_we
 def test_a_shipped_model_is_small_and_draws_with_the_encoder_that_its_settings_name(
     whole, tmp_path
 ):
-    shipped = push.ship(whole[0], tmp_path / "new" / "shipped")
+    shipped = export.export(whole[0], tmp_path / "new" / "shipped")
     index = json.loads((shipped / "model_index.json").read_text())
     assert index["text_encoder"] == index["tokenizer"] == [None, None]
     assert not list(shipped.rglob("*.py")) and not list(shipped.rglob("*.bin"))
@@ -320,7 +323,7 @@ def test_a_shipped_model_is_small_and_draws_with_the_encoder_that_its_settings_n
     (shipped / "notes.md").write_text("## Looked at\n\nreds are red")
     push.card.refresh(shipped)
     assert "## Looked at\n\nreds are red\n\n## Limits" in (shipped / "README.md").read_text()
-    pipe, finished = push.load(shipped), push.load(whole[0])
+    pipe, finished = loading.load_pipeline(shipped), loading.load_pipeline(whole[0])
     for model in (pipe, finished):
         model.set_progress_bar_config(disable=True)
     drawn = [
@@ -328,16 +331,16 @@ def test_a_shipped_model_is_small_and_draws_with_the_encoder_that_its_settings_n
         for p in (pipe, finished)
     ]
     assert abs(drawn[0] - drawn[1]).max() < 30, "bf16 weights draw about the same"
-    with pytest.raises(push.HubError, match="exists, expected the name of a new folder"):
-        push.ship(whole[0], shipped)
-    with pytest.raises(push.HubError, match="is no finished run"):
-        push.ship(tmp_path, tmp_path / "more")
+    with pytest.raises(client.HubError, match="exists, expected the name of a new folder"):
+        export.export(whole[0], shipped)
+    with pytest.raises(client.HubError, match="is no finished run"):
+        export.export(tmp_path, tmp_path / "more")
 
 
 def test_a_page_follows_a_run_in_progress(whole, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(whole[0], run, ignore=shutil.ignore_patterns("pipeline"))
-    shelf = Shelf(run)
+    shelf = ModelStore(run)
     assert shelf.follows and shelf.steps() == [2, 4, 6]
     assert shelf.studio().name == "run at step 6" and shelf.studio(3).name in (
         "run at step 2",
@@ -350,30 +353,30 @@ def test_a_page_follows_a_run_in_progress(whole, tmp_path):
     assert shelf.studio().name == "run at step 4"
     (run / "checkpoints" / "2" / "unet" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="cannot be used: .*config.json is not what was written"):
-        Shelf(run).studio(2)
+        ModelStore(run).studio(2)
 
 
 def test_a_page_follows_a_run_that_is_trained_on(whole, tmp_path):
     """The pipeline of its first end lies there still."""
     run = tmp_path / "run"
     shutil.copytree(whole[0], run)
-    assert not Shelf(run).follows
+    assert not ModelStore(run).follows
     (run / "README.md").unlink()  # as the second training does
-    assert Shelf(run).steps() == [2, 4, 6]
+    assert ModelStore(run).steps() == [2, 4, 6]
 
 
 def test_the_newest_run_is_served(whole, tmp_path):
-    assert push.newest(tmp_path, tmp_path / "shipped") is None
+    assert loading.default_model(tmp_path, tmp_path / "shipped") is None
     for name, age in {"old": 100, "new": 1}.items():
         shutil.copytree(whole[0], tmp_path / name)
         then = time.time() - age
         os.utime(tmp_path / name / "metrics.jsonl", (then, then))
     (tmp_path / "empty").mkdir()
-    assert push.newest(tmp_path) == tmp_path / "new"
+    assert loading.default_model(tmp_path) == tmp_path / "new"
     (tmp_path / "new" / "README.md").unlink()
     assert (
-        push.newest(tmp_path) == tmp_path / "new"
-        and push.newest(tmp_path, finished=True) == tmp_path / "old"
+        loading.default_model(tmp_path) == tmp_path / "new"
+        and loading.default_model(tmp_path, finished=True) == tmp_path / "old"
     )
 
 
@@ -512,20 +515,20 @@ def test_a_finished_run_that_goes_on_is_unfinished_until_its_new_end(whole, tmp_
     with pytest.raises(ZeroDivisionError):
         train(whole[0] / "config.yaml", tmp_path, *longer)
     monkeypatch.undo()
-    assert Run(run).newest().name == "8" and not Run(run).finished
+    assert RunFolder(run).newest().name == "8" and not RunFolder(run).finished
     for shared in (
-        lambda: push.ship(run, tmp_path / "shipped"),
-        lambda: push.assemble(run, tmp_path / "pushed"),
+        lambda: export.export(run, tmp_path / "shipped"),
+        lambda: push.assemble_repository(run, tmp_path / "pushed"),
     ):
         with pytest.raises(
-            push.HubError, match="tiny is being trained on, expected a finished run"
+            client.HubError, match="tiny is being trained on, expected a finished run"
         ):
             shared()
     assert (
         "is its card"
         in train(whole[0] / "config.yaml", tmp_path, *longer, "--sample.prompts", "[red]").stdout
     )
-    assert not same(weights(run), weights(whole[0])) and Run(run).finished
+    assert not same(weights(run), weights(whole[0])) and RunFolder(run).finished
     assert not {"metrics.json", "images/free.png", "images/sweep.png"} & {
         str(p.relative_to(run)) for p in run.rglob("*")
     }
@@ -566,7 +569,7 @@ def test_a_check_and_a_picture_that_a_stop_cut_short_are_made_up(
 @pytest.mark.parametrize(("other", "stops"), [(0, False), (143, True)])
 def test_every_process_hears_the_same_of_a_stop(other, stops):
     """A signal that comes while they ask each other is heard by all at the next step: else some would go on and some not."""
-    stop = StopRequest()
+    stop = StopSignals()
 
     def gather(mine):
         if not other:
@@ -595,7 +598,7 @@ def test_a_stop_is_heard_while_results_are_left_and_pushed(whole, tmp_path, monk
             done.returncode == 143
             and f"Stopped (SIGTERM) {when}; run the same command to go on." in done.stdout
         )
-    assert Run(run).finished and same(weights(run), weights(whole[0]))
+    assert RunFolder(run).finished and same(weights(run), weights(whole[0]))
 
 
 def test_a_longer_run_says_where_its_learning_rate_goes_on(config, tmp_path):
@@ -636,19 +639,19 @@ def test_settings_of_a_run_that_no_longer_fit_are_said_to_be_the_runs(whole, tmp
 
 def test_fewer_steps_than_were_made_are_refused(whole, tmp_path):
     shutil.copytree(whole[0], tmp_path / "tiny")
-    Run(tmp_path / "tiny").card.unlink()  # it was interrupted
+    RunFolder(tmp_path / "tiny").card.unlink()  # it was interrupted
     done = train(whole[0] / "config.yaml", tmp_path, "--train.steps", "4", check=False)
     assert (
         done.returncode == 2
         and "is at step 6 already, got train.steps 4: give at least 6" in done.stderr
     )
-    assert not Run(tmp_path / "tiny").finished
+    assert not RunFolder(tmp_path / "tiny").finished
 
 
 def test_a_resumed_run_reads_captions_by_its_own_whitening(whole):
     """The data's first rows may have changed since, above all a stream's."""
     chosen, _ = load(["--config", str(whole[0] / "config.yaml")])
-    checkpoint = Run(whole[0]).newest()
+    checkpoint = RunFolder(whole[0]).newest()
     kept = CaptionWhitening.from_pretrained(checkpoint / "whitening")
     other = dataclasses.replace(chosen, model=dataclasses.replace(chosen.model, whitening=0.5))
     matrix = lambda checkpoint: (
@@ -711,7 +714,7 @@ def test_the_logged_learning_rate_is_the_steps_own_and_its_gradient_is_clipped(c
     assert norms[0] == norms[1] > 1e-14
     free, held = (
         load_file(
-            Run(tmp_path / name / "tiny").checkpoints
+            RunFolder(tmp_path / name / "tiny").checkpoints
             / "2"
             / "unet"
             / "diffusion_pytorch_model.safetensors"
@@ -748,7 +751,7 @@ def test_a_gpu_without_memory_for_the_samples_trains_on(config, tmp_path, monkey
         assert line.endswith(
             f"{what} is left out (CUDA out of memory. Tried to allocate 2.00 GiB.){advice}"
         )
-    assert Run(tmp_path / "tiny").finished and "000001.png" not in done.stdout
+    assert RunFolder(tmp_path / "tiny").finished and "000001.png" not in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -786,14 +789,14 @@ def test_a_step_that_wants_too_much_memory_is_one_sentence_and_resumable(
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 1 and len(said) == 1 and "raise train.accumulation" in said[0]
     train(config, tmp_path, "--train.accumulation", "2")
-    assert Run(tmp_path / "tiny").finished
+    assert RunFolder(tmp_path / "tiny").finished
 
 
 def test_a_request_to_stop_ends_a_drawing_within_a_step(whole, tmp_path):
     chosen = config_module.load_file(whole[0] / "config.yaml")
     chosen, pipe, calls = (
         dataclasses.replace(chosen, sample=dataclasses.replace(chosen.sample, steps=50)),
-        push.load(whole[0]),
+        loading.load_pipeline(whole[0]),
         [],
     )
     pipe.unet.register_forward_hook(lambda *_: calls.append(1))
@@ -807,7 +810,10 @@ def test_a_request_to_stop_ends_a_drawing_within_a_step(whole, tmp_path):
 
 
 def test_the_samples_are_a_column_a_prompt_and_a_row_a_w(whole, tmp_path):
-    chosen, pipe = config_module.load_file(whole[0] / "config.yaml"), push.load(whole[0])
+    chosen, pipe = (
+        config_module.load_file(whole[0] / "config.yaml"),
+        loading.load_pipeline(whole[0]),
+    )
     chosen = dataclasses.replace(
         chosen, sample=dataclasses.replace(chosen.sample, w=(0.0, 1.0, 4.0))
     )
@@ -822,14 +828,14 @@ def test_the_samples_are_a_column_a_prompt_and_a_row_a_w(whole, tmp_path):
 @pytest.mark.parametrize("line", ["loss", "train_loss"])
 def test_a_disk_that_is_full_anywhere_is_one_sentence(line, config, tmp_path, monkeypatch):
     """A line of the log that is cut is the last one: the run may not go on after it."""
-    log = Run.log
+    log = RunFolder.log
 
     def full(self, **record):
         if line in record:
             raise OSError(28, "No space left on device", str(self.metrics))
         log(self, **record)
 
-    monkeypatch.setattr(Run, "log", full)
+    monkeypatch.setattr(RunFolder, "log", full)
     done = train(config, tmp_path, check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert (
@@ -841,7 +847,9 @@ def test_a_disk_that_is_full_anywhere_is_one_sentence(line, config, tmp_path, mo
 def test_a_file_that_is_missing_by_a_mistake_of_ours_keeps_its_traceback(
     config, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(Run, "log", lambda *_args, **_record: Path("/no/such/file").read_text())
+    monkeypatch.setattr(
+        RunFolder, "log", lambda *_args, **_record: Path("/no/such/file").read_text()
+    )
     with pytest.raises(FileNotFoundError):
         train(config, tmp_path, check=False)
 
@@ -960,7 +968,7 @@ def test_a_tracker_that_fails_is_told_once_and_training_goes_on(
     assert said == [
         "report_to has failed (TimeoutError: no answer from it): training goes on without"
     ]
-    assert Run(tmp_path / "tiny").finished
+    assert RunFolder(tmp_path / "tiny").finished
 
 
 @pytest.mark.parametrize("flag", ["true", "false"])
@@ -1006,7 +1014,7 @@ def test_the_loss_is_weighted_as_configured(whole):
             for chosen in (plain, clipped)
         )
     t = randomness.timesteps(0, 0, slots, 4, 100)
-    torch.testing.assert_close(b, losses_module.weight(parts.scheduler, t, "min_snr", 2.0) * a)
+    torch.testing.assert_close(b, loss_weight(parts.scheduler, t, "min_snr", 2.0) * a)
 
 
 def test_pictures_are_mirrored_as_drawn(whole):
@@ -1017,11 +1025,11 @@ def test_pictures_are_mirrored_as_drawn(whole):
         256, (9, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
     parts.images = dataclasses.replace(parts.images, images=pixels)
-    shown, flip = pixels[dataset.batch_indices(0, 0, 4, 9)], randomness.flips(0, 0, slots)
+    shown, flip = pixels[sampler.batch_indices(0, 0, 4, 9)], randomness.flips(0, 0, slots)
     assert flip.any() and not flip.all()
     shown[flip] = shown[flip].flip(-1)
     x_0, _ = parts.examples(chosen, 0, slots)
-    assert torch.equal(parts.pipe.decode(x_0), dataset.as_float(shown))
+    assert torch.equal(parts.pipe.decode(x_0), image_ops.as_float(shown))
 
 
 def test_accumulated_micro_steps_are_one_batch(whole, tmp_path):

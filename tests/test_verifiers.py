@@ -10,7 +10,7 @@ from transformers import CLIPImageProcessorPil, CLIPModel
 from pipeline.diffusion import losses
 from pipeline.diffusion.guidance import InputError
 from pipeline.diffusion.scheduler import DDPMScheduler
-from pipeline.search.verifiers import Clip, Likelihood
+from pipeline.search.verifiers import ClipVerifier, LikelihoodVerifier
 
 MEANS, VARIANCE = torch.tensor([[0.4, -0.2], [-0.5, 0.3]], dtype=torch.float64), 0.05
 
@@ -61,7 +61,7 @@ def test_the_score_is_the_log_likelihood_ratio_of_a_gaussian_mixture():
         -((x.flatten(1)[:, None] - MEANS) ** 2).sum(-1) / (2 * VARIANCE)
     ).exp()  # but for one factor
     exact = (densities[:, 0] / densities.mean(1)).log()
-    found = [Likelihood(pairs=1000, seed=seed)(mixture(), "0", x) for seed in range(4)]
+    found = [LikelihoodVerifier(pairs=1000, seed=seed)(mixture(), "0", x) for seed in range(4)]
     error = torch.stack(found).std(0) / 2
     assert exact.abs().max() > 1, "there is something to tell"
     assert ((torch.stack(found).mean(0) - exact).abs() < 4 * error + 0.05).all()
@@ -70,15 +70,20 @@ def test_the_score_is_the_log_likelihood_ratio_of_a_gaussian_mixture():
 def test_a_pair_for_every_timestep_is_the_bounds_own_sum():
     """Each t = 2 ... T once with the weight of (12), the decoder's beside them; ranges of noise levels share them out."""
     scheduler = DDPMScheduler(num_train_timesteps=10, beta_end=0.99)
-    t, noises, weights = Likelihood(pairs=9).plan(scheduler, (2,))
+    t, noises, weights = LikelihoodVerifier(pairs=9).plan(scheduler, (2,))
     assert t.tolist() == [*range(1, 10), 0] and noises.shape == (10, 2)
     one = torch.zeros(1, dtype=torch.float64)
-    expected = [float(losses.noise_weight(scheduler, k, k - 1, one)) for k in range(1, 10)]
+    expected = [float(losses.kl_noise_weight(scheduler, k, k - 1, one)) for k in range(1, 10)]
     assert weights[:-1].tolist() == pytest.approx(expected)
     level = (1 - scheduler.abar(torch.arange(10), one)).sqrt()
     low, high = (int(((level > a) & (level <= b))[1:].sum()) for a, b in ((0, 0.7), (0.7, 1)))
-    parts = [Likelihood(pairs=low, levels=(0, 0.7)), Likelihood(pairs=high, levels=(0.7, 1))]
-    assert torch.equal(Likelihood(pairs=9, weight="steps").plan(scheduler, (2,))[2], weights[:-1])
+    parts = [
+        LikelihoodVerifier(pairs=low, levels=(0, 0.7)),
+        LikelihoodVerifier(pairs=high, levels=(0.7, 1)),
+    ]
+    assert torch.equal(
+        LikelihoodVerifier(pairs=9, weight="steps").plan(scheduler, (2,))[2], weights[:-1]
+    )
     assert sorted(torch.cat([part.plan(scheduler, (2,))[0] for part in parts]).tolist()) == list(
         range(10)
     )
@@ -109,7 +114,7 @@ def outputs(pipe, x_0, t, eps):
 
 def test_even_weights_compare_the_training_losses(pipe, x_0):
     """(13) of the empty caption less (13) of the caption, summed over the dimensions."""
-    verifier, gaps = Likelihood(pairs=3, weight="even"), []
+    verifier, gaps = LikelihoodVerifier(pairs=3, weight="even"), []
     for t, eps, weight in zip(*verifier.plan(pipe.scheduler, x_0.shape[1:]), strict=True):
         (empty, told), _ = outputs(pipe, x_0, int(t), eps)
         loss = [
@@ -123,12 +128,12 @@ def test_even_weights_compare_the_training_losses(pipe, x_0):
 
 
 def test_the_decoders_term_is_the_difference_of_its_densities(pipe, x_0):
-    verifier = Likelihood(pairs=1)
+    verifier = LikelihoodVerifier(pairs=1)
     *_, eps = verifier.plan(pipe.scheduler, x_0.shape[1:])[1]
     both, x_t = outputs(pipe, x_0, 0, eps)
     variance = pipe.scheduler.posterior(x_0, x_0, 1, 0)[1]
     empty, told = (
-        losses.decoder(x_0, pipe.scheduler.predict_x_0(out, 0, x_t), variance, levels=None)
+        losses.decoder_nll(x_0, pipe.scheduler.predict_x_0(out, 0, x_t), variance, levels=None)
         for out in both
     )
     weights = verifier.plan(pipe.scheduler, x_0.shape[1:])[2]
@@ -139,7 +144,7 @@ def test_the_decoders_term_is_the_difference_of_its_densities(pipe, x_0):
 
 
 def test_many_pairs_of_prompt_and_picture_are_judged_as_each_alone(pipe, x_0):
-    prompts, verifier = ["red heart", "blue circle", "green cat"], Likelihood(pairs=2)
+    prompts, verifier = ["red heart", "blue circle", "green cat"], LikelihoodVerifier(pairs=2)
     alone = torch.cat(
         [verifier(pipe, prompt, x[None]) for prompt, x in zip(prompts, x_0, strict=True)]
     )
@@ -151,10 +156,10 @@ def test_a_verifier_asks_the_network_as_often_as_it_says(pipe, x_0, tmp_path):
     rows = []
     pipe.unet.register_forward_pre_hook(lambda _network, args: rows.append(len(args[0])))
     verifiers = [
-        Likelihood(3),
-        Likelihood(3, weight="even"),
-        Likelihood(3, levels=(0.5, 1.0)),
-        Clip(tiny_clip(tmp_path)),
+        LikelihoodVerifier(3),
+        LikelihoodVerifier(3, weight="even"),
+        LikelihoodVerifier(3, levels=(0.5, 1.0)),
+        ClipVerifier(tiny_clip(tmp_path)),
     ]
     for verifier in verifiers:
         rows.clear()
@@ -173,7 +178,7 @@ def test_a_verifier_asks_the_network_as_often_as_it_says(pipe, x_0, tmp_path):
 )
 def test_what_cannot_be_judged_by_is_refused(pipe, x_0, change, says):
     with pytest.raises(InputError, match=says):
-        Likelihood(**change)(pipe, "red heart", x_0)
+        LikelihoodVerifier(**change)(pipe, "red heart", x_0)
 
 
 def test_a_strangers_scheduler_has_no_bound(pipe, x_0):
@@ -183,7 +188,7 @@ def test_a_strangers_scheduler_has_no_bound(pipe, x_0):
     with pytest.raises(
         InputError, match="the scheduler is DDIMScheduler, expected pipeline.scheduler's"
     ):
-        Likelihood(2)(pipe, "red heart", x_0)
+        LikelihoodVerifier(2)(pipe, "red heart", x_0)
 
 
 # ---- CLIP
@@ -192,7 +197,7 @@ def test_a_strangers_scheduler_has_no_bound(pipe, x_0):
 def test_a_clip_score_is_the_cosine_of_clips_own_logits(tmp_path, x_0):
     pipe, clip, prompts = (
         tiny_pipeline(caption_length=8),
-        Clip(tiny_clip(tmp_path)),
+        ClipVerifier(tiny_clip(tmp_path)),
         ["red heart", "cat", "a very long red dog"],
     )
     model, processor = (
@@ -216,7 +221,7 @@ def test_each_of_many_candidates_is_scored_by_its_own_prompt(tmp_path):
     """More than are judged at once."""
     pipe, clip, prompts = (
         tiny_pipeline(caption_length=8),
-        Clip(tiny_clip(tmp_path)),
+        ClipVerifier(tiny_clip(tmp_path)),
         ["red heart", "cat", "dog"] * 6,
     )
     x_0 = torch.randn(18, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -229,14 +234,14 @@ def test_what_is_no_clip_model_is_refused_in_one_sentence(tmp_path):
     with pytest.raises(
         InputError, match="cannot be loaded .* expected a CLIP model's folder or Hub id"
     ):
-        Clip(tmp_path / "nothing")
+        ClipVerifier(tmp_path / "nothing")
     tiny_text()[1].save_pretrained(tmp_path / "bert")
     with pytest.raises(InputError, match="is a model of type 'bert', expected clip"):
-        Clip(tmp_path / "bert")
+        ClipVerifier(tmp_path / "bert")
 
 
 def test_a_clip_model_whose_weights_are_cut_off_is_one_sentence(tmp_path):
     weights = tiny_clip(tmp_path / "clip") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(InputError, match="clip is no CLIP model: it cannot be loaded"):
-        Clip(tmp_path / "clip")
+        ClipVerifier(tmp_path / "clip")

@@ -6,12 +6,13 @@ import os
 import sys
 from pathlib import Path
 
-from pipeline.models import loading
+from pipeline.hardware import pick_device
+from pipeline.models.loading import load_pipeline
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
-def parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     """The command line's arguments."""
     arguments = argparse.ArgumentParser(
         prog="python -m pipeline.sample",
@@ -62,13 +63,13 @@ def parser() -> argparse.ArgumentParser:
     return arguments
 
 
-def files(output: Path, n: int) -> list[Path]:
+def output_files(output: Path, n: int) -> list[Path]:
     """Where n pictures go, checked before anything is drawn."""
     if n < 1:
         raise ValueError(f"--n is {n}, expected 1 or more: pass 1")
-    if output.suffix.lower() not in SUFFIXES:
+    if output.suffix.lower() not in IMAGE_SUFFIXES:
         raise ValueError(
-            f"-o is {output}, expected a name that ends in one of {', '.join(SUFFIXES)}: pass out.png"
+            f"-o is {output}, expected a name that ends in one of {', '.join(IMAGE_SUFFIXES)}: pass out.png"
         )
     if not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
         raise ValueError(
@@ -91,9 +92,10 @@ def png_settings(pipe, model: str, arguments: argparse.Namespace) -> dict | None
 
     None where the pipeline has another library's scheduler: the page draws by ours.
     """
-    from pipeline.data.dataset import weights_digest
+    from pipeline.data.fingerprint import weights_digest
     from pipeline.diffusion.scheduler import DDPMScheduler
-    from pipeline.serving.requests import Request, identity, signature
+    from pipeline.serving.png_metadata import model_identity, png_parameters
+    from pipeline.serving.requests import Request
 
     if not isinstance(pipe.scheduler, DDPMScheduler):
         return None
@@ -105,12 +107,14 @@ def png_settings(pipe, model: str, arguments: argparse.Namespace) -> dict | None
         1.0 if arguments.eta is None else arguments.eta,
         seed=arguments.seed,
     )
-    return signature(
-        request, "network", identity(Path(model.partition("@")[0]).name, weights_digest(pipe.unet))
+    return png_parameters(
+        request,
+        "network",
+        model_identity(Path(model.partition("@")[0]).name, weights_digest(pipe.unet)),
     )
 
 
-def save(image, path: Path, settings: dict | None = None) -> None:
+def save_image(image, path: Path, settings: dict | None = None) -> None:
     """Save a picture, a PNG with the settings that draw it again; ValueError where it cannot be written."""
     from PIL.PngImagePlugin import PngInfo
 
@@ -128,12 +132,12 @@ def save(image, path: Path, settings: dict | None = None) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Draw, save and name the pictures, a batch after the other; 0 is done, 2 is bad input, told in one sentence."""
-    arguments = parser().parse_args(argv)
+    arguments = build_parser().parse_args(argv)
     try:
-        outputs = files(arguments.output, arguments.n)
+        outputs = output_files(arguments.output, arguments.n)
         if arguments.batch < 1:
             raise ValueError(f"--batch is {arguments.batch}, expected 1 or more: leave it out")
-        pipe = loading.load(arguments.model).to(loading.pick_device(arguments.device))
+        pipe = load_pipeline(arguments.model).to(pick_device(arguments.device))
         settings = png_settings(pipe, arguments.model, arguments)
         for start in range(0, arguments.n, arguments.batch):
             some = outputs[start : start + arguments.batch]
@@ -147,13 +151,9 @@ def main(argv: list[str] | None = None) -> int:
                 num_images_per_prompt=len(some),
             ).images
             for i, (image, output) in enumerate(zip(images, some, strict=True), start):
-                save(image, output, settings and settings | {"seed": arguments.seed + i})
+                save_image(image, output, settings and settings | {"seed": arguments.seed + i})
                 print(output, flush=True)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(loading.stoppable(main, "the pictures named above are saved, and no others"))

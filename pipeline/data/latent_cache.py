@@ -8,13 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data import dataset
-from pipeline.data.sources.rows import digest
+from pipeline.data.dataset import CaptionedImages
+from pipeline.data.fingerprint import digest, weights_digest
+from pipeline.data.image_ops import as_float
+from pipeline.data.map_cache import cache_file, cached_map
 
-BATCH = 8  # images that are encoded together
+ENCODE_BATCH = 8  # images that are encoded together
 
 
-class Latents:
+class LatentCache:
     """The latents of a data set's images, each as it is and, where that is asked for, mirrored; drawn anew at every use.
 
     An AutoencoderKL says N(mean, std²) of an image, and training on the mean alone would never show what is beside it;
@@ -40,7 +42,7 @@ class Latents:
         return (mean + std * z.to(mean) - self.shift) * self.scale
 
 
-def posterior(vae: torch.nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
+def posterior_moments(vae: torch.nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (B, c, h, w) of what an autoencoder of diffusers says of images (B, 3, H, W) in [-1, 1]."""
     found = vae.encode(pixels.to(vae.dtype))
     if hasattr(found, "latent_dist"):
@@ -49,37 +51,40 @@ def posterior(vae: torch.nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def encode(
-    images: dataset.CaptionedImages,
+def cache_latents(
+    images: CaptionedImages,
     vae: torch.nn.Module,
     cache_dir: str | Path | None = None,
     mirrored: bool = True,
-) -> Latents:
+) -> LatentCache:
     """The latents of all images, `mirrored` ones too, from the cache under (images, autoencoder) or computed now."""
     key = digest(
         "latents",
         images.pixels,
-        dataset.weights_digest(vae),
+        weights_digest(vae),
         *([] if mirrored else ["as they are"]),
     )
     device = next(vae.parameters()).device
 
     def ways(rows: dict) -> dict:
-        pixels = dataset.as_float(images.images[rows["row"]].to(device))
+        pixels = as_float(images.images[rows["row"]].to(device))
         each = [
-            torch.stack(posterior(vae, x), 1) for x in (pixels, pixels.flip(3))[: 1 + mirrored]
+            torch.stack(posterior_moments(vae, x), 1)
+            for x in (pixels, pixels.flip(3))[: 1 + mirrored]
         ]  # (B, 2, c, h, w)
         return {"latents": [one.tobytes() for one in torch.stack(each, 1).half().cpu().numpy()]}
 
-    table = dataset.made_once(
-        dataset.cache_file(cache_dir, "latents", key),
+    table = cached_map(
+        cache_file(cache_dir, "latents", key),
         datasets.Dataset.from_dict({"row": range(len(images))}),
         ways,
-        batch_size=BATCH,
+        batch_size=ENCODE_BATCH,
         remove_columns=["row"],
         new_fingerprint=key,
         desc="Encoding images",
         features=datasets.Features({"latents": datasets.Value("binary")}),
     )
-    pixels = dataset.as_float(images.images[[0]].to(device))
-    return Latents(table, tuple(posterior(vae, pixels)[0].shape[1:]), vae.config, 1 + mirrored)
+    pixels = as_float(images.images[[0]].to(device))
+    return LatentCache(
+        table, tuple(posterior_moments(vae, pixels)[0].shape[1:]), vae.config, 1 + mirrored
+    )

@@ -14,20 +14,27 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 
-from pipeline import randomness
 from pipeline.config import DataConfig
-from pipeline.data import dataset
-from pipeline.data.sources.rows import DataError, fetched, open_rows, retried, same
+from pipeline.data.dataset import REPORTED_ROWS
+from pipeline.data.image_ops import decoder_pool, prepare_row
+from pipeline.data.sources import open_rows
+from pipeline.data.sources.rows import (
+    DataError,
+    identity_row,
+    retry_on_network_error,
+    with_image_bytes,
+)
+from pipeline.randomness import generator
 
-AHEAD = 32  # examples that are decoded while the network computes, and no fewer than a batch
-DECODERS = 4  # threads
-TRUSTED = 100  # rows before a share of broken ones means anything
+READ_AHEAD = 32  # examples that are decoded while the network computes, and no fewer than a batch
+STREAM_DECODERS = 4  # threads
+MIN_ROWS_FOR_SHARE = 100  # rows before a share of broken ones means anything
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Place:
+class StreamPosition:
     """Where a stream is: before row `position` of a block, as it is mixed; `source` is where the block begins."""
 
     epoch: int = 0
@@ -40,7 +47,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Batch:
+class StreamBatch:
     """Pixels (B, 3, H, W) uint8, with the captions of each."""
 
     images: Tensor
@@ -78,15 +85,15 @@ class Stream:
         )
         self.closed = threading.Event()
         self.reader = concurrent.futures.ThreadPoolExecutor(1, "stream")
-        self.decoders = dataset.decoders(DECODERS)
-        self.begin(Place())
+        self.decoders = decoder_pool(STREAM_DECODERS)
+        self.begin(StreamPosition())
 
-    def begin(self, place: Place) -> None:
+    def begin(self, place: StreamPosition) -> None:
         """Go on from a place."""
         self.place, self.ready, self.coming = place, deque(), None
         self.examples = self.read(place)
 
-    def take(self, n: int) -> Batch:
+    def take(self, n: int) -> StreamBatch:
         """The next n examples; DataError where there are none to be had."""
         while len(self.ready) < n:
             self.coming = self.coming or self.reader.submit(self.some, n)
@@ -94,7 +101,7 @@ class Stream:
             self.coming = self.reader.submit(self.some, n)
         images, alternatives, places = zip(*(self.ready.popleft() for _ in range(n)), strict=True)
         self.place = places[-1]
-        return Batch(torch.from_numpy(np.stack(images)), alternatives)
+        return StreamBatch(torch.from_numpy(np.stack(images)), alternatives)
 
     def state_dict(self) -> dict:
         """Where this process is, after the last example that was taken: plain values."""
@@ -111,7 +118,7 @@ class Stream:
             )
         if self.coming is not None:
             concurrent.futures.wait([self.coming])
-        self.begin(Place(**state))
+        self.begin(StreamPosition(**state))
 
     def close(self) -> None:
         """Stop reading ahead, also where the network is being waited for."""
@@ -121,31 +128,33 @@ class Stream:
 
     # -- in the reader's thread
 
-    def some(self, n: int) -> list[tuple[np.ndarray, list[str], Place]]:
+    def some(self, n: int) -> list[tuple[np.ndarray, list[str], StreamPosition]]:
         """The next n examples, AHEAD at the least, each with the place after it."""
-        return list(itertools.islice(self.examples, max(AHEAD, n)))
+        return list(itertools.islice(self.examples, max(READ_AHEAD, n)))
 
-    def read(self, place: Place) -> Iterator[tuple[np.ndarray, list[str], Place]]:
+    def read(self, place: StreamPosition) -> Iterator[tuple[np.ndarray, list[str], StreamPosition]]:
         """The usable rows from a place on, decoded, each with the place after it."""
         size, shape = (
             self.config.shuffle_buffer,
             (3, self.config.resolution, self.config.resolution),
         )
         decode = functools.partial(
-            dataset.prepare_row,
+            prepare_row,
             number=0,
-            read=same,
+            read=identity_row,
             resolution=self.config.resolution,
             crop=self.config.crop,
         )
         self.iterator = None
         while True:
-            rows = retried(functools.partial(self.block, place), self.rows.name, self.closed.wait)
+            rows = retry_on_network_error(
+                functools.partial(self.block, place), self.rows.name, self.closed.wait
+            )
             mixed = torch.randperm(
                 len(rows),
-                generator=randomness.generator(self.seed, place.epoch, place.block, "mixed"),
+                generator=generator(self.seed, place.epoch, place.block, "mixed"),
             )
-            for some in mixed[place.position :].split(AHEAD):
+            for some in mixed[place.position :].split(READ_AHEAD):
                 for row in self.decoders.map(decode, [rows[i] for i in some.tolist()]):
                     usable = not row["problem"] and (
                         row["captions"] or self.config.missing_caption == "empty"
@@ -170,14 +179,14 @@ class Stream:
                     place, block=place.block + 1, position=0, source=self.dataset.state_dict()
                 )
             elif place.used:
-                place = Place(place.epoch + 1, seen=place.seen, broken=place.broken)
+                place = StreamPosition(place.epoch + 1, seen=place.seen, broken=place.broken)
             else:
                 raise DataError(
                     f"{self.rows.name} has no usable row for process {self.process} of {self.processes} in a whole "
                     f"epoch: {place.broken} of {place.seen} rows were broken"
                 )
 
-    def block(self, place: Place) -> list[dict]:
+    def block(self, place: StreamPosition) -> list[dict]:
         """The rows of the block that begins at a place, all of them read; fewer than `shuffle_buffer` at an epoch's end."""
         if self.closed.is_set():
             raise DataError(f"{self.rows.name} is closed")
@@ -191,15 +200,15 @@ class Stream:
         for i, example in enumerate(itertools.islice(iterator, size)):
             if self.closed.is_set():
                 raise DataError(f"{self.rows.name} is closed")
-            rows.append(fetched(self.rows.read(example, before + i)))
+            rows.append(with_image_bytes(self.rows.read(example, before + i)))
         self.iterator = iterator if len(rows) == size else None
         return rows
 
-    def skipped(self, row: dict, place: Place) -> None:
+    def skipped(self, row: dict, place: StreamPosition) -> None:
         """Log one of the first broken rows; DataError where there are too many."""
-        if place.broken <= dataset.SHOWN:
+        if place.broken <= REPORTED_ROWS:
             logger.warning("%s: skipped %s: %s", self.rows.name, row["name"], row["problem"])
-        if place.broken > self.config.max_broken * max(place.seen, TRUSTED):
+        if place.broken > self.config.max_broken * max(place.seen, MIN_ROWS_FOR_SHARE):
             raise DataError(
                 f"{place.broken} of the first {place.seen} rows of {self.rows.name} are broken, at most "
                 f"{self.config.max_broken:.0%} may be, the last one {row['name']} ({row['problem']}): repair the "

@@ -7,8 +7,8 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-PIECE = 1024  # captions whose states are whitened at once
-READS_PADDING = (
+WHITENING_BATCH = 1024  # captions whose states are whitened at once
+PADDING_AWARE_ENCODERS = (
     "clip",
     "clip_text_model",
 )  # text encoders that Stable Diffusion runs without an attention mask
@@ -24,7 +24,7 @@ def normalize(caption: str) -> str:
 
 
 @torch.no_grad()
-def last_states(
+def last_hidden_states(
     captions: list[str], tokenizer, text_encoder, length: int, device: torch.device
 ) -> Tensor:
     """The last hidden states (B, length, D), on a device, of captions that are padded or cut to `length` tokens.
@@ -39,7 +39,7 @@ def last_states(
         return_tensors="pt",
         return_attention_mask=True,
     ).to(device)
-    if text_encoder.config.model_type in READS_PADDING:
+    if text_encoder.config.model_type in PADDING_AWARE_ENCODERS:
         return text_encoder(tokens.input_ids).last_hidden_state
     states = text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
     return states * tokens.attention_mask[..., None]
@@ -68,7 +68,7 @@ class CaptionWhitening(ModelMixin, ConfigMixin):
             raise ValueError(
                 f"ridge is {ridge}, expected a number above 0: few captions leave directions without variance"
             )
-        tokens = lambda: (some[some.any(-1)].double() for some in states.split(PIECE))
+        tokens = lambda: (some[some.any(-1)].double() for some in states.split(WHITENING_BATCH))
         count = sum(map(len, tokens()))
         if count < 2:
             raise ValueError(
@@ -86,7 +86,7 @@ class CaptionWhitening(ModelMixin, ConfigMixin):
 
     def whiten_(self, states: Tensor) -> Tensor:
         """States (N, L, D) whitened in their own memory, a piece at a time."""
-        for some in states.split(PIECE):
+        for some in states.split(WHITENING_BATCH):
             some.copy_(self(some))
         return states
 

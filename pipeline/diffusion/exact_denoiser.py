@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from .scheduler import DDPMScheduler
 
-SAME = 1e-3  # caption states closer than this in every element are of the same caption
+SAME_CAPTION_TOLERANCE = (
+    1e-3  # caption states closer than this in every element are of the same caption
+)
 
 
 def posterior_weights(
@@ -98,10 +100,15 @@ class ExactDenoiser(nn.Module):
         if states is None or self.caption_states is None:
             return None
         mine = torch.stack(
-            [(self.caption_states - state).abs().amax((1, 2)) < SAME for state in states]
+            [
+                (self.caption_states - state).abs().amax((1, 2)) < SAME_CAPTION_TOLERANCE
+                for state in states
+            ]
         )
         if self.empty_state is not None:
-            mine |= ((states - self.empty_state).abs().amax((1, 2)) < SAME)[:, None]
+            mine |= ((states - self.empty_state).abs().amax((1, 2)) < SAME_CAPTION_TOLERANCE)[
+                :, None
+            ]
         if not mine.any(1).all():
             unknown = (~mine.any(1)).nonzero().flatten().tolist()
             raise ValueError(

@@ -40,7 +40,7 @@ def interval(
     return lambda level: w if lo <= level <= hi else 0.0
 
 
-def weights(w: Weight, prompts: int, level: float | None = None, name: str = "w") -> Tensor:
+def prompt_weights(w: Weight, prompts: int, level: float | None = None, name: str = "w") -> Tensor:
     """The finite weight of each prompt (prompts,) at one noise level, float64; InputError for anything else."""
     value = w(level) if callable(w) else w
     if hasattr(value, "tolist"):  # tensors and arrays
@@ -62,18 +62,18 @@ def weights(w: Weight, prompts: int, level: float | None = None, name: str = "w"
     return torch.tensor(values, dtype=torch.float64)
 
 
-def plus(w: Weight, n: float) -> Weight:
+def shift_weight(w: Weight, n: float) -> Weight:
     """w + n in w's own kind: number, one per prompt, or function. diffusers' guidance_scale is plus(w, 1)."""
     if callable(w):
-        return lambda level: plus(w(level), n)
+        return lambda level: shift_weight(w(level), n)
     return w + n if isinstance(w, Real | Tensor) else [v + n for v in w]
 
 
-def of_scale(scale: Weight) -> Weight:
+def w_from_guidance_scale(scale: Weight) -> Weight:
     """w of diffusers' guidance_scale, in its own kind: scale - 1, but 0 below 1, where diffusers draws without guidance."""
     if callable(scale):
-        return lambda level: of_scale(scale(level))
-    w = plus(scale, -1)
+        return lambda level: w_from_guidance_scale(scale(level))
+    w = shift_weight(scale, -1)
     return (
         w.clamp(min=0)
         if isinstance(w, Tensor)

@@ -34,27 +34,27 @@ from huggingface_hub import (
 from transformers import CLIPTextModel
 
 LIBRARIES = ("diffusers", "transformers")  # whose classes every stranger has
-FILE = "pipeline"  # the name that diffusers looks for
-SHARD = r"(?:-\d+-of-\d+)?"
-WEIGHTS = re.compile(
-    rf"(\w+)/\w+{SHARD}(?:\.(\w+))?{SHARD}\.(?:safetensors|bin)(?:\.index(?:\.(\w+))?\.json)?"
+PIPELINE_FILE = "pipeline"  # the name that diffusers looks for
+SHARD_PATTERN = r"(?:-\d+-of-\d+)?"
+WEIGHTS_PATTERN = re.compile(
+    rf"(\w+)/\w+{SHARD_PATTERN}(?:\.(\w+))?{SHARD_PATTERN}\.(?:safetensors|bin)(?:\.index(?:\.(\w+))?\.json)?"
 )  # or their index
-SETTINGS = ("caption_length", "caption_dropout", "w")  # of ours, beside the components
-PRIVATE = "_text_to_image"  # diffusers leaves out what begins with an underscore
-STABLE_DIFFUSION = {
+PIPELINE_SETTINGS = ("caption_length", "caption_dropout", "w")  # of ours, beside the components
+PRIVATE_KEY = "_text_to_image"  # diffusers leaves out what begins with an underscore
+STABLE_DIFFUSION_INDEX = {
     "_class_name": "StableDiffusionPipeline",
     "safety_checker": [None, None],
     "feature_extractor": [None, None],
     "image_encoder": [None, None],
     "requires_safety_checker": False,
 }
-OF_THIS_MACHINE = (
+LOCAL_KEYS = (
     "_name_or_path",
     "is_local",
     "local_files_only",
 )  # where the libraries note that a part was loaded from
-TAGS = ["text-to-image", "diffusion", "ddpm", "classifier-free-guidance"]
-LOADING = """\
+MODEL_TAGS = ["text-to-image", "diffusion", "ddpm", "classifier-free-guidance"]
+USAGE = """\
 ```python
 from diffusers import DiffusionPipeline
 
@@ -73,7 +73,7 @@ pipe.scheduler = DDIMScheduler.from_pretrained({model!r}, subfolder="scheduler")
 unet = UNet2DConditionModel.from_pretrained({model!r}, subfolder="unet", use_safetensors=True)
 ```
 """
-LOADING_STOCK = """\
+USAGE_STOCK = """\
 ```python
 from diffusers import DiffusionPipeline
 
@@ -90,8 +90,8 @@ pipe = DiffusionPipeline.from_pretrained({model!r}, custom_pipeline={model!r}, t
 picture = pipe({prompt!r}, w={w:g}, seed=0).images[0]
 ```
 """
-SD_W = 6.5  # 1 + w is 7.5, what Stable Diffusion's own pipeline guides by
-DOWNLOADING = (
+STABLE_DIFFUSION_W = 6.5  # 1 + w is 7.5, what Stable Diffusion's own pipeline guides by
+DOWNLOAD_OPTIONS = (
     "revision",
     "token",
     "cache_dir",
@@ -100,7 +100,7 @@ DOWNLOADING = (
 )  # options of loading that are a download's
 
 
-class Layout:
+class HubFormat:
     """The saving and loading of a DiffusionPipeline, to be named before it among the bases of a class."""
 
     @classmethod
@@ -111,14 +111,16 @@ class Layout:
         is diffusers' own loading, which runs the code of the repository once it is trusted to.
         """
         name = pretrained_model_name_or_path
-        if at_home() and not os.path.isdir(pretrained_model_name_or_path):
-            options = {name: kwargs.pop(name) for name in DOWNLOADING if name in kwargs}
-            pretrained_model_name_or_path = safe().download(
+        if in_package() and not os.path.isdir(pretrained_model_name_or_path):
+            options = {name: kwargs.pop(name) for name in DOWNLOAD_OPTIONS if name in kwargs}
+            pretrained_model_name_or_path = trusted_loader().download(
                 str(pretrained_model_name_or_path), kwargs.get("variant"), **options
             )
         pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         pipe.register_to_config(_name_or_path=str(name))  # and not where the cache keeps it
-        if at_home() and safe().of_stable_diffusion(Path(pretrained_model_name_or_path)):
+        if in_package() and trusted_loader().of_stable_diffusion(
+            Path(pretrained_model_name_or_path)
+        ):
             noise = (
                 pipe.scheduler.config
             )  # of which its own pipeline keeps neither, whatever was saved
@@ -132,7 +134,7 @@ class Layout:
     def from_pipe(cls, pipeline, **kwargs):
         """The pipeline over the parts of another one, which guides by default as that one does; the rest is diffusers' own."""
         if not {"w", "_w"} & pipeline.config.keys():  # _w: of one of ours that it was made from
-            kwargs.setdefault("w", SD_W)
+            kwargs.setdefault("w", STABLE_DIFFUSION_W)
         ours = {
             name: getattr(pipeline, name, None) for name in ("vae", "whitening")
         }  # diffusers drops classes it does not know
@@ -143,33 +145,33 @@ class Layout:
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
         """diffusers' own, with what of ours lies in a Stable Diffusion index, which diffusers does not read."""
-        if config_dict.get("_class_name") == STABLE_DIFFUSION["_class_name"]:
-            private = config_dict.get(PRIVATE, {})
-            ours = {name: private[name] for name in SETTINGS if name in private}
-            config_dict = {"w": SD_W} | ours | config_dict
+        if config_dict.get("_class_name") == STABLE_DIFFUSION_INDEX["_class_name"]:
+            private = config_dict.get(PRIVATE_KEY, {})
+            ours = {name: private[name] for name in PIPELINE_SETTINGS if name in private}
+            config_dict = {"w": STABLE_DIFFUSION_W} | ours | config_dict
         return super().extract_init_dict(config_dict, **kwargs)
 
     @classmethod
     def load_config(cls, *args, **kwargs):
         """The index of a saved pipeline; in this package with its own classes in the place of those that came along."""
         index = super().load_config(*args, **kwargs)
-        return safe().own(index) if at_home() and isinstance(index, dict) else index
+        return trusted_loader().own(index) if in_package() and isinstance(index, dict) else index
 
     def to_json_string(self) -> str:
         """`model_index.json`: our classes by the files that `save_config` writes, or Stable Diffusion's index, ours in it."""
         index = json.loads(super().to_json_string())
-        index = {key: value for key, value in index.items() if key not in OF_THIS_MACHINE}
+        index = {key: value for key, value in index.items() if key not in LOCAL_KEYS}
         for name, module in self._own_modules().items():
             index[name] = [module.rpartition(".")[2], index[name][1]]
-        index["_class_name"] = [FILE, type(self).__name__]
+        index["_class_name"] = [PIPELINE_FILE, type(self).__name__]
         if self.is_stable_diffusion():
             kept = ("_diffusers_version", "unet", "vae", "text_encoder", "tokenizer")
             ours = {key: value for key, value in index.items() if key not in kept}
             scheduler = ["diffusers", index["scheduler"][1]]
             index = (
                 {key: index[key] for key in kept}
-                | STABLE_DIFFUSION
-                | {"scheduler": scheduler, PRIVATE: ours}
+                | STABLE_DIFFUSION_INDEX
+                | {"scheduler": scheduler, PRIVATE_KEY: ours}
             )
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
@@ -187,8 +189,8 @@ class Layout:
             for file in ("config.json", "tokenizer_config.json")
         ):
             found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-            if found.keys() & set(OF_THIS_MACHINE):
-                kept = {key: value for key, value in found.items() if key not in OF_THIS_MACHINE}
+            if found.keys() & set(LOCAL_KEYS):
+                kept = {key: value for key, value in found.items() if key not in LOCAL_KEYS}
                 path.write_text(
                     json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n",
                     encoding="utf-8",
@@ -246,12 +248,12 @@ class Layout:
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
             if not api.file_exists(repo_id, "README.md"):
-                plain_card(repo_id, self.is_stable_diffusion(), self.config.w, variant).save(
+                default_card(repo_id, self.is_stable_diffusion(), self.config.w, variant).save(
                     Path(folder) / "README.md"
                 )
             return api.create_commit(
                 repo_id,
-                changes(api, repo_id, Path(folder)),
+                commit_operations(api, repo_id, Path(folder)),
                 create_pr=create_pr,
                 commit_message=commit_message or f"Upload {type(self).__name__}",
             )
@@ -315,7 +317,7 @@ class Layout:
                     "module: move it to a file of its own, which can travel"
                 )
         source = Path(inspect.getsourcefile(type(self)))
-        code = {f"{FILE}.py": source} | {
+        code = {f"{PIPELINE_FILE}.py": source} | {
             f"{name}.py": source.with_name(f"{name}.py") for name in get_relative_imports(source)
         }
         if not self.is_stable_diffusion():
@@ -326,23 +328,23 @@ class Layout:
         return code
 
 
-def at_home() -> bool:
+def in_package() -> bool:
     """Whether this file is the package's own, and not a copy that came with a model."""
     return __package__ == "pipeline"
 
 
-def safe():
+def trusted_loader():
     """The module that decides what may be loaded; it does not travel."""
     return importlib.import_module(f"{__package__}.safe")
 
 
-def weights_of(name: str) -> tuple[str, str | None] | None:
+def parse_weights_file(name: str) -> tuple[str, str | None] | None:
     """(component, variant) where a file of a repository holds weights or says which files do, else None."""
-    found = WEIGHTS.fullmatch(name)
+    found = WEIGHTS_PATTERN.fullmatch(name)
     return found and (found[1], found[2] or found[3])
 
 
-def changes(
+def commit_operations(
     api: HfApi, repo_id: str, folder: Path, kind: str = "model"
 ) -> list[CommitOperationAdd | CommitOperationDelete]:
     """What makes a repository hold a folder: every file under its own path, and no earlier weights of the same components and
@@ -355,27 +357,29 @@ def changes(
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-    kinds = set(filter(None, map(weights_of, files)))
+    kinds = set(filter(None, map(parse_weights_file, files)))
     there = api.list_repo_files(repo_id, repo_type=kind) if kinds else []
-    stale = [name for name in there if name not in files and weights_of(name) in kinds]
+    stale = [name for name in there if name not in files and parse_weights_file(name) in kinds]
     return [CommitOperationAdd(*file) for file in files.items()] + [
         CommitOperationDelete(name) for name in stale
     ]
 
 
-def plain_card(repo_id: str, stock: bool, w: float, variant: str | None = None) -> ModelCard:
+def default_card(repo_id: str, stock: bool, w: float, variant: str | None = None) -> ModelCard:
     """A model card that says no more than how to draw with the repository, at w."""
-    data = ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=TAGS)
-    use = loading(repo_id, stock, "a cat", w, variant)
+    data = ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=MODEL_TAGS)
+    use = usage_snippet(repo_id, stock, "a cat", w, variant)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {repo_id.rpartition('/')[2]}\n\n{use}")
 
 
-def loading(model: str, stock: bool, prompt: str, w: float, variant: str | None = None) -> str:
+def usage_snippet(
+    model: str, stock: bool, prompt: str, w: float, variant: str | None = None
+) -> str:
     """How a process without this package draws with a saved model, a folder or a repository, as Markdown.
 
     stock: whether its index is Stable Diffusion's. variant: of its weights, such as fp16; None are plain ones.
     """
-    text = (LOADING_STOCK if stock else LOADING).format(model=model, prompt=prompt, w=w, s=1 + w)
+    text = (USAGE_STOCK if stock else USAGE).format(model=model, prompt=prompt, w=w, s=1 + w)
     return (
         text
         if variant is None

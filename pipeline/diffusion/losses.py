@@ -13,20 +13,20 @@ from torch import Tensor
 from .scheduler import DDPMScheduler
 
 # Weights of the squared error of x_0, as functions of (snr, gamma). In eps terms the first is 1: that is (13).
-WEIGHTS: dict[str, Callable[[Tensor, float | None], Tensor]] = {
+LOSS_WEIGHTS: dict[str, Callable[[Tensor, float | None], Tensor]] = {
     "simple": lambda snr, gamma: snr,
     "min_snr": lambda snr, gamma: snr.clamp(max=gamma),
     "velocity": lambda snr, gamma: snr + 1,
     "min_velocity": lambda snr, gamma: (snr + 1).clamp(max=gamma),
     "x_0": lambda snr, gamma: torch.ones_like(snr),
 }
-SPACES = (
+PIXEL_SPACES = (
     "pixels",
     "patches",
 )  # where a bit per dimension means a bit per colour value of the image
 
 
-def target(scheduler: DDPMScheduler, x_0: Tensor, eps: Tensor, t: int | Tensor) -> Tensor:
+def network_target(scheduler: DDPMScheduler, x_0: Tensor, eps: Tensor, t: int | Tensor) -> Tensor:
     """What the network should have predicted: eps, x_0 or v, by the scheduler's prediction_type."""
     if scheduler.config.prediction_type == "epsilon":
         return eps
@@ -35,7 +35,7 @@ def target(scheduler: DDPMScheduler, x_0: Tensor, eps: Tensor, t: int | Tensor) 
     return scheduler.get_velocity(x_0, eps, t)
 
 
-def weight(
+def loss_weight(
     scheduler: DDPMScheduler, t: Tensor, name: str = "simple", gamma: float | None = None
 ) -> Tensor:
     """The weight (B,) of the squared error of what the network predicts, for timesteps t (B,).
@@ -43,8 +43,8 @@ def weight(
     The squared error of x_0 is that of eps divided by SNR, and that of v divided by SNR + 1. ValueError for an unknown
     name, a `gamma` that is missing or unused, and for epsilon where SNR = 0.
     """
-    if name not in WEIGHTS:
-        raise ValueError(f"weighting must be one of {', '.join(WEIGHTS)}, got {name!r}")
+    if name not in LOSS_WEIGHTS:
+        raise ValueError(f"weighting must be one of {', '.join(LOSS_WEIGHTS)}, got {name!r}")
     if name.startswith("min_") != (gamma is not None) or (
         gamma is not None and not 0 < gamma < math.inf
     ):
@@ -54,15 +54,15 @@ def weight(
         )
     snr = scheduler.snr(t, torch.zeros(1, device=t.device))
     if scheduler.config.prediction_type == "sample":
-        return WEIGHTS[name](snr, gamma)
+        return LOSS_WEIGHTS[name](snr, gamma)
     if scheduler.config.prediction_type == "v_prediction":
-        return WEIGHTS[name](snr, gamma) / (snr + 1)
+        return LOSS_WEIGHTS[name](snr, gamma) / (snr + 1)
     if scheduler._ends_without_signal and (snr == 0).any():
         raise ValueError(
             "prediction_type='epsilon' has no weight where SNR = 0: the noise says nothing about x_0. "
             "Train v_prediction or sample, or without rescale_betas_zero_snr."
         )
-    return WEIGHTS[name](snr, gamma) / snr
+    return LOSS_WEIGHTS[name](snr, gamma) / snr
 
 
 def training_loss(
@@ -75,14 +75,14 @@ def training_loss(
     gamma: float | None = None,
 ) -> Tensor:
     """(13), and its weighted relatives: weight times the mean squared error over the dimensions, (B,)."""
-    error = (target(scheduler, x_0, eps, t) - model_output).square().flatten(1).mean(1)
-    return weight(scheduler, t, weighting, gamma) * error
+    error = (network_target(scheduler, x_0, eps, t) - model_output).square().flatten(1).mean(1)
+    return loss_weight(scheduler, t, weighting, gamma) * error
 
 
 # -- the variational bound, in nats summed over the dimensions -------------------------------------------------------
 
 
-def kl(
+def posterior_kl(
     scheduler: DDPMScheduler,
     x_0: Tensor,
     x_0_hat: Tensor,
@@ -103,7 +103,7 @@ def kl(
     return each.flatten(1).sum(1) / 2
 
 
-def noise_weight(
+def kl_noise_weight(
     scheduler: DDPMScheduler, t: int | Tensor, s: int | Tensor, like: Tensor
 ) -> Tensor:
     """(12) beta² / (2 beta~ alpha (1 - abar_t)), what turns ‖eps - eps_hat‖² into the KL of (11)."""
@@ -114,20 +114,20 @@ def noise_weight(
     return (1 - alpha) ** 2 / (2 * variance * alpha * (1 - abar_t))
 
 
-def kl_in_noise(
+def noise_kl(
     scheduler: DDPMScheduler, eps: Tensor, eps_hat: Tensor, t: int | Tensor, s: int | Tensor
 ) -> Tensor:
     """(12) the KL of (11), with fixed_small, from the error in the noise: nats (B,)."""
-    return (noise_weight(scheduler, t, s, eps) * (eps - eps_hat).square()).flatten(1).sum(1)
+    return (kl_noise_weight(scheduler, t, s, eps) * (eps - eps_hat).square()).flatten(1).sum(1)
 
 
-def prior(scheduler: DDPMScheduler, x_0: Tensor, t: int) -> Tensor:
+def prior_kl(scheduler: DDPMScheduler, x_0: Tensor, t: int) -> Tensor:
     """KL(q(x_t | x_0) ‖ N(0, I)) at the chain's first timestep t, in nats (B,): what (6) leaves of the image."""
     abar_t = scheduler.abar(t, x_0)
     return (abar_t * x_0.square() - abar_t - (1 - abar_t).log()).flatten(1).sum(1) / 2
 
 
-def decoder(x_0: Tensor, mean: Tensor, variance: Tensor, levels: int | None = 256) -> Tensor:
+def decoder_nll(x_0: Tensor, mean: Tensor, variance: Tensor, levels: int | None = 256) -> Tensor:
     """-log p(x_0 | x_1) in nats (B,), the bound's last step, where a KL would be infinite.
 
     p is a Gaussian around `mean`. Images with so many `levels` in [-1, 1] get its mass over the level's own bin (the
@@ -169,11 +169,11 @@ def vlb(
         output = predict(x_t, torch.full((len(x_0),), t, device=x_0.device))
         x_0_hat = scheduler.clip(scheduler.predict_x_0(output, t, x_t))
         if s >= 0:
-            steps.append(kl(scheduler, x_0, x_0_hat, x_t, t, s))
+            steps.append(posterior_kl(scheduler, x_0, x_0_hat, x_t, t, s))
     variance = scheduler.posterior(x_0, x_0, plan[-2], plan[-1])[1]  # beta~_2, since beta~_1 = 0
-    last = decoder(x_0, x_0_hat, variance, levels)
+    last = decoder_nll(x_0, x_0_hat, variance, levels)
     return {
-        "prior": prior(scheduler, x_0, plan[0]),
+        "prior": prior_kl(scheduler, x_0, plan[0]),
         "steps": torch.stack(steps, 1),
         "decoder": last,
     }
@@ -181,9 +181,9 @@ def vlb(
 
 def bits_per_dimension(nats: Tensor, dimensions: int, space: str = "pixels") -> Tensor:
     """Nats per example as bits per colour value; ValueError for a VAE's latents, whose bits are not the image's."""
-    if space not in SPACES:
+    if space not in PIXEL_SPACES:
         raise ValueError(
-            f"bits per dimension are defined for {' and '.join(SPACES)} (a permutation of pixels), got "
+            f"bits per dimension are defined for {' and '.join(PIXEL_SPACES)} (a permutation of pixels), got "
             f"{space!r}: a bound on latents says nothing about pixels"
         )
     return nats / (dimensions * math.log(2))

@@ -63,15 +63,15 @@ def wide(x: Tensor) -> Tensor:
     return x.to(wide_dtype(x))
 
 
-SCHEDULES = {f.__name__: f for f in (linear, scaled_linear, squaredcos_cap_v2, sigmoid)}
-STOCK_SCHEDULES = (
+BETA_SCHEDULES = {f.__name__: f for f in (linear, scaled_linear, squaredcos_cap_v2, sigmoid)}
+STOCK_BETA_SCHEDULES = (
     "linear",
     "scaled_linear",
     "squaredcos_cap_v2",
 )  # which every scheduler of diffusers computes
-PREDICTIONS = ("epsilon", "sample", "v_prediction")
-SPACINGS = ("leading", "linspace", "trailing")
-VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
+VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
 
 
 def zero_terminal_snr(beta: Tensor) -> Tensor:
@@ -373,17 +373,17 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         rescale_betas_zero_snr: bool = False,
     ):
         for name, value, known in [
-            ("beta_schedule", beta_schedule, SCHEDULES),
-            ("variance_type", variance_type, VARIANCES),
-            ("prediction_type", prediction_type, PREDICTIONS),
-            ("timestep_spacing", timestep_spacing, SPACINGS),
+            ("beta_schedule", beta_schedule, BETA_SCHEDULES),
+            ("variance_type", variance_type, VARIANCE_TYPES),
+            ("prediction_type", prediction_type, PREDICTION_TYPES),
+            ("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS),
         ]:
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         if trained_betas is not None:
             beta = torch.as_tensor(trained_betas, dtype=torch.float64)
         else:
-            beta = SCHEDULES[beta_schedule](num_train_timesteps, beta_start, beta_end)
+            beta = BETA_SCHEDULES[beta_schedule](num_train_timesteps, beta_start, beta_end)
         given = (
             f"beta_start={beta_start}, beta_end={beta_end}"
             if trained_betas is None
@@ -407,7 +407,7 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
                 "rescale_betas_zero_snr needs at least 2 timesteps, got 1: no signal at the last leaves none at all"
             )
         if (
-            beta_schedule not in STOCK_SCHEDULES and trained_betas is None
+            beta_schedule not in STOCK_BETA_SCHEDULES and trained_betas is None
         ):  # so that stock schedulers take it from this config
             defaults = [
                 name

@@ -25,13 +25,13 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .captions import last_states, normalize
-from .guidance import InputError, Weight, guide, of_scale, plus, weights
-from .hub_format import Layout
+from .captions import last_hidden_states, normalize
+from .guidance import InputError, Weight, guide, prompt_weights, shift_weight, w_from_guidance_scale
+from .hub_format import HubFormat
 
 logger = logging.get_logger(__name__)
 
-ENCODED = 8  # images that a VAE encodes or decodes at once
+VAE_BATCH_SIZE = 8  # images that a VAE encodes or decodes at once
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
@@ -48,7 +48,7 @@ class Step:
     w: Weight
 
 
-class TextToImagePipeline(Layout, DiffusionPipeline, StableDiffusionLoraLoaderMixin):
+class TextToImagePipeline(HubFormat, DiffusionPipeline, StableDiffusionLoraLoaderMixin):
     """Images for captions, by a diffusion model in pixels (`vae=None`), in patches or in an autoencoder's latents.
 
     LoRA files go in and out as in Stable Diffusion: `load_lora_weights`, `fuse_lora`, `unload_lora_weights`.
@@ -93,7 +93,7 @@ class TextToImagePipeline(Layout, DiffusionPipeline, StableDiffusionLoraLoaderMi
         self.register_to_config(caption_length=caption_length, caption_dropout=caption_dropout, w=w)
         self.vae_scale_factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
-        self._guidance_scale, self._num_timesteps, self._interrupt = plus(w, 1), 0, False
+        self._guidance_scale, self._num_timesteps, self._interrupt = shift_weight(w, 1), 0, False
 
     @property
     def guidance_scale(self) -> Weight:
@@ -213,7 +213,7 @@ class TextToImagePipeline(Layout, DiffusionPipeline, StableDiffusionLoraLoaderMi
             setattr(step, field, new)
         in_place = isinstance(scale, Tensor) and not torch.equal(scale, before)  # by `+=`
         if self._guidance_scale is not scale or in_place:
-            step.w = of_scale(self._guidance_scale)
+            step.w = w_from_guidance_scale(self._guidance_scale)
 
     def denoise(
         self,
@@ -246,7 +246,7 @@ class TextToImagePipeline(Layout, DiffusionPipeline, StableDiffusionLoraLoaderMi
         LoRA layers, in the network and in the text encoder. Bad requests raise InputError.
         """
         prompts = self._count(prompt, prompt_embeds)
-        if not whole(num_images_per_prompt) or num_images_per_prompt < 1:
+        if not is_int(num_images_per_prompt) or num_images_per_prompt < 1:
             raise InputError(
                 f"num_images_per_prompt is {num_images_per_prompt!r}, expected a whole number from 1: pass 1"
             )
@@ -255,15 +255,15 @@ class TextToImagePipeline(Layout, DiffusionPipeline, StableDiffusionLoraLoaderMi
         plan_w = [weights_at(w, prompts, scheduler, t) for t in scheduler.timesteps]
         guided = any(bool((w_t != 0).any()) for w_t in plan_w)
         B = prompts * num_images_per_prompt
-        generator = generators(B, seed, generator)
-        step_kwargs = step_options(scheduler, generator, eta)
+        generator = make_generators(B, seed, generator)
+        step_kwargs = prepare_extra_step_kwargs(scheduler, generator, eta)
         x_t = self._noise(B, height, width, generator, latents, device) * scheduler.init_noise_sigma
         both = (
             guided
             or negative_prompt_embeds is not None
             or (prompt_embeds is None and self.text_encoder is not None)
         )
-        with scaled(self.text_encoder, (cross_attention_kwargs or {}).get("scale")):
+        with scaled_lora(self.text_encoder, (cross_attention_kwargs or {}).get("scale")):
             captions, empty = self.encode_prompt(
                 prompt,
                 device,
@@ -279,7 +279,7 @@ class TextToImagePipeline(Layout, DiffusionPipeline, StableDiffusionLoraLoaderMi
                 "w is best left at 0."
             )
         self._guidance_scale, self._num_timesteps, self._interrupt = (
-            plus(w, 1),
+            shift_weight(w, 1),
             len(scheduler.timesteps),
             False,
         )
@@ -359,7 +359,7 @@ class TextToImagePipeline(Layout, DiffusionPipeline, StableDiffusionLoraLoaderMi
         if self.vae is None:
             return images
         found, config = (
-            [self.vae.encode(some) for some in images.to(self.vae.dtype).split(ENCODED)],
+            [self.vae.encode(some) for some in images.to(self.vae.dtype).split(VAE_BATCH_SIZE)],
             self.vae.config,
         )
         z = torch.cat(
@@ -380,7 +380,7 @@ class TextToImagePipeline(Layout, DiffusionPipeline, StableDiffusionLoraLoaderMi
         with torch.no_grad():
             parts = [
                 self.vae.decode(some, return_dict=False)[0]
-                for some in z.to(self.vae.dtype).split(ENCODED)
+                for some in z.to(self.vae.dtype).split(VAE_BATCH_SIZE)
             ]
         return torch.cat(parts).to(x.dtype)
 
@@ -454,7 +454,7 @@ class TextToImagePipeline(Layout, DiffusionPipeline, StableDiffusionLoraLoaderMi
             )
         captions = [normalize(caption) for caption in captions]
         length = self._caption_length(captions, length)
-        states = last_states(captions, self.tokenizer, self.text_encoder, length, device)
+        states = last_hidden_states(captions, self.tokenizer, self.text_encoder, length, device)
         return states if self.whitening is None else self.whitening(states)
 
     def _caption_length(self, captions: list[str], other: int | None = None) -> int:
@@ -525,8 +525,8 @@ class TextToImagePipeline(Layout, DiffusionPipeline, StableDiffusionLoraLoaderMi
         if guidance_scale is None:
             return self.config.w if w is None else w
         if not callable(guidance_scale):
-            weights(guidance_scale, prompts, name="guidance_scale")
-        return of_scale(guidance_scale)
+            prompt_weights(guidance_scale, prompts, name="guidance_scale")
+        return w_from_guidance_scale(guidance_scale)
 
     def _own_scheduler(
         self, n: int, timesteps: list[int] | None, device: torch.device
@@ -543,7 +543,7 @@ class TextToImagePipeline(Layout, DiffusionPipeline, StableDiffusionLoraLoaderMi
             if hasattr(scheduler, "__len__")
             else scheduler.config.num_train_timesteps
         )
-        if timesteps is None and not (whole(n) and 1 <= n <= T):
+        if timesteps is None and not (is_int(n) and 1 <= n <= T):
             raise InputError(
                 f"num_inference_steps is {n!r}, expected a whole number from 1 to {T}: 50 is a good start"
             )
@@ -577,7 +577,7 @@ class TextToImagePipeline(Layout, DiffusionPipeline, StableDiffusionLoraLoaderMi
         h, w = size if isinstance(size, tuple | list) else (size, size)
         height, width = h * f if height is None else height, w * f if width is None else width
         for name, side in (("height", height), ("width", width)):
-            if not whole(side) or side < 1 or side % f:
+            if not is_int(side) or side < 1 or side % f:
                 raise InputError(
                     f"{name} is {side!r}, expected a multiple of {f}: this model was trained at {h * f}x{w * f}"
                 )
@@ -594,7 +594,7 @@ class TextToImagePipeline(Layout, DiffusionPipeline, StableDiffusionLoraLoaderMi
         return latents.to(device, dtype)
 
 
-def whole(n) -> bool:
+def is_int(n) -> bool:
     """Whether n is an int and not a bool."""
     return isinstance(n, int) and not isinstance(n, bool)
 
@@ -611,10 +611,10 @@ def noise_level(scheduler: SchedulerMixin, t: Tensor) -> float:
 
 def weights_at(w: Weight, prompts: int, scheduler: SchedulerMixin, t: Tensor) -> Tensor:
     """The weight of each prompt (prompts,) at a timestep, float64."""
-    return weights(w, prompts, noise_level(scheduler, t) if callable(w) else None)
+    return prompt_weights(w, prompts, noise_level(scheduler, t) if callable(w) else None)
 
 
-def generators(
+def make_generators(
     B: int, seed: int | None, generator: Generator | list[Generator] | None
 ) -> Generator | list[Generator]:
     """Where B images draw their noise from: `generator` as it is, or one generator an image, seeded seed + i or afresh."""
@@ -626,7 +626,7 @@ def generators(
         )
     if generator is not None:
         return list(generator) if isinstance(generator, list | tuple) else generator
-    if seed is not None and (not whole(seed) or not 0 <= seed < 2**63 - B):
+    if seed is not None and (not is_int(seed) or not 0 <= seed < 2**63 - B):
         raise InputError(
             f"seed is {seed!r}, expected a whole number from 0 to {2**63 - B - 1}: 0 is as good as any"
         )
@@ -637,7 +637,7 @@ def generators(
 
 
 @contextlib.contextmanager
-def scaled(encoder: PreTrainedModel | None, scale: float | None) -> Iterator[None]:
+def scaled_lora(encoder: PreTrainedModel | None, scale: float | None) -> Iterator[None]:
     """A text encoder whose LoRA layers count `scale` as much, as Stable Diffusion's pipeline scales them."""
     if encoder is None or scale is None or not USE_PEFT_BACKEND:
         yield
@@ -649,7 +649,7 @@ def scaled(encoder: PreTrainedModel | None, scale: float | None) -> Iterator[Non
         unscale_lora_layers(encoder, scale)
 
 
-def step_options(
+def prepare_extra_step_kwargs(
     scheduler: SchedulerMixin, generator: Generator | list[Generator], eta: float | None
 ) -> dict:
     """What of generator and eta the scheduler's step takes, and what it needs; an eta that it does not take is refused."""

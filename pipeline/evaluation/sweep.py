@@ -14,18 +14,25 @@ from diffusers import UNet2DConditionModel
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-from pipeline.data import dataset
+from pipeline.data.sampler import evenly_spaced
 from pipeline.diffusion import guidance as guidance_module
+from pipeline.diffusion.guidance import Weight
 from pipeline.diffusion.scheduler import DDPMScheduler
-from pipeline.diffusion.text_to_image import step_options
-from pipeline.evaluation import evaluate, retrieval
-from pipeline.evaluation.feature_extractor import NAME, Judge
-from pipeline.evaluation.retrieval import EvaluationError
-from pipeline.runs.folder import IMAGES, Run
-from pipeline.search import search
+from pipeline.diffusion.text_to_image import prepare_extra_step_kwargs
+from pipeline.evaluation.distances import MIN_SAMPLES, kid
+from pipeline.evaluation.evaluate import load_run, update_metrics
+from pipeline.evaluation.feature_extractor import FEATURE_NETWORK, FeatureExtractor
+from pipeline.evaluation.reference_set import ReferenceSet
+from pipeline.evaluation.retrieval import EvaluationError, recall_summary, retrieval_ranks
+from pipeline.evaluation.samples import generate_samples, samples_file, samples_identity
+from pipeline.runs.folder import IMAGES_FOLDER, RunFolder
+from pipeline.search.search import calls_of_sample
 
-ALWAYS = (0.0, 1.0)  # the guidance interval that is all noise levels
-WEIGHTS = ("averaged", "raw")  # the pipeline's, and those that the newest checkpoint trains on with
+WHOLE_INTERVAL = (0.0, 1.0)  # the guidance interval that is all noise levels
+SWEEP_WEIGHTS = (
+    "averaged",
+    "raw",
+)  # the pipeline's, and those that the newest checkpoint trains on with
 
 
 @dataclass(frozen=True)
@@ -35,14 +42,16 @@ class Point:
     w: float
     steps: int
     eta: float | None  # None where the scheduler takes none
-    interval: tuple[float, float] = ALWAYS  # noise levels at which there is guidance
+    interval: tuple[float, float] = WHOLE_INTERVAL  # noise levels at which there is guidance
     weights: str = "averaged"
 
     @property
-    def guidance(self) -> guidance_module.Weight:
+    def guidance(self) -> Weight:
         """The w of a call."""
         return (
-            self.w if self.interval == ALWAYS else guidance_module.interval(self.w, *self.interval)
+            self.w
+            if self.interval == WHOLE_INTERVAL
+            else guidance_module.interval(self.w, *self.interval)
         )
 
     @property
@@ -50,7 +59,7 @@ class Point:
         """What its pictures' file says beside w and seed; nothing for what plain evaluation draws."""
         eta = "" if self.eta in (None, 1) else f"-eta{self.eta:g}"
         return eta + (
-            "" if self.interval == ALWAYS else "-interval{:g}-{:g}".format(*self.interval)
+            "" if self.interval == WHOLE_INTERVAL else "-interval{:g}-{:g}".format(*self.interval)
         )
 
 
@@ -70,28 +79,28 @@ def _checked(kind: type, allowed: Callable[[float], bool]) -> Callable[[str], fl
 
 
 # What a knob's value is read by, and what it may be.
-KNOBS: dict[str, tuple[Callable, str]] = {
+SWEEP_PARAMETERS: dict[str, tuple[Callable, str]] = {
     "w": (_checked(float, math.isfinite), "finite numbers, such as w=0,1,2,4"),
     "steps": (_checked(int, lambda n: n >= 1), "whole numbers from 1, such as steps=10,25,50"),
     "eta": (_checked(float, lambda eta: 0 <= eta <= 1), "numbers from 0 to 1, such as eta=0,1"),
     "interval": (_interval, "noise levels LOW:HIGH between 0 and 1, such as interval=0:1,0.3:0.9"),
     "weights": (
-        _checked(str, WEIGHTS.__contains__),
-        f"of {', '.join(WEIGHTS)}, such as weights=averaged,raw",
+        _checked(str, SWEEP_WEIGHTS.__contains__),
+        f"of {', '.join(SWEEP_WEIGHTS)}, such as weights=averaged,raw",
     ),
 }
 
 
-def read(words: list[str]) -> dict[str, list]:
+def parse_sweep(words: list[str]) -> dict[str, list]:
     """The values of each knob of `knob=a,b` words, in their order."""
     found: dict[str, list] = {}
     for word in words:
         knob, _, values = word.partition("=")
-        if knob not in KNOBS or knob in found:
+        if knob not in SWEEP_PARAMETERS or knob in found:
             raise EvaluationError(
-                f"--sweep got {word!r}, expected each of {', '.join(KNOBS)} once at most: pass w=0,1,2,4"
+                f"--sweep got {word!r}, expected each of {', '.join(SWEEP_PARAMETERS)} once at most: pass w=0,1,2,4"
             )
-        parse, expected = KNOBS[knob]
+        parse, expected = SWEEP_PARAMETERS[knob]
         try:
             found[knob] = [parse(value) for value in values.split(",")]
         except ValueError as error:
@@ -99,16 +108,16 @@ def read(words: list[str]) -> dict[str, list]:
     return found
 
 
-def label(value) -> str:
+def point_label(value) -> str:
     """A knob's value as it is typed."""
     if isinstance(value, tuple):
-        return ":".join(map(label, value))
+        return ":".join(map(point_label, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def raw(folder: Path) -> UNet2DConditionModel:
+def raw_weights(folder: Path) -> UNet2DConditionModel:
     """The network of the newest checkpoint, whose weights are not averaged."""
-    newest = Run(folder).newest()
+    newest = RunFolder(folder).newest()
     if newest is None or not (newest / "unet").is_dir():
         raise EvaluationError(
             f"{folder} holds no checkpoint of a network, expected one for weights=raw: leave that out"
@@ -126,12 +135,12 @@ def sweep(
     batch: int,
 ) -> dict:
     """Draw `on` captions, evenly spread, at every point; write metrics.json, its figure, and return all that the file holds."""
-    values = read(words)
+    values = parse_sweep(words)
     if w is not None and len(w) > 1:
         raise EvaluationError(
             f"--w is {w}, expected one number that the sweep starts from: pass the others as --sweep w=0,1"
         )
-    _config, judge, bank, pipe = evaluate.finished(folder)
+    _config, judge, bank, pipe = load_run(folder)
     eta = 1.0 if isinstance(pipe.scheduler, DDPMScheduler) else None
     base = Point(pipe.config.w if w is None else w[0], steps, eta)
     if "interval" in values and base.w in (0, -1):
@@ -139,18 +148,18 @@ def sweep(
             f"interval limits guidance, expected some: at w = {base.w:g} there is none, so pass --w 2"
         )
     curves = {
-        knob: [(label(value), replace(base, **{knob: value})) for value in some]
+        knob: [(point_label(value), replace(base, **{knob: value})) for value in some]
         for knob, some in values.items()
     }
     points = list(
         dict.fromkeys([base, *(point for curve in curves.values() for _, point in curve)])
     )
 
-    rows = dataset.evenly(on, len(bank.captions))
-    if len(rows) < retrieval.LEAST:
+    rows = evenly_spaced(on, len(bank.captions))
+    if len(rows) < MIN_SAMPLES:
         raise EvaluationError(
             f"{len(rows)} captions would be drawn, --on {on} of {len(bank.captions)}, expected "
-            f"{retrieval.LEAST} or more for the error of a KID: leave --on out"
+            f"{MIN_SAMPLES} or more for the error of a KID: leave --on out"
         )
     prompts, what = (
         bank.captions_of(rows),
@@ -158,23 +167,23 @@ def sweep(
     )
     unets = {"averaged": pipe.unet}
     if any(point.weights == "raw" for point in points):
-        unets["raw"] = raw(folder).to(pipe.device)
+        unets["raw"] = raw_weights(folder).to(pipe.device)
     drawn_by, places, calls, found = {}, {}, {}, {}
     for name, pipe.unet in unets.items():
-        drawn_by[name] = evaluate.identity(pipe, bank)
+        drawn_by[name] = samples_identity(pipe, bank)
     for point in points:
-        places[point] = evaluate.drawings(
+        places[point] = samples_file(
             folder, drawn_by[point.weights], point.steps, what + point.name, point.w, seed
         )
-        step_options(
+        prepare_extra_step_kwargs(
             pipe.scheduler, None, point.eta
         )  # which refuses, before anything is drawn, what it does not take
-        calls[point] = search.calls_of_sample(pipe, point.guidance, point.steps)
+        calls[point] = calls_of_sample(pipe, point.guidance, point.steps)
     left = sum(calls[point] * len(rows) for point in points if not places[point].is_file())
     with tqdm(total=left, desc=f"{len(points)} points", unit="call", dynamic_ncols=True) as bar:
         for point in points:
             pipe.unet = unets[point.weights]
-            images = evaluate.draw(
+            images = generate_samples(
                 pipe,
                 prompts,
                 point.guidance,
@@ -185,33 +194,36 @@ def sweep(
                 lambda n, point=point: bar.update(n * calls[point]),
                 eta=point.eta,
             )
-            found[point] = judged(judge, bank, images, rows) | {"calls": calls[point]}
+            found[point] = measure_point(judge, bank, images, rows) | {"calls": calls[point]}
     result = {
-        "features": NAME,
+        "features": FEATURE_NETWORK,
         "captions": len(rows),
         "seed": seed,
-        "base": {"at": {knob: label(value) for knob, value in asdict(base).items()}} | found[base],
+        "base": {"at": {knob: point_label(value) for knob, value in asdict(base).items()}}
+        | found[base],
         "curves": {
             knob: [{"at": at} | found[point] for at, point in some] for knob, some in curves.items()
         },
     }
-    (folder / IMAGES).mkdir(exist_ok=True)
-    figure(result).savefig(folder / IMAGES / "sweep.png", dpi=110)
-    return evaluate.record(folder, drawn_by["averaged"], sweep=result)
+    (folder / IMAGES_FOLDER).mkdir(exist_ok=True)
+    plot_sweep(result).savefig(folder / IMAGES_FOLDER / "sweep.png", dpi=110)
+    return update_metrics(folder, drawn_by["averaged"], sweep=result)
 
 
-def judged(judge: Judge, bank: evaluate.Bank, images: torch.Tensor, rows: torch.Tensor) -> dict:
+def measure_point(
+    judge: FeatureExtractor, bank: ReferenceSet, images: torch.Tensor, rows: torch.Tensor
+) -> dict:
     """Quality and alignment of drawings (N, 3, H, W) of some rows of the bank: KID, first, first five."""
     features, own = judge.features(images), bank.own[rows]
-    ranks = retrieval.summary(retrieval.retrieval_ranks(features, bank.features, own))
+    ranks = recall_summary(retrieval_ranks(features, bank.features, own))
     return {
-        "kid": retrieval.kid(bank.features[own], features),
+        "kid": kid(bank.features[own], features),
         "first": ranks["first"],
         "first_five": ranks["first_five"],
     }
 
 
-def figure(result: dict) -> Figure:
+def plot_sweep(result: dict) -> Figure:
     """Quality against alignment: KID over the share of first-fives, a curve a knob, with 95 % intervals; the base is a star."""
     figure = Figure(figsize=(7, 5), layout="constrained")
     ax = figure.subplots()

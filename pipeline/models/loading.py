@@ -3,18 +3,29 @@
 Libraries are imported where they are needed, so that a mistyped path is told without waiting for them.
 """
 
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
+from diffusers import UNet2DConditionModel
 
-def folder(model: str) -> Path:
+from pipeline.config import load_file
+from pipeline.diffusion.text_to_image import TextToImagePipeline
+from pipeline.models.build import build_pipeline, trainable_parameters
+from pipeline.models.ema import build_ema
+from pipeline.models.lora import add_adapter
+from pipeline.models.text_encoders import load_text_encoder, load_whitening
+from pipeline.runs.checkpoints import verify_checkpoint
+from pipeline.runs.folder import MODEL_INDEX, RunFolder
+from pipeline.runs.state_files import load_state
+
+
+def resolve_model_folder(model: str) -> Path:
     """The folder of a saved pipeline, from its own path, from that of its run, or from the Hub."""
     from pipeline.models import trusted
-    from pipeline.runs.folder import ADAPTER, INDEX
+    from pipeline.models.trusted import parse_repo_id
+    from pipeline.runs.folder import ADAPTER_FILE, MODEL_INDEX
 
-    whole = [(Path(model), INDEX), (Path(model) / "pipeline", INDEX)]
-    for path, file in (*whole, (Path(model), ADAPTER), (Path(model) / "lora", ADAPTER)):
+    whole = [(Path(model), MODEL_INDEX), (Path(model) / "pipeline", MODEL_INDEX)]
+    for path, file in (*whole, (Path(model), ADAPTER_FILE), (Path(model) / "lora", ADAPTER_FILE)):
         if (path / file).is_file():
             return path
     if Path(model).is_dir():
@@ -24,27 +35,27 @@ def folder(model: str) -> Path:
             else ("pass a run's folder or a saved pipeline's")
         )
         raise ValueError(
-            f"{model} holds no pipeline, expected {Path(model) / 'pipeline' / INDEX}: {held}"
+            f"{model} holds no pipeline, expected {Path(model) / 'pipeline' / MODEL_INDEX}: {held}"
         )
     if Path(model).is_file():
         raise ValueError(
             f"{model} is a file, expected the folder of a saved pipeline: make one of a checkpoint by diffusers' "
             f"StableDiffusionPipeline.from_single_file({model!r}).save_pretrained(FOLDER)"
         )
-    if trusted.named(model):
-        return trusted.download(model)
+    if parse_repo_id(model):
+        return trusted.download_model(model)
     raise ValueError(
         f"{model} does not exist, expected the folder of a run or of a saved pipeline, or a model of the Hub "
         "(user/name): see `ls runs`"
     )
 
 
-def load(model: str):
+def load_pipeline(model: str):
     """The pipeline of a run's folder, of a saved pipeline's or of the Hub, or that of an adapter's base with the adapter."""
-    return load_folder(folder(model))
+    return load_from_folder(resolve_model_folder(model))
 
 
-def load_folder(path: Path):
+def load_from_folder(path: Path):
     """The pipeline saved in a folder, from safetensors alone and with no code of its own; ValueError says what is wrong.
 
     One that was saved without its text encoder gets the one that the config.yaml beside it names.
@@ -55,19 +66,20 @@ def load_folder(path: Path):
 
     from pipeline.config import load_file
     from pipeline.diffusion.text_to_image import TextToImagePipeline
-    from pipeline.models import build, trusted
-    from pipeline.runs.folder import ADAPTER, INDEX
+    from pipeline.models.text_encoders import load_text_encoder
+    from pipeline.models.trusted import ModelError, require_safetensors
+    from pipeline.runs.folder import ADAPTER_FILE, MODEL_INDEX
 
-    if not (path / INDEX).is_file() and (path / ADAPTER).is_file():
-        return load_adapter(path)
+    if not (path / MODEL_INDEX).is_file() and (path / ADAPTER_FILE).is_file():
+        return load_with_adapter(path)
     logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     try:
-        trusted.refuse_pickles(path, TextToImagePipeline.load_config(path))
+        require_safetensors(path, TextToImagePipeline.load_config(path))
         pipe = TextToImagePipeline.from_pretrained(
             path, use_safetensors=True, local_files_only=True
         )
-    except trusted.ModelError:
+    except ModelError:
         raise
     except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
@@ -75,12 +87,12 @@ def load_folder(path: Path):
             f"{path} cannot be loaded ({reason}), expected a complete saved pipeline: save it again"
         ) from error
     if pipe.text_encoder is None and (path / "config.yaml").is_file():
-        tokenizer, encoder = build.text_encoder(load_file(path / "config.yaml").model.text_encoder)
+        tokenizer, encoder = load_text_encoder(load_file(path / "config.yaml").model.text_encoder)
         pipe.register_modules(tokenizer=tokenizer, text_encoder=encoder)
     return pipe
 
 
-def load_adapter(path: Path):
+def load_with_adapter(path: Path):
     """An adapter's folder as the pipeline that it adapts, with it; the settings beside it name that.
 
     It draws with that model's own scheduler, as in stock diffusers; a run's comes with the run's w and caption dropout.
@@ -88,60 +100,77 @@ def load_adapter(path: Path):
     from safetensors import SafetensorError
 
     from pipeline.config import load_file, setting_in
-    from pipeline.models import trusted
-    from pipeline.runs.folder import ADAPTER, SHARED_CONFIG
+    from pipeline.models.trusted import ModelError, parse_repo_id
+    from pipeline.runs.folder import ADAPTER_FILE, SHARED_CONFIG_FILE
 
     if (path.parent / "config.yaml").is_file():  # a run's
         config = load_file(path.parent / "config.yaml")
-        pipe = load(config.model.pretrained)
+        pipe = load_pipeline(config.model.pretrained)
         pipe.register_to_config(
             w=config.sample.default_w, caption_dropout=config.data.caption_dropout
         )
     else:  # a stranger's settings may name a model of the Hub and nothing on this machine
-        base = setting_in(path / SHARED_CONFIG, "model", "pretrained")
-        if not isinstance(base, str) or Path(base).exists() or not trusted.named(base):
-            raise trusted.ModelError(
+        base = setting_in(path / SHARED_CONFIG_FILE, "model", "pretrained")
+        if not isinstance(base, str) or Path(base).exists() or not parse_repo_id(base):
+            raise ModelError(
                 f"{path} is an adapter of {base!r}, expected one of a model of the Hub: load that model, then "
                 f"`pipe.load_lora_weights({str(path)!r})`"
             )
-        pipe = load(base)
+        pipe = load_pipeline(base)
     try:
         pipe.load_lora_weights(
-            path, weight_name=ADAPTER, use_safetensors=True, local_files_only=True
+            path, weight_name=ADAPTER_FILE, use_safetensors=True, local_files_only=True
         )
     except (OSError, SafetensorError) as error:
-        raise trusted.ModelError(
-            f"{path / ADAPTER} cannot be loaded ({error}), expected an adapter: save it again"
+        raise ModelError(
+            f"{path / ADAPTER_FILE} cannot be loaded ({error}), expected an adapter: save it again"
         ) from error
     return pipe
 
 
-def pick_device(device: str | None, double: bool = False) -> str:
-    """The device by name, or the fastest there is, `double` of those that compute in float64; ValueError for any other."""
-    import torch
-    from accelerate import PartialState
-
-    if device is None:
-        found = PartialState().device
-        return "cpu" if double and found.type == "mps" else str(found)
-    try:
-        torch.zeros(1, device=device)
-    except (
-        RuntimeError,
-        AssertionError,
-    ) as error:  # torch's way to say that a device is unknown or not there
-        raise ValueError(
-            f"--device is {device}, expected one that this machine has: leave it out to use the fastest"
-        ) from error
-    if double and torch.device(device).type == "mps":
-        raise ValueError("--device is mps, expected one that computes in float64: leave it out")
-    return device
+PINNED_MODEL_FILE = "model.txt"  # a Space's model, USER/NAME@COMMIT
 
 
-def stoppable(main: Callable[[], int], said: str) -> int:
-    """The exit code of a command line; of one that Ctrl-C stops 130, and a word on what is left."""
-    try:
-        return main()
-    except KeyboardInterrupt:
-        print(f"\nstopped: {said}", file=sys.stderr)
-        return 130
+def default_model(
+    root: str | Path = "runs",
+    shipped: str | Path = "pretrained/emoji",
+    pinned: str | Path = PINNED_MODEL_FILE,
+    finished: bool = False,
+) -> Path | str | None:
+    """What draws where nobody names a model: the one that a Space is pinned to, the run that was last written to and can be
+    drawn with, the shipped model, else None. finished: whether a run has to be, or may have checkpoints alone.
+    """
+    if Path(pinned).is_file():
+        return Path(pinned).read_text(encoding="utf-8").strip()
+    found = [
+        run
+        for run in map(RunFolder, Path(root).glob("*"))
+        if (run.finished if finished else run.drawable or run.steps())
+    ]
+    if found:
+        return max(
+            found, key=lambda run: run.metrics.stat().st_mtime if run.metrics.exists() else 0
+        ).folder
+    return Path(shipped) if (Path(shipped) / MODEL_INDEX).is_file() else None
+
+
+def load_checkpoint(run: RunFolder, step: int) -> TextToImagePipeline:
+    """The pipeline of a run's checkpoint, with the averaged weights; ValueError where the checkpoint is damaged."""
+    folder, config = run.checkpoints / str(step), load_file(run.config)
+    if damage := verify_checkpoint(folder):
+        raise ValueError(f"checkpoint {folder} cannot be used: {damage}")
+    base = None if config.model.pretrained is None else load_pipeline(config.model.pretrained)
+    tokenizer, encoder = (
+        (base.tokenizer, base.text_encoder)
+        if base
+        else load_text_encoder(config.model.text_encoder)
+    )
+    if config.train.method == "lora":
+        unet, whitening = add_adapter(base.unet, config.lora), base.whitening
+    else:
+        unet = UNet2DConditionModel.from_pretrained(folder / "unet", use_safetensors=True)
+        whitening = load_whitening(folder)
+    average = build_ema(unet, config.train.ema)
+    average.load_state_dict(load_state(folder, "trainer")["ema"])
+    average.copy_to(trainable_parameters(unet))
+    return build_pipeline(config, unet.eval(), tokenizer, encoder, whitening, base)

@@ -8,28 +8,30 @@ from collections.abc import Iterator
 from numbers import Real
 from pathlib import Path
 
-from pipeline.runs.folder import ADAPTER, IMAGES, INDEX, SHARED_CONFIG
+from pipeline.runs.folder import ADAPTER_FILE, IMAGES_FOLDER, MODEL_INDEX, SHARED_CONFIG_FILE
 
-OURS = {
+OUR_CLASSES = {
     "DDPMScheduler": "scheduler",
     "PatchAutoencoder": "patches",
     "CaptionWhitening": "captions",
 }  # class -> module
-PIPELINES = ("TextToImagePipeline", "StableDiffusionPipeline")
-PARTS = ("unet", "scheduler", "text_encoder", "tokenizer", "vae", "whitening")
-NEEDED = ("unet", "scheduler")
-BASES = {
+KNOWN_PIPELINES = ("TextToImagePipeline", "StableDiffusionPipeline")
+COMPONENTS = ("unet", "scheduler", "text_encoder", "tokenizer", "vae", "whitening")
+REQUIRED_COMPONENTS = ("unet", "scheduler")
+LIBRARY_BASES = {
     "diffusers": ("ModelMixin", "SchedulerMixin"),
     "transformers": ("PreTrainedModel", "PreTrainedTokenizerBase"),
 }
-BESIDE = ("README.md", SHARED_CONFIG, "metrics.json", f"{IMAGES}/*.png")
-FILES = (
+EXTRA_FILES = ("README.md", SHARED_CONFIG_FILE, "metrics.json", f"{IMAGES_FOLDER}/*.png")
+COMPONENT_FILES = (
     "*.json",
     "*.safetensors",
     "*.txt",
     "*.model",
 )  # of a component: settings, weights, vocabularies
-VARIANTS = "*.*.safetensors"  # half precision, weights without an average, ...: the same again
+VARIANT_PATTERN = (
+    "*.*.safetensors"  # half precision, weights without an average, ...: the same again
+)
 
 
 class ModelError(ValueError):
@@ -40,7 +42,7 @@ class VariantError(ModelError):
     """A model whose weights are of a variant alone, such as fp16."""
 
 
-def named(model: str) -> tuple[str, str | None] | None:
+def parse_repo_id(model: str) -> tuple[str, str | None] | None:
     """(repository, revision or None) where a model's name is the Hub's `user/name` or `user/name@revision`, else None.
 
     Without a revision, a name whose first part is a folder here is a path.
@@ -51,7 +53,7 @@ def named(model: str) -> tuple[str, str | None] | None:
     return found[1], found[2]
 
 
-def download(model: str, variant: str | None = None, **options) -> Path:
+def download_model(model: str, variant: str | None = None, **options) -> Path:
     """The folder of a model of the Hub, or of an adapter, at one revision: what loads it, and what is shown of it.
 
     model: `user/name` or `user/name@revision`. variant: such as fp16, whose weights come too. options:
@@ -61,28 +63,31 @@ def download(model: str, variant: str | None = None, **options) -> Path:
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError
 
-    if (found := named(model)) is None:
+    if (found := parse_repo_id(model)) is None:
         raise ModelError(
             f"{model} is not a folder here, expected one or a model of the Hub: pass user/name[@revision]"
         )
     repo, revision = found
     options |= {} if revision is None else {"revision": revision}
-    with told(model):
+    with download_errors(model):
         try:
-            index = Path(hf_hub_download(repo, INDEX, **options))
+            index = Path(hf_hub_download(repo, MODEL_INDEX, **options))
         except EntryNotFoundError as error:
             return download_adapter(repo, error, **options)
-        wanted = patterns(index.parent)
+        wanted = download_patterns(index.parent)
         pinned = options | {
             "revision": index.parent.name
         }  # of all files, whatever is pushed meanwhile
         folder = Path(
             snapshot_download(
-                repo, allow_patterns=wanted, ignore_patterns=None if variant else VARIANTS, **pinned
+                repo,
+                allow_patterns=wanted,
+                ignore_patterns=None if variant else VARIANT_PATTERN,
+                **pinned,
             )
         )
     try:
-        refuse_pickles(folder, own(read(folder / INDEX)), model, variant)
+        require_safetensors(folder, validate_index(read_json(folder / MODEL_INDEX)), model, variant)
     except VariantError:
         raise
     except ModelError:
@@ -90,20 +95,20 @@ def download(model: str, variant: str | None = None, **options) -> Path:
             OSError
         ):  # what was left out may be the reason, if the Hub can be asked
             info = HfApi(token=options.get("token")).model_info(repo, revision=pinned["revision"])
-            refuse_variants(repo, [file.rfilename for file in info.siblings])
+            require_plain_weights(repo, [file.rfilename for file in info.siblings])
         raise
     return folder
 
 
-def refuse_variants(model: str, names: list[str]) -> None:
+def require_plain_weights(model: str, names: list[str]) -> None:
     """VariantError where, of a model's file names, the safetensors of any component are all variants, such as fp16."""
-    for part in PARTS:
+    for part in COMPONENTS:
         found = [
             Path(name)
             for name in names
             if name.startswith(f"{part}/") and name.endswith(".safetensors")
         ]
-        if not found or not all(path.match(VARIANTS) for path in found):
+        if not found or not all(path.match(VARIANT_PATTERN) for path in found):
             continue
         kind = found[0].stem.rpartition(".")[2].partition("-")[0]
         raise VariantError(
@@ -118,62 +123,70 @@ def download_adapter(repo: str, missing: Exception, **options) -> Path:
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        found = Path(hf_hub_download(repo, ADAPTER, **options))
+        found = Path(hf_hub_download(repo, ADAPTER_FILE, **options))
     except EntryNotFoundError:
         raise missing from None
     pinned = options | {"revision": found.parent.name}
-    return Path(snapshot_download(repo, allow_patterns=patterns(found.parent), **pinned))
+    return Path(snapshot_download(repo, allow_patterns=download_patterns(found.parent), **pinned))
 
 
-def patterns(folder: Path) -> list[str]:
+def download_patterns(folder: Path) -> list[str]:
     """What is had of a pipeline whose index lies in a folder, or of an adapter, which has none: no code and no pickles."""
-    if not (folder / INDEX).is_file():
-        return [ADAPTER, *BESIDE]
+    if not (folder / MODEL_INDEX).is_file():
+        return [ADAPTER_FILE, *EXTRA_FILES]
     parts = [
         name
-        for name, value in own(read(folder / INDEX)).items()
-        if name in PARTS and value[0] is not None
+        for name, value in validate_index(read_json(folder / MODEL_INDEX)).items()
+        if name in COMPONENTS and value[0] is not None
     ]
-    return [INDEX, *BESIDE, *(f"{part}/{kind}" for part in parts for kind in FILES)]
+    return [
+        MODEL_INDEX,
+        *EXTRA_FILES,
+        *(f"{part}/{kind}" for part in parts for kind in COMPONENT_FILES),
+    ]
 
 
-def downloaded(folder: Path) -> list[Path]:
+def downloaded_files(folder: Path) -> list[Path]:
     """The files of a folder that `download` puts there, whatever another tool has put beside them."""
     return [
         path
-        for pattern in patterns(folder)
+        for pattern in download_patterns(folder)
         for path in folder.glob(pattern)
-        if not path.match(VARIANTS)
+        if not path.match(VARIANT_PATTERN)
     ]
 
 
-def revision_of(model: str, token: str | None = None) -> tuple[str, str, bool]:
+def resolve_revision(model: str, token: str | None = None) -> tuple[str, str, bool]:
     """(repository, 40-hex commit, whether it is kept from strangers) of a model of the Hub as it is now.
 
     ModelError for one that is neither a pipeline to be loaded here nor an adapter.
     """
     from huggingface_hub import HfApi, hf_hub_download
 
-    if (found := named(model)) is None:
+    if (found := parse_repo_id(model)) is None:
         raise ModelError(
             f"{model} is not a model of the Hub, expected user/name or user/name@revision: push it first"
         )
-    with told(model):
+    with download_errors(model):
         info = HfApi(token=token).model_info(found[0], revision=found[1])
         names = [file.rfilename for file in info.siblings]
-        if INDEX in names or ADAPTER not in names:
-            own(read(Path(hf_hub_download(found[0], INDEX, revision=info.sha, token=token))))
-            refuse_variants(found[0], names)
+        if MODEL_INDEX in names or ADAPTER_FILE not in names:
+            validate_index(
+                read_json(
+                    Path(hf_hub_download(found[0], MODEL_INDEX, revision=info.sha, token=token))
+                )
+            )
+            require_plain_weights(found[0], names)
     return found[0], info.sha, bool(info.private or info.gated)
 
 
-def network_of(model: str, token: str | None = None) -> tuple[dict, dict[str, str]]:
+def unet_on_hub(model: str, token: str | None = None) -> tuple[dict, dict[str, str]]:
     """(settings, sha256 of each file of the weights) of the UNet of a pipeline of the Hub; no weights are downloaded."""
     from huggingface_hub import HfApi, hf_hub_download
 
-    repo, revision, _ = revision_of(model, token)
-    with told(model):
-        settings = read(
+    repo, revision, _ = resolve_revision(model, token)
+    with download_errors(model):
+        settings = read_json(
             Path(hf_hub_download(repo, "unet/config.json", revision=revision, token=token))
         )
         tree = HfApi(token=token).list_repo_tree(repo, "unet", revision=revision)
@@ -185,7 +198,7 @@ def network_of(model: str, token: str | None = None) -> tuple[dict, dict[str, st
     return settings, sums
 
 
-def read(index: Path) -> dict:
+def read_json(index: Path) -> dict:
     """What a JSON file of names and values holds, such as a model_index.json."""
     try:
         found = json.loads(index.read_text(encoding="utf-8"))
@@ -200,57 +213,59 @@ def read(index: Path) -> dict:
     return found
 
 
-def own(index: dict) -> dict:
+def validate_index(index: dict) -> dict:
     """An index by classes of this package, diffusers and transformers alone, whatever code came along; ModelError otherwise.
 
     What a Stable Diffusion pipeline has beside our components, such as its safety checker, is left out.
     """
     kind = index.get("_class_name")
     name = kind[-1] if isinstance(kind, list) and kind else kind
-    if name not in PIPELINES:
+    if name not in KNOWN_PIPELINES:
         raise ModelError(
-            f"this model is a {name}, expected a {' or a '.join(PIPELINES)}: load it with its own library"
+            f"this model is a {name}, expected a {' or a '.join(KNOWN_PIPELINES)}: load it with its own library"
         )
-    from pipeline.diffusion.hub_format import PRIVATE, SD_W, SETTINGS
+    from pipeline.diffusion.hub_format import PIPELINE_SETTINGS, PRIVATE_KEY, STABLE_DIFFUSION_W
 
-    private = index.get(PRIVATE, {})
+    private = index.get(PRIVATE_KEY, {})
     index = index | (private if isinstance(private, dict) else {})
-    if missing := [part for part in NEEDED if not index.get(part)]:
+    if missing := [part for part in REQUIRED_COMPONENTS if not index.get(part)]:
         raise ModelError(
-            f"{INDEX} names no {' and no '.join(missing)}, expected both {' and '.join(NEEDED)}: save it again"
+            f"{MODEL_INDEX} names no {' and no '.join(missing)}, expected both {' and '.join(REQUIRED_COMPONENTS)}: save it again"
         )
-    settings = {key: index[key] for key in SETTINGS if index.get(key) is not None}
+    settings = {key: index[key] for key in PIPELINE_SETTINGS if index.get(key) is not None}
     if wrong := [
         f"{key} {value!r}" for key, value in settings.items() if not isinstance(value, Real)
     ]:
-        raise ModelError(f"{INDEX} has {' and '.join(wrong)}, expected numbers: save it again")
-    if name != PIPELINES[0]:
-        settings.setdefault("w", SD_W)
+        raise ModelError(
+            f"{MODEL_INDEX} has {' and '.join(wrong)}, expected numbers: save it again"
+        )
+    if name != KNOWN_PIPELINES[0]:
+        settings.setdefault("w", STABLE_DIFFUSION_W)
     return (
         settings
-        | {part: component(part, index[part]) for part in PARTS if part in index}
-        | {"_class_name": PIPELINES[0]}
+        | {part: resolve_component(part, index[part]) for part in COMPONENTS if part in index}
+        | {"_class_name": KNOWN_PIPELINES[0]}
     )
 
 
-def of_stable_diffusion(folder: Path) -> bool:
+def is_stable_diffusion_folder(folder: Path) -> bool:
     """Whether a saved pipeline's index is Stable Diffusion's."""
-    return read(folder / INDEX).get("_class_name") == PIPELINES[1]
+    return read_json(folder / MODEL_INDEX).get("_class_name") == KNOWN_PIPELINES[1]
 
 
-def component(part: str, value: object) -> list[str | None]:
+def resolve_component(part: str, value: object) -> list[str | None]:
     """[module, class] of one component, of this package, diffusers or transformers; [None, None] where there is none."""
     library, name = value if isinstance(value, list | tuple) and len(value) == 2 else (value, value)
     if library is None:
         return [None, None]
     if isinstance(library, str) and isinstance(name, str):
-        if OURS.get(name) == library.rpartition(".")[2]:
-            return [importlib.import_module(f"{__package__}.{OURS[name]}").__name__, name]
-        if library in BASES:
+        if OUR_CLASSES.get(name) == library.rpartition(".")[2]:
+            return [importlib.import_module(f"{__package__}.{OUR_CLASSES[name]}").__name__, name]
+        if library in LIBRARY_BASES:
             module = importlib.import_module(library)
             found = getattr(module, name, None)
             if isinstance(found, type) and issubclass(
-                found, tuple(getattr(module, base) for base in BASES[library])
+                found, tuple(getattr(module, base) for base in LIBRARY_BASES[library])
             ):
                 return [library, name]
     raise ModelError(
@@ -259,7 +274,7 @@ def component(part: str, value: object) -> list[str | None]:
     )
 
 
-def refuse_pickles(
+def require_safetensors(
     folder: Path, index: dict, name: str | None = None, variant: str | None = None
 ) -> None:
     """ModelError where a network of a saved pipeline has no safetensors: whatever else its weights are in may run code.
@@ -268,7 +283,7 @@ def refuse_pickles(
     """
     networks = [
         part
-        for part in PARTS
+        for part in COMPONENTS
         if index.get(part, [None])[0] and (folder / part / "config.json").is_file()
     ]
     if unsafe := [part for part in networks if not any((folder / part).glob("*.safetensors"))]:
@@ -277,14 +292,14 @@ def refuse_pickles(
             "since a pickle may run code: have it saved again with safe_serialization=True"
         )
     if variant is None:
-        refuse_variants(
+        require_plain_weights(
             name or str(folder),
             [f"{path.parent.name}/{path.name}" for path in folder.glob("*/*.safetensors")],
         )
 
 
 @contextlib.contextmanager
-def told(model: str) -> Iterator[None]:
+def download_errors(model: str) -> Iterator[None]:
     """Whatever the Hub's client says about getting a model, in one sentence."""
     from huggingface_hub import errors
 
@@ -296,7 +311,7 @@ def told(model: str) -> Iterator[None]:
         errors.RevisionNotFoundError: "has no such revision, expected a branch, a tag or a commit: leave it out for the newest",
         errors.LocalEntryNotFoundError: "is neither a folder here nor in the cache, and the Hub cannot be reached: connect once, "
         "or pass a folder",
-        errors.EntryNotFoundError: f"holds no {INDEX}, expected a saved diffusers pipeline: check the name",
+        errors.EntryNotFoundError: f"holds no {MODEL_INDEX}, expected a saved diffusers pipeline: check the name",
         errors.HTTPError: "cannot be had from the Hub, which is busy or out of reach: try again later",
     }
     try:

@@ -9,13 +9,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from pipeline.diffusion import losses
 from pipeline.diffusion.guidance import InputError
+from pipeline.diffusion.losses import kl_noise_weight
 from pipeline.diffusion.scheduler import DDPMScheduler
 from pipeline.diffusion.text_to_image import TextToImagePipeline
 
-BATCH = 16  # pictures that are drawn or judged at once
-WEIGHTS = ("bound", "steps", "even")
+CANDIDATE_BATCH = 16  # pictures that are drawn or judged at once
+LIKELIHOOD_WEIGHTS = ("bound", "steps", "even")
 
 
 class Verifier(Protocol):
@@ -27,7 +27,7 @@ class Verifier(Protocol):
         """Scores (N,) of what the network might have drawn (N, c, h, w) for a prompt, or for one prompt each."""
 
 
-class Likelihood:
+class LikelihoodVerifier:
     """log p(x_0 | c) - log p(x_0) by the model itself, as far as `pairs` fixed pairs of a timestep and noise tell.
 
     The difference of the two variational bounds: the sum over t = 2 ... T of the weight of (12) times
@@ -50,9 +50,9 @@ class Likelihood:
     ):
         if pairs < 1:
             raise InputError(f"pairs is {pairs}, expected 1 or more: pass 16")
-        if weight not in WEIGHTS:
+        if weight not in LIKELIHOOD_WEIGHTS:
             raise InputError(
-                f"weight is {weight!r}, expected one of {', '.join(WEIGHTS)}: bound is the likelihood's"
+                f"weight is {weight!r}, expected one of {', '.join(LIKELIHOOD_WEIGHTS)}: bound is the likelihood's"
             )
         self.pairs, self.seed, self.levels, self.weight = pairs, seed, levels, weight
         self.decoder = weight == "bound" and levels[0] == 0
@@ -92,7 +92,7 @@ class Likelihood:
         noises = torch.randn(self.pairs, *shape, generator=generator)
         if self.weight == "even":
             return t, noises, torch.full((self.pairs,), 1 / self.pairs, dtype=torch.float64)
-        weights = losses.noise_weight(scheduler, t, t - 1, one) * total / self.pairs  # (12)
+        weights = kl_noise_weight(scheduler, t, t - 1, one) * total / self.pairs  # (12)
         if not self.decoder:
             return t, noises, weights
         variance = scheduler.posterior(one, one, 1, 0)[1]  # beta~_2, since beta~_1 = 0
@@ -115,12 +115,12 @@ class Likelihood:
             states.expand(len(x_0), -1, -1)
             for states in pipe.encode_prompt(prompt, negative_prompt="")
         )
-        parts = zip(*(x.split(BATCH) for x in (x_0, captions, empty)), strict=True)
+        parts = zip(*(x.split(CANDIDATE_BATCH) for x in (x_0, captions, empty)), strict=True)
         return torch.cat(
             [
                 torch.stack(
                     [
-                        difference(pipe, part, t, eps.to(part), *states)
+                        conditional_gain(pipe, part, t, eps.to(part), *states)
                         for t, eps in zip(timesteps.tolist(), noises, strict=True)
                     ]
                 )
@@ -130,7 +130,7 @@ class Likelihood:
         )
 
 
-def difference(
+def conditional_gain(
     pipe: TextToImagePipeline, x_0: Tensor, t: int, eps: Tensor, captions: Tensor, empty: Tensor
 ) -> Tensor:
     """|eps - eps(x_t, t, 0)|^2 - |eps - eps(x_t, t, c)|^2 of candidates (N, c, h, w) under one noise (c, h, w), (N,)."""
@@ -143,7 +143,7 @@ def difference(
     return (errors[: len(x_0)] - errors[len(x_0) :]).sum(1)
 
 
-class Clip:
+class ClipVerifier:
     """The cosine between a picture and its prompt by a CLIP model, named by its folder or its Hub id.
 
     It never asks the diffusion network, so its `calls` are 0: a budget does not count CLIP's own time. InputError where there
@@ -177,9 +177,12 @@ class Clip:
     def __call__(self, pipe: TextToImagePipeline, prompt: str | list[str], x_0: Tensor) -> Tensor:
         self.model.to(x_0.device)
         draw = lambda part: pipe.image_processor.postprocess(pipe.decode(part), output_type="pil")
-        texts = lambda i: [prompt] if isinstance(prompt, str) else prompt[i : i + BATCH]
+        texts = lambda i: [prompt] if isinstance(prompt, str) else prompt[i : i + CANDIDATE_BATCH]
         return torch.cat(
-            [self.cosines(draw(x_0[i : i + BATCH]), texts(i)) for i in range(0, len(x_0), BATCH)]
+            [
+                self.cosines(draw(x_0[i : i + CANDIDATE_BATCH]), texts(i))
+                for i in range(0, len(x_0), CANDIDATE_BATCH)
+            ]
         )
 
     @torch.no_grad()
@@ -197,7 +200,7 @@ class Clip:
         return F.cosine_similarity(seen.pooler_output, said.pooler_output)
 
 
-def clip_scores(clip: Clip, images: Tensor, captions: list[str], batch: int = 32) -> Tensor:
+def clip_scores(clip: ClipVerifier, images: Tensor, captions: list[str], batch: int = 32) -> Tensor:
     """100 max(cos(image, caption), 0) by a CLIP model, of uint8 images (N, 3, H, W), (N,).
 
     As torchmetrics scales it; Hessel et al. 2021 have 2.5 in the place of 100.

@@ -10,7 +10,6 @@ import difflib
 import functools
 import itertools
 import json
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,45 +18,34 @@ from pathlib import Path
 
 import PIL.Image
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from pipeline.config import DataConfig, DiffusionConfig, load_file, setting_in
-from pipeline.data import dataset
-from pipeline.data.emoji import catalogue
+from pipeline.config import DataConfig
+from pipeline.data.dataset import CaptionedImages, load_splits
+from pipeline.data.fingerprint import weights_digest
+from pipeline.data.image_ops import as_float, decode
+from pipeline.data.sampler import evenly_spaced
 from pipeline.diffusion.captions import normalize
 from pipeline.diffusion.exact_denoiser import ExactDenoiser
 from pipeline.diffusion.guidance import InputError
 from pipeline.diffusion.scheduler import DDPMScheduler
 from pipeline.diffusion.text_to_image import Step, TextToImagePipeline
-from pipeline.hub import push
-from pipeline.models import build, loading, trusted
-from pipeline.runs.folder import INDEX, SHARED_CONFIG, Run
-from pipeline.search import search
-from pipeline.search.search import x_0_of
-from pipeline.search.verifiers import Likelihood
-from pipeline.serving import requests
-from pipeline.serving.requests import (
-    CHARACTERS,
-    DENOISERS,
-    SEEDS,
-    Request,
-    number,
-    opened,
-    shown,
-    signature,
-)
+from pipeline.models.text_encoders import load_text_encoder
+from pipeline.search.search import SearchState, calls_of_sample, current_x_0, search_steps
+from pipeline.search.verifiers import LikelihoodVerifier
+from pipeline.serving.png_metadata import model_identity, png_parameters, read_upload
+from pipeline.serving.requests import DENOISERS, MAX_PROMPT_CHARACTERS, Request, quoted
 
-log = logging.getLogger(__name__)
-
-SWEEP = (-1.0, 0.0, 1.0, 2.0, 4.0, 8.0)  # the w of "what w does"
-VERIFIER = Likelihood(pairs=8)  # what chooses among the candidates of a request that thinks longer
-KNOWN = (
+SWEEP_WS = (-1.0, 0.0, 1.0, 2.0, 4.0, 8.0)  # the w of "what w does"
+VERIFIER = LikelihoodVerifier(
+    pairs=8
+)  # what chooses among the candidates of a request that thinks longer
+MAX_EXACT_VALUES = (
     2**27
 )  # colour values of the pictures that the exact denoiser knows, 10,922 pictures of 64 x 64: 0.5 GB
 DEADLINE = 120.0  # seconds of one request
-PREVIEW = 0.2  # seconds between two previews
-COLUMNS = 8  # of a film strip
+PREVIEW_INTERVAL = 0.2  # seconds between two previews
+STRIP_COLUMNS = 8  # of a film strip
 
 
 @dataclass(frozen=True)
@@ -69,7 +57,7 @@ class Frame:
     steps: int
     calls: int  # network calls, a doubled one is two, summed over the pictures
     seconds: float
-    found: search.Found | None = None  # by a search
+    found: SearchState | None = None  # by a search
     discarded: list[PIL.Image.Image] = dataclasses.field(
         default_factory=list
     )  # at its end, best first
@@ -80,7 +68,7 @@ class Frame:
         return self.step == self.steps if self.found is None else self.found.last
 
 
-def in_turn(draw: Callable[..., Iterator]) -> Callable[..., Iterator]:
+def exclusive(draw: Callable[..., Iterator]) -> Callable[..., Iterator]:
     """A generator of Studio's, each step of which has the networks to itself.
 
     Gradio's Stop frees the page at once, and the step that it interrupts goes on in its thread: the next request waits for it.
@@ -100,7 +88,7 @@ def in_turn(draw: Callable[..., Iterator]) -> Callable[..., Iterator]:
     return steps
 
 
-class Studio:
+class InferenceSession:
     """A pipeline with the picture set it is compared to, drawing what requests ask for, one step of one request at a time.
 
     pipe: None leaves the exact denoiser of the set alone. `source` names the set; it is read when first needed.
@@ -117,20 +105,20 @@ class Studio:
         return (
             self.name
             if self.network is None
-            else requests.identity(self.name, dataset.weights_digest(self.network.unet))
+            else model_identity(self.name, weights_digest(self.network.unet))
         )
 
     @functools.cached_property
-    def set(self) -> tuple[dataset.CaptionedImages, dataset.CaptionedImages | None]:
+    def set(self) -> tuple[CaptionedImages, CaptionedImages | None]:
         """The training pictures and the held-out ones."""
-        return dataset.load_splits(self.source)
+        return load_splits(self.source)
 
     @functools.cached_property
     def exact(self) -> TextToImagePipeline:
         """The pipeline with E[x_0 | x_t] of the training pictures for its network (`exact.py`)."""
         pipe, (train, _held_out), rows = self.network, self.set, self.rows
         if pipe is None:
-            tokenizer, encoder = build.text_encoder("minilm")
+            tokenizer, encoder = load_text_encoder("minilm")
             scheduler = DDPMScheduler(prediction_type="sample", timestep_spacing="trailing")
             shared = {"text_encoder": encoder, "tokenizer": tokenizer, "caption_length": 16}
         else:
@@ -140,7 +128,7 @@ class Studio:
                 for name in ("text_encoder", "tokenizer", "vae", "whitening")
             }
             shared |= {name: pipe.config[name] for name in ("caption_length", "w")}
-        parts = (dataset.as_float(train.images[some].to(self.device)) for some in rows.split(64))
+        parts = (as_float(train.images[some].to(self.device)) for some in rows.split(64))
         x_0 = torch.cat([some if pipe is None else pipe.encode(some) for some in parts])
         exact = TextToImagePipeline(ExactDenoiser(x_0, scheduler), scheduler, **shared)
         states = lambda texts: exact.encode_prompt(texts, do_classifier_free_guidance=False)[0]
@@ -151,7 +139,9 @@ class Studio:
     @property
     def rows(self) -> Tensor:
         """The training pictures that the exact denoiser knows: all, of a large set so many, evenly spread."""
-        return dataset.evenly(max(KNOWN // (3 * self.source.resolution**2), 1), len(self.set[0]))
+        return evenly_spaced(
+            max(MAX_EXACT_VALUES // (3 * self.source.resolution**2), 1), len(self.set[0])
+        )
 
     @functools.cached_property
     def known(self) -> list[str]:
@@ -178,7 +168,7 @@ class Studio:
         """The pipeline of a denoiser's name, once it can draw these prompts."""
         if denoiser not in DENOISERS:
             raise InputError(
-                f"denoiser is {shown(denoiser)}, expected one of {', '.join(DENOISERS)}"
+                f"denoiser is {quoted(denoiser)}, expected one of {', '.join(DENOISERS)}"
             )
         if denoiser == "network" and self.network is not None:
             return self.network
@@ -188,13 +178,13 @@ class Studio:
                 near = difflib.get_close_matches(prompt, captions, 3, 0.3)
                 raise InputError(
                     f"the exact denoiser knows the {len(captions)} names of its pictures and nothing else, and "
-                    f"{shown(prompt)} is none of them: try {', '.join(near or sorted(captions)[:3])}"
+                    f"{quoted(prompt)} is none of them: try {', '.join(near or sorted(captions)[:3])}"
                 )
         return self.exact
 
     # -- drawing
 
-    @in_turn
+    @exclusive
     def create(self, request: Request, denoiser: str = "network") -> Iterator[Frame]:
         """The pictures of a request, previews first; picture i draws from seed + i."""
         pipe = self.chosen(denoiser, request.prompt, request.negative_prompt)
@@ -214,19 +204,19 @@ class Studio:
             num_images_per_prompt=request.images,
         )
 
-    @in_turn
+    @exclusive
     def sweep(self, request: Request, denoiser: str = "network") -> Iterator[Frame]:
         """One picture for each w of SWEEP, all from the same noise."""
-        pipe, n = self.chosen(denoiser, request.prompt, request.negative_prompt), len(SWEEP)
+        pipe, n = self.chosen(denoiser, request.prompt, request.negative_prompt), len(SWEEP_WS)
         signatures = [
-            self._signature(dataclasses.replace(request, w=w, images=1), denoiser) for w in SWEEP
+            self._signature(dataclasses.replace(request, w=w, images=1), denoiser) for w in SWEEP_WS
         ]
         yield from self._drawn(
             pipe,
             signatures,
             prompt=[request.prompt] * n,
             negative_prompt=request.negative_prompt or None,
-            w=list(SWEEP),
+            w=list(SWEEP_WS),
             num_inference_steps=request.steps,
             eta=request.eta,
             generator=[torch.Generator().manual_seed(request.seed) for _ in range(n)],
@@ -235,10 +225,10 @@ class Studio:
     def _searched(self, pipe, denoiser: str, request: Request) -> Iterator[Frame]:
         """The frames of a search, the best picture in the last one, and beside it the others with what draws each alone."""
         budget, seen = (
-            request.think * search.calls_of_sample(pipe, request.weight, request.steps),
+            request.think * calls_of_sample(pipe, request.weight, request.steps),
             0.0,
         )
-        stages = search.searching(
+        stages = search_steps(
             pipe,
             request.prompt,
             budget,
@@ -249,10 +239,10 @@ class Studio:
             eta=request.eta,
             seed=request.seed,
         )
-        for _, found, calls, seconds in timed(stages, pipe.unet):
-            if not found.last and seconds - seen < PREVIEW:
+        for _, found, calls, seconds in timed_steps(stages, pipe.unet):
+            if not found.last and seconds - seen < PREVIEW_INTERVAL:
                 continue
-            images, seen, discarded = pictures(pipe, found.candidates), seconds, []
+            images, seen, discarded = to_images(pipe, found.candidates), seconds, []
             if found.last:
                 alone = [
                     dataclasses.replace(request, think=1, seed=request.seed + i)
@@ -266,27 +256,30 @@ class Studio:
     def _signature(self, request: Request, denoiser: str, image: int = 0) -> str:
         """What a picture carries, which draws it again."""
         model = self.identity if denoiser == "network" else self.name
-        return json.dumps(signature(request, denoiser, model, image), ensure_ascii=False)
+        return json.dumps(png_parameters(request, denoiser, model, image), ensure_ascii=False)
 
     def _drawn(self, pipe, signatures: list[str], **call) -> Iterator[Frame]:
         """The frames of one call, the pictures of the last one signed."""
         steps, seen = pipe.denoise(**call), 0.0
         total = pipe.num_timesteps  # asked once: the next request's call has another
-        for i, step, calls, seconds in timed(steps, pipe.unet):
+        for i, step, calls, seconds in timed_steps(steps, pipe.unet):
             last = i == total
-            if not last and seconds - seen < PREVIEW:
+            if not last and seconds - seen < PREVIEW_INTERVAL:
                 continue
-            images, seen = pictures(pipe, step.x_t if last else x_0_of(step)), seconds
+            images, seen = to_images(pipe, step.x_t if last else current_x_0(step)), seconds
             for image, own in zip(images, signatures if last else [], strict=last):
                 image.info["parameters"] = own
             yield Frame(images, i, total, calls, seconds)
 
-    @in_turn
+    @exclusive
     def backward(self, request: Request, denoiser: str = "network") -> Iterator[list[tuple]]:
         """The film strip of one picture so far: (t, x_t, x_0 of (15)) at COLUMNS timesteps, t in the lecture's count."""
         pipe, strip = self.chosen(denoiser, request.prompt, request.negative_prompt), []
         kept = set(
-            torch.linspace(1, request.steps, min(COLUMNS, request.steps)).round().long().tolist()
+            torch.linspace(1, request.steps, min(STRIP_COLUMNS, request.steps))
+            .round()
+            .long()
+            .tolist()
         )
         steps = pipe.denoise(
             request.prompt,
@@ -296,10 +289,14 @@ class Studio:
             num_inference_steps=request.steps,
             eta=request.eta,
         )
-        for i, step, _calls, _seconds in timed(steps, pipe.unet):
+        for i, step, _calls, _seconds in timed_steps(steps, pipe.unet):
             if i in kept:
                 strip.append(
-                    (int(step.s) + 1, pictures(pipe, step.x_t)[0], pictures(pipe, x_0_of(step))[0])
+                    (
+                        int(step.s) + 1,
+                        to_images(pipe, step.x_t)[0],
+                        to_images(pipe, current_x_0(step))[0],
+                    )
                 )
                 yield list(strip)
 
@@ -309,9 +306,9 @@ class Studio:
         """The picture of a caption (1, 3, H, W) in [-1, 1], trained on or held out."""
         for split in filter(None, self.set):
             if caption in split.captions:
-                return dataset.as_float(split.images[split.captions.index(caption)][None])
+                return as_float(split.images[split.captions.index(caption)][None])
         raise InputError(
-            f"picture is {shown(caption)}, expected one of the set's {sum(map(len, filter(None, self.set)))} names"
+            f"picture is {quoted(caption)}, expected one of the set's {sum(map(len, filter(None, self.set)))} names"
         )
 
     @torch.no_grad()
@@ -340,7 +337,7 @@ class Studio:
                 ]
                 name = f"(15) x̂_0, {denoiser}" + (", not told" if unknown else "")
                 panels[name] = scheduler.clip(scheduler.predict_x_0(output, t - 1, jump))
-            return {name: pictures(pipe, x)[0] for name, x in panels.items()}
+            return {name: to_images(pipe, x)[0] for name, x in panels.items()}
 
     def curves(self) -> dict[str, list[float]]:
         """beta_t, abar_t, the SNR and the posterior's variance by the lecture's t = 1 … T, with their equations' numbers."""
@@ -363,140 +360,13 @@ class Studio:
     @property
     def tokens(self) -> Callable[[str | None], str]:
         """`counted` of a prompt; whoever keeps it keeps no network."""
-        return functools.partial(counted, self._counting, self.pipe.config.caption_length)
+        return functools.partial(describe_tokens, self._counting, self.pipe.config.caption_length)
 
 
-class Shelf:
-    """The models that a page offers: one, the checkpoints of a run in progress, or (None) the exact denoiser alone.
-
-    model: the folder of a run or of a saved pipeline, or the Hub's `user/name[@revision]`. device: None is the fastest.
-    """
-
-    def __init__(self, model: str | Path | None, device: str | None = None):
-        self.device = loading.pick_device(device, double=True)
-        self.name = (
-            "the exact denoiser" if model is None else Path(str(model).partition("@")[0]).name
-        )
-        if model is not None and not Path(model).exists() and trusted.named(str(model)):
-            model = trusted.download(str(model))
-        self.model, self.run, self._kept, self._loading = model, None, {}, threading.Lock()
-        if (
-            model is not None
-            and (Path(model) / "config.yaml").is_file()
-            and not (Path(model) / INDEX).is_file()
-        ):
-            self.run = Run(model)
-            self.follows = not self.run.finished and bool(
-                self.run.steps() or not self.run.drawable
-            )  # one may be trained on
-        else:
-            self.follows = False
-        if self.follows and not self.steps():
-            raise ValueError(
-                f"{model} has no checkpoint yet, expected one at the least: wait until it has saved its first"
-            )
-
-    def steps(self) -> list[int]:
-        """The checkpoints of the run that is followed, oldest first."""
-        return self.run.steps() if self.follows else []
-
-    def studio(self, step: int | None = None) -> Studio:
-        """What draws: the one model, or the checkpoint nearest to a step (None is the newest).
-
-        The one before a newest that is torn takes its place, as in training; InputError where no checkpoint can be read.
-        """
-        if not self.follows:
-            return self._studio(None)
-        wanted = (
-            SEEDS if step is None else number("checkpoint", step, 0, SEEDS, True, problems := [])
-        )
-        if step is not None and problems:
-            raise InputError(problems[0])
-        torn, why = None, f"{self.name} has no checkpoint any more"
-        for _ in range(2):  # training may delete one while it is read
-            steps = [s for s in self.steps() if s != torn]
-            if not steps:
-                break
-            nearest = min(steps, key=lambda s: abs(s - wanted))
-            try:
-                return self._studio(nearest)
-            except (OSError, ValueError, SafetensorError) as error:
-                log.warning("step %d of %s: %s", nearest, self.name, error)
-                torn, why = (
-                    nearest if nearest == steps[-1] else None,
-                    str(error).replace(str(self.run.folder), self.name),
-                )
-        raise InputError(
-            f"{why}, expected one that is whole: choose another, or wait until the next is saved"
-        )
-
-    def _studio(self, step: int | None) -> Studio:
-        """The studio of a checkpoint, or (None) of the one model; it is kept until another is asked for, as there may be room
-        for one network alone.
-        """
-        with self._loading:
-            if step not in self._kept:
-                self._kept.clear()
-                self._kept[step] = self._loaded(step)
-            return self._kept[step]
-
-    def _loaded(self, step: int | None) -> Studio:
-        if self.model is None:
-            return Studio(None, self.name, DataConfig())
-        if step is not None:
-            pipe = push.load_checkpoint(self.run, step).to(self.device)
-            return Studio(pipe, f"{self.name} at step {step}", load_file(self.run.config).data)
-        pipe = push.load(self.model).to(self.device)
-        if not isinstance(
-            pipe.scheduler, DDPMScheduler
-        ):  # the page shows the lecture's equations, and a stock one has none
-            pipe.register_modules(scheduler=build.noise_process(DiffusionConfig(), pipe.scheduler))
-        pipe.set_progress_bar_config(disable=True)
-        places = (
-            [self.run.config]
-            if self.run
-            else [Path(self.model) / "config.yaml", Path(self.model).parent / "config.yaml"]
-        )
-        known = [load_file(path).data for path in places if path.is_file()]
-        known = [
-            config
-            for config in known
-            if config.source in catalogue.SETS or Path(config.source).is_dir()
-        ]
-        size = pipe.unet.config.sample_size
-        resolution = (size if isinstance(size, int) else size[0]) * pipe.vae_scale_factor
-        return Studio(
-            pipe,
-            self.name,
-            known[0] if known else DataConfig(shared_set(Path(self.model)), resolution=resolution),
-        )
-
-    def card(self) -> str:
-        """The model card, Markdown; a word on the exact denoiser where there is none."""
-        if self.model is not None:
-            folder = Path(self.model)
-            of_run = (
-                folder.parent / "config.yaml"
-            ).is_file()  # any other folder above is somebody else's
-            for path in (folder / "README.md", *([folder.parent / "README.md"] if of_run else [])):
-                if path.is_file():
-                    return path.read_text(encoding="utf-8")
-        return f"# {self.name}\n\nThere is no model card."
-
-
-def shared_set(folder: Path) -> str:
-    """The embedded set that a shared model was trained on, by the settings that came with it; the default one if on none.
-
-    A stranger's settings choose nothing else here, least of all a folder of this machine.
-    """
-    source = setting_in(folder / SHARED_CONFIG, "data", "source")
-    return source if isinstance(source, str) and source in catalogue.SETS else DataConfig().source
-
-
-def counted(tokenizer, length: int | None, prompt: str | None) -> str:
+def describe_tokens(tokenizer, length: int | None, prompt: str | None) -> str:
     """How many tokens a prompt has, and what is cut off it for a caption of a length (None is the tokenizer's own)."""
     ids = tokenizer(
-        normalize((prompt or "")[:CHARACTERS]), add_special_tokens=False, verbose=False
+        normalize((prompt or "")[:MAX_PROMPT_CHARACTERS]), add_special_tokens=False, verbose=False
     ).input_ids
     room = (length or tokenizer.model_max_length) - tokenizer.num_special_tokens_to_add()
     cut = f"; left out: {tokenizer.decode(ids[room:])}" if len(ids) > room else ""
@@ -504,7 +374,7 @@ def counted(tokenizer, length: int | None, prompt: str | None) -> str:
 
 
 @contextlib.contextmanager
-def calls_of(network: torch.nn.Module) -> Iterator[list[int]]:
+def count_calls(network: torch.nn.Module) -> Iterator[list[int]]:
     """The number of pictures in each call of a network, while this is open."""
     calls = []
     hook = network.register_forward_hook(lambda _network, args, _out: calls.append(len(args[0])))
@@ -514,16 +384,16 @@ def calls_of(network: torch.nn.Module) -> Iterator[list[int]]:
         hook.remove()
 
 
-def timed(
-    steps: Iterator[Step | search.Found], network
-) -> Iterator[tuple[int, Step | search.Found, int, float]]:
+def timed_steps(
+    steps: Iterator[Step | SearchState], network
+) -> Iterator[tuple[int, Step | SearchState, int, float]]:
     """The steps of a sampling loop or a search, counted from 1, with the network's calls and the seconds so far.
 
     InputError at the deadline.
     """
     began, calls = time.monotonic(), 0
     for i in itertools.count(1):
-        with calls_of(
+        with count_calls(
             network
         ) as own:  # open for this step alone: between two of them others may draw
             step = next(steps, None)
@@ -537,7 +407,7 @@ def timed(
         yield i, step, calls, seconds
 
 
-def pictures(pipe: TextToImagePipeline, x: Tensor) -> list[PIL.Image.Image]:
+def to_images(pipe: TextToImagePipeline, x: Tensor) -> list[PIL.Image.Image]:
     """What the network draws (B, c, h, w) as pictures."""
     return pipe.image_processor.postprocess(pipe.decode(x), output_type="pil")
 
@@ -545,15 +415,15 @@ def pictures(pipe: TextToImagePipeline, x: Tensor) -> list[PIL.Image.Image]:
 # ---- files that people drop on the page
 
 
-def uploaded(path: str | Path, resolution: int) -> Tensor:
+def load_uploaded_image(path: str | Path, resolution: int) -> Tensor:
     """A dropped picture (1, 3, resolution, resolution) in [-1, 1]; InputError where it is none."""
-    content = opened(path, ("PNG", "JPEG"))
+    content = read_upload(path, ("PNG", "JPEG"))
     try:
-        pixels = dataset.decode(content, resolution)
+        pixels = decode(content, resolution)
     except (
         OSError,
         SyntaxError,
         ValueError,
     ) as error:  # what Pillow says to a picture that breaks off
         raise InputError("the picture is damaged, expected a whole one: save it again") from error
-    return dataset.as_float(torch.from_numpy(pixels.copy())[None])
+    return as_float(torch.from_numpy(pixels.copy())[None])

@@ -10,22 +10,24 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-QUINTIC = (
+NEWTON_SCHULZ = (
     3.4445,
     -4.7750,
     2.0315,
 )  # sigma -> a sigma + b sigma^3 + c sigma^5, which drives singular values towards 1
-ITERATIONS = 5
-EDGES = (
+NEWTON_SCHULZ_STEPS = 5
+EDGE_LAYERS = (
     "conv_in",
     "conv_out",
 )  # a network's first and last weights: no matrices between hidden features
 
 
-def matrices(network: nn.Module) -> list[nn.Parameter]:
+def muon_parameters(network: nn.Module) -> list[nn.Parameter]:
     """The weights that Muon steps: those between hidden features, with at least two rows and columns."""
     hidden = lambda name, weight: (
-        weight.ndim >= 2 and min(flat(weight).shape) > 1 and name.split(".")[0] not in EDGES
+        weight.ndim >= 2
+        and min(as_matrix(weight).shape) > 1
+        and name.split(".")[0] not in EDGE_LAYERS
     )
     return [
         weight
@@ -34,20 +36,20 @@ def matrices(network: nn.Module) -> list[nn.Parameter]:
     ]
 
 
-def flat(weight: Tensor) -> Tensor:
+def as_matrix(weight: Tensor) -> Tensor:
     """A weight (out, ...) as a matrix (out, n): a view, its columns in the order in which a convolution's weights lie."""
     if weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last):
         weight = weight.permute(0, 2, 3, 1)
     return weight.view(len(weight), -1)
 
 
-def orthogonal(stack: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def orthogonalize(stack: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Matrices (B, m, n) with all their singular values near 1 (0.7 to 1.2), in a dtype, by Newton-Schulz iteration."""
     if stack.shape[1] > stack.shape[2]:
-        return orthogonal(stack.mT, dtype).mT
-    a, b, c = QUINTIC
+        return orthogonalize(stack.mT, dtype).mT
+    a, b, c = NEWTON_SCHULZ
     x = (stack / stack.flatten(1).norm(dim=1).clamp(min=1e-7)[:, None, None]).to(dtype)
-    for _ in range(ITERATIONS):
+    for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
@@ -110,7 +112,7 @@ class Muon(torch.optim.AdamW):
         shapes = defaultdict(list)
         for weight in group["params"]:
             if weight.grad is not None:
-                shapes[flat(weight).shape].append(weight)
+                shapes[as_matrix(weight).shape].append(weight)
         for shape, weights in shapes.items():
             nesterov = []
             for weight in weights:
@@ -124,11 +126,11 @@ class Muon(torch.optim.AdamW):
                     weight.grad, momentum, group["momentum"], out=torch.empty_like(weight)
                 )
                 nesterov.append(
-                    flat(ahead)
+                    as_matrix(ahead)
                 )  # in the weight's own memory format, whatever its gradient's is
                 weight.grad = None
             for weight, direction in zip(
-                weights, orthogonal(torch.stack(nesterov), self.dtype), strict=True
+                weights, orthogonalize(torch.stack(nesterov), self.dtype), strict=True
             ):
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
-                flat(weight).add_(direction, alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
+                as_matrix(weight).add_(direction, alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)

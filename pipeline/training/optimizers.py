@@ -4,18 +4,19 @@ import torch
 from diffusers.optimization import get_scheduler
 
 from pipeline.config import TrainConfig
-from pipeline.models import build
-from pipeline.training import muon
+from pipeline.hardware import has_bf16
+from pipeline.models.build import trainable_parameters
+from pipeline.training.muon import Muon, muon_parameters
 
 
-def optimizer_of(unet, train: TrainConfig) -> torch.optim.AdamW:
+def build_optimizer(unet, train: TrainConfig) -> torch.optim.AdamW:
     """The optimiser of a run."""
     if train.optimizer == "muon":
-        orthogonalised = muon.matrices(unet)
+        orthogonalised = muon_parameters(unet)
         among = {id(weight) for weight in orthogonalised}
-        others = [weight for weight in build.trainable(unet) if id(weight) not in among]
-        fast = torch.bfloat16 if build.has_bf16(unet.device) else torch.float32
-        return muon.Muon(
+        others = [weight for weight in trainable_parameters(unet) if id(weight) not in among]
+        fast = torch.bfloat16 if has_bf16(unet.device) else torch.float32
+        return Muon(
             orthogonalised,
             others,
             train.lr,
@@ -25,7 +26,7 @@ def optimizer_of(unet, train: TrainConfig) -> torch.optim.AdamW:
             dtype=fast,
         )
     return torch.optim.AdamW(
-        build.trainable(unet),
+        trainable_parameters(unet),
         train.lr,
         betas=train.betas,
         weight_decay=train.weight_decay,
@@ -33,7 +34,7 @@ def optimizer_of(unet, train: TrainConfig) -> torch.optim.AdamW:
     )
 
 
-def lr_schedule(optimizer, train: TrainConfig):
+def build_lr_schedule(optimizer, train: TrainConfig):
     """The learning rate by step, after a linear warm-up: diffusers' schedules, or flat, then linear to lr_end."""
     if train.lr_schedule != "flat_then_linear":
         name = "constant_with_warmup" if train.lr_schedule == "constant" else train.lr_schedule
@@ -51,7 +52,7 @@ def lr_schedule(optimizer, train: TrainConfig):
     return torch.optim.lr_scheduler.LambdaLR(optimizer, share)
 
 
-def resume_schedule(
+def resume_lr_schedule(
     schedule: torch.optim.lr_scheduler.LambdaLR, state: dict
 ) -> tuple[float, float]:
     """Go on where a schedule was, by this one's own plan, which may have another end; train.lr as it was and as it is."""
@@ -66,7 +67,7 @@ def resume_schedule(
     return was[-1], now[-1]  # before them: the matrices of Muon
 
 
-def restore(optimizer: torch.optim.Optimizer, state: dict) -> None:
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Load an optimiser's state in each weight's own memory format: the fused CPU kernel reads both as they lie."""
     optimizer.load_state_dict(state)
     for weight, moments in optimizer.state.items():

@@ -8,30 +8,37 @@ from diffusers import UNet2DConditionModel
 
 from pipeline import randomness
 from pipeline.config import Config, ConfigError, zero_snr_problems
-from pipeline.data import dataset, latent_cache
+from pipeline.data.caption_cache import CaptionCache, encode_captions
+from pipeline.data.dataset import CaptionedImages, load_splits
+from pipeline.data.image_ops import as_float
+from pipeline.data.latent_cache import LatentCache, cache_latents
+from pipeline.data.sampler import batch_indices
 from pipeline.data.streaming import Stream
-from pipeline.diffusion import losses
+from pipeline.diffusion.losses import training_loss
 from pipeline.diffusion.patches import PatchAutoencoder
 from pipeline.diffusion.scheduler import DDPMScheduler
 from pipeline.diffusion.text_to_image import TextToImagePipeline
-from pipeline.hub import push
-from pipeline.models import build
+from pipeline.models.build import build_pipeline, build_unet, prepare_for_training
+from pipeline.models.loading import load_pipeline
+from pipeline.models.lora import add_adapter, load_adapter_weights, save_adapter
+from pipeline.models.text_encoders import fit_whitening, load_text_encoder, load_whitening
+from pipeline.randomness import caption_choice, flips
 
 
 @dataclass
-class Parts:
+class TrainingTask:
     """What a step needs: the images with their caption states, and the models."""
 
-    images: dataset.CaptionedImages  # of a stream its first rows
-    held_out: dataset.CaptionedImages | None
+    images: CaptionedImages  # of a stream its first rows
+    held_out: CaptionedImages | None
     states: torch.Tensor  # (M, L, D) on the CPU, one row a caption of the training split
     held_states: torch.Tensor | None  # on the CPU
     empty: torch.Tensor  # (1, L, D) where the network is, the empty caption
     pipe: TextToImagePipeline
     latents: (
-        latent_cache.Latents | None
+        LatentCache | None
     )  # of the training split, where an autoencoder is worth asking only once
-    encode: dataset.CaptionStates  # of a stream's captions
+    encode: CaptionCache  # of a stream's captions
     stream: Stream | None = None
 
     @property
@@ -51,13 +58,13 @@ class Parts:
 
     def encoded(
         self,
-        images: dataset.CaptionedImages,
+        images: CaptionedImages,
         rows,
         flip: torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Images by row as the network sees them, (B, c, h, w), mirrored where `flip` (B,) says so; noise: as `encode` has it."""
-        pixels = dataset.as_float(images.images[rows].to(self.empty.device))
+        pixels = as_float(images.images[rows].to(self.empty.device))
         if flip is not None:
             pixels = torch.where(
                 flip.to(pixels.device)[:, None, None, None], pixels.flip(-1), pixels
@@ -69,11 +76,9 @@ class Parts:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """x_0 (B, c, h, w) and caption states (B, L, D) of the examples at `slots` of the global batch of one step."""
         seed, device = config.seed, self.empty.device
-        flip = randomness.flips(seed, step, slots) if config.data.flip else None
+        flip = flips(seed, step, slots) if config.data.flip else None
         if self.stream is None:
-            rows = dataset.batch_indices(
-                seed, step, config.train.batch_size, len(self.images), slots=slots
-            )
+            rows = batch_indices(seed, step, config.train.batch_size, len(self.images), slots=slots)
             states = self.states[self.images.chosen(seed, step, slots, rows)].to(device)
             if self.latents is None:
                 return self.encoded(self.images, rows, flip), states
@@ -82,7 +87,7 @@ class Parts:
                 device
             ), states
         batch = self.stream.take(len(slots))
-        choice = randomness.caption_choice(
+        choice = caption_choice(
             seed, step, slots, [len(captions) for captions in batch.alternatives]
         ).tolist()
         states = self.encode(
@@ -91,7 +96,7 @@ class Parts:
         shape = (self.unet.config.in_channels, *[self.unet.config.sample_size] * 2)
         z = (
             randomness.noise(seed, step, slots, shape, "posterior")
-            if costly(self.pipe.vae)
+            if is_learned_autoencoder(self.pipe.vae)
             else None
         )
         return self.encoded(
@@ -102,30 +107,30 @@ class Parts:
         """What the examples at `slots` of the global batch of one step are called."""
         if self.stream is not None:
             return [f"the batch's image {slot}" for slot in slots]
-        rows = dataset.batch_indices(
+        rows = batch_indices(
             config.seed, step, config.train.batch_size, len(self.images), slots=slots
         ).tolist()
         return [self.images.metadata[row].get("file_name", f"row {row}") for row in rows]
 
     def loss(self, config: Config, output, x_0, eps, t) -> torch.Tensor:
         """The configured loss of a batch, one value each (B,)."""
-        return losses.training_loss(
+        return training_loss(
             self.scheduler, output, x_0, eps, t, config.train.weighting, config.train.gamma
         )
 
     def save(self, config: Config, folder: Path) -> None:
         """Write the trained weights to a checkpoint's folder, where `prepare` finds them."""
         if config.train.method == "lora":
-            build.save_adapter(self.unet, folder / "lora")
+            save_adapter(self.unet, folder / "lora")
             return
         self.unet.save_pretrained(folder / "unet", safe_serialization=True)
         if self.pipe.whitening is not None:
             self.pipe.whitening.save_pretrained(folder / "whitening", safe_serialization=True)
 
 
-def prepare(
+def build_task(
     config: Config, checkpoint: Path | None, device: torch.device, again: bool = False
-) -> Parts:
+) -> TrainingTask:
     """Load or build the models, read the data, encode its captions: what may be misspelt is looked for before what takes long.
 
     again: whether pictures that could not be read are tried anew.
@@ -137,11 +142,11 @@ def prepare(
         raise ConfigError(
             f"an adapter is drawn with its model's own noise process: leave {', '.join(noise)} out"
         )
-    base = None if config.model.pretrained is None else pretrained(config)
+    base = None if config.model.pretrained is None else load_base_pipeline(config)
     tokenizer, encoder = (
         (base.tokenizer, base.text_encoder)
         if base
-        else build.text_encoder(config.model.text_encoder)
+        else load_text_encoder(config.model.text_encoder)
     )
     length = (
         (base.config.caption_length or tokenizer.model_max_length)
@@ -159,41 +164,41 @@ def prepare(
         )
     if config.train.method == "lora":
         torch.manual_seed(config.seed)  # the adapter's first weights
-        build.adapt(base.unet, config.lora)
-    images, held_out = dataset.load_splits(config.data, again)
+        add_adapter(base.unet, config.lora)
+    images, held_out = load_splits(config.data, again)
     images = images.measured(tokenizer, length)
-    encode = lambda captions: dataset.encode_captions(
+    encode = lambda captions: encode_captions(
         captions, tokenizer, encoder, length, config.data.cache, device
     )
     states = encode(images.all_captions)
-    whitening = build.saved_whitening(checkpoint) if checkpoint else None
+    whitening = load_whitening(checkpoint) if checkpoint else None
     if whitening is None:
-        whitening = base.whitening if base else build.whitening(config.model, states)
+        whitening = base.whitening if base else fit_whitening(config.model, states)
     white = whitening.whiten_ if whitening else lambda raw: raw
     held = white(encode(held_out.all_captions)) if held_out else None
     states, empty = white(states), white(encode([""]))
     torch.manual_seed(config.seed)  # the network's first weights
     unet = (
-        base.unet if base else build.unet(config, empty.shape[-1]) if checkpoint is None else None
+        base.unet if base else build_unet(config, empty.shape[-1]) if checkpoint is None else None
     )
     if config.train.method == "lora" and checkpoint:
-        build.load_adapter(unet, checkpoint / "lora")
+        load_adapter_weights(unet, checkpoint / "lora")
     elif checkpoint:
         unet = UNet2DConditionModel.from_pretrained(checkpoint / "unet", use_safetensors=True)
     if config.train.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    pipe = build.pipeline(
-        config, build.for_training(unet, device), tokenizer, encoder, whitening, base
+    pipe = build_pipeline(
+        config, prepare_for_training(unet, device), tokenizer, encoder, whitening, base
     ).to(device)
     if found := zero_snr_problems(pipe.scheduler.config, config.train.weighting):
         raise ConfigError(found[0])
-    keep = costly(pipe.vae) and not config.data.streaming
+    keep = is_learned_autoencoder(pipe.vae) and not config.data.streaming
     kept = (
-        latent_cache.encode(images, pipe.vae, config.data.cache, mirrored=config.data.flip)
+        cache_latents(images, pipe.vae, config.data.cache, mirrored=config.data.flip)
         if keep
         else None
     )
-    return Parts(
+    return TrainingTask(
         images,
         held_out,
         states,
@@ -201,19 +206,19 @@ def prepare(
         empty.to(device),
         pipe,
         kept,
-        dataset.CaptionStates(tokenizer, encoder, length),
+        CaptionCache(tokenizer, encoder, length),
     )
 
 
-def costly(vae: torch.nn.Module | None) -> bool:
+def is_learned_autoencoder(vae: torch.nn.Module | None) -> bool:
     """Whether an autoencoder is a network, which is worth asking only once an image, and says a distribution of it."""
     return vae is not None and not isinstance(vae, PatchAutoencoder)
 
 
-def pretrained(config: Config) -> TextToImagePipeline:
+def load_base_pipeline(config: Config) -> TextToImagePipeline:
     """The pipeline that a fine-tune goes on from, set to the data's resolution; ConfigError where it cannot be used."""
     try:
-        pipe = push.load(config.model.pretrained)
+        pipe = load_pipeline(config.model.pretrained)
     except ValueError as error:
         raise ConfigError(f"model.pretrained: {error}") from error
     if getattr(pipe.unet, "peft_config", None):

@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 
 from pipeline.config import Config, flatten
 from pipeline.data.sources.rows import one_line
-from pipeline.runs.folder import Stopped
+from pipeline.runs.stop_signals import Stopped
 
 
 class Trackers:
@@ -19,7 +19,7 @@ class Trackers:
 
     def __init__(self, accelerator: Accelerator, config: Config):
         self.accelerator, self.open = accelerator, config.report_to is not None
-        self.ask(lambda: accelerator.init_trackers(config.name, config=trackable(config)))
+        self.ask(lambda: accelerator.init_trackers(config.name, config=tracked_settings(config)))
 
     def ask(self, request) -> None:
         """Do something with the trackers, if there are any."""
@@ -61,7 +61,7 @@ class Trackers:
         self.accelerator.state.destroy_process_group()
 
 
-def trackable(config: Config) -> dict:
+def tracked_settings(config: Config) -> dict:
     """Every setting but the token by its dotted name, as numbers and text: all that TensorBoard's table of them takes."""
     flat = flatten(config.to_dict())
     return {

@@ -12,8 +12,10 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from PIL import Image
 
-VERSION = 3  # raise it when the pictures or captions change, so that written sets are replaced
-FREE = (
+RECOLOUR_VERSION = (
+    3  # raise it when the pictures or captions change, so that written sets are replaced
+)
+OPEN_PROMPTS = (
     "green cat",
     "blue dog",
     "purple banana",
@@ -35,7 +37,7 @@ FREE = (
     "three stars",
     "yellow car",
 )  # of no picture in any set
-PAINTS = {
+PALETTE = {
     "red": (221, 46, 68),
     "pink": (244, 154, 193),
     "orange": (244, 144, 12),
@@ -49,15 +51,15 @@ PAINTS = {
     "grey": (153, 170, 181),
     "white": (241, 245, 248),
 }
-NUMBERS = {"two": 2, "three": 3}
-PLACES = {
+COUNTS = {"two": 2, "three": 3}
+COUNT_POSITIONS = {
     2: ((0, 0.25), (0.5, 0.25)),
     3: ((0.25, 0), (0, 0.5), (0.5, 0.5)),
 }  # left, top; each half as wide as the picture
-NEAR = 30 / 360  # hues of one colour and its shades
+HUE_TOLERANCE = 30 / 360  # hues of one colour and its shades
 SATURATED, DARK = 0.2, 0.35  # from which a colour has a hue; below which it is an outline
-MOSTLY = 0.35  # of a picture must be of one colour to be painted in another
-APART = 0.25  # root mean square, from which two colours are called by two names
+MIN_MAIN_SHARE = 0.35  # of a picture must be of one colour to be painted in another
+MIN_COLOUR_DISTANCE = 0.25  # root mean square, from which two colours are called by two names
 
 
 def hue_saturation_lightness(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -88,10 +90,10 @@ def main_color(rgb: np.ndarray, solid: np.ndarray) -> tuple[np.ndarray, np.ndarr
     if s < SATURATED:
         return found, solid & (saturation < SATURATED) & (lightness > DARK)
     apart = np.abs((hue - h + 0.5) % 1 - 0.5)
-    return found, solid & (apart < NEAR) & (saturation > SATURATED)
+    return found, solid & (apart < HUE_TOLERANCE) & (saturation > SATURATED)
 
 
-def painted(picture: Image.Image, colors: Iterable[str]) -> Iterator[tuple[str, Image.Image]]:
+def recoloured(picture: Image.Image, colors: Iterable[str]) -> Iterator[tuple[str, Image.Image]]:
     """An RGBA picture with its main colour and that colour's shades in others, one by one; without those that it has.
 
     Nothing where a picture is not mostly of one colour.
@@ -100,20 +102,20 @@ def painted(picture: Image.Image, colors: Iterable[str]) -> Iterator[tuple[str, 
     rgb, solid = rgba[..., :3], rgba[..., 3] > 0.1
     found, where = main_color(rgb, solid)
     light, middle = rgb.mean(-1, keepdims=True), found.mean()
-    for color in colors if where.sum() > MOSTLY * solid.sum() else ():
-        paint = np.array(PAINTS[color]) / 255
-        if np.sqrt(((found - paint) ** 2).mean()) > APART:
+    for color in colors if where.sum() > MIN_MAIN_SHARE * solid.sum() else ():
+        paint = np.array(PALETTE[color]) / 255
+        if np.sqrt(((found - paint) ** 2).mean()) > MIN_COLOUR_DISTANCE:
             shade = paint * np.minimum(light / middle, 1)
             tint = shade + (1 - shade) * np.clip((light - middle) / max(1 - middle, 1e-3), 0, 1)
             new = np.concatenate([np.where(where[..., None], tint, rgb), rgba[..., 3:]], -1)
             yield color, Image.fromarray(np.rint(new * 255).astype(np.uint8), "RGBA")
 
 
-def several(picture: Image.Image, count: int) -> Image.Image:
+def repeated(picture: Image.Image, count: int) -> Image.Image:
     """Two or three of an RGBA picture in one of the same size."""
     canvas, size = Image.new("RGBA", picture.size, (255, 255, 255, 0)), picture.width
     small = picture.resize((size // 2, size // 2), Image.Resampling.LANCZOS)
-    for left, top in PLACES[count]:
+    for left, top in COUNT_POSITIONS[count]:
         canvas.alpha_composite(small, (round(left * size), round(top * size)))
     return canvas
 
@@ -125,11 +127,11 @@ def plural(name: str) -> str:
     return name + ("es" if re.search("(s|x|z|ch|sh)$", name) else "s")
 
 
-def told(caption: str) -> bool:
+def mentions_open_prompt(caption: str) -> bool:
     """Would a caption tell what one of the FREE prompts asks for?"""
-    return any(set(prompt.split()) - {"a"} <= set(caption.split()) for prompt in FREE)
+    return any(set(prompt.split()) - {"a"} <= set(caption.split()) for prompt in OPEN_PROMPTS)
 
 
-def shuffled(name: str, values: tuple) -> list:
+def shuffled_by_name(name: str, values: tuple) -> list:
     """Some values in an order that the name alone decides."""
     return sorted(values, key=lambda value: zlib.crc32(f"{name} {value}".encode()))
