@@ -36,7 +36,7 @@ from starlette.responses import PlainTextResponse
 from pipeline.cli.runner import run_cli
 from pipeline.diffusion.guidance import InputError
 from pipeline.hub.model_card import ATTRIBUTION, inline_code
-from pipeline.models.loading import default_model
+from pipeline.models.locate import default_model
 from pipeline.serving.model_store import ModelStore
 from pipeline.serving.png_metadata import MAX_UPLOAD_BYTES, read_png, same_model
 from pipeline.serving.requests import (

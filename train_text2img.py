@@ -735,7 +735,7 @@ def base_of(config: Config) -> dict:
 def usage(run: RunFolder, config: Config) -> str:
     """The line that draws a picture with a finished run."""
     sample = config.sample
-    return f'Draw with it:  python -m pipeline.sample {run.folder} "{sample.prompts[0]}" --w {sample.default_w:g} -o out.png'
+    return f'Draw with it:  direct-jump sample {run.folder} "{sample.prompts[0]}" --w {sample.default_w:g} -o out.png'
 
 
 def rehearse(config: Config, accelerator: Accelerator) -> int:

@@ -19,7 +19,7 @@ from pipeline.diffusion import losses
 from pipeline.diffusion.guidance import guide
 from pipeline.diffusion.text_to_image import TextToImagePipeline
 from pipeline.evaluation import evaluate, retrieval, samples
-from pipeline.models import loading
+from pipeline.models import locate
 
 SEED = 3000
 Rule = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.quick:
         args.captions, args.steps = 6, 2
     bench.prepare()
-    model = args.model or loading.default_model(finished=True)
+    model = args.model or locate.default_model(finished=True)
     if model is None:
         print("There is no run to judge, so guidance is not compared: make train, or --model RUN.")
         return

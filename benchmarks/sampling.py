@@ -33,7 +33,7 @@ from pipeline.diffusion.guidance import interval
 from pipeline.diffusion.patches import PatchAutoencoder
 from pipeline.diffusion.text_to_image import TextToImagePipeline, noise_level
 from pipeline.evaluation import evaluate, retrieval
-from pipeline.models import build, loading, text_encoders
+from pipeline.models import build, loading, locate, text_encoders
 
 LEVEL = 1 / 255
 MARGIN = 0.05  # of the first-five rate: what is lost at most where a way to draw counts as no worse
@@ -42,7 +42,7 @@ SEED = 2000  # of the judged drawings: neither of those that choose or report w 
 
 def opened(model: str | None, config: str) -> tuple[TextToImagePipeline, str]:
     """The pipeline of a run or the newest one, else of a configuration with random weights; and what it is."""
-    model = model or loading.default_model(finished=True)
+    model = model or locate.default_model(finished=True)
     if model is not None:
         pipe, name = loading.load_pipeline(model), f"`{model}`"
     else:
@@ -396,7 +396,7 @@ def main(argv: list[str] | None = None) -> None:
         "\n".join(goals),
         limits,
     ]
-    model = args.model or loading.default_model(finished=True)
+    model = args.model or locate.default_model(finished=True)
     if args.captions and model is not None:
         rows, goals, picture = judged(
             Path(model), args.captions, args.w, 8 if args.quick else 50, 32, args

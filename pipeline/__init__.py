@@ -2,23 +2,24 @@
 
 import importlib
 
-_HOME = {
-    "DDPMScheduler": "scheduler",
-    "TextToImagePipeline": "text_to_image",
-    "PatchAutoencoder": "patches",
-    "CaptionWhitening": "captions",
-    "ExactDenoiser": "exact",
-    "interval": "guidance",
+_MODULES = {
+    "CaptionWhitening": "diffusion.captions",
+    "DDPMScheduler": "diffusion.scheduler",
+    "ExactDenoiser": "diffusion.exact_denoiser",
+    "PatchAutoencoder": "diffusion.patches",
+    "TextToImagePipeline": "models.loading",  # which also says what the class may load
+    "interval": "diffusion.guidance",
+    "load_pipeline": "models.loading",
 }
-__all__ = list(_HOME)
+__all__ = list(_MODULES)
 
 
-def __getattr__(name: str):
-    """The public names, imported on first use, so that `import pipeline` costs nothing."""
-    if name not in _HOME:
+def __getattr__(name: str) -> object:
+    """Import a public name on first use; `import pipeline` alone imports nothing else."""
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})

@@ -9,9 +9,7 @@ from pipeline.data.emoji.writer import read_manifest, write_emoji
 
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0 written, 2 refused."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.emoji", description=__doc__.splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(prog="direct-jump emoji", description=__doc__.splitlines()[0])
     parser.add_argument("folder")
     parser.add_argument("--set", default="emoji", help="; ".join(SETS))
     parser.add_argument("--size", type=int, default=64, help="pixels a side; Twemoji's own is 72")

@@ -71,7 +71,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0 done, 2 refused."""
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.evaluation",
+        prog="direct-jump evaluate",
         allow_abbrev=False,
         description=__doc__.splitlines()[0],
     )

@@ -1,13 +1,20 @@
-"""What the command lines share."""
+"""What every command line shares: messages and exit codes."""
 
 import sys
 from collections.abc import Callable
 
 
-def run_cli(main: Callable[[], int], said: str) -> int:
-    """The exit code of a command line; of one that Ctrl-C stops 130, and a word on what is left."""
+def run_cli(command: Callable[[], int | None], interrupted: str) -> int:
+    """Run a command and return its exit code: 0 done, 1 failed, 2 bad input, 130 interrupted.
+
+    A ValueError becomes one message on stderr; its `exit_code`, if it has one, is returned.
+    interrupted: what Ctrl-C leaves behind, for the message.
+    """
     try:
-        return main()
+        return command() or 0
     except KeyboardInterrupt:
-        print(f"\nstopped: {said}", file=sys.stderr)
+        print(f"\nstopped: {interrupted}", file=sys.stderr)
         return 130
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return getattr(error, "exit_code", 2)

@@ -1,4 +1,4 @@
-"""Draw pictures from the command line: `python -m pipeline.sample RUN_OR_ID "a green cat" --w 2 --seed 7 -o cat.png`."""
+"""Draw pictures from the command line: `direct-jump sample RUN_OR_ID "a green cat" --w 2 --seed 7 -o cat.png`."""
 
 import argparse
 import json
@@ -15,7 +15,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 def build_parser() -> argparse.ArgumentParser:
     """The command line's arguments."""
     arguments = argparse.ArgumentParser(
-        prog="python -m pipeline.sample",
+        prog="direct-jump sample",
         description="Draw pictures of a prompt.",
         allow_abbrev=False,
     )

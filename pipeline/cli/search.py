@@ -18,7 +18,7 @@ from pipeline.search.verifiers import ClipVerifier, LikelihoodVerifier
 def build_parser() -> argparse.ArgumentParser:
     """The command line's arguments."""
     arguments = argparse.ArgumentParser(
-        prog="python -m pipeline.search",
+        prog="direct-jump search",
         allow_abbrev=False,
         description="Spend network calls on one prompt, keep the best picture.",
     )

@@ -3,7 +3,7 @@
 This file travels with the pipeline, as guidance.py does, so that a stranger's own save and push keep the layout:
 
     model_index.json           "_class_name": ["pipeline", "TextToImagePipeline"], "scheduler": ["scheduler", "DDPMScheduler"]
-    pipeline.py guidance.py layout.py               the pipeline, and the files beside it that it imports
+    pipeline.py guidance.py hub_format.py               the pipeline, and the files beside it that it imports
     scheduler/scheduler.py vae/patches.py ...       each component that diffusers and transformers do not have
     scheduler/scheduler_config.json unet/ ...       as stock classes read them, without any of this code
 
@@ -11,7 +11,6 @@ Where Stable Diffusion's own pipeline draws the same from the same parts, the in
 diffusers loads with no remote code at all. Ours then lies in it under `PRIVATE`, which diffusers does not read.
 """
 
-import importlib
 import inspect
 import json
 import os
@@ -20,6 +19,8 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from types import ModuleType
+from typing import ClassVar
 
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.utils.dynamic_modules_utils import get_relative_imports
@@ -103,6 +104,10 @@ DOWNLOAD_OPTIONS = (
 class HubFormat:
     """The saving and loading of a DiffusionPipeline, to be named before it among the bases of a class."""
 
+    # What decides what may be loaded (pipeline/models/trusted.py). pipeline/models/loading.py registers it when it is
+    # imported; in a copy of this file that came with a model it stays None.
+    trusted: ClassVar[ModuleType | None] = None
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """The pipeline saved in a folder, or in the Hub's `user/name` or `user/name@revision`, by the classes of this package.
@@ -111,14 +116,14 @@ class HubFormat:
         is diffusers' own loading, which runs the code of the repository once it is trusted to.
         """
         name = pretrained_model_name_or_path
-        if in_package() and not os.path.isdir(pretrained_model_name_or_path):
+        if cls.trusted is not None and not os.path.isdir(pretrained_model_name_or_path):
             options = {name: kwargs.pop(name) for name in DOWNLOAD_OPTIONS if name in kwargs}
-            pretrained_model_name_or_path = trusted_loader().download(
+            pretrained_model_name_or_path = cls.trusted.download_model(
                 str(pretrained_model_name_or_path), kwargs.get("variant"), **options
             )
         pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         pipe.register_to_config(_name_or_path=str(name))  # and not where the cache keeps it
-        if in_package() and trusted_loader().of_stable_diffusion(
+        if cls.trusted is not None and cls.trusted.is_stable_diffusion_folder(
             Path(pretrained_model_name_or_path)
         ):
             noise = (
@@ -155,7 +160,8 @@ class HubFormat:
     def load_config(cls, *args, **kwargs):
         """The index of a saved pipeline; in this package with its own classes in the place of those that came along."""
         index = super().load_config(*args, **kwargs)
-        return trusted_loader().own(index) if in_package() and isinstance(index, dict) else index
+        trusts = cls.trusted is not None and isinstance(index, dict)
+        return cls.trusted.validate_index(index) if trusts else index
 
     def to_json_string(self) -> str:
         """`model_index.json`: our classes by the files that `save_config` writes, or Stable Diffusion's index, ours in it."""
@@ -240,7 +246,7 @@ class HubFormat:
             )
         if self.text_encoder is None or self.tokenizer is None:
             raise ValueError(
-                "this pipeline has no text encoder, expected one in what is shared: load it with pipeline.hub.load, "
+                "this pipeline has no text encoder, expected one in what is shared: load it with pipeline.load_pipeline, "
                 "which supplies the one that its config.yaml names"
             )
         api = HfApi(token=token)
@@ -326,16 +332,6 @@ class HubFormat:
                     inspect.getsourcefile(sys.modules[module])
                 )
         return code
-
-
-def in_package() -> bool:
-    """Whether this file is the package's own, and not a copy that came with a model."""
-    return __package__ == "pipeline"
-
-
-def trusted_loader():
-    """The module that decides what may be loaded; it does not travel."""
-    return importlib.import_module(f"{__package__}.safe")
 
 
 def parse_weights_file(name: str) -> tuple[str, str | None] | None:

@@ -450,7 +450,7 @@ class TextToImagePipeline(HubFormat, DiffusionPipeline, StableDiffusionLoraLoade
         if self.tokenizer is None or self.text_encoder is None:
             raise InputError(
                 f"this pipeline has no text encoder to read {captions} with, expected one: load it with "
-                f"pipeline.hub.load, which supplies the one that config.yaml names, or pass {instead}"
+                f"pipeline.load_pipeline, which supplies the one that config.yaml names, or pass {instead}"
             )
         captions = [normalize(caption) for caption in captions]
         length = self._caption_length(captions, length)

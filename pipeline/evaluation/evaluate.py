@@ -1,7 +1,7 @@
 """How well a run draws what its captions say: retrieval and KID by an ImageNet network, copies, seams, with 95 % intervals.
 
 A drawing is judged by the rank of its caption's own picture among all pictures of the set, by centred cosine of pooled
-features. `python -m pipeline.evaluation RUN` writes `RUN/metrics.json` and the card anew; what it has drawn is kept, so it can
+features. `direct-jump evaluate RUN` writes `RUN/metrics.json` and the card anew; what it has drawn is kept, so it can
 be stopped. `--more` adds slower measures, `--sweep` what each knob of sampling does.
 """
 

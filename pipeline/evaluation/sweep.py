@@ -1,6 +1,6 @@
 """What each knob of sampling does: quality against alignment, one knob changed at a time from one base.
 
-`python -m pipeline.evaluation RUN --sweep w=0,1,2,4 steps=10,25,50` writes `RUN/images/sweep.png`, metrics.json and the card.
+`direct-jump sweep RUN w=0,1,2,4 steps=10,25,50` writes `RUN/images/sweep.png`, metrics.json and the card.
 Every point's pictures are kept, so that a sweep goes on where it was stopped.
 """
 

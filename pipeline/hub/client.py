@@ -23,6 +23,8 @@ RETRY_WAITS = (1, 4, 16)  # seconds before a push is tried again
 class HubError(ValueError):
     """A push or a check before it that failed: what happened, and how to go on."""
 
+    exit_code = 1
+
 
 def commit_folder(api: HfApi, folder: Path, repo: str, kind: str, message: str) -> str:
     """Upload a folder's files in one commit (`changes`) and return the repository's address; files as they are there make none.

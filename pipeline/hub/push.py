@@ -1,4 +1,4 @@
-"""How a model is found, loaded and shared: `python -m pipeline.hub push RUN USER/NAME`, `pull`, `ship`, `space`.
+"""How a model is found, loaded and shared: `direct-jump push RUN USER/NAME`, `pull`, `ship`, `space`.
 
 What is pushed is the layout of `pipeline.layout`, always with its text encoder, in one commit; what is loaded goes through
 `pipeline.safe`. Tokens come from HF_TOKEN or `hf auth login`, and are never printed.
@@ -28,7 +28,8 @@ from pipeline.hub.model_card import (
     training_facts,
     with_base,
 )
-from pipeline.models.loading import load_from_folder, resolve_model_folder
+from pipeline.models.loading import load_from_folder
+from pipeline.models.locate import resolve_model_folder
 from pipeline.models.trusted import (
     COMPONENT_FILES,
     COMPONENTS,
@@ -108,7 +109,7 @@ def push(
     if problems := repository_problems("the repository", repo_id):
         raise HubError("; ".join(problems))
     options = f"{' --private' if private else ''}{f' --base {base}' if base else ''}"
-    again = f"`python -m pipeline.hub push {shlex.quote(str(source))} {repo_id}{options}`"
+    again = f"`direct-jump push {shlex.quote(str(source))} {repo_id}{options}`"
     with disk_errors(f"gathering {source}"), tempfile.TemporaryDirectory() as scratch:
         folder, api = Path(scratch), HfApi(token=token)
         front = assemble_repository(source, folder, base, token)
@@ -149,7 +150,7 @@ def require_public_base(base: str, of_hub: list[str] | None = None) -> None:
     if not (is_hub_id(name) if of_hub is None else name in of_hub):
         raise HubError(
             f"the adapter is one of {base}, expected one of a model of the Hub, which whoever gets it has: push that "
-            "model, then the adapter by `python -m pipeline.hub push` with --base USER/NAME"
+            "model, then the adapter by `direct-jump push` with --base USER/NAME"
         )
 
 

@@ -9,11 +9,18 @@ from huggingface_hub import HfApi, RepoCard, SpaceCardData
 
 from pipeline.config import repository_problems
 from pipeline.hub.client import HubError, commit_folder, upload_errors, with_retries
-from pipeline.models.loading import PINNED_MODEL_FILE
+from pipeline.models.locate import PINNED_MODEL_FILE
 from pipeline.models.trusted import resolve_revision
 
-PROJECT_ROOT = Path(__file__).parent.parent
-SPACE_FILES = ("app.py", "requirements.txt", "LICENSE", "NOTICE", "pipeline/*.py")
+PROJECT_ROOT = Path(__file__).parents[2]
+SPACE_FILES = (
+    "app.py",
+    "requirements.txt",
+    "LICENSE",
+    "NOTICE",
+    "pipeline/**/*.py",
+    "pipeline/**/*.md",
+)
 
 
 def push_space(repo_id: str, model: str, *, private: bool = False, token: str | None = None) -> str:
@@ -32,7 +39,7 @@ def push_space(repo_id: str, model: str, *, private: bool = False, token: str | 
         )
         folder = Path(scratch)
         for path in (path for pattern in SPACE_FILES for path in PROJECT_ROOT.glob(pattern)):
-            (folder / path.relative_to(PROJECT_ROOT)).parent.mkdir(exist_ok=True)
+            (folder / path.relative_to(PROJECT_ROOT)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / path.relative_to(PROJECT_ROOT))
         (folder / PINNED_MODEL_FILE).write_text(f"{name}@{revision}\n", encoding="utf-8")
         (folder / "README.md").write_text(space_readme(name, revision), encoding="utf-8")

@@ -1,75 +1,39 @@
-"""How a command line begins and ends: a model by its name, a device, and a word where Ctrl-C stops it.
-
-Libraries are imported where they are needed, so that a mistyped path is told without waiting for them.
-"""
+"""Load pipelines: from a run, a saved folder, a checkpoint or the Hub, by classes and files that are trusted."""
 
 from pathlib import Path
 
 from diffusers import UNet2DConditionModel
+from diffusers.utils import logging
+from safetensors import SafetensorError
+from transformers.utils import logging as transformers_logging
 
-from pipeline.config import load_file
+from pipeline.config import load_file, setting_in
 from pipeline.diffusion.text_to_image import TextToImagePipeline
+from pipeline.models import trusted
 from pipeline.models.build import build_pipeline, trainable_parameters
 from pipeline.models.ema import build_ema
+from pipeline.models.locate import resolve_model_folder
 from pipeline.models.lora import add_adapter
 from pipeline.models.text_encoders import load_text_encoder, load_whitening
+from pipeline.models.trusted import ModelError, parse_repo_id, require_safetensors
 from pipeline.runs.checkpoints import verify_checkpoint
-from pipeline.runs.folder import MODEL_INDEX, RunFolder
+from pipeline.runs.folder import ADAPTER_FILE, MODEL_INDEX, SHARED_CONFIG_FILE, RunFolder
 from pipeline.runs.state_files import load_state
 
-
-def resolve_model_folder(model: str) -> Path:
-    """The folder of a saved pipeline, from its own path, from that of its run, or from the Hub."""
-    from pipeline.models import trusted
-    from pipeline.models.trusted import parse_repo_id
-    from pipeline.runs.folder import ADAPTER_FILE, MODEL_INDEX
-
-    whole = [(Path(model), MODEL_INDEX), (Path(model) / "pipeline", MODEL_INDEX)]
-    for path, file in (*whole, (Path(model), ADAPTER_FILE), (Path(model) / "lora", ADAPTER_FILE)):
-        if (path / file).is_file():
-            return path
-    if Path(model).is_dir():
-        held = (
-            "its training has not finished: run the training command again"
-            if (Path(model) / "config.yaml").is_file()
-            else ("pass a run's folder or a saved pipeline's")
-        )
-        raise ValueError(
-            f"{model} holds no pipeline, expected {Path(model) / 'pipeline' / MODEL_INDEX}: {held}"
-        )
-    if Path(model).is_file():
-        raise ValueError(
-            f"{model} is a file, expected the folder of a saved pipeline: make one of a checkpoint by diffusers' "
-            f"StableDiffusionPipeline.from_single_file({model!r}).save_pretrained(FOLDER)"
-        )
-    if parse_repo_id(model):
-        return trusted.download_model(model)
-    raise ValueError(
-        f"{model} does not exist, expected the folder of a run or of a saved pipeline, or a model of the Hub "
-        "(user/name): see `ls runs`"
-    )
+# From here on the pipeline class loads only what `trusted` accepts.
+TextToImagePipeline.trusted = trusted
 
 
-def load_pipeline(model: str):
+def load_pipeline(model: str | Path) -> TextToImagePipeline:
     """The pipeline of a run's folder, of a saved pipeline's or of the Hub, or that of an adapter's base with the adapter."""
     return load_from_folder(resolve_model_folder(model))
 
 
-def load_from_folder(path: Path):
+def load_from_folder(path: Path) -> TextToImagePipeline:
     """The pipeline saved in a folder, from safetensors alone and with no code of its own; ValueError says what is wrong.
 
     One that was saved without its text encoder gets the one that the config.yaml beside it names.
     """
-    from diffusers.utils import logging
-    from safetensors import SafetensorError
-    from transformers.utils import logging as transformers_logging
-
-    from pipeline.config import load_file
-    from pipeline.diffusion.text_to_image import TextToImagePipeline
-    from pipeline.models.text_encoders import load_text_encoder
-    from pipeline.models.trusted import ModelError, require_safetensors
-    from pipeline.runs.folder import ADAPTER_FILE, MODEL_INDEX
-
     if not (path / MODEL_INDEX).is_file() and (path / ADAPTER_FILE).is_file():
         return load_with_adapter(path)
     logging.disable_progress_bar()
@@ -92,17 +56,11 @@ def load_from_folder(path: Path):
     return pipe
 
 
-def load_with_adapter(path: Path):
+def load_with_adapter(path: Path) -> TextToImagePipeline:
     """An adapter's folder as the pipeline that it adapts, with it; the settings beside it name that.
 
     It draws with that model's own scheduler, as in stock diffusers; a run's comes with the run's w and caption dropout.
     """
-    from safetensors import SafetensorError
-
-    from pipeline.config import load_file, setting_in
-    from pipeline.models.trusted import ModelError, parse_repo_id
-    from pipeline.runs.folder import ADAPTER_FILE, SHARED_CONFIG_FILE
-
     if (path.parent / "config.yaml").is_file():  # a run's
         config = load_file(path.parent / "config.yaml")
         pipe = load_pipeline(config.model.pretrained)
@@ -126,32 +84,6 @@ def load_with_adapter(path: Path):
             f"{path / ADAPTER_FILE} cannot be loaded ({error}), expected an adapter: save it again"
         ) from error
     return pipe
-
-
-PINNED_MODEL_FILE = "model.txt"  # a Space's model, USER/NAME@COMMIT
-
-
-def default_model(
-    root: str | Path = "runs",
-    shipped: str | Path = "pretrained/emoji",
-    pinned: str | Path = PINNED_MODEL_FILE,
-    finished: bool = False,
-) -> Path | str | None:
-    """What draws where nobody names a model: the one that a Space is pinned to, the run that was last written to and can be
-    drawn with, the shipped model, else None. finished: whether a run has to be, or may have checkpoints alone.
-    """
-    if Path(pinned).is_file():
-        return Path(pinned).read_text(encoding="utf-8").strip()
-    found = [
-        run
-        for run in map(RunFolder, Path(root).glob("*"))
-        if (run.finished if finished else run.drawable or run.steps())
-    ]
-    if found:
-        return max(
-            found, key=lambda run: run.metrics.stat().st_mtime if run.metrics.exists() else 0
-        ).folder
-    return Path(shipped) if (Path(shipped) / MODEL_INDEX).is_file() else None
 
 
 def load_checkpoint(run: RunFolder, step: int) -> TextToImagePipeline:

@@ -260,7 +260,7 @@ def resolve_component(part: str, value: object) -> list[str | None]:
         return [None, None]
     if isinstance(library, str) and isinstance(name, str):
         if OUR_CLASSES.get(name) == library.rpartition(".")[2]:
-            return [importlib.import_module(f"{__package__}.{OUR_CLASSES[name]}").__name__, name]
+            return [f"pipeline.diffusion.{OUR_CLASSES[name]}", name]
         if library in LIBRARY_BASES:
             module = importlib.import_module(library)
             found = getattr(module, name, None)

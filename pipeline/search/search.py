@@ -1,7 +1,7 @@
 """More compute at inference for better outputs (18): spend a budget of network calls on one prompt and return the best picture.
 
 A call is one picture through the network once: a guided step is two, and what a verifier asks the network counts as well.
-`python -m pipeline.search RUN_OR_ID "a green cat" --budget 800 --out best.png`.
+`direct-jump search RUN_OR_ID "a green cat" --budget 800 --out best.png`.
 """
 
 import math

@@ -1,6 +1,6 @@
 """The embedded data: Twemoji pictures with their English names, written as an ordinary captioned image folder.
 
-`python -m pipeline.emoji DIR` writes `DIR/train` and `DIR/test`, PNGs beside a metadata.jsonl each. `test` holds cells of
+`direct-jump emoji DIR` writes `DIR/train` and `DIR/test`, PNGs beside a metadata.jsonl each. `test` holds cells of
 factor grids (a colour of a shape, a gender of a role, a skin tone of a person) that are never trained on though each of
 their factor values is: the true picture of an unseen caption exists, so generalisation can be measured.
 """

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from PIL import Image
-from test_evaluation import folder, run, untrained  # noqa: F401
+from test_evaluate import folder, run, untrained  # noqa: F401
 from tiny import tiny_unet
 
 from pipeline.cli import evaluate

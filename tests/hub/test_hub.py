@@ -49,7 +49,7 @@ from pipeline.models import build, loading, lora, trusted
 from pipeline.models.loading import load_pipeline
 from pipeline.runs.folder import IMAGES_FOLDER, RunFolder
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CANARY = "hf_canary_Jq3xT"
 REQUEST = "'red heart', w=1.0, seed=7, num_inference_steps=2, output_type='np'"
 HOSTILE = (
@@ -272,7 +272,7 @@ def test_a_push_is_one_commit_of_what_a_stranger_needs_and_nothing_else(world, p
             "images/prompt-1.png",
             "images/samples.png",
             "images/training.png",
-            "layout.py",
+            "hub_format.py",
             "metrics.json",
             "model_index.json",
             "pipeline.py",
@@ -352,7 +352,7 @@ def test_the_stock_schedulers_that_the_card_says_fit_are_those_that_draw():
 def test_a_strangers_own_push_is_the_same_and_loads_again(world, place, stranger, pushed, expected):
     stranger("pipe.push_to_hub('tester/fork')")
     original, fork = (world.files("models", name) for name in (pushed, "tester/fork"))
-    assert {"pipeline.py", "guidance.py", "layout.py", "vae/patches.py"} < fork.keys()
+    assert {"pipeline.py", "guidance.py", "hub_format.py", "vae/patches.py"} < fork.keys()
     changed = {path for path, content in fork.items() if original[path] != content}
     assert changed <= {"README.md", "tokenizer/tokenizer.json"}, (
         "a tokenizer's files remember how it last padded"
@@ -494,7 +494,7 @@ def test_a_model_of_the_hub_is_drawn_with_by_its_name_alone(owner, pushed, expec
     )
     assert said.endswith("cat.png\n0\n") and (owner.cwd / "cat.png").is_file()
     owner(
-        f"loaded = TextToImagePipeline.from_pretrained({pushed!r})\nassert type(loaded.vae).__module__ == 'pipeline.patches'\n"
+        f"loaded = TextToImagePipeline.from_pretrained({pushed!r})\nassert type(loaded.vae).__module__ == 'pipeline.diffusion.patches'\n"
         f"assert loaded.name_or_path == {pushed!r}"
     )
 
@@ -623,7 +623,7 @@ def test_no_code_of_a_model_is_downloaded_or_run(world, owner, pushed, place):
     )
     world.requests.clear()
     owner(
-        "pipe = hub.load('mallory/same')\nassert type(pipe.scheduler).__module__ == 'pipeline.scheduler'"
+        "pipe = hub.load('mallory/same')\nassert type(pipe.scheduler).__module__ == 'pipeline.diffusion.scheduler'"
     )
     assert not [path for _, path in world.requests if path.endswith((".py", ".bin"))]
     owner("print(hub.main(['pull', 'mallory/same', 'pulled']))")
@@ -1004,7 +1004,10 @@ INDEX = {
     ],
 )
 def test_an_index_may_name_known_classes_only(change, message):
-    assert trusted.validate_index(INDEX)["scheduler"] == ["pipeline.scheduler", "DDPMScheduler"]
+    assert trusted.validate_index(INDEX)["scheduler"] == [
+        "pipeline.diffusion.scheduler",
+        "DDPMScheduler",
+    ]
     with pytest.raises(trusted.ModelError, match=re.escape(message)):
         trusted.validate_index(INDEX | change)
 
@@ -1187,7 +1190,7 @@ def test_a_push_that_fails_says_how_to_do_it_again(world, owner, run):
     world.faults += [("POST", "/commit/", 500)] * 4
     said = owner(f"print(hub.main(['push', {str(run.folder)!r}, 'tester/failed']))")
     assert said.endswith(
-        f"is complete, push it again with `python -m pipeline.hub push {run.folder} tester/failed`\n1\n"
+        f"is complete, push it again with `direct-jump push {run.folder} tester/failed`\n1\n"
     ), said
     assert world.files("models", "tester/failed") == {} and "Traceback" not in said
     loading.load_from_folder(run.pipeline)
@@ -1242,7 +1245,7 @@ def test_what_xet_raises_is_told_too(error, words, monkeypatch):
 
 def test_a_push_that_is_killed_is_whole_after_the_next(world, owner, place, run, pushed):
     world.lfs.clear()
-    command = [sys.executable, "-m", "pipeline.hub", "push", str(run.folder), "tester/killed"]
+    command = [sys.executable, "-m", "pipeline", "push", str(run.folder), "tester/killed"]
     process = subprocess.Popen(
         command, cwd=ROOT, env=world.env(place / "killed-home"), stderr=subprocess.PIPE, text=True
     )
@@ -1302,10 +1305,7 @@ def test_training_checks_first_and_pushes_last(world, owner, place):
     assert not (place / "trained").exists(), "nothing was begun"
     world.faults += [("POST", "/commit/", 403)]
     said = train("--hub.token", CANARY)
-    assert (
-        f"push it again with `python -m pipeline.hub push {place / 'trained' / 'trained'} trained`"
-        in said
-    )
+    assert f"push it again with `direct-jump push {place / 'trained' / 'trained'} trained`" in said
     assert (
         said.endswith("code 1\n")
         and (place / "trained" / "trained" / "pipeline" / "model_index.json").is_file()
@@ -1472,7 +1472,7 @@ def test_a_space_serves_the_model_that_it_is_pinned_to(world, owner, place, push
         == re.search(r"^gradio==(\S+)", files["requirements.txt"].decode(), re.M)[1]
     )
     assert len(matter["short_description"]) <= 60 and matter["suggested_hardware"] == "cpu-basic"
-    assert {"pipeline/hub.py", "LICENSE", "NOTICE"} < files.keys() and not [
+    assert {"pipeline/hub/push.py", "LICENSE", "NOTICE"} < files.keys() and not [
         path for path in files if "test" in path
     ]
     for path, content in files.items():

@@ -10,7 +10,7 @@ import torch
 from diffusers import DDIMScheduler
 from diffusers.configuration_utils import FrozenDict
 from PIL import Image
-from test_judge import judge  # noqa: F401
+from test_feature_extractor import judge  # noqa: F401
 from tiny import tiny_clip, tiny_pipeline, tiny_unet
 from torch import nn
 

@@ -90,7 +90,7 @@ def test_p1_a_fresh_process_loads_it(tmp_path):
     )
     done = subprocess.run(
         [sys.executable, "-c", lines, tmp_path],
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         check=False,

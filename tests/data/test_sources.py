@@ -26,7 +26,7 @@ from pipeline.data.sources.rows import (
 )
 from pipeline.data.sources.table import table_row
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def png(i=0, size=(8, 8)):

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from pipeline import TextToImagePipeline
 from pipeline import config as config_module
 from pipeline.diffusion.guidance import InputError
-from pipeline.models import loading
+from pipeline.models import loading, locate
 
-SHIPPED = Path(__file__).parent.parent / "pretrained" / "emoji"
+SHIPPED = Path(__file__).parents[2] / "pretrained" / "emoji"
 METRICS = json.loads((SHIPPED / "metrics.json").read_text())
 
 
@@ -41,9 +41,7 @@ def test_it_fits_in_a_repository():
 
 
 def test_a_fresh_clone_draws_with_it_where_no_run_is_newer(tmp_path, pipe):
-    assert (
-        loading.default_model(root=tmp_path, shipped=SHIPPED, pinned=tmp_path / "none") == SHIPPED
-    )
+    assert locate.default_model(root=tmp_path, shipped=SHIPPED, pinned=tmp_path / "none") == SHIPPED
     red, blue = (
         np.asarray(pipe(prompt, seed=0, num_inference_steps=10).images[0]).astype(float)
         for prompt in ("red heart", "blue heart")

@@ -16,7 +16,7 @@ from pipeline import config
 from pipeline.data.emoji import writer
 from pipeline.diffusion.guidance import guide
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TINY = """
 data: {source: SOURCE, resolution: 16, cache: CACHE}
 model: {patch_size: 2, channels: [32, 32], attention: [false, true], heads: 4, text_encoder: ENCODER}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from scipy import stats
-from test_evaluation import folder, run, untrained  # noqa: F401
+from test_evaluate import folder, run, untrained  # noqa: F401
 from tiny import tiny_pipeline
 
 from pipeline import hardware
@@ -17,7 +17,7 @@ from pipeline.evaluation import evaluate
 from pipeline.search.search import find_best
 from pipeline.search.verifiers import LIKELIHOOD_WEIGHTS, LikelihoodVerifier
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 spec = importlib.util.spec_from_file_location("search_study", ROOT / "benchmarks" / "search.py")
 study = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(study)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy
 import torch
-from test_judge import pictures
+from test_feature_extractor import pictures
 from tiny import tiny_clip, tiny_pipeline
 from torch import nn
 from transformers import CLIPModel, CLIPProcessor

@@ -16,7 +16,7 @@ from pipeline.models import loading, lora
 from pipeline.serving.png_metadata import read_png
 from pipeline.serving.session import InferenceSession
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,8 @@ def test_a_fresh_process_draws_what_the_pipeline_draws(run, output):
     command = [
         sys.executable,
         "-m",
-        "pipeline.sample",
+        "pipeline",
+        "sample",
         run,
         "a green cat",
         "--w",

@@ -36,14 +36,14 @@ from pipeline.data import image_ops, sampler
 from pipeline.diffusion.captions import CaptionWhitening
 from pipeline.diffusion.losses import loss_weight
 from pipeline.hub import client, export, push
-from pipeline.models import loading
+from pipeline.models import loading, locate
 from pipeline.models.ema import build_ema
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.state_files import load_state, save_state
 from pipeline.runs.stop_signals import StopSignals
 from pipeline.serving.model_store import ModelStore
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TINY = """
 name: tiny
 data: {source: SOURCE, held_out: HELD, resolution: 16, cache: CACHE}
@@ -228,7 +228,7 @@ def test_a_run_leaves_a_pipeline_its_card_its_pictures_and_its_log(whole):
     assert (run / "figures" / "training.png").stat().st_size > 5000
     assert "library_name: diffusers" in (run / "README.md").read_text()
     assert [r["step"] for r in log(run)] == [1, 2, 3, 3, 4, 5, 6, 6]
-    assert "python -m pipeline.sample" in done.stdout
+    assert "direct-jump sample" in done.stdout
 
 
 def test_the_saved_pipeline_draws_and_a_checkpoint_holds_a_loadable_unet(whole):
@@ -366,17 +366,17 @@ def test_a_page_follows_a_run_that_is_trained_on(whole, tmp_path):
 
 
 def test_the_newest_run_is_served(whole, tmp_path):
-    assert loading.default_model(tmp_path, tmp_path / "shipped") is None
+    assert locate.default_model(tmp_path, tmp_path / "shipped") is None
     for name, age in {"old": 100, "new": 1}.items():
         shutil.copytree(whole[0], tmp_path / name)
         then = time.time() - age
         os.utime(tmp_path / name / "metrics.jsonl", (then, then))
     (tmp_path / "empty").mkdir()
-    assert loading.default_model(tmp_path) == tmp_path / "new"
+    assert locate.default_model(tmp_path) == tmp_path / "new"
     (tmp_path / "new" / "README.md").unlink()
     assert (
-        loading.default_model(tmp_path) == tmp_path / "new"
-        and loading.default_model(tmp_path, finished=True) == tmp_path / "old"
+        locate.default_model(tmp_path) == tmp_path / "new"
+        and locate.default_model(tmp_path, finished=True) == tmp_path / "old"
     )
 
 
