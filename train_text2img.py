@@ -214,10 +214,10 @@ def resume_point(run: RunFolder, config: Config) -> Path | None:
     checkpoint = run.newest()
     if checkpoint is None:
         foreign = run.card.is_file() and not (run.folder / TRAINING_FACTS).is_file()
-        if run.drawable or foreign:
+        if run.has_model or foreign:
             held = (
                 "a model, and no checkpoint to go on from"
-                if run.drawable
+                if run.has_model
                 else f"a {run.card.name} that no run has written"
             )
             raise RunError(
@@ -304,7 +304,7 @@ def train(config: Config, dry_run: bool = False) -> int:
                     f"{run.folder} is finished at step {start} of {config.train.steps}.\n{usage(run, config)}"
                 )
                 return publish(config, run, stop) if main else 0
-            with stop.at_once("before the first step"):
+            with stop.raise_on_stop("before the first step"):
                 opened = open_stream(config, accelerator)
             with opened as stream:
                 return loop(config, accelerator, run, checkpoint, stop, stream)
@@ -459,7 +459,7 @@ def loop(
     """The training loop, from a checkpoint or from nothing to the last step; the exit code."""
     main, steps, batch = accelerator.is_main_process, config.train.steps, config.train.batch_size
     with (
-        stop.at_once("before the first step"),
+        stop.raise_on_stop("before the first step"),
         local_main_first(accelerator),
     ):  # the others find in the cache what it prepares
         parts = build_task(config, checkpoint, accelerator.device, again=checkpoint is None)
@@ -525,7 +525,7 @@ def loop(
                 )
                 return stop.exit_code
     if main:
-        with stop.at_once("after the last step"):
+        with stop.raise_on_stop("after the last step"):
             finish(trainer, run)
     return publish(config, run, stop) if main else 0
 
@@ -625,7 +625,7 @@ def kept(trainer: Trainer, run: RunFolder, stop, place: StreamPosition | None):
         yield
         return
     try:
-        with stop.at_once(f"after step {done} of {trainer.config.train.steps}"):
+        with stop.raise_on_stop(f"after step {done} of {trainer.config.train.steps}"):
             yield
     except (DataError, Stopped) as error:
         if not done:
@@ -671,7 +671,7 @@ def sample_path(run: RunFolder, step: int) -> Path:
 
 def publish(config: Config, run: RunFolder, stop) -> int:
     """Push a finished run where its settings say, until a stop is asked for; the exit code."""
-    with stop.at_once("before the model was pushed"):
+    with stop.raise_on_stop("before the model was pushed"):
         return push.publish(config, run)
 
 

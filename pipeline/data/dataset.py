@@ -133,11 +133,11 @@ class CaptionedImages:
         """Where each row's captions begin in `all_captions`, (N,)."""
         return self.counts.cumsum(0) - self.counts
 
-    def chosen(self, seed: int, step: int, slots: Sequence[int] | Tensor, rows: Tensor) -> Tensor:
+    def caption_rows(self, seed: int, step: int, slots: Sequence[int] | Tensor, rows: Tensor) -> Tensor:
         """Which of `all_captions` the examples at `slots` have, (B,) for the rows (B,)."""
         return self.first[rows] + caption_choice(seed, step, slots, self.counts[rows])
 
-    def measured(self, tokenizer, length: int) -> "CaptionedImages":
+    def with_caption_lengths(self, tokenizer, length: int) -> "CaptionedImages":
         """The same images, with the lengths of their captions in the report: tokens, and how many are cut at `length`."""
         distinct = sorted(set(self.all_captions))
         tokens = [

@@ -57,7 +57,7 @@ def loss_weight(
         return LOSS_WEIGHTS[name](snr, gamma)
     if scheduler.config.prediction_type == "v_prediction":
         return LOSS_WEIGHTS[name](snr, gamma) / (snr + 1)
-    if scheduler._ends_without_signal and (snr == 0).any():
+    if scheduler.ends_without_signal and (snr == 0).any():
         raise ValueError(
             "prediction_type='epsilon' has no weight where SNR = 0: the noise says nothing about x_0. "
             "Train v_prediction or sample, or without rescale_betas_zero_snr."

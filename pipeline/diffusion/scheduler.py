@@ -157,7 +157,7 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
             return out
         if self.config.prediction_type == "v_prediction":
             return root(abar_t) * x_t - root(1 - abar_t) * out
-        if self._ends_without_signal and torch.as_tensor(abar_t == 0).any():
+        if self.ends_without_signal and torch.as_tensor(abar_t == 0).any():
             raise ValueError(
                 f"prediction_type='epsilon' cannot give x_0 at t={t}: abar_t = 0 there. "
                 "Train and sample with v_prediction or sample."
@@ -422,7 +422,7 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
             abar > 0, abar.clamp(min=torch.finfo(torch.float32).tiny), abar
         )  # float32 keeps what is not 0
         self._abar = torch.cat([torch.ones(1, dtype=torch.float64), abar])  # [t + 1] is abar at t
-        self._ends_without_signal = bool(self._abar[-1] == 0)
+        self.ends_without_signal = bool(self._abar[-1] == 0)
         self._tables: dict = {}
         self._next: dict[int, int] | None = None
         self.betas, self.alphas, self.alphas_cumprod = (

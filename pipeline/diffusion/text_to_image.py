@@ -251,7 +251,7 @@ class TextToImagePipeline(HubFormat, DiffusionPipeline, StableDiffusionLoraLoade
                 f"num_images_per_prompt is {num_images_per_prompt!r}, expected a whole number from 1: pass 1"
             )
         w, device = self._weight(w, guidance_scale, prompts), self._execution_device
-        scheduler = self._own_scheduler(num_inference_steps, timesteps, device)
+        scheduler = self.prepare_scheduler(num_inference_steps, timesteps, device)
         plan_w = [weights_at(w, prompts, scheduler, t) for t in scheduler.timesteps]
         guided = any(bool((w_t != 0).any()) for w_t in plan_w)
         B = prompts * num_images_per_prompt
@@ -528,7 +528,7 @@ class TextToImagePipeline(HubFormat, DiffusionPipeline, StableDiffusionLoraLoade
             prompt_weights(guidance_scale, prompts, name="guidance_scale")
         return w_from_guidance_scale(guidance_scale)
 
-    def _own_scheduler(
+    def prepare_scheduler(
         self, n: int, timesteps: list[int] | None, device: torch.device
     ) -> SchedulerMixin:
         """A copy of the scheduler with its plan made, so that calls cannot disturb each other."""

@@ -145,7 +145,7 @@ def update_metrics(folder: Path, model: str, **found) -> dict:
 def load_run(folder: Path) -> tuple[Config, FeatureExtractor, ReferenceSet, TextToImagePipeline]:
     """A finished run, or a saved pipeline with its config.yaml, on the fastest device, and all that judges it, on the CPU."""
     run = RunFolder(folder)
-    if not (run.drawable or (folder / MODEL_INDEX).is_file()):
+    if not (run.has_model or (folder / MODEL_INDEX).is_file()):
         raise EvaluationError(
             f"{folder} holds no finished pipeline, expected {folder / 'pipeline' / MODEL_INDEX}: "
             "train first"

@@ -24,7 +24,7 @@ def collect_images(config: Config, run: RunFolder) -> None:
     target.mkdir(exist_ok=True)
     for old in target.glob("prompt-*.png"):
         old.unlink()
-    if drawn := run.drawn():
+    if drawn := run.sample_files():
         _step, newest = drawn[-1]
         shutil.copyfile(newest, target / "samples.png")
     if drawn and sample.default_w in sample.w:

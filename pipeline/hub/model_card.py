@@ -92,7 +92,7 @@ def write_card(
         (run.folder / measured).unlink(missing_ok=True)
     replace_text(run.folder / TRAINING_FACTS, json.dumps(known | last, indent=1))
     collect_images(config, run)
-    refresh_card(run.folder, str(run.adapter if run.adapted else run.pipeline))
+    refresh_card(run.folder, str(run.adapter if run.has_adapter else run.pipeline))
 
 
 def refresh_card(folder: Path, model: str | None = None, **more) -> None:

@@ -138,7 +138,7 @@ def require_adapter_repo(api: HfApi, repo: str) -> None:
 
 def require_finished(run: RunFolder) -> None:
     """HubError where a run is trained on after its first end: its model and its settings are of different steps."""
-    if run.config.is_file() and run.drawable and not run.finished:
+    if run.config.is_file() and run.has_model and not run.finished:
         raise HubError(
             f"{run.folder} is being trained on, expected a finished run: let the training command come to its end"
         )
@@ -197,9 +197,9 @@ def assemble_repository(
     run = RunFolder(source)
     for place in (Path(source), Path(source).parent):  # a run's pipeline/ may be named too
         require_finished(RunFolder(place))
-    if base is not None and not run.adapted:
+    if base is not None and not run.has_adapter:
         raise HubError(f"{source} is no run of an adapter, got --base {base}: leave it out")
-    if run.adapted:
+    if run.has_adapter:
         folder, stock = run.adapter, False
         if base is None:
             known = (

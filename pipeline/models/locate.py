@@ -55,7 +55,7 @@ def default_model(
     found = [
         run
         for run in map(RunFolder, Path(root).glob("*"))
-        if (run.finished if finished else run.drawable or run.steps())
+        if (run.finished if finished else run.has_model or run.steps())
     ]
     if found:
         return max(

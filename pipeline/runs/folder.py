@@ -54,20 +54,20 @@ class RunFolder:
         self.pipeline, self.figures = self.folder / "pipeline", self.folder / "figures"
         self.metrics, self.config = self.folder / "metrics.jsonl", self.folder / "config.yaml"
         self.card, self.adapter = self.folder / "README.md", self.folder / "lora"
-        self.torn: set[int] = set()  # the steps of checkpoints that were found damaged
+        self.corrupt_steps: set[int] = set()  # the steps of checkpoints that were found damaged
 
     @property
     def finished(self) -> bool:
         """Has the training come to its end? The card is the last thing that it leaves."""
-        return self.card.is_file() and self.drawable
+        return self.card.is_file() and self.has_model
 
     @property
-    def drawable(self) -> bool:
+    def has_model(self) -> bool:
         """Did it leave a pipeline, or an adapter, to draw with?"""
-        return self.adapted or (self.pipeline / MODEL_INDEX).is_file()
+        return self.has_adapter or (self.pipeline / MODEL_INDEX).is_file()
 
     @property
-    def adapted(self) -> bool:
+    def has_adapter(self) -> bool:
         """Did it end in an adapter of another model, instead of a pipeline?"""
         return (self.adapter / ADAPTER_FILE).is_file()
 
@@ -134,9 +134,9 @@ class RunFolder:
                 f"the checkpoint of step {step} could not be saved in {self.checkpoints} ({error}); those of steps "
                 f"{self.steps() or 'none'} are whole: make room, then run the same command"
             ) from error
-        self.torn.discard(step)
+        self.corrupt_steps.discard(step)
         found = self.steps(step)  # a later one is torn, or of another plan
-        kept = [n for n in found if n not in self.torn][-keep:]
+        kept = [n for n in found if n not in self.corrupt_steps][-keep:]
         for old in (n for n in found if n not in kept):
             remove_if_possible(self.checkpoints / str(old))
         return target
@@ -197,7 +197,7 @@ class RunFolder:
             folder = self.checkpoints / str(step)
             if not (damage := verify_checkpoint(folder)):
                 return folder
-            self.torn.add(step)
+            self.corrupt_steps.add(step)
             warnings.warn(f"checkpoint {folder} is skipped: {damage}", stacklevel=2)
         if steps:
             raise RunError(
@@ -218,7 +218,7 @@ class RunFolder:
         *whole, _cut = self.metrics.read_text(encoding="utf-8").split("\n")
         return [json.loads(line) for line in whole if line]
 
-    def drawn(self) -> list[tuple[int, Path]]:
+    def sample_files(self) -> list[tuple[int, Path]]:
         """The steps that samples were drawn at, each with its picture, the newest last; other files in the folder are none."""
         return sorted(
             (int(path.stem), path) for path in self.samples.glob("*.png") if path.stem.isdecimal()
@@ -228,6 +228,6 @@ class RunFolder:
         """Forget what was logged and drawn after `step`: those steps are about to be repeated."""
         kept = [json.dumps(record) for record in self.history() if record["step"] <= step]
         replace_text(self.metrics, "".join(line + "\n" for line in kept))
-        for drawn, path in self.drawn():
+        for drawn, path in self.sample_files():
             if drawn > step:
                 path.unlink()

@@ -52,7 +52,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     @contextlib.contextmanager
-    def at_once(self, where: str) -> Iterator[None]:
+    def raise_on_stop(self, where: str) -> Iterator[None]:
         """Raise Stopped at a request, also at one that has come already: for work that leaves nothing to save.
 
         where: the words for when that is, such as "before the first step".

@@ -104,7 +104,7 @@ def search_steps(
 
 def calls_of_steps(pipe: TextToImagePipeline, w: Weight, steps: int) -> list[int]:
     """The network calls of each step of one picture: two where guided, one where w is 0 or -1."""
-    scheduler = pipe._own_scheduler(steps, None, pipe.device)
+    scheduler = pipe.prepare_scheduler(steps, None, pipe.device)
     found = [weights_at(w, 1, scheduler, t) for t in scheduler.timesteps]
     return [int((w_t != -1).any()) + int((w_t != 0).any()) for w_t in found]
 

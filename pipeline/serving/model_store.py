@@ -43,7 +43,7 @@ class ModelStore:
         ):
             self.run = RunFolder(model)
             self.follows = not self.run.finished and bool(
-                self.run.steps() or not self.run.drawable
+                self.run.steps() or not self.run.has_model
             )  # one may be trained on
         else:
             self.follows = False

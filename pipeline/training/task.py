@@ -79,7 +79,7 @@ class TrainingTask:
         flip = flips(seed, step, slots) if config.data.flip else None
         if self.stream is None:
             rows = batch_indices(seed, step, config.train.batch_size, len(self.images), slots=slots)
-            states = self.states[self.images.chosen(seed, step, slots, rows)].to(device)
+            states = self.states[self.images.caption_rows(seed, step, slots, rows)].to(device)
             if self.latents is None:
                 return self.encoded(self.images, rows, flip), states
             z = randomness.noise(seed, step, slots, self.latents.shape, "posterior")
@@ -166,7 +166,7 @@ def build_task(
         torch.manual_seed(config.seed)  # the adapter's first weights
         add_adapter(base.unet, config.lora)
     images, held_out = load_splits(config.data, again)
-    images = images.measured(tokenizer, length)
+    images = images.with_caption_lengths(tokenizer, length)
     encode = lambda captions: encode_captions(
         captions, tokenizer, encoder, length, config.data.cache, device
     )

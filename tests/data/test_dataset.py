@@ -260,8 +260,8 @@ def test_a_report_says_how_long_captions_are_by_the_tokenizer(load, tmp_path, to
     for name in ("cat", "red_heart", "green_cat_face", "red"):
         save(tmp_path / "set" / f"{name}.png")
     images = load()
-    assert "captions of 3 to 5 (median 4) tokens" in str(images.measured(tokenizer, 5).report)
-    cut = str(images.measured(tokenizer, 4).report)
+    assert "captions of 3 to 5 (median 4) tokens" in str(images.with_caption_lengths(tokenizer, 5).report)
+    cut = str(images.with_caption_lengths(tokenizer, 4).report)
     assert "captions of 3 to 5 (median 4) tokens; 1 of 4 are cut at 4, e.g. 'green cat face'" in cut
     assert "tokens" not in str(images.report)
 

@@ -238,7 +238,7 @@ def test_the_log_rewinds_and_forgives_a_line_cut_short(run):
 def test_what_was_drawn_is_told_by_step_the_newest_last(run):
     for name in ("999500.png", "1000000.png", "mine.png", "000002.png"):
         (run.samples / name).touch()
-    assert [(step, path.name) for step, path in run.drawn()] == [
+    assert [(step, path.name) for step, path in run.sample_files()] == [
         (2, "000002.png"),
         (999500, "999500.png"),
         (1000000, "1000000.png"),
@@ -349,12 +349,12 @@ def test_before_there_is_anything_to_save_a_signal_ends_the_work_at_once():
     with StopSignals() as stop:
         with (
             pytest.raises(Stopped, match=r"^Stopped \(SIGTERM\) before the first step$"),
-            stop.at_once("before the first step"),
+            stop.raise_on_stop("before the first step"),
         ):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(5)
             pytest.fail("it went on")
-        with pytest.raises(Stopped), stop.at_once("now"):
+        with pytest.raises(Stopped), stop.raise_on_stop("now"):
             pytest.fail("it had been asked before")
         assert stop.exit_code == 143
 
