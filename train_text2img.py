@@ -1,7 +1,10 @@
-"""Train a text-to-image diffusion model: `accelerate launch train_text2img.py [--config FILE] [--train.lr 3e-4 …]`.
+"""Train a text-to-image diffusion model.
 
-`training_loop` is the lecture's algorithm. Everything random in it is a function of (seed, step, position in the global
-batch). So running the same command again after an interruption repeats the lost steps, bit for bit on a CPU.
+    accelerate launch train_text2img.py [--config FILE] [--train.lr 3e-4 …]
+
+`training_loop` is the lecture's algorithm. Everything random in it is a function of (seed, step,
+position in the global batch). So the same command after an interruption repeats the lost steps, bit
+for bit on a CPU.
 """
 
 import contextlib
@@ -29,15 +32,10 @@ from pipeline.hub.model_card import (
 from pipeline.hub.push import check_push, publish
 from pipeline.runs.folder import RunError, RunFolder
 from pipeline.runs.stop_signals import Stopped, StopSignals
-from pipeline.training.distributed import check_same_data, local_main_first, start_accelerator
+from pipeline.training.distributed import local_main_first, start_accelerator
 from pipeline.training.dry_run import StepTimer, describe_run
 from pipeline.training.monitor import Monitor
-from pipeline.training.resume import (
-    check_data_unchanged,
-    find_start,
-    prepare_run_folder,
-    sample_path,
-)
+from pipeline.training.resume import check_data, find_start, prepare_run_folder, sample_path
 from pipeline.training.task import TrainingTask, open_stream, predict
 from pipeline.training.trackers import Trackers, check_tracker
 from pipeline.training.trainer import Trainer
@@ -50,23 +48,18 @@ UNWRITABLE = (
 )
 
 
-def training_loop(
-    accelerator: Accelerator,
-    task: TrainingTask,
-    trainer: Trainer,
-    monitor: Monitor | StepTimer,
-    steps: int,
-) -> None:
+def training_loop(trainer: Trainer, monitor: Monitor | StepTimer, steps: int) -> None:
     """Train up to a number of steps, or until the monitor stops."""
+    accelerator, task, network = trainer.accelerator, trainer.task, trainer.network
     for step in range(trainer.global_step, steps):
         for batch in monitor.read(task.micro_batches(step, accelerator)):
-            with accelerator.accumulate(trainer.network):
+            with accelerator.accumulate(network):
                 t = task.timesteps(batch)
                 eps = task.noise(batch)
                 x_t = task.scheduler.add_noise(batch.x_0, eps, t)  # (5)
                 keep = task.keep_captions(batch)
                 captions = torch.where(keep, batch.captions, task.empty_caption)  # (14)
-                prediction = predict(trainer.network, x_t, t, captions)
+                prediction = predict(network, x_t, t, captions)
                 losses = task.loss(prediction, batch, eps, t)  # (13)
                 accelerator.backward(losses.mean())
             trainer.record(batch, losses)
@@ -95,12 +88,14 @@ def train(config: Config, dry_run: bool = False) -> int:
                 steps = f"step {checkpoint.name} of {config.train.steps}"
                 accelerator.print(f"{run.folder} is finished at {steps}.\n{usage(run, config)}")
             else:
-                with contextlib.ExitStack() as stack:
-                    with stop.raise_on_stop("before the first step"):
-                        stream = stack.enter_context(open_stream(config, accelerator))
+                with stop.raise_on_stop("before the first step"):
+                    opened = open_stream(config, accelerator)
+                with opened as stream:
                     run_training(config, accelerator, run, checkpoint, stop, stream)
+            if not is_main:
+                return 0
             with stop.raise_on_stop("before the model was pushed"):
-                return publish(config, run) if is_main else 0
+                return publish(config, run)
         except Stopped as stopped:
             accelerator.print(f"{stopped}; run the same command to resume.")
             return stop.exit_code
@@ -114,23 +109,21 @@ def run_training(
     stop: StopSignals,
     stream: Stream | None,
 ) -> None:
-    """Build the task, train and save the result. Raises Stopped after a stop request, with a checkpoint saved."""
+    """Build the task, train and save the result; Stopped after a stop request and a checkpoint."""
     # The other ranks of a machine find in the cache what the first one prepares.
     with stop.raise_on_stop("before the first step"), local_main_first(accelerator):
-        task = TrainingTask.build(
-            config, accelerator.device, checkpoint, retry_failed=checkpoint is None
-        )
+        task = TrainingTask.build(config, accelerator.device, checkpoint, checkpoint is None)
     task.stream = stream
-    check_same_data(task.fingerprint, config.data.source)
-    check_data_unchanged(task.fingerprint, config.data.source, run, checkpoint)
+    check_data(task, run, checkpoint)
     check_sampling(task.pipe, config.sample)
     trainer = Trainer(config, accelerator, task)
-    rates = trainer.resume(checkpoint) if checkpoint else None
+    if checkpoint:
+        trainer.resume(checkpoint)
     if accelerator.is_main_process:
-        prepare_run_folder(trainer, run, checkpoint, rates)
+        prepare_run_folder(trainer, run, checkpoint)
     trackers = Trackers(accelerator, config)
-    with trackers, Monitor(config, accelerator, task, trainer, run, trackers, stop) as monitor:
-        training_loop(accelerator, task, trainer, monitor, config.train.steps)
+    with trackers, Monitor(trainer, run, trackers, stop) as monitor:
+        training_loop(trainer, monitor, config.train.steps)
     if monitor.stopped:
         place = f"after step {trainer.global_step} of {config.train.steps}"
         raise Stopped(f"Stopped ({stop.reason}) {place}")
@@ -141,12 +134,8 @@ def run_training(
 
 def finish(config: Config, trainer: Trainer, run: RunFolder) -> None:
     """Save the averaged weights as a loadable model, with its figures and, last, its card."""
-    pipe, images, sample, seconds = (
-        trainer.task.pipe,
-        trainer.task.images,
-        config.sample,
-        trainer.seconds,
-    )
+    pipe, images = trainer.task.pipe, trainer.task.images
+    sample, seconds = config.sample, trainer.seconds
     trainer.save_model(run)
     with skip_on_out_of_memory(run.figures / "training.png"):
         plot_training(run, images, pipe)
@@ -176,11 +165,8 @@ def base_model_facts(config: Config) -> dict:
     if base is None:
         return {}
     relation = "adapter" if config.train.method == "lora" else "finetune"
-    return {
-        "base_model": base,
-        "base_license": license_of(base),
-        "base_model_relation": relation,
-    }
+    facts = {"base_model": base, "base_license": license_of(base)}
+    return facts | {"base_model_relation": relation}
 
 
 def usage(run: RunFolder, config: Config) -> str:
@@ -197,15 +183,15 @@ def print_plan(config: Config, accelerator: Accelerator) -> int:
     trainer = Trainer(config, accelerator, task)
     timer = StepTimer()
     with open_stream(config, accelerator) as task.stream:
-        training_loop(accelerator, task, trainer, timer, steps=2)
+        training_loop(trainer, timer, steps=2)
     facts = training_facts(str(task.images.report), 0.0, **base_model_facts(config))
-    build_card(config, facts)  # raises now what would be raised at the end of a run
-    accelerator.print(describe_run(trainer, accelerator, timer.seconds))
+    build_card(config, facts)  # a card that cannot be written is an error now, not after the run
+    accelerator.print(describe_run(trainer, timer.seconds))
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Return 0 if done, 1 if failed and resumable, 2 for bad input, 130 or 143 if stopped and resumable."""
+    """Return 0 if done, 2 for bad input; if resumable 1 for a failure, 130 or 143 for a stop."""
     try:
         return train(*load(sys.argv[1:] if argv is None else argv))
     except (ConfigError, DataError, EmojiError, RunError, HubError) as error:
@@ -215,8 +201,8 @@ def main(argv: list[str] | None = None) -> int:
         if error.errno not in UNWRITABLE:
             raise
         message = (
-            f"Cannot write {error.filename or 'a file'}: {error.strerror}. Check disk space and permissions, "
-            "then run the same command to resume from the newest checkpoint."
+            f"Cannot write {error.filename or 'a file'}: {error.strerror}. Check disk space and "
+            "permissions, then run the same command to resume from the newest checkpoint."
         )
         code = 1
     except RuntimeError as error:
@@ -224,7 +210,8 @@ def main(argv: list[str] | None = None) -> int:
             raise
         message = (
             f"Out of memory ({str(error).splitlines()[0]}). Raise train.accumulation, set "
-            "train.gradient_checkpointing to true or lower data.resolution, then run the same command to resume."
+            "train.gradient_checkpointing to true or lower data.resolution, then run the same "
+            "command to resume."
         )
         code = 1
     for line in message.splitlines():

@@ -1,0 +1,1 @@
+"""What the training loop calls: task, trainer, monitor and the processes' coordination."""

@@ -7,10 +7,9 @@ from typing import TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, gather_object, parse_flag_from_env
+from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
 
 from pipeline.config import Config, ConfigError
-from pipeline.data.sources.rows import DataError
 from pipeline.hardware import keep_freed_memory, mixed_precision, set_threads
 from pipeline.runs.stop_signals import StopSignals
 
@@ -55,7 +54,7 @@ def start_accelerator(config: Config) -> Accelerator:
 
 @contextlib.contextmanager
 def local_main_first(accelerator: Accelerator) -> Iterator[None]:
-    """Run the block on each machine's first rank before the others, which may wait for PREPARE_TIMEOUT.
+    """Run the block on each machine's first rank before the others, which wait PREPARE_TIMEOUT.
 
     accelerate's `local_main_process_first` waits as long as the default group, SAMPLE_TIMEOUT.
     """
@@ -86,11 +85,3 @@ def any_rank_stopped(stop: StopSignals, accelerator: Accelerator) -> bool:
         stop.exit_code = code
     # Not `stop` itself: a signal that arrives meanwhile counts for all ranks at the next step.
     return bool(code)
-
-
-def check_same_data(fingerprint: str | None, source: str) -> None:
-    """Raise DataError if the ranks read different data."""
-    if len(set(gather_object([fingerprint]))) > 1:
-        raise DataError(
-            f"The processes read different images or captions in {source}. Copy the same files to all machines."
-        )

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 
 import torch
-from accelerate import Accelerator
 
 from pipeline.models.build import parameter_count
 from pipeline.training.task import Batch
@@ -32,13 +31,12 @@ class StepTimer:
         self.seconds = time.perf_counter() - self.started
 
 
-def describe_run(trainer: Trainer, accelerator: Accelerator, step_seconds: float) -> str:
+def describe_run(trainer: Trainer, step_seconds: float) -> str:
     """Return the settings of a run, its size, and the time and memory that it needs."""
-    config = trainer.config
-    train = config.train
+    config, train = trainer.config, trainer.config.train
     unit = 2**30 if sys.platform == "darwin" else 2**20
     memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.1f} GiB"
-    if accelerator.device.type == "cuda":
+    if trainer.accelerator.device.type == "cuda":
         memory += f" and {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on each GPU"
     minutes = step_seconds * train.steps / 60
     return (

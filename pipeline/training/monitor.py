@@ -1,4 +1,4 @@
-"""What happens around the training steps: log, validate, sample and save when due, and stop when asked."""
+"""Around the training steps: log, validate, sample and save when due, and stop when asked."""
 
 import contextlib
 import math
@@ -6,11 +6,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from pipeline.config import Config
 from pipeline.data.sources.rows import DataError
 from pipeline.data.streaming import StreamPosition
 from pipeline.hardware import skip_on_out_of_memory
@@ -20,7 +18,7 @@ from pipeline.runs.state_files import save_state
 from pipeline.runs.stop_signals import Stopped, StopSignals
 from pipeline.training.distributed import any_rank_stopped
 from pipeline.training.resume import sample_path
-from pipeline.training.task import Batch, TrainingTask
+from pipeline.training.task import Batch
 from pipeline.training.trackers import Trackers
 from pipeline.training.trainer import StepResult, Trainer
 from pipeline.training.validation import sample_images, validate
@@ -29,19 +27,10 @@ from pipeline.training.validation import sample_images, validate
 class Monitor:
     """Watches a run; `stopped` is set after a step in which any rank was asked to stop."""
 
-    def __init__(
-        self,
-        config: Config,
-        accelerator: Accelerator,
-        task: TrainingTask,
-        trainer: Trainer,
-        run: RunFolder,
-        trackers: Trackers,
-        stop: StopSignals,
-    ):
-        self.config = config
-        self.accelerator = accelerator
-        self.task = task
+    def __init__(self, trainer: Trainer, run: RunFolder, trackers: Trackers, stop: StopSignals):
+        self.config = trainer.config
+        self.accelerator = trainer.accelerator
+        self.task = trainer.task
         self.trainer = trainer
         self.run = run
         self.trackers = trackers
@@ -52,7 +41,7 @@ class Monitor:
         self.steps_since_log = 0
 
     def __enter__(self):
-        """Run the validation and sampling that an interruption skipped, and open the progress bar."""
+        """Open the progress bar; run the validation and sampling that an interruption skipped."""
         self.bar = tqdm(
             total=self.config.train.steps,
             initial=self.trainer.global_step,
@@ -69,7 +58,7 @@ class Monitor:
         self.bar.close()
 
     def is_due(self, every: int) -> bool:
-        """Return whether something that happens every n steps is due at this one; all is due at the last."""
+        """Return whether what happens every n steps is due; at the last step everything is."""
         step = self.trainer.global_step
         return step % every == 0 or step == self.config.train.steps
 
@@ -86,10 +75,10 @@ class Monitor:
 
     @contextlib.contextmanager
     def save_before_stream_failure(self, place: StreamPosition | None) -> Iterator[None]:
-        """Save the finished steps if a stream fails for good, or if a stop is requested while it is read.
+        """Save the finished steps if a stream fails for good, or at a stop request meanwhile.
 
-        place: the stream's position at the start of the step. Several ranks can no longer agree on a checkpoint, so
-        only a single one saves. A step that is saved already is not saved again.
+        place: the stream's position at the start of the step. Several ranks can no longer agree on
+        a checkpoint, so only a single one saves. A saved step is not saved again.
         """
         step, stream = self.trainer.global_step, self.task.stream
         if stream is None or self.accelerator.num_processes > 1:
@@ -149,33 +138,25 @@ class Monitor:
         self.trackers.log(self.trainer.global_step, record)
 
     def validate_and_sample(self) -> None:
-        """Run the validation and sampling due at this step on the main process, unless their results exist."""
+        """Run the validation and sampling due at this step on the main process, if not yet done."""
         if not self.accelerator.is_main_process:
             return
         step, network = self.trainer.global_step, self.task.unet
         history = self.run.history()
         validated = any(line["step"] == step and "train_loss" in line for line in history)
         if self.is_due(self.config.train.validate_every) and not validated:
-            record = {}
-            with (
-                ema_weights(network, self.trainer.ema),
-                skip_on_out_of_memory(f"the validation of step {step}"),
-            ):
+            record, what = {}, f"the validation of step {step}"
+            with ema_weights(network, self.trainer.ema), skip_on_out_of_memory(what):
                 record = validate(network, self.task, self.stop)
             if record:
                 self.run.log(step=step, **record)
                 self.trackers.log(step, record)
         path = sample_path(self.run, step)
         if self.is_due(self.config.sample.every) and not path.is_file() and not self.stop:
-            self._sample(path)
+            advice = ": give fewer sample.prompts"
+            with ema_weights(network, self.trainer.ema), skip_on_out_of_memory(path, advice):
+                sample_images(self.task.pipe, self.config.sample, path, self.stop)
             self.trackers.log_image(step, path)
-
-    def _sample(self, path: Path) -> None:
-        with (
-            ema_weights(self.task.unet, self.trainer.ema),
-            skip_on_out_of_memory(path, ": give fewer sample.prompts"),
-        ):
-            sample_images(self.task.pipe, self.config.sample, path, self.stop)
 
     def save(self) -> None:
         """Save a checkpoint of the finished step, with the state of all ranks."""
@@ -196,7 +177,7 @@ class Monitor:
         self.accelerator.wait_for_everyone()
 
     def report_skipped_step(self, result: StepResult) -> None:
-        """Name the examples of all ranks whose loss was not finite. Raises Diverged after too many skips in a row."""
+        """Name the examples without a finite loss; Diverged after too many skips in a row."""
         step, train = self.trainer.global_step, self.config.train
         examples = gather_object(self.nonfinite_examples(result))
         if self.accelerator.is_main_process:
@@ -207,8 +188,9 @@ class Monitor:
             self.run.log(step=step, no_finite_loss=examples)
         if self.trainer.consecutive_skips >= train.max_skipped:
             raise Diverged(
-                f"{self.trainer.consecutive_skips} steps in a row, up to step {step}, had no finite gradient. "
-                f"Lower train.lr (now {train.lr:g}) in a run of another --name; the last checkpoint is retained."
+                f"{self.trainer.consecutive_skips} steps in a row, up to step {step}, had no finite "
+                f"gradient. Lower train.lr (now {train.lr:g}) in a run of another --name. "
+                "The last checkpoint is retained."
             )
 
     def nonfinite_examples(self, result: StepResult) -> list[str]:

@@ -1,11 +1,12 @@
 """Muon (Jordan et al. 2024): orthogonalized momentum for matrices, AdamW for all other weights.
 
-A convolution's weight (out, in, h, w) counts as the matrix (out, in h w); `torch.optim.Muon` takes 2-D weights only.
-Matrices of one shape are orthogonalized together, in bf16, or in float32 where a processor only emulates bf16.
+A convolution's weight (out, in, h, w) counts as the matrix (out, in h w); `torch.optim.Muon` takes
+2-D weights only. Matrices of one shape are orthogonalized together, in bf16, or in float32 where a
+processor only emulates bf16.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ EDGE_LAYERS = ("conv_in", "conv_out")
 
 
 def muon_parameters(network: nn.Module) -> list[nn.Parameter]:
-    """Return the trainable weights between hidden features that have at least two rows and columns."""
+    """Return the trainable matrices between hidden features, of at least two rows and columns."""
     return [
         weight
         for name, weight in network.named_parameters()
@@ -37,7 +38,7 @@ def as_matrix(weight: Tensor) -> Tensor:
 
 
 def orthogonalize(stack: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Return matrices (B, m, n) with all singular values near 1 (0.7 to 1.2), by Newton-Schulz iteration."""
+    """Return matrices (B, m, n) with singular values near 1 (0.7 to 1.2), by Newton-Schulz."""
     if stack.shape[1] > stack.shape[2]:
         return orthogonalize(stack.mT, dtype).mT
     a, b, c = NEWTON_SCHULZ
@@ -51,9 +52,10 @@ def orthogonalize(stack: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 class Muon(torch.optim.AdamW):
     """AdamW, except that `matrices` move along their orthogonalized momentum.
 
-    At one learning rate their steps have AdamW's size, a root mean square of 0.2 (Liu et al. 2025). `matrix_lr`
-    None means `lr`. `dtype` is the precision of the orthogonalization: a CPU without bf16 emulates it 50 times as
-    slowly as float32. A step consumes the gradients of the matrices: they are None afterwards.
+    At one learning rate their steps have AdamW's size, a root mean square of 0.2 (Liu et al. 2025).
+    `matrix_lr` None means `lr`. `dtype` is the precision of the orthogonalization: a CPU without
+    bf16 emulates it 50 times as slowly as float32. A step consumes the gradients of the matrices:
+    they are None afterwards.
     """
 
     def __init__(
@@ -79,7 +81,7 @@ class Muon(torch.optim.AdamW):
         self._step_supports_amp_scaling = False
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """Take one step of both kinds."""
         loss = None
         if closure is not None:
@@ -92,7 +94,7 @@ class Muon(torch.optim.AdamW):
         return loss
 
     def _step_matrices(self, group: dict) -> None:
-        """w <- (1 - lr decay) w - lr 0.2 sqrt(max(m, n)) orthogonalize(nesterov), and drop the gradients."""
+        """Set w to (1 - lr decay) w - lr 0.2 sqrt(max(m, n)) orthogonalize(nesterov)."""
         by_shape = defaultdict(list)
         for weight in group["params"]:
             if weight.grad is not None:
@@ -105,7 +107,7 @@ class Muon(torch.optim.AdamW):
                 as_matrix(weight).add_(direction, alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
 
     def _nesterov(self, weight: nn.Parameter, beta: float) -> Tensor:
-        """Update the momentum of one weight and return its look-ahead as a matrix; drop the gradient."""
+        """Update a weight's momentum, drop its gradient, and return the look-ahead as a matrix."""
         state = self.state[weight]
         if not state:  # AdamW's loader expects a step in every state
             state["step"] = torch.zeros(())

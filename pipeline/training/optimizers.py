@@ -24,7 +24,10 @@ def build_optimizer(network: torch.nn.Module, train: TrainConfig) -> torch.optim
 
 
 def build_lr_schedule(optimizer: torch.optim.Optimizer, train: TrainConfig) -> LambdaLR:
-    """Return the learning rate by step, after a linear warm-up: one of diffusers', or flat, then linear to lr_end."""
+    """Return a learning-rate schedule of diffusers, or one flat and then linear to lr_end.
+
+    All begin with a linear warm-up.
+    """
     if train.lr_schedule != "flat_then_linear":
         name = "constant_with_warmup" if train.lr_schedule == "constant" else train.lr_schedule
         return get_scheduler(
@@ -58,7 +61,7 @@ def resume_lr_schedule(schedule: LambdaLR, state: dict) -> tuple[float, float]:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Load an optimizer's state in each weight's own memory format, which the fused CPU kernel requires."""
+    """Load an optimizer's state in the weights' memory format, as the fused CPU kernel requires."""
     optimizer.load_state_dict(state)
     for weight, moments in optimizer.state.items():
         for name, value in moments.items():

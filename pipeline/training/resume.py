@@ -3,13 +3,15 @@
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 from pipeline.config import Config, ConfigError, differences, load_file
+from pipeline.data.sources.rows import DataError
 from pipeline.models.build import parameter_count
 from pipeline.runs.checkpoints import CHECKPOINT_MANIFEST, read_checkpoint_manifest
 from pipeline.runs.files import replace_text
 from pipeline.runs.folder import RunError, RunFolder
+from pipeline.training.task import TrainingTask
 from pipeline.training.trainer import Trainer
 
 # Settings and sections that a resumed run may change.
@@ -26,7 +28,7 @@ def find_start(
 ) -> tuple[Path | None, bool]:
     """Return the checkpoint to resume from, None for a new run, and whether the run is finished.
 
-    The main process decides for all. facts_file: the file that a run writes beside its card. Raises RunError.
+    The main process decides for all. facts_file: what a run writes beside its card.
     """
     decision = [None, None]
     if accelerator.is_main_process:
@@ -77,27 +79,24 @@ def newest_checkpoint(run: RunFolder, config: Config, facts_file: str) -> Path |
     return checkpoint
 
 
-def check_data_unchanged(
-    fingerprint: str | None, source: str, run: RunFolder, checkpoint: Path | None
-) -> None:
-    """Raise RunError if the data has changed since the run started."""
-    if checkpoint is None:
-        return
-    before = read_checkpoint_manifest(checkpoint).get("data", fingerprint)
-    if before != fingerprint:
+def check_data(task: TrainingTask, run: RunFolder, checkpoint: Path | None) -> None:
+    """Raise DataError if ranks read different data, RunError if it changed since the start."""
+    source, now = task.config.data.source, task.fingerprint
+    if len(set(gather_object([now]))) > 1:
+        raise DataError(
+            f"The processes read different images or captions in {source}. "
+            "Copy the same files to all machines."
+        )
+    before = read_checkpoint_manifest(checkpoint).get("data", now) if checkpoint else now
+    if before != now:
         raise RunError(
             f"{run.folder} was started on other images or captions: the fingerprint of {source} "
-            f"was {before} and is now {fingerprint}. Restore the data, or choose another --name."
+            f"was {before} and is now {now}. Restore the data, or choose another --name."
         )
 
 
-def prepare_run_folder(
-    trainer: Trainer, run: RunFolder, checkpoint: Path | None, rates: tuple[float, float] | None
-) -> None:
-    """Remove outputs that the next steps overwrite and print a start-up summary.
-
-    rates: train.lr as the checkpoint saved it and as it is now.
-    """
+def prepare_run_folder(trainer: Trainer, run: RunFolder, checkpoint: Path | None) -> None:
+    """Remove outputs that the next steps overwrite and print a start-up summary."""
     steps = trainer.config.train.steps
     run.card.unlink(missing_ok=True)  # the card marks a finished run
     run.rewind(trainer.global_step)
@@ -107,18 +106,18 @@ def prepare_run_folder(
     start = f"resuming from step {trainer.global_step}" if checkpoint else "a new run"
     print(trainer.task.images.report)
     print(f"{parameter_count(trainer.weights) / 1e6:.1f} M weights to train; {start}")
-    if checkpoint:
-        before = read_checkpoint_manifest(checkpoint)["processes"]
-        now = trainer.accelerator.num_processes
-        if before != now:
-            print(
-                f"The checkpoint was saved by {before} process(es), now there are {now}: "
-                "the batches are the same, their sums round differently."
-            )
-    if rates and rates[0] != rates[1]:
+    if not checkpoint:
+        return
+    before = read_checkpoint_manifest(checkpoint)["processes"]
+    now = trainer.accelerator.num_processes
+    if before != now:
         print(
-            f"With {steps} steps the learning rate resumes at {rates[1]:.3g}; it was {rates[0]:.3g}."
+            f"The checkpoint was saved by {before} process(es), now there are {now}: "
+            "the batches are the same, their sums round differently."
         )
+    saved_lr, lr = trainer.resumed_lr
+    if saved_lr != lr:
+        print(f"With {steps} steps the learning rate resumes at {lr:.3g}; it was {saved_lr:.3g}.")
 
 
 def sample_path(run: RunFolder, step: int) -> Path:

@@ -18,7 +18,7 @@ from pipeline.data.dataset import CaptionedImages, load_splits
 from pipeline.data.image_ops import as_float
 from pipeline.data.latent_cache import LatentCache, cache_latents
 from pipeline.data.sampler import batch_indices
-from pipeline.data.streaming import Stream
+from pipeline.data.streaming import Stream, StreamBatch
 from pipeline.diffusion.captions import CaptionWhitening
 from pipeline.diffusion.losses import training_loss
 from pipeline.diffusion.patches import PatchAutoencoder
@@ -70,15 +70,15 @@ class TrainingTask:
         checkpoint: Path | None = None,
         retry_failed: bool = False,
     ) -> "TrainingTask":
-        """Load or build the models, read the data and encode its captions, the likeliest mistakes first.
+        """Load or build the models, read the data and encode its captions; quick checks come first.
 
-        retry_failed: try images again that could not be read when they were prepared. Raises ConfigError, DataError.
+        retry_failed: try images again that could not be read when they were prepared. Raises
+        ConfigError and DataError.
         """
         check_adapter_scheduler(config, checkpoint)
         base = load_base_pipeline(config.model.pretrained, config.data.resolution)
         text = build_text(config, base)
-        lora = config.train.method == "lora"
-        if lora:
+        if config.train.method == "lora":
             torch.manual_seed(config.seed)  # the adapter's initial weights
             add_adapter(base.unet, config.lora)
         images, held_out = load_splits(config.data, retry_failed)
@@ -95,7 +95,7 @@ class TrainingTask:
         empty = whiten(encode([""]))
         torch.manual_seed(config.seed)  # the network's initial weights
         network = build_network(config, empty.shape[-1], base, checkpoint)
-        network = prepare_for_training(network, device)
+        prepare_for_training(network, device)
         pipe = build_pipeline(config, network, text.tokenizer, text.encoder, whitening, base)
         pipe.to(device)
         problems = zero_snr_problems(pipe.scheduler.config, config.train.weighting)
@@ -104,17 +104,8 @@ class TrainingTask:
         latents = None
         if is_learned_autoencoder(pipe.vae) and not config.data.streaming:
             latents = cache_latents(images, pipe.vae, config.data.cache, mirrored=config.data.flip)
-        return cls(
-            config=config,
-            pipe=pipe,
-            images=images,
-            held_out=held_out,
-            caption_states=states,
-            held_out_states=held_out_states,
-            empty_caption=empty.to(device),
-            latents=latents,
-            caption_cache=CaptionCache(*text),
-        )
+        tensors = states, held_out_states, empty.to(device)
+        return cls(config, pipe, images, held_out, *tensors, latents, CaptionCache(*text))
 
     @property
     def unet(self) -> UNet2DConditionModel:
@@ -184,9 +175,13 @@ class TrainingTask:
         return randomness.noise(self.config.seed, step, slots, shape, "posterior")
 
     def encode_images(
-        self, images, rows, flip: Tensor | None = None, noise: Tensor | None = None
+        self,
+        images: CaptionedImages | StreamBatch,
+        rows: Tensor | slice,
+        flip: Tensor | None = None,
+        noise: Tensor | None = None,
     ) -> Tensor:
-        """Return images by row as the network sees them, (B, c, h, w); those of `flip` (B,) mirrored."""
+        """Return images by row as the network sees them (B, c, h, w), mirrored if `flip` (B,)."""
         pixels = as_float(images.images[rows].to(self.device))
         if flip is not None:
             mirror = flip.to(pixels.device)[:, None, None, None]
@@ -249,18 +244,21 @@ def predict(network: nn.Module, x_t: Tensor, t: Tensor, captions: Tensor) -> Ten
 
 
 def check_adapter_scheduler(config: Config, checkpoint: Path | None) -> None:
-    """Raise ConfigError for a new adapter with scheduler settings: it samples with its base model's own."""
+    """Raise ConfigError for a new adapter with scheduler settings: its base model has its own."""
     changed = [
         f"diffusion.{name}" for name, value in vars(config.diffusion).items() if value is not None
     ]
     if config.train.method == "lora" and changed and checkpoint is None:
         raise ConfigError(
-            f"A LoRA adapter samples with the scheduler of its base model. Remove {', '.join(changed)}."
+            f"A LoRA adapter uses the scheduler of its base model. Remove {', '.join(changed)}."
         )
 
 
 def load_base_pipeline(model: str | None, resolution: int) -> TextToImagePipeline | None:
-    """Return the pipeline to fine-tune, set to a resolution; None for a new model. Raises ConfigError if unusable."""
+    """Return the pipeline to fine-tune, set to a resolution; None for a new model.
+
+    Raises ConfigError if it cannot be used.
+    """
     if model is None:
         return None
     try:
@@ -272,7 +270,7 @@ def load_base_pipeline(model: str | None, resolution: int) -> TextToImagePipelin
     missing = [name for name in ("tokenizer", "text_encoder") if getattr(pipe, name) is None]
     if missing:
         raise ConfigError(
-            f"model.pretrained {model} has no {' and no '.join(missing)}. Save the pipeline with them."
+            f"model.pretrained {model} has no {' and no '.join(missing)}. Save it with them."
         )
     side, rest = divmod(resolution, pipe.vae_scale_factor)
     halvings = 2 ** (len(pipe.unet.config.block_out_channels) - 1)
@@ -286,7 +284,7 @@ def load_base_pipeline(model: str | None, resolution: int) -> TextToImagePipelin
 
 
 def build_text(config: Config, base: TextToImagePipeline | None) -> Text:
-    """Return the configured text encoder, or the base model's. Raises ConfigError if captions are too long for it."""
+    """Return the configured text encoder or the base model's, once it reads enough tokens."""
     if base is None:
         tokenizer, encoder = load_text_encoder(config.model.text_encoder)
         length, setting = config.data.caption_length, "data.caption_length"
@@ -305,7 +303,7 @@ def build_text(config: Config, base: TextToImagePipeline | None) -> Text:
 def build_whitening(
     model: ModelConfig, states: Tensor, base: TextToImagePipeline | None, checkpoint: Path | None
 ) -> CaptionWhitening | None:
-    """Return the checkpoint's whitening of caption states, else the base model's or a new one; None if there is none."""
+    """Return the whitening of caption states: the checkpoint's, the base model's or a new one."""
     saved = load_whitening(checkpoint) if checkpoint else None
     if saved is not None:
         return saved
@@ -315,7 +313,10 @@ def build_whitening(
 def build_network(
     config: Config, caption_width: int, base: TextToImagePipeline | None, checkpoint: Path | None
 ) -> UNet2DConditionModel:
-    """Return the network to train: the checkpoint's, else the base model's or a new one from torch's global generator."""
+    """Return the network to train: the checkpoint's, the base model's or a new one.
+
+    New weights come from torch's global generator.
+    """
     if checkpoint is None:
         network = base.unet if base else build_unet(config, caption_width)
     elif config.train.method == "lora":
@@ -329,16 +330,15 @@ def build_network(
 
 
 def is_learned_autoencoder(vae: nn.Module | None) -> bool:
-    """Return whether an autoencoder is a network, whose latents are worth caching, with a posterior to sample from."""
+    """Return whether an autoencoder is a network, whose latents are worth caching."""
     return vae is not None and not isinstance(vae, PatchAutoencoder)
 
 
-@contextlib.contextmanager
-def open_stream(config: Config, accelerator: Accelerator) -> Iterator[Stream | None]:
-    """Open this rank's part of a streamed training split; None if the data is prepared beforehand."""
+def open_stream(
+    config: Config, accelerator: Accelerator
+) -> contextlib.AbstractContextManager[Stream | None]:
+    """Open this rank's part of a streamed training split; None for data prepared beforehand."""
     if not config.data.streaming:
-        yield None
-        return
+        return contextlib.nullcontext()
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    with contextlib.closing(Stream(config.data, config.seed, rank, world_size)) as stream:
-        yield stream
+    return contextlib.closing(Stream(config.data, config.seed, rank, world_size))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
+from accelerate.tracking import GeneralTracker, get_available_trackers
 from accelerate.utils import LoggerType
 from PIL import Image
 from tqdm.auto import tqdm
@@ -27,7 +27,7 @@ def check_tracker(name: str | None) -> None:
 
 
 class Trackers:
-    """The trackers of a run. The first failure is printed and ends the reporting, not the training."""
+    """The trackers of a run. The first failure is printed and ends reporting, not training."""
 
     def __init__(self, accelerator: Accelerator, config: Config):
         self.accelerator = accelerator
@@ -54,7 +54,7 @@ class Trackers:
         if not path.is_file():
             return
 
-        def send(tracker) -> None:
+        def send(tracker: GeneralTracker) -> None:
             pixels = np.asarray(Image.open(path).convert("RGB"))[None]
             options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({"samples": pixels}, step=step, **options)
@@ -76,7 +76,7 @@ class Trackers:
 
 
 def tracked_settings(config: Config) -> dict:
-    """Return every setting but the token by its dotted name, as the numbers and texts that TensorBoard takes."""
+    """Return all settings but the token by dotted name, as numbers and texts for TensorBoard."""
     plain = (bool, int, float, str)
     flat = flatten(config.to_dict())
     return {name: value if isinstance(value, plain) else str(value) for name, value in flat.items()}

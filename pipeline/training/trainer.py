@@ -59,6 +59,7 @@ class Trainer:
         self.start_time = time.monotonic()
         self.micro_losses: list[tuple[Tensor, Tensor]] = []  # of the step in progress
         self.losses: list[float] = []  # since the last log line
+        self.resumed_lr = (0.0, 0.0)  # as a checkpoint saved it, and by this run's plan
 
     @property
     def seconds(self) -> float:
@@ -70,7 +71,7 @@ class Trainer:
         self.micro_losses.append((batch.slots, losses.detach()))
 
     def optimizer_step(self) -> StepResult:
-        """Apply the accumulated gradient, clipped; skip one that is not finite. Steps the EMA and the schedule too."""
+        """Apply the clipped gradient, or skip one that is not finite; step the EMA and schedule."""
         norm = self.accelerator.clip_grad_norm_(self.weights, self.config.train.clip)
         # One transfer for all values: each would wait for the GPU.
         means = [losses.mean() for _, losses in self.micro_losses]
@@ -116,11 +117,11 @@ class Trainer:
             "streams": gather_object([stream.state_dict()]) if stream is not None else [],
         }
 
-    def resume(self, checkpoint: Path) -> tuple[float, float]:
-        """Restore a checkpoint's state; return train.lr as it was saved and by this run's plan."""
+    def resume(self, checkpoint: Path) -> None:
+        """Restore a checkpoint's state; the learning rate continues by this run's plan."""
         saved = load_state(checkpoint, "trainer")
         restore_optimizer(self.optimizer, saved["optimizer"])
-        rates = resume_lr_schedule(self.schedule, saved["schedule"])
+        self.resumed_lr = resume_lr_schedule(self.schedule, saved["schedule"])
         self.ema.load_state_dict(saved["ema"])
         # In the memory format of the weights, or the EMA takes torch's slow path.
         self.ema.shadow_params = [
@@ -140,10 +141,9 @@ class Trainer:
         self.losses = for_this_rank(losses, self.accelerator)
         if self.task.stream is not None:
             self.task.stream.load_state_dict(for_this_rank(saved["streams"], self.accelerator))
-        return rates
 
     def save_model(self, run: RunFolder) -> None:
-        """Move the averaged weights into the network and save it as a pipeline, or as an adapter."""
+        """Copy the averaged weights into the network; save it as a pipeline or an adapter."""
         self.ema.copy_to(self.weights)
         network = self.task.unet.eval()
         if self.config.train.method == "lora":

@@ -19,7 +19,7 @@ VAL_IMAGES = 16  # of each split
 
 
 def validate(network: nn.Module, task: TrainingTask, stop: StopSignals) -> dict:
-    """Return loss and x_0 error by timestep of the training and the held-out split; {} after a stop request."""
+    """Return losses and x_0 errors of the training and held-out splits; {} after a stop request."""
     record = validate_split("train", network, task, task.images, task.caption_states, stop)
     if task.held_out is not None:
         split = task.held_out, task.held_out_states
@@ -36,7 +36,7 @@ def validate_split(
     states: Tensor,
     stop: StopSignals,
 ) -> dict:
-    """Return the mean loss and the x_0 error by timestep, on the same images, timesteps and noise every time."""
+    """Return the mean loss and the x_0 error by timestep, always on the same images and noise."""
     T = len(task.scheduler)
     rows = evenly_spaced(VAL_IMAGES, len(images))
     captions = states[images.first[rows]].to(task.device)
@@ -57,7 +57,7 @@ def validate_split(
 
 
 def check_sampling(pipe: TextToImagePipeline, sample: SampleConfig) -> None:
-    """Raise ConfigError if the pipeline cannot sample with these settings, before the first training step."""
+    """Raise ConfigError if the pipeline cannot sample with these settings."""
     settings = {"w": sample.w[0], "num_inference_steps": sample.steps, "eta": sample.eta}
     try:
         pipe.denoise(sample.prompts[0], **settings)
@@ -74,7 +74,7 @@ def sample_images(
     """
     pipe.set_progress_bar_config(disable=True)
 
-    def interrupt_on_stop(pipe, *_) -> dict:
+    def interrupt_on_stop(pipe: TextToImagePipeline, *_) -> dict:
         pipe._interrupt = bool(stop)
         return {}
 
