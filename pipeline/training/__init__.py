@@ -1,1 +1,1 @@
-"""What the training loop calls: task, trainer, monitor and the processes' coordination."""
+"""What the training loop calls."""
