@@ -39,7 +39,10 @@ train: {steps: 6, batch_size: 4, lr: 1e-3, lr_schedule: flat_then_linear, weight
         gamma: 5, log_every: 1, validate_every: 3, save_every: 2, keep: 9, threads: 1}
 sample: {prompts: [red, blue], w: [0, 1], steps: 2, every: 4}
 """
-COLOURS = ["red", "green", "blue", "white", "black", "grey", "pink", "brown", "orange", "purple", "yellow", "cyan"]
+COLOURS = [
+    *("red", "green", "blue", "white", "black", "grey"),
+    *("pink", "brown", "orange", "purple", "yellow", "cyan"),
+]
 MEASURED = ("loss", "grad_norm", "train_loss", "held_out_loss")
 
 

@@ -10,6 +10,7 @@ from training_runs import (  # noqa: F401
     train,
     write_config,
     write_images,
+    write_template,
 )
 
 
@@ -55,11 +56,8 @@ def edged(tmp_path_factory):
 def tuning(edged, base, tmp_path_factory):
     """The settings of a fine-tune of the base model."""
     folder = tmp_path_factory.mktemp("tuning")
-    path, text = folder / "tuned.yaml", FINETUNE
-    for name, value in {"SOURCE": edged, "CACHE": folder / "cache", "BASE": base}.items():
-        text = text.replace(name, str(value))
-    path.write_text(text)
-    return path
+    values = {"SOURCE": edged, "CACHE": folder / "cache", "BASE": base}
+    return write_template(folder / "tuned.yaml", FINETUNE, values)
 
 
 @pytest.fixture(scope="session")
