@@ -6,6 +6,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -228,6 +229,30 @@ class Broken:
             return losses * torch.where(bad, torch.nan, 1.0)
 
         monkeypatch.setattr(TrainingTask, "loss", loss)
+
+
+# Functions of other processes must be importable there.
+
+
+def is_unlucky(step, slot):
+    """Whose loss is nan: the second rank's first example of the seventh step."""
+    return step == 6 and slot == 1
+
+
+def run_unlucky_rank(output, job):
+    """Run a rank, `is_unlucky`, in this process alone, which ends with it."""
+    Broken(pytest.MonkeyPatch(), is_unlucky)
+    run_rank(output, job)
+
+
+def page_faults(output, argv):
+    """Write how often freed memory is fetched again, after a dry run or without one."""
+    assert argv is None or train_text2img.main(argv) == 0
+    for tensors in (3, 5):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(tensors):
+            torch.ones(2**24)
+    output.write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before))
 
 
 # ---- what a run leaves

@@ -2,12 +2,11 @@
 
 import os
 import platform
-import resource
 import subprocess
 
 import pytest
 import torch
-from training_runs import arguments, check_refused, command, train
+from training_runs import arguments, check_refused, command, page_faults, train
 
 import train_text2img
 from pipeline.config import ConfigError
@@ -80,16 +79,6 @@ def test_start_accelerator_uses_the_cpu_on_request(flag, config, tmp_path, monke
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(distributed, "PartialState", state)
     check_refused(train(config, tmp_path, check=False), f"cpu {flag == 'true'}")
-
-
-def page_faults(output, argv):
-    """Write how often freed memory is fetched again, after a dry run or without one."""
-    assert argv is None or train_text2img.main(argv) == 0
-    for tensors in (3, 5):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for _ in range(tensors):
-            torch.ones(2**24)
-    output.write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before))
 
 
 @pytest.mark.slow

@@ -15,10 +15,11 @@ from training_runs import (
     alike,
     arguments,
     command,
+    is_unlucky,
     killed_after,
     log,
-    run_rank,
     run_ranks,
+    run_unlucky_rank,
     same,
     train,
     wait_for,
@@ -114,17 +115,6 @@ def test_find_start_refuses_a_rank_without_the_run_folder(finished, started, tmp
     assert code == 2
     assert "error: Process 1 does not see tiny/checkpoints/4" in output
     assert "Traceback" not in output
-
-
-def is_unlucky(step, slot):
-    """Whose loss is nan: the second rank's first example of the seventh step."""
-    return step == 6 and slot == 1
-
-
-def run_unlucky_rank(output, job):
-    """Run a rank, `is_unlucky`, in this process alone, which ends with it."""
-    Broken(pytest.MonkeyPatch(), is_unlucky)
-    run_rank(output, job)
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from training_runs import (
 from pipeline import randomness
 from pipeline.config import load_file
 from pipeline.data import dataset, sampler
-from pipeline.runs import folder
+from pipeline.runs import checkpoints
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.state_files import load_state
 from pipeline.training.task import TrainingTask
@@ -146,9 +146,9 @@ def test_skipped_step_changes_no_state(config, tmp_path, monkeypatch):
     Broken(monkeypatch, lambda step, slot: step >= 2)
     done = train(config, tmp_path, "--train.max_skipped", "99")
     assert done.stdout.count("is skipped") == 4
-    checkpoints = [tmp_path / "tiny" / "checkpoints" / step for step in ("2", "4", "6")]
-    assert len({(checkpoint / UNET_FILE).read_bytes() for checkpoint in checkpoints}) == 1
-    first, *later = [load_state(checkpoint, "trainer") for checkpoint in checkpoints]
+    saved = [tmp_path / "tiny" / "checkpoints" / step for step in ("2", "4", "6")]
+    assert len({(folder / UNET_FILE).read_bytes() for folder in saved}) == 1
+    first, *later = [load_state(folder, "trainer") for folder in saved]
 
     def tensors(state):
         moments = state["optimizer"]["state"].values()
@@ -188,7 +188,7 @@ def test_train_out_of_memory_is_resumable(config, tmp_path, monkeypatch):
 
 def test_save_on_a_full_disk_is_resumable(config, tmp_path, monkeypatch):
     """Case 14, by a save that the system refuses."""
-    real = folder.sync_to_disk
+    real = checkpoints.sync_to_disk
 
     def sync(path):
         if path.name == "trainer.safetensors" and ".tmp-4" in str(path):
@@ -196,7 +196,7 @@ def test_save_on_a_full_disk_is_resumable(config, tmp_path, monkeypatch):
         real(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(folder, "sync_to_disk", sync)
+        patch.setattr(checkpoints, "sync_to_disk", sync)
         done = train(config, tmp_path, check=False)
     check_refused(done, "No space left on device", "[2]", code=1)
     assert "resuming from step 2" in train(config, tmp_path).stdout
