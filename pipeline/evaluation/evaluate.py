@@ -8,7 +8,7 @@ card. Samples are cached, so an interrupted evaluation resumes.
 import copy
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -322,6 +322,30 @@ def denoise_real_images(
     return timesteps[0], recall_summary(ranks)
 
 
+def evaluate_from_real(
+    folder: Path,
+    timesteps: Sequence[int],
+    ws: Sequence[float] = (),
+    *,
+    choose_seed: int | None = None,
+    choose_on: int | None = None,
+    steps: int = 50,
+    batch: int = 32,
+) -> Iterator[tuple[int, Recall]]:
+    """Yield `denoise_real_images` of `choose_on` training captions for each of the timesteps.
+
+    ws: one w, or none for the model's own.
+    """
+    if len(ws) > 1:
+        raise EvaluationError(f"--from-real takes one --w, got {len(ws)}.")
+    _config, extractor, references, pipe = load_run(folder)
+    w = ws[0] if ws else pipe.config.w
+    rows = evenly_spaced(choose_on or CHOOSE_ON, references.n_train)
+    seed = CHOOSE_SEED if choose_seed is None else choose_seed
+    for t in timesteps:
+        yield denoise_real_images(extractor, references, pipe, rows, t, w, seed, steps, batch)
+
+
 def evaluate(
     folder: Path,
     ws: Sequence[float] = DEFAULT_WS,
@@ -372,7 +396,7 @@ def evaluate(
     def measure(images: Tensor, rows: Tensor) -> SeedResult:
         return measure_samples(extractor, references, images, rows, threshold, patch)
 
-    some = evenly_spaced(CHOOSE_ON if choose_on is None else choose_on, references.n_train)
+    some = evenly_spaced(choose_on or CHOOSE_ON, references.n_train)
     by_w = {}
     if len(ws) > 1:
         for w in ws:

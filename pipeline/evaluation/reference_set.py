@@ -31,17 +31,17 @@ class ReferenceSet:
 
         extract: images (N, 3, H, W) -> features (N, 1280).
         """
-        images = []
+        parts = []
         captions = []
         metadata = []
         sizes = []
         for split in splits:
             rows = [i for i, entry in enumerate(split.metadata) if not entry.get("variation")]
-            images.append(split.images[rows])
+            parts.append(split.images[rows])
             captions += [split.captions[i] for i in rows]
             metadata += [split.metadata[i] for i in rows]
             sizes.append(len(rows))
-        images = torch.cat(images)
+        images = torch.cat(parts)
         distinct, own = distinct_images(images)
         features = extract(images[distinct])
         return cls(images, captions, metadata, sizes[0], splits[0].images[:], features, own)
@@ -66,9 +66,10 @@ class ReferenceSet:
         found = []
         for i, other in enumerate(self.metadata[: self.n_train]):
             others = other.get("factors") or {}
-            if other.get("grid") == entry.get("grid") and others.keys() == factors.keys():
-                if sum(others[name] != value for name, value in factors.items()) == 1:
-                    found.append(i)
+            if other.get("grid") != entry.get("grid") or others.keys() != factors.keys():
+                continue
+            if sum(others[name] != value for name, value in factors.items()) == 1:
+                found.append(i)
         return found
 
     def sibling_baseline(self, rows: Tensor) -> Recall | None:
