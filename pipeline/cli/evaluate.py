@@ -25,21 +25,27 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("run", type=Path, help="a run's folder, or a saved pipeline with config.yaml")
-    add("--w", type=float, nargs="+", help="one guidance weight, or several (default: 0 1 2)")
+    add(
+        "--w",
+        dest="ws",
+        type=float,
+        nargs="+",
+        help="one guidance weight, or several (default: 0 1 2)",
+    )
     add("--seeds", type=int, nargs="+", help="each samples every caption once (default: 0)")
     add("--choose-seed", type=int, help="the seed that w is chosen on (default: 1000)")
     add("--choose-on", type=positive_int, help="training captions to choose w on (default: 96)")
-    add("--steps", type=positive_int, default=50, help="denoising steps (default: 50)")
-    add("--batch", type=positive_int, default=32, help="images a call (default: 32)")
+    add("--steps", type=positive_int, help="denoising steps (default: 50)")
+    add("--batch", type=positive_int, help="images a call (default: 32)")
     add(
         "--more",
         action="store_true",
+        default=None,
         help="also Fréchet distance, error by timestep, bits/dim of held-out images, diversity",
     )
     add(
         "--features",
         nargs="+",
-        default=[],
         choices=list(FEATURE_NETWORKS),
         metavar="NETWORK",
         help=f"also KID and Fréchet distance in features of {', '.join(FEATURE_NETWORKS)}",
@@ -58,20 +64,20 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Evaluate a run and print the headline; 0 done, 2 bad input, 130 interrupted."""
-    args = build_parser().parse_args(argv)
-    ws = {} if args.w is None else {"ws": args.w}
-    seeds = {} if args.seeds is None else {"seeds": args.seeds}
-    choice = {"choose_seed": args.choose_seed, "choose_on": args.choose_on}
-    sampling = {"steps": args.steps, "batch": args.batch}
+    args = vars(build_parser().parse_args(argv))
+    # What is not given has its default in evaluate().
+    given = {name: value for name, value in args.items() if value is not None}
+    run = given.pop("run")
+    timesteps = given.pop("from_real", None)
 
     def command() -> None:
-        if args.from_real is None:
-            extra = {"more": args.more, "features": args.features, "clip": args.clip}
-            print(evaluate(args.run, **ws, **seeds, **choice, **sampling, **extra))
+        if timesteps is None:
+            print(evaluate(run, **given))
             return
-        if args.seeds or args.more or args.features or args.clip:
-            raise EvaluationError("--from-real takes no --seeds, --more, --features or --clip.")
-        for t, recall in evaluate_from_real(args.run, args.from_real, **ws, **choice, **sampling):
+        unused = ", ".join(given.keys() & {"seeds", "more", "features", "clip"})
+        if unused:
+            raise EvaluationError(f"--from-real does not use {unused}. Leave it out.")
+        for t, recall in evaluate_from_real(run, timesteps, **given):
             print(f"from t = {t}: {recall}")
 
     return run_cli(command, "samples are cached. Run the same command to resume.")

@@ -47,26 +47,25 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def search(args: argparse.Namespace) -> int:
-    """Search, save the best image and print the curve; 0 done, 130 interrupted with a best image."""
+    """Search, save the best image and print the curve; 0 done, 130 interrupted."""
     (output,) = output_files(args.out, 1)
     likelihood = args.verifier == "likelihood"
     verifier = LikelihoodVerifier(args.pairs) if likelihood else ClipVerifier(args.verifier)
     pipe = load_pipeline(args.model).to(pick_device(args.device, double=likelihood))
     options = {"w": args.w, "steps": args.steps, "eta": args.eta, "seed": args.seed}
     options["negative_prompt"] = args.negative or None
+    states = search_steps(pipe, args.prompt, args.budget, verifier, **options)
+    state = next(states)
     best = None
-    interrupted = False
-    with tqdm(unit="call", dynamic_ncols=True) as bar:
+    with tqdm(total=state.total, unit="call", dynamic_ncols=True) as bar:
         try:
-            for state in search_steps(pipe, args.prompt, args.budget, verifier, **options):
-                bar.total = state.total
+            for state in states:
                 best = state.best or best
                 bar.update(state.calls - bar.n)
             best = (int(state.order[0]), state.x_0)
         except KeyboardInterrupt:
             if best is None:
                 raise
-            interrupted = True
     number, x_0 = best
     image = pipe.image_processor.postprocess(pipe.decode(x_0[None]), output_type="pil")[0]
     seed = args.seed + number
@@ -76,7 +75,7 @@ def search(args: argparse.Namespace) -> int:
         print(f"{calls} network calls: best score {score:.4g}")
     n = len(state.curve) or len(state.candidates)
     print(f"{output}: the best of {n} by {state.calls} network calls; --seed {seed} samples it")
-    return 130 if interrupted else 0
+    return 0 if state.last else 130
 
 
 def main(argv: list[str] | None = None) -> int:

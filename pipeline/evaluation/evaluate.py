@@ -24,64 +24,19 @@ from pipeline.data.sampler import evenly_spaced
 from pipeline.diffusion.losses import PIXEL_SPACES
 from pipeline.diffusion.scheduler import DDPMScheduler
 from pipeline.diffusion.text_to_image import TextToImagePipeline
-from pipeline.evaluation.distances import (
-    MIN_SAMPLES,
-    extract_features,
-    frechet_distance,
-    kid,
-    load_inception,
-    random_halves,
-)
+from pipeline.evaluation import distances, image_quality, likelihood, samples
 from pipeline.evaluation.feature_extractor import FEATURE_NETWORK, FeatureExtractor
-from pipeline.evaluation.image_quality import (
-    augment,
-    copy_rate,
-    copy_threshold,
-    diversity,
-    seam_ratio,
-)
-from pipeline.evaluation.likelihood import (
-    denoising_errors,
-    file_bits,
-    likelihood_bound,
-    model_space,
-)
 from pipeline.evaluation.reference_set import ReferenceSet
-from pipeline.evaluation.retrieval import (
-    EvaluationError,
-    bootstrap_mean,
-    recall_summary,
-    retrieval_ranks,
-)
-from pipeline.evaluation.samples import (
-    FLOAT32_SUFFIX,
-    SEED_STRIDE,
-    cached_statistic,
-    generate_batch,
-    generate_samples,
-    samples_file,
-    samples_identity,
-    save_contact_sheet,
-)
+from pipeline.evaluation.retrieval import EvaluationError, bootstrap_mean, recall_summary
+from pipeline.evaluation.samples import SEED_STRIDE, cached_statistic
 from pipeline.hardware import pick_device
 from pipeline.hub.model_card import TRAINING_FACTS, refresh_card
 from pipeline.models.build import build_scheduler
 from pipeline.models.loading import load_pipeline
+from pipeline.runs import results
 from pipeline.runs.files import replace_text
 from pipeline.runs.folder import IMAGES_FOLDER, MODEL_INDEX, RunFolder
-from pipeline.runs.results import (
-    Chance,
-    Choice,
-    ClipScore,
-    Distances,
-    ExtraMetrics,
-    FrechetDistance,
-    HeldOutRecall,
-    Metrics,
-    Recall,
-    References,
-    SeedResult,
-)
+from pipeline.runs.results import Metrics, Recall, SeedResult
 from pipeline.search.verifiers import ClipVerifier, clip_scores
 
 DEFAULT_WS = (0.0, 1.0, 2.0)
@@ -89,11 +44,9 @@ CHOOSE_SEED = 1000
 CHOOSE_ON = 96  # training captions
 FEATURE_NETWORKS: dict[str, Callable[[], nn.Module]] = {
     FEATURE_NETWORK: FeatureExtractor,
-    "inception-v3": load_inception,
+    "inception-v3": distances.load_inception,
 }
-SPLIT_IMAGES = 64  # of each split, for denoising errors
-DIVERSITY_CAPTIONS = 24
-DIVERSITY_SEEDS = 4
+DIVERSITY_SAMPLES = (24, 4)  # captions, seeds
 
 
 def load_run(folder: Path) -> tuple[Config, FeatureExtractor, ReferenceSet, TextToImagePipeline]:
@@ -111,10 +64,8 @@ def load_run(folder: Path) -> tuple[Config, FeatureExtractor, ReferenceSet, Text
     extractor = FeatureExtractor()
 
     def extract(images: Tensor) -> Tensor:
-        """Return cached features of real images."""
-        cache = config.data.cache
-        compute = lambda: extractor.features(images)  # noqa: E731
-        return cached_statistic(cache, "features", FEATURE_NETWORK, images, compute)
+        key = (config.data.cache, "features", FEATURE_NETWORK)
+        return cached_statistic(*key, images, lambda: extractor.features(images))
 
     splits = [split for split in load_splits(config.data) if split is not None]
     references = ReferenceSet.from_splits(extract, splits)
@@ -130,12 +81,13 @@ def update_metrics(folder: Path, model: str, **parts) -> Metrics:
     message if only the precision differs.
     """
     path = folder / "metrics.json"
+    suffix = samples.FLOAT32_SUFFIX
     metrics = Metrics(model)
     if path.is_file():
         known = Metrics.from_json(json.loads(path.read_text(encoding="utf-8")))
         if known.model == model:
             metrics = known
-        elif known.model.removesuffix(FLOAT32_SUFFIX) == model.removesuffix(FLOAT32_SUFFIX):
+        elif known.model.split(suffix)[0] == model.split(suffix)[0]:
             message = f"{path} was measured in another precision: its results are replaced"
             print(message, file=sys.stderr)
     metrics = replace(metrics, **parts)
@@ -156,41 +108,41 @@ def measure_samples(
 ) -> SeedResult:
     """Measure samples (M, 3, H, W) of the captions of some rows (M,) of the reference set."""
     features = extractor.features(images)
-    ranks = retrieval_ranks(features, references.features, references.own[rows])
+    ranks = references.ranks(features, rows)
+    hidden = rows >= references.n_train
     held_out = None
     grids = {}
-    hidden = rows >= references.n_train
     if hidden.any():
-        recall = recall_summary(ranks[hidden])
-        copies = copy_rate(images[hidden], references.train, threshold)
-        held_out = HeldOutRecall(**vars(recall), copies=copies)
+        copies = image_quality.copy_rate(images[hidden], references.train, threshold)
+        held_out = results.HeldOutRecall(**vars(recall_summary(ranks[hidden])), copies=copies)
         for name, some in references.grids().items():
             grids[name] = recall_summary(ranks[torch.isin(rows, some)])
-    distances = {}
-    if len(rows) >= MIN_SAMPLES:
-        real = references.features[references.own[rows]]
-        distances[FEATURE_NETWORK] = Distances(kid(real, features))
-    seams = seam_ratio(images, patch) / seam_ratio(references.images, patch)
-    return SeedResult(recall_summary(ranks[~hidden]), seams, held_out, grids, distances)
+    by_network = {}
+    if len(rows) >= distances.MIN_SAMPLES:
+        kid = distances.kid(references.features[references.own[rows]], features)
+        by_network[FEATURE_NETWORK] = results.Distances(kid)
+    real_seams = image_quality.seam_ratio(references.images, patch)
+    seams = image_quality.seam_ratio(images, patch) / real_seams
+    return SeedResult(recall_summary(ranks[~hidden]), seams, held_out, grids, by_network)
 
 
 def reference_metrics(
     extractor: FeatureExtractor, references: ReferenceSet, threshold: float
-) -> References:
+) -> results.References:
     """Measure what recall is compared with: chance, augmented real images, and siblings."""
     n = len(references.features)
-    captions = len(references.captions)
-    features = extractor.features(augment(references.images))
-    ceiling = recall_summary(retrieval_ranks(features, references.features, references.own))
-    copies = None
-    siblings = {}
-    if captions > references.n_train:
-        held_out = torch.arange(references.n_train, captions)
-        copies = copy_rate(references.images[held_out], references.train, threshold)
-        for name, rows in {"held_out": held_out, **references.grids()}.items():
-            siblings[name] = references.sibling_baseline(rows)
-    chance = Chance(1 / n, min(5 / n, 1))
-    return References(n, captions, chance, ceiling, copies, siblings)
+    rows = torch.arange(len(references.captions))
+    held_out = rows[references.n_train :]
+    features = extractor.features(image_quality.augment(references.images))
+    ceiling = recall_summary(references.ranks(features, rows))
+    chance = results.Chance(1 / n, min(5 / n, 1))
+    if not len(held_out):
+        return results.References(n, len(rows), chance, ceiling)
+    images = references.images[held_out]
+    copies = image_quality.copy_rate(images, references.train, threshold)
+    groups = {"held_out": held_out, **references.grids()}
+    siblings = {name: references.sibling_baseline(some) for name, some in groups.items()}
+    return results.References(n, len(rows), chance, ceiling, copies, siblings)
 
 
 def feature_distances(
@@ -199,7 +151,7 @@ def feature_distances(
     images: Tensor,
     cache: str,
     network: nn.Module | None = None,
-) -> Distances:
+) -> results.Distances:
     """Return KID and Fréchet distance of samples (N, 3, H, W) of all captions by a network.
 
     The Fréchet distance compares the samples of one half of the captions with the real images of
@@ -208,33 +160,28 @@ def feature_distances(
     network: the loaded network of this name, if there is one.
     """
     network = network or FEATURE_NETWORKS[name]()
-    real_images = references.images
 
-    def extract() -> Tensor:
-        """Return the features of the real images."""
-        return extract_features(network, real_images)
+    def of_real(what: str, compute: Callable[[], Tensor]) -> Tensor:
+        return cached_statistic(cache, what, name, references.images, compute)
 
-    real = cached_statistic(cache, "features", name, real_images, extract)
-    a, b = random_halves(len(real))
-
-    def between_halves() -> Tensor:
-        """Return the Fréchet distance between the real images of both halves."""
-        return torch.tensor(frechet_distance(real[a], real[b]))
-
-    of_real = cached_statistic(cache, "halves", name, real_images, between_halves)
-    features = extract_features(network, images)
-    frechet = FrechetDistance(frechet_distance(features[a], real[b]), float(of_real), len(a))
-    return Distances(kid(real, features), frechet)
+    extract = distances.extract_features
+    real = of_real("features", lambda: extract(network, references.images))
+    features = extract(network, images)
+    a, b = distances.random_halves(len(real))
+    frechet = distances.frechet_distance
+    between_halves = of_real("halves", lambda: torch.tensor(frechet(real[a], real[b])))
+    value = frechet(features[a], real[b])
+    found = results.FrechetDistance(value, float(between_halves), len(a))
+    return results.Distances(distances.kid(real, features), found)
 
 
 def clip_score(
     name: str, verifier: ClipVerifier, references: ReferenceSet, images: Tensor
-) -> ClipScore:
+) -> results.ClipScore:
     """Return the CLIP scores of samples (N, 3, H, W) of all captions and of the real images."""
-    scores = clip_scores(verifier, images, references.captions)
-    real = clip_scores(verifier, references.images, references.captions)
+    scores = [clip_scores(verifier, x, references.captions) for x in (images, references.images)]
     model = Path(name).name if Path(name).exists() else name
-    return ClipScore(model, bootstrap_mean(scores), bootstrap_mean(real))
+    return results.ClipScore(model, *map(bootstrap_mean, scores))
 
 
 def extra_metrics(
@@ -243,7 +190,7 @@ def extra_metrics(
     pipe: TextToImagePipeline,
     generate: Callable[[Tensor, float, int], Tensor],
     ws: Sequence[float],
-) -> ExtraMetrics:
+) -> results.ExtraMetrics:
     """Measure denoising errors, bits/dim of held-out images, and diversity at several w.
 
     generate(rows, w, seed) returns samples of the captions of some rows.
@@ -254,26 +201,27 @@ def extra_metrics(
         pipe.register_modules(scheduler=build_scheduler(DiffusionConfig(), pipe.scheduler))
     n = len(references.captions)
     n_train = references.n_train
-    rows = {"train": evenly_spaced(SPLIT_IMAGES, n_train)}
+    rows = {"train": evenly_spaced(64, n_train)}
+    bits = None
     if n > n_train:
-        rows["held_out"] = evenly_spaced(SPLIT_IMAGES, n, n_train)
+        rows["held_out"] = evenly_spaced(64, n, n_train)
+        if likelihood.model_space(pipe) in PIXEL_SPACES:
+            images = references.images[n_train:]
+            terms = likelihood.likelihood_bound(pipe, images, references.captions[n_train:])
+            values = {"model": sum(terms.values()), **terms, **likelihood.file_bits(images)}
+            bits = {name: bootstrap_mean(value) for name, value in values.items()}
     splits = {
         name: (references.images[some], references.captions_of(some)) for name, some in rows.items()
     }
-    errors = denoising_errors(pipe, splits)
-    bits = None
-    if n > n_train and model_space(pipe) in PIXEL_SPACES:
-        images = references.images[n_train:]
-        terms = likelihood_bound(pipe, images, references.captions[n_train:])
-        values = {"model": sum(terms.values()), **terms, **file_bits(images)}
-        bits = {name: bootstrap_mean(value) for name, value in values.items()}
-    some = evenly_spaced(DIVERSITY_CAPTIONS, n_train)
+    errors = likelihood.denoising_errors(pipe, splits)
+    captions, seeds = DIVERSITY_SAMPLES
+    some = evenly_spaced(captions, n_train)
     by_w = {}
     for w in ws:
-        seeds = range(DIVERSITY_SEEDS)
-        features = torch.stack([extractor.features(generate(some, w, seed)) for seed in seeds])
-        by_w[f"{w:g}"] = bootstrap_mean(diversity(features, references.features))
-    return ExtraMetrics(errors, by_w, bits)
+        features = [extractor.features(generate(some, w, seed)) for seed in range(seeds)]
+        apart = image_quality.diversity(torch.stack(features), references.features)
+        by_w[f"{w:g}"] = bootstrap_mean(apart)
+    return results.ExtraMetrics(errors, by_w, bits)
 
 
 @torch.no_grad()
@@ -294,10 +242,8 @@ def denoise_real_images(
     EvaluationError for a scheduler that cannot start on the way.
     """
     if not isinstance(pipe.scheduler, DDPMScheduler):
-        raise EvaluationError(
-            f"This model's scheduler is {type(pipe.scheduler).__name__}, but only DDPMScheduler "
-            "can start from real images. Leave --from-real out."
-        )
+        name = type(pipe.scheduler).__name__
+        raise EvaluationError(f"{name} cannot start from real images. Leave --from-real out.")
     scheduler = copy.deepcopy(pipe.scheduler)
     scheduler.set_timesteps(steps)
     timesteps = [k for k in scheduler.timesteps.tolist() if k <= t]
@@ -310,25 +256,21 @@ def denoise_real_images(
     for n, some in enumerate(rows.split(batch)):
         x_0 = pipe.encode(as_float(references.images[some]).to(pipe.device))
         eps = torch.randn(x_0.shape, generator=generator).to(x_0)
-        call = {
-            "w": w,
-            "seed": seed * SEED_STRIDE + 1 + n * batch,
-            "timesteps": timesteps,
-            "latents": scheduler.add_noise(x_0, eps, timesteps[0]),  # (5)
-        }
-        images.append(generate_batch(pipe, references.captions_of(some), **call))
+        x_t = scheduler.add_noise(x_0, eps, timesteps[0])  # (5)
+        call = {"w": w, "seed": seed * SEED_STRIDE + 1 + n * batch, "timesteps": timesteps}
+        prompts = references.captions_of(some)
+        images.append(samples.generate_batch(pipe, prompts, latents=x_t, **call))
     features = extractor.features(torch.cat(images))
-    ranks = retrieval_ranks(features, references.features, references.own[rows])
-    return timesteps[0], recall_summary(ranks)
+    return timesteps[0], recall_summary(references.ranks(features, rows))
 
 
 def evaluate_from_real(
     folder: Path,
     timesteps: Sequence[int],
-    ws: Sequence[float] = (),
     *,
-    choose_seed: int | None = None,
-    choose_on: int | None = None,
+    ws: Sequence[float] = (),
+    choose_seed: int = CHOOSE_SEED,
+    choose_on: int = CHOOSE_ON,
     steps: int = 50,
     batch: int = 32,
 ) -> Iterator[tuple[int, Recall]]:
@@ -339,11 +281,11 @@ def evaluate_from_real(
     if len(ws) > 1:
         raise EvaluationError(f"--from-real takes one --w, got {len(ws)}.")
     _config, extractor, references, pipe = load_run(folder)
+    rows = evenly_spaced(choose_on, references.n_train)
     w = ws[0] if ws else pipe.config.w
-    rows = evenly_spaced(choose_on or CHOOSE_ON, references.n_train)
-    seed = CHOOSE_SEED if choose_seed is None else choose_seed
+    call = {"w": w, "seed": choose_seed, "steps": steps, "batch": batch}
     for t in timesteps:
-        yield denoise_real_images(extractor, references, pipe, rows, t, w, seed, steps, batch)
+        yield denoise_real_images(extractor, references, pipe, rows, t, **call)
 
 
 def evaluate(
@@ -378,20 +320,19 @@ def evaluate(
             "seed biases the result."
         )
     # What is misspelt or not installed is refused before the first sample.
-    clip_model = None if clip is None else ClipVerifier(clip)
+    verifier = None if clip is None else ClipVerifier(clip)
     names = [FEATURE_NETWORK, *features] if more else features
     networks = {name: FEATURE_NETWORKS[name]() for name in dict.fromkeys(names)}
     config, extractor, references, pipe = load_run(folder)
-    model = samples_identity(pipe, references)
+    model = samples.samples_identity(pipe, references)
     # Without patches, no grid should show: 4 is as good as any.
     patch = config.model.patch_size or 1
     patch = patch if patch > 1 else 4
-    threshold = copy_threshold(references.images[: references.n_train])
+    threshold = image_quality.copy_threshold(references.images[: references.n_train])
 
     def generate(prompts: list[str], what: str, w: float, seed: int) -> Tensor:
-        """Return cached samples (N, 3, H, W)."""
-        path = samples_file(folder, model, steps, what, w, seed)
-        return generate_samples(pipe, prompts, w, seed, steps, path, batch)
+        path = samples.samples_file(folder, model, steps, what, w, seed)
+        return samples.generate_samples(pipe, prompts, w, seed, steps, path, batch)
 
     def measure(images: Tensor, rows: Tensor) -> SeedResult:
         return measure_samples(extractor, references, images, rows, threshold, patch)
@@ -412,16 +353,17 @@ def evaluate(
     for seed in seeds:
         images = generate(references.captions, "all", w, seed)
         result = measure(images, rows)
-        distances = dict(result.distances)
         for name, network in networks.items():
             cache = config.data.cache
-            distances[name] = feature_distances(name, references, images, cache, network)
-        scores = None if clip_model is None else clip_score(clip, clip_model, references, images)
-        by_seed[seed] = replace(result, distances=distances, clip=scores)
+            found = feature_distances(name, references, images, cache, network)
+            result.distances[name] = found
+        if clip is not None and verifier is not None:
+            result = replace(result, clip=clip_score(clip, verifier, references, images))
+        by_seed[seed] = result
         images = generate(open_prompts, f"free-{digest(open_prompts)[:8]}", w, seed)
-        copies[seed] = copy_rate(images, references.train, threshold)
+        copies[seed] = image_quality.copy_rate(images, references.train, threshold)
         if seed == seeds[0]:
-            save_contact_sheet(images, open_prompts, folder / IMAGES_FOLDER / "free.png")
+            samples.save_contact_sheet(images, open_prompts, folder / IMAGES_FOLDER / "free.png")
     parts = {}
     if more:
 
@@ -438,7 +380,7 @@ def evaluate(
         seeds=list(seeds),
         by_seed=by_seed,
         free_prompt_copies=copies,
-        choice=Choice(choose_seed, len(some), by_w),
+        choice=results.Choice(choose_seed, len(some), by_w),
         references=reference_metrics(extractor, references, threshold),
         **parts,
     )

@@ -67,7 +67,7 @@ def conv_bn_relu6(
 
 
 class InvertedBottleneck(nn.Module):
-    """A mobile inverted bottleneck: widen, convolve each channel, narrow; residual if shapes agree."""
+    """A mobile inverted bottleneck: widen, convolve each channel, narrow; residual if it fits."""
 
     def __init__(self, c_in: int, c_out: int, expansion: int, kernel: int, stride: int):
         super().__init__()
@@ -86,7 +86,7 @@ class InvertedBottleneck(nn.Module):
 
 
 def weights_file() -> Path:
-    """Return the weights' file in their pip package after checking its sha256; runs no code of it."""
+    """Return the weights' file in its pip package, after checking its sha256; runs no code of it."""
     spec = importlib.util.find_spec(WEIGHTS_PACKAGE)
     if spec is None or spec.origin is None:
         raise EvaluationError(

@@ -11,7 +11,7 @@ from pipeline.diffusion.losses import bits_per_dimension, decoder_nll, posterior
 from pipeline.diffusion.patches import PatchAutoencoder
 from pipeline.diffusion.scheduler import DDPMScheduler
 from pipeline.diffusion.text_to_image import TextToImagePipeline
-from pipeline.runs.results import DenoisingErrors, ErrorCurve
+from pipeline.runs.results import DenoisingErrors
 
 LOSSLESS_FORMATS = {
     "png": {"format": "PNG", "optimize": True},
@@ -70,16 +70,15 @@ def denoising_errors(
     states = torch.cat([states for _, states in encoded])
     eps = _randn_like(x_0, torch.Generator().manual_seed(seed))
     timesteps = ((torch.arange(grid) + 0.5) * T / grid).long().unique().tolist()
-    curves = {name: ErrorCurve([], []) for name in splits}
+    curves = {name: {"eps": [], "x_0": []} for name in splits}
     for t in timesteps:
         x_t = scheduler.add_noise(x_0, eps, t)
         x_0_hat = scheduler.predict_x_0(_predict(pipe, x_t, t, states), t, x_t)
         eps_hat = scheduler.predict_eps(x_0_hat, x_t, t)
-        eps_errors = (eps_hat - eps).square().flatten(1).mean(1).split(sizes)
-        x_0_errors = (x_0_hat - x_0).square().flatten(1).mean(1).split(sizes)
-        for curve, of_eps, of_x_0 in zip(curves.values(), eps_errors, x_0_errors, strict=True):
-            curve.eps.append(of_eps.mean().item())
-            curve.x_0.append(of_x_0.mean().item())
+        for kind, error in (("eps", eps_hat - eps), ("x_0", x_0_hat - x_0)):
+            parts = error.square().flatten(1).mean(1).split(sizes)
+            for curve, part in zip(curves.values(), parts, strict=True):
+                curve[kind].append(part.mean().item())
     return DenoisingErrors(timesteps, **curves)
 
 

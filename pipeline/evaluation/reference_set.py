@@ -50,6 +50,10 @@ class ReferenceSet:
         """Return the captions of some rows (M,)."""
         return [self.captions[i] for i in rows]
 
+    def ranks(self, features: Tensor, rows: Tensor) -> Tensor:
+        """Return the ranks (M,) of some rows' own images by similarity to features (M, 1280)."""
+        return retrieval_ranks(features, self.features, self.own[rows])
+
     def grids(self) -> dict[str, Tensor]:
         """Return the held-out rows by factor grid."""
         rows: dict[str, list[int]] = {}
@@ -58,7 +62,7 @@ class ReferenceSet:
         return {name: torch.tensor(rows[name]) for name in sorted(rows)}
 
     def siblings(self, row: int) -> list[int]:
-        """Return the training rows of the same grid that differ from a row in exactly one factor."""
+        """Return the training rows of the same grid that differ in exactly one factor."""
         entry = self.metadata[row]
         factors = entry.get("factors")
         if not factors:
@@ -86,7 +90,7 @@ class ReferenceSet:
         if not nearest:
             return None
         features = self.features[self.own[nearest]]
-        return recall_summary(retrieval_ranks(features, self.features, self.own[with_siblings]))
+        return recall_summary(self.ranks(features, torch.tensor(with_siblings)))
 
 
 def distinct_images(images: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from pipeline.evaluation.distances import MIN_SAMPLES, kid
 from pipeline.evaluation.evaluate import load_run, update_metrics
 from pipeline.evaluation.feature_extractor import FEATURE_NETWORK, FeatureExtractor
 from pipeline.evaluation.reference_set import ReferenceSet
-from pipeline.evaluation.retrieval import EvaluationError, recall_summary, retrieval_ranks
+from pipeline.evaluation.retrieval import EvaluationError, recall_summary
 from pipeline.evaluation.samples import generate_samples, samples_file, samples_identity
 from pipeline.runs.folder import IMAGES_FOLDER, RunFolder
 from pipeline.runs.results import Metrics, Sweep, SweepPoint
@@ -59,27 +59,6 @@ class Point:
         return eta + interval
 
 
-def _parse_w(text: str) -> float:
-    w = float(text)
-    if not math.isfinite(w):
-        raise ValueError(text)
-    return w
-
-
-def _parse_steps(text: str) -> int:
-    steps = int(text)
-    if steps < 1:
-        raise ValueError(text)
-    return steps
-
-
-def _parse_eta(text: str) -> float:
-    eta = float(text)
-    if not 0 <= eta <= 1:
-        raise ValueError(text)
-    return eta
-
-
 def _parse_interval(text: str) -> tuple[float, float]:
     low, high = map(float, text.split(":"))
     # It raises for an invalid interval.
@@ -87,22 +66,17 @@ def _parse_interval(text: str) -> tuple[float, float]:
     return low, high
 
 
-def _parse_weights(text: str) -> str:
-    if text not in SWEEP_WEIGHTS:
-        raise ValueError(text)
-    return text
+def _always(_value: object) -> bool:
+    return True
 
 
-# How a parameter's value is read, and what it may be.
-SWEEP_PARAMETERS: dict[str, tuple[Callable, str]] = {
-    "w": (_parse_w, "finite numbers, such as w=0,1,2,4"),
-    "steps": (_parse_steps, "integers from 1, such as steps=10,25,50"),
-    "eta": (_parse_eta, "numbers from 0 to 1, such as eta=0,1"),
-    "interval": (
-        _parse_interval,
-        "noise levels LOW:HIGH between 0 and 1, such as interval=0:1,0.3:0.9",
-    ),
-    "weights": (_parse_weights, f"{' or '.join(SWEEP_WEIGHTS)}, such as weights=averaged,raw"),
+# How a parameter's value is read, which values are valid, and what the error says.
+SWEEP_PARAMETERS: dict[str, tuple[Callable, Callable, str]] = {
+    "w": (float, math.isfinite, "finite numbers, such as w=0,1,2,4"),
+    "steps": (int, lambda n: n >= 1, "integers from 1, such as steps=10,25,50"),
+    "eta": (float, lambda eta: 0 <= eta <= 1, "numbers from 0 to 1, such as eta=0,1"),
+    "interval": (_parse_interval, _always, "LOW:HIGH in 0 to 1, such as interval=0:1,0.3:0.9"),
+    "weights": (str, SWEEP_WEIGHTS.__contains__, "averaged or raw, such as weights=averaged,raw"),
 }
 
 
@@ -114,12 +88,13 @@ def parse_sweep(words: list[str]) -> dict[str, list]:
         if parameter not in SWEEP_PARAMETERS or parameter in found:
             names = ", ".join(SWEEP_PARAMETERS)
             raise EvaluationError(f"Cannot read {word!r}. Pass each of {names} at most once.")
-        parse, expected = SWEEP_PARAMETERS[parameter]
+        parse, is_valid, expected = SWEEP_PARAMETERS[parameter]
         try:
             found[parameter] = [parse(value) for value in values.split(",")]
-        except ValueError as error:
-            message = f"Cannot read {word!r}. {parameter} takes {expected}."
-            raise EvaluationError(message) from error
+        except ValueError:
+            found[parameter] = []
+        if not found[parameter] or not all(map(is_valid, found[parameter])):
+            raise EvaluationError(f"Cannot read {word!r}. {parameter} takes {expected}.")
     return found
 
 
@@ -232,9 +207,8 @@ def measure_point(
 ) -> SweepPoint:
     """Measure quality and alignment of samples (N, 3, H, W) of some rows; `at` is left empty."""
     features = extractor.features(images)
-    own = references.own[rows]
-    recall = recall_summary(retrieval_ranks(features, references.features, own))
-    distance = kid(references.features[own], features)
+    recall = recall_summary(references.ranks(features, rows))
+    distance = kid(references.features[references.own[rows]], features)
     return SweepPoint(**vars(recall), at="", kid=distance, calls=calls)
 
 

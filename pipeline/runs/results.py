@@ -180,20 +180,12 @@ class References:
 
 
 @dataclass(frozen=True)
-class ErrorCurve:
-    """Mean squared errors of eps and x_0, one a timestep."""
-
-    eps: list[float]
-    x_0: list[float]
-
-
-@dataclass(frozen=True)
 class DenoisingErrors:
-    """Denoising errors of both splits at some timesteps."""
+    """Mean squared errors of "eps" and "x_0" of both splits, one a timestep."""
 
     timesteps: list[int]
-    train: ErrorCurve
-    held_out: ErrorCurve | None = None
+    train: dict[str, list[float]]
+    held_out: dict[str, list[float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -207,15 +199,15 @@ class ExtraMetrics:
 
     def lines(self) -> Iterator[str]:
         """Yield the text, a line a metric."""
+        curves = {"training": self.errors.train, "held-out": self.errors.held_out}
         for kind in ("x_0", "eps"):
-            cells = []
-            for i, t in enumerate(self.errors.timesteps):
-                cell = f"t = {t} {getattr(self.errors.train, kind)[i]:.4f}"
-                if self.errors.held_out is not None:
-                    cell += f" and {getattr(self.errors.held_out, kind)[i]:.4f}"
-                cells.append(cell)
-            images = "training" if self.errors.held_out is None else "training and held-out"
-            yield f"mean squared error of {kind} ({images} images): {', '.join(cells)}"
+            rows = [curve[kind] for curve in curves.values() if curve]
+            cells = zip(self.errors.timesteps, *rows, strict=True)
+            text = ", ".join(
+                f"t = {t} " + " and ".join(f"{x:.4f}" for x in row) for t, *row in cells
+            )
+            images = " and ".join(name for name, curve in curves.items() if curve)
+            yield f"mean squared error of {kind} ({images} images): {text}"
         bits = self.bits_per_dimension
         if bits is not None:
             files = f"as PNG {bits['png']}, as lossless WebP {bits['webp']}"

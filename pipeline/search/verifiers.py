@@ -69,7 +69,7 @@ class LikelihoodVerifier:
     def plan(
         self, scheduler: DDPMScheduler, shape: tuple[int, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return timesteps (M,), noises (M, *shape) and weights (M,) in float64, the decoder's last.
+        """Return timesteps (M,), noises (M, *shape), weights (M,) in float64; the decoder's last.
 
         A score is the sum of weights * `differences`. InputError if no timestep is in the levels.
         """
@@ -111,9 +111,8 @@ class LikelihoodVerifier:
     ) -> Tensor:
         """Return |eps - eps(x_t, t, 0)|^2 - |eps - eps(x_t, t, c)|^2, (M, N) in float64."""
         timesteps, noises, _ = self.plan(pipe.scheduler, x_0.shape[1:])
-        captions, empty = pipe.encode_prompt(prompt, negative_prompt="")
-        captions = captions.expand(len(x_0), -1, -1)
-        empty = empty.expand(len(x_0), -1, -1)
+        states = pipe.encode_prompt(prompt, negative_prompt="")
+        captions, empty = (of_prompt.expand(len(x_0), -1, -1) for of_prompt in states)
         parts = []
         for start in range(0, len(x_0), CANDIDATE_BATCH):
             rows = slice(start, start + CANDIDATE_BATCH)
@@ -129,7 +128,7 @@ class LikelihoodVerifier:
 def conditional_gain(
     pipe: TextToImagePipeline, x_0: Tensor, t: int, eps: Tensor, captions: Tensor, empty: Tensor
 ) -> Tensor:
-    """Return |eps - eps(x_t, t, 0)|^2 - |eps - eps(x_t, t, c)|^2 under one noise (c, h, w): (N,)."""
+    """Return |eps - eps(x_t, t, 0)|^2 - |eps - eps(x_t, t, c)|^2 for one noise (c, h, w): (N,)."""
     scheduler = pipe.scheduler
     dtype = pipe.unet.dtype
     x_t = scheduler.add_noise(x_0, eps.expand_as(x_0), t).repeat(2, 1, 1, 1)
