@@ -17,7 +17,13 @@ def old_keys(tree):
     """A metrics.json with the keys of earlier versions."""
     if not isinstance(tree, dict):
         return tree
-    value = "share" if "k" in tree else "mean" if {"interval", "n"} == tree.keys() - {"value"} else "value"
+    value = (
+        "share"
+        if "k" in tree
+        else "mean"
+        if {"interval", "n"} == tree.keys() - {"value"}
+        else "value"
+    )
     names = OLD_NAMES | {"value": value}
     return {names.get(key, key): old_keys(inner) for key, inner in tree.items()}
 
