@@ -18,7 +18,7 @@ from pipeline.hub.figures import collect_images
 from pipeline.models.trusted import parse_repo_id, read_json
 from pipeline.runs.files import replace_text
 from pipeline.runs.folder import IMAGES_FOLDER, RunFolder
-from pipeline.runs.results import format_results
+from pipeline.runs.results import Metrics
 
 ATTRIBUTION = "Emoji pictures: Twemoji, (c) Twitter, Inc and other contributors, CC-BY 4.0."
 TRAINING_FACTS = "training.json"  # what a run knew at its end that nothing else keeps
@@ -323,37 +323,34 @@ def licence_section(embedded: bool, base: str | None, base_license: str | None) 
 
 
 def eval_results(config: Config, metrics: dict) -> list[EvalResult]:
-    """The shares that `pipeline.evaluation` measured, for the Hub's index of models: means over the seeds drawn with."""
+    """Return recall@1 and recall@5 of both splits for the Hub's model index, means over seeds."""
+    if "by_seed" not in metrics:
+        return []
+    measured = Metrics.from_json(metrics)
     found = []
     for split in ("train", "held_out"):
-        for name, words in (
-            ("first", "own picture first"),
-            ("first_five", "own picture among the first five"),
-        ):
-            shares = [
-                seed[split][name]["share"]
-                for seed in metrics.get("by_seed", {}).values()
-                if name in seed.get(split, {})
-            ]
-            if shares:
-                found.append(
-                    EvalResult(
-                        task_type="text-to-image",
-                        dataset_type=config.data.source,
-                        dataset_name=config.data.source,
-                        dataset_split=split,
-                        metric_type="retrieval",
-                        metric_name=f"{words}, {split.replace('_', '-')} captions, w = {metrics['w']:g}",
-                        metric_value=round(sum(shares) / len(shares), 4),
-                    )
+        for at in (1, 5):
+            recall = measured.mean_recall(split, at)
+            if recall is not None:
+                words = f"{split.replace('_', '-')} captions, w = {measured.w:g}"
+                result = EvalResult(
+                    task_type="text-to-image",
+                    dataset_type=config.data.source,
+                    dataset_name=config.data.source,
+                    dataset_split=split,
+                    metric_type="retrieval",
+                    metric_name=f"recall@{at}, {words}",
+                    metric_value=round(recall, 4),
                 )
+                found.append(result)
     return found
 
 
 def metrics_section(metrics: dict) -> str:
-    """What was measured, in words where `pipeline.evaluation` did."""
-    ours = {"by_seed", "sweep"} & metrics.keys()
-    return format_results(metrics) if ours else json.dumps(metrics, indent=1, ensure_ascii=False)
+    """Return what was measured as text; the JSON itself where it has another shape."""
+    if {"by_seed", "sweep"} & metrics.keys():
+        return str(Metrics.from_json(metrics))
+    return json.dumps(metrics, indent=1, ensure_ascii=False)
 
 
 def inline_code(text: str) -> str:
