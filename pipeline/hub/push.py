@@ -57,6 +57,15 @@ def check_push(config: Config) -> None:
     repo_id = config.hub.repo_id
     if repo_id is None:
         return
+    try:
+        _try_repository(config, repo_id)
+    except HubError as error:
+        error.exit_code = 2  # bad input: no training was begun
+        raise
+
+
+def _try_repository(config: Config, repo_id: str) -> None:
+    """Raise HubError if the account, the repository or the card is not fit for a push."""
     card = build_card(config, training_facts("", 0.0))
     is_adapter = config.train.method == "lora"
     if is_adapter:

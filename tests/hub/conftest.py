@@ -140,14 +140,15 @@ try:
 except ValueError as error:
     refusal = str(error)
 untrusted = [name for name in sys.modules if name.startswith("diffusers_modules")]
-pipe = DiffusionPipeline.from_pretrained({pushed!r}, trust_remote_code=True, use_safetensors=True)""")
+options = {{"trust_remote_code": True, "use_safetensors": True}}
+pipe = DiffusionPipeline.from_pretrained({pushed!r}, **options)""")
     yield process
     process.close()
 
 
 @pytest.fixture(scope="session")
 def stable(owner, place):
-    """The name on the Hub of a pipeline of Stable Diffusion's components; its folder is `stable`."""
+    """The name on the Hub of a tiny Stable Diffusion; its folder is `stable`."""
     tokenizer, encoder = tiny_text("clip")
     with torch.random.fork_rng():
         torch.manual_seed(0)

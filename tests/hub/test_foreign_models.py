@@ -1,13 +1,16 @@
 """Models of other people: no code of theirs runs, and what cannot be loaded is one message."""
 
 import json
-import pickle
-from types import SimpleNamespace
 
-import pytest
-from hub_world import ROOT, assert_same_images, folder_files
-
-PICKLE = pickle.dumps(SimpleNamespace(w=1.0))
+from hub_world import (
+    PICKLE,
+    ROOT,
+    assert_same_images,
+    check_no_pickle_is_requested,
+    check_revision_is_kept,
+    check_shards_are_replaced,
+    folder_files,
+)
 
 
 def test_load_pipeline_takes_a_name_on_the_hub(owner, pushed, expected):
@@ -23,27 +26,13 @@ def test_load_pipeline_takes_a_name_on_the_hub(owner, pushed, expected):
     owner(f"assert loaded.name_or_path == {pushed!r}")
 
 
-@pytest.fixture
-def mallory(hub, pushed, place):
-    """The name of a copy of the pushed model with harmful code and a pickle; it must not run."""
-    harmful = f"open({str(place / 'ran')!r}, 'w')\n".encode()
-    files = {
-        path: harmful if path.endswith(".py") else content
-        for path, content in hub.files("models", pushed).items()
-    }
-    hub.add("mallory/same", files | {"unet/extra.bin": PICKLE})
-    return "mallory/same"
+def test_load_pipeline_neither_downloads_nor_runs_code(hub, owner, pushed):
+    check_no_pickle_is_requested(hub, owner, pushed)
 
 
-def test_load_pipeline_neither_downloads_nor_runs_code(hub, owner, mallory, place):
-    hub.requests.clear()
-    owner(f"pipe = load_pipeline({mallory!r})")
-    owner("assert type(pipe.scheduler).__module__ == 'pipeline.diffusion.scheduler'")
-    assert not [path for _, path in hub.requests if path.endswith((".py", ".bin"))]
-    assert not (place / "ran").exists()
-
-
-def test_pull_copies_no_code_and_no_pickles(hub, owner, mallory, place):
+def test_pull_copies_no_code_and_no_pickles(hub, owner, pushed):
+    check_no_pickle_is_requested(hub, owner, pushed)
+    mallory = "mallory/same"
     assert owner.command("pull", mallory, "pulled")[0] == 0
     pulled = folder_files(owner.cwd / "pulled")
     assert not [path for path in pulled if path.endswith((".py", ".bin"))]
@@ -57,18 +46,13 @@ def test_pull_copies_no_code_and_no_pickles(hub, owner, mallory, place):
     owner(f"push({mallory!r}, 'tester/republished')")
     ours = (ROOT / "pipeline" / "diffusion" / "text_to_image.py").read_bytes()
     assert hub.files("models", "tester/republished")["pipeline.py"] == ours
-    assert not (place / "ran").exists()
+    assert not (owner.cwd / "ran").exists()
 
 
 def test_download_model_keeps_to_a_revision(hub, owner, pushed):
-    files = hub.files("models", pushed)
-    old = hub.add("mallory/moving", files)
-    index = json.loads(files["model_index.json"]) | {"w": 9.0}
-    changed = files | {"model_index.json": json.dumps(index).encode()}
-    tree = {path: (data, path.endswith(".safetensors")) for path, data in changed.items()}
-    hub.repos["models", "mallory/moving"].add_commit(tree, "stronger", "main")
-    for at, w in (("", 9.0), (f"@{old}", 1.0), ("@main", 9.0)):
-        owner(f"assert load_pipeline('mallory/moving{at}').config.w == {w}")
+    check_revision_is_kept(hub, owner, pushed)
+    old, new = list(hub.repos["models", "mallory/moving"].commits)[-2:]
+    assert hub.repos["models", "mallory/moving"].refs["main"] == new
     owner(f"pipe = TextToImagePipeline.from_pretrained('mallory/moving', revision={old!r})")
     owner("assert pipe.config.w == 1.0")
     space = ("space", "tester/old-demo", "--model", f"mallory/moving@{old}")
@@ -139,6 +123,10 @@ def test_require_plain_weights_names_the_variant(owner, half, place):
         assert f"from_pretrained({model!r}, variant='fp16')" in message
     message = owner.error(f"push_space('tester/broken', {half!r})")
     assert message.startswith(f"VariantError: {half} has only fp16 weights")
+
+
+def test_push_to_hub_replaces_shards(hub, owner, pushed):
+    check_shards_are_replaced(hub, owner, pushed)
 
 
 def test_push_to_hub_replaces_shards_of_its_own_variant(hub, owner, half):

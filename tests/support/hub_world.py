@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import pickle
 import re
 import resource
 import subprocess
@@ -29,6 +30,7 @@ from pipeline.runs.folder import RunFolder
 ROOT = Path(__file__).parents[2]
 CANARY = "hf_canary_Jq3xT"  # the account's token, which must appear nowhere
 REQUEST = "'red heart', w=1.0, seed=7, num_inference_steps=2, output_type='np'"
+PICKLE = pickle.dumps(SimpleNamespace(w=1.0))
 LISTENER = """
 import contextlib, io, json, sys, traceback
 for line in sys.stdin:
@@ -153,3 +155,53 @@ def make_adapter_run(base: str, pipe: TextToImagePipeline, folder: Path) -> RunF
     facts = {"base_model": base, "base_model_relation": "adapter"}
     model_card.write_card(config, run, pipe, images, 60.0, **facts)
     return run
+
+
+# ---- promises of sharing, each checked in a test of its own and again with the code broken
+
+
+def check_no_pickle_is_requested(hub: HubStub, owner: Process, pushed: str) -> None:
+    """Loading a model that has code and a pickle requests neither."""
+    harmful = f"open({str(owner.cwd / 'ran')!r}, 'w')\n".encode()
+    files = {
+        path: harmful if path.endswith(".py") else content
+        for path, content in hub.files("models", pushed).items()
+    }
+    hub.add("mallory/same", files | {"unet/extra.bin": PICKLE})
+    hub.requests.clear()
+    owner("pipe = load_pipeline('mallory/same')")
+    owner("assert type(pipe.scheduler).__module__ == 'pipeline.diffusion.scheduler'")
+    assert not [path for _, path in hub.requests if path.endswith((".py", ".bin"))]
+    assert not (owner.cwd / "ran").exists()
+
+
+def check_revision_is_kept(hub: HubStub, owner: Process, pushed: str) -> None:
+    """A model loads at the commit that is named, not at the newest."""
+    files = hub.files("models", pushed)
+    old = hub.add("mallory/moving", files)
+    index = json.loads(files["model_index.json"]) | {"w": 9.0}
+    changed = files | {"model_index.json": json.dumps(index).encode()}
+    tree = {path: (data, path.endswith(".safetensors")) for path, data in changed.items()}
+    hub.repos["models", "mallory/moving"].add_commit(tree, "stronger", "main")
+    for at, w in (("", 9.0), (f"@{old}", 1.0), ("@main", 9.0)):
+        owner(f"assert load_pipeline('mallory/moving{at}').config.w == {w}")
+
+
+def check_shards_are_replaced(hub: HubStub, owner: Process, pushed: str) -> None:
+    """Weights in one file replace shards, whose index would win over them."""
+    hub.repos.pop(("models", "tester/resharded"), None)
+    owner(f"pipe = load_pipeline({pushed!r})")
+    owner("pipe.push_to_hub('tester/resharded', max_shard_size='100KB')")
+    shards = {name for name in hub.files("models", "tester/resharded") if "-of-" in name}
+    assert [name for name in shards if name.startswith("unet/")]
+    owner("pipe.push_to_hub('tester/resharded')")
+    files = hub.files("models", "tester/resharded")
+    assert "unet/diffusion_pytorch_model.safetensors" in files
+    assert not [name for name in files if "-of-" in name or name.endswith(".index.json")]
+
+
+def check_token_is_hidden(hub: HubStub, owner: Process, pushed: str) -> None:
+    """The settings do not show the token that they hold."""
+    owner(f"config = Config(hub=HubConfig('a/b', token={CANARY!r}))")
+    owner("text = f'{config}{config.to_yaml()}{config.to_dict()}'")
+    owner(f"assert {CANARY!r} not in text")
