@@ -18,26 +18,11 @@ from safetensors.torch import load_file as load_tensors
 
 from pipeline.config import Config, load_file, repository_problems
 from pipeline.diffusion.hub_format import PIPELINE_FILE, default_card
+from pipeline.hub import model_card
 from pipeline.hub.client import HubError, commit_folder, disk_errors, upload_errors, with_retries
-from pipeline.hub.model_card import (
-    TRAINING_FACTS,
-    build_card,
-    is_hub_id,
-    read_card,
-    training_facts,
-    with_base,
-)
+from pipeline.models import trusted
 from pipeline.models.loading import load_from_folder
 from pipeline.models.locate import resolve_model_folder
-from pipeline.models.trusted import (
-    COMPONENT_FILES,
-    is_stable_diffusion_folder,
-    named_components,
-    read_json,
-    require_safetensors,
-    unet_on_hub,
-    validate_index,
-)
 from pipeline.runs.checkpoints import describe_file
 from pipeline.runs.folder import (
     ADAPTER_FILE,
@@ -66,7 +51,7 @@ def check_push(config: Config) -> None:
 
 def _try_repository(config: Config, repo_id: str) -> None:
     """Raise HubError if the account, the repository or the card is not fit for a push."""
-    card = build_card(config, training_facts("", 0.0))
+    card = model_card.build_card(config, model_card.training_facts("", 0.0))
     is_adapter = config.train.method == "lora"
     if is_adapter:
         require_public_base(str(config.model.pretrained))
@@ -154,7 +139,7 @@ def require_public_base(base: str, hub_names: list[str] | None = None) -> None:
 
     hub_names: the names that were on the Hub when the run ended; None if that was not recorded.
     """
-    if not is_hub_id(base.partition("@")[0], hub_names):
+    if not model_card.is_hub_id(base.partition("@")[0], hub_names):
         raise HubError(
             f"The adapter's base model {base} is not on the Hub, so nobody else could load it. "
             "Push it first, then push the adapter with --base USER/NAME."
@@ -167,7 +152,7 @@ def check_adapter_shapes(run: RunFolder, base: str, token: str | None = None) ->
     Warn if the weights of that model are not those that the adapter was trained on.
     """
     trained_on = str(load_file(run.config).model.pretrained)
-    config, hub_hashes = unet_on_hub(base, token)
+    config, hub_hashes = trusted.unet_on_hub(base, token)
     with torch.device("meta"):
         layers = dict(UNet2DConditionModel.from_config(config).named_modules())
     tensors = load_tensors(run.adapter / ADAPTER_FILE)
@@ -234,25 +219,25 @@ def assemble_repository(
         if path.is_file():
             shutil.copyfile(path, target / name)
     if base is not None:
-        settings = with_base(load_file(run.config), base).to_yaml()
+        settings = model_card.with_base(load_file(run.config), base).to_yaml()
         (target / SHARED_CONFIG_FILE).write_text(settings, encoding="utf-8")
     for path in (notes / IMAGES_FOLDER).glob("*.png"):
         (target / IMAGES_FOLDER).mkdir(exist_ok=True)
         shutil.copyfile(path, target / IMAGES_FOLDER / path.name)
-    if (notes / TRAINING_FACTS).is_file() and (notes / "config.yaml").is_file():
-        return lambda repo: str(read_card(notes, repo, base))
+    if (notes / model_card.TRAINING_FACTS).is_file() and (notes / "config.yaml").is_file():
+        return lambda repo: str(model_card.read_card(notes, repo, base))
     if (folder / "README.md").is_file():
         text = (folder / "README.md").read_text(encoding="utf-8")
         return lambda repo: text
-    w = validate_index(read_json(target / MODEL_INDEX)).get("w", 0.0)
+    w = trusted.validate_index(trusted.read_json(target / MODEL_INDEX)).get("w", 0.0)
     return lambda repo: str(default_card(repo, stock, w))
 
 
 def link_adapter(run: RunFolder, target: Path, base: str | None, token: str | None) -> None:
     """Link a run's adapter into an empty folder; HubError if other users could not load it."""
     if base is None:
-        facts = run.folder / TRAINING_FACTS
-        known = read_json(facts) if facts.is_file() else {}
+        facts = run.folder / model_card.TRAINING_FACTS
+        known = trusted.read_json(facts) if facts.is_file() else {}
         require_public_base(str(load_file(run.config).model.pretrained), known.get("of_hub"))
     else:
         require_public_base(base)
@@ -267,16 +252,16 @@ def assemble_pipeline(folder: Path, target: Path, with_code: bool = True) -> boo
     with_code: whether the code in the source folder is our own; the Hub's cache may hold anybody's.
     Return whether the index is a Stable Diffusion index.
     """
-    raw_index = read_json(folder / MODEL_INDEX)
-    index = validate_index(raw_index)
-    require_safetensors(folder, index)
-    components = named_components(index)
+    raw_index = trusted.read_json(folder / MODEL_INDEX)
+    index = trusted.validate_index(raw_index)
+    trusted.require_safetensors(folder, index)
+    components = trusted.named_components(index)
     code = folder / f"{PIPELINE_FILE}.py"
     if {"text_encoder", "tokenizer"} <= set(components) and with_code and code.is_file():
         files = [folder / MODEL_INDEX, code]
         files += [folder / f"{name}.py" for name in get_relative_imports(code)]
         for component in components:
-            for pattern in (*COMPONENT_FILES, f"{raw_index[component][0]}.py"):
+            for pattern in (*trusted.COMPONENT_FILES, f"{raw_index[component][0]}.py"):
                 files += (folder / component).glob(pattern)
         for path in files:
             link = target / path.relative_to(folder)
@@ -289,4 +274,4 @@ def assemble_pipeline(folder: Path, target: Path, with_code: bool = True) -> boo
                 f"{folder} has no text encoder. Put the config.yaml that names it into the folder."
             )
         pipe.save_pretrained(target)
-    return is_stable_diffusion_folder(target)
+    return trusted.is_stable_diffusion_folder(target)
