@@ -19,7 +19,7 @@ from pipeline.hub.figures import collect_images
 from pipeline.models.trusted import is_repo_id, parse_repo_id, read_json
 from pipeline.runs.files import replace_text
 from pipeline.runs.folder import IMAGES_FOLDER, RunFolder
-from pipeline.runs.results import format_results
+from pipeline.runs.results import Metrics
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 ATTRIBUTION = "Emoji images: Twemoji, (c) Twitter, Inc and other contributors, CC-BY 4.0."
@@ -291,37 +291,34 @@ def is_hub_id(name: str, noted: list[str] | None = None) -> bool:
 
 
 def eval_results(config: Config, metrics: dict) -> list[EvalResult]:
-    """Return the measured recall for the Hub's index of models, each a mean over the seeds."""
+    """Return recall@1 and recall@5 of both splits for the Hub's model index, means over seeds."""
+    if "by_seed" not in metrics:
+        return []
+    measured = Metrics.from_json(metrics)
     found = []
     for split in ("train", "held_out"):
-        for name, words in (
-            ("first", "own picture first"),
-            ("first_five", "own picture among the first five"),
-        ):
-            shares = [
-                seed[split][name]["share"]
-                for seed in metrics.get("by_seed", {}).values()
-                if name in seed.get(split, {})
-            ]
-            if shares:
-                found.append(
-                    EvalResult(
-                        task_type="text-to-image",
-                        dataset_type=config.data.source,
-                        dataset_name=config.data.source,
-                        dataset_split=split,
-                        metric_type="retrieval",
-                        metric_name=f"{words}, {split.replace('_', '-')} captions, w = {metrics['w']:g}",
-                        metric_value=round(sum(shares) / len(shares), 4),
-                    )
+        for at in (1, 5):
+            recall = measured.mean_recall(split, at)
+            if recall is not None:
+                words = f"{split.replace('_', '-')} captions, w = {measured.w:g}"
+                result = EvalResult(
+                    task_type="text-to-image",
+                    dataset_type=config.data.source,
+                    dataset_name=config.data.source,
+                    dataset_split=split,
+                    metric_type="retrieval",
+                    metric_name=f"recall@{at}, {words}",
+                    metric_value=round(recall, 4),
                 )
+                found.append(result)
     return found
 
 
 def metrics_section(metrics: dict) -> str:
-    """Return the metrics as text; as JSON if another tool measured them."""
-    ours = {"by_seed", "sweep"} & metrics.keys()
-    return format_results(metrics) if ours else json.dumps(metrics, indent=1, ensure_ascii=False)
+    """Return what was measured as text; the JSON itself where it has another shape."""
+    if {"by_seed", "sweep"} & metrics.keys():
+        return str(Metrics.from_json(metrics))
+    return json.dumps(metrics, indent=1, ensure_ascii=False)
 
 
 def inline_code(text: str) -> str:

@@ -38,14 +38,21 @@ from pipeline.hub.space import push_space
 from pipeline.runs.folder import RunFolder
 client.RETRY_WAITS = (0.1, 0.1, 0.1)
 """
-PROPORTION = {"share": 0.25, "interval": [0.2, 0.3], "n": 400}
-RECALL = {"first": PROPORTION, "first_five": PROPORTION}
+PROPORTION = {"value": 0.25, "interval": [0.2, 0.3], "k": 100, "n": 400}
+RECALL = {"recall@1": PROPORTION, "recall@5": PROPORTION}
 METRICS = {
+    "model": "0123-4567",
     "w": 1.0,
     "num_inference_steps": 50,
-    "by_seed": {"0": {"train": RECALL, "seam_ratio": 1}},
-    "free_prompt_copies": {"0": PROPORTION},
-    "references": {"chance": {"first": 0.01, "first_five": 0.05}, "ceiling": RECALL},
+    "seeds": [0],
+    "by_seed": {"0": {"train": RECALL, "seam_ratio": 1.0}},
+    "free_prompt_copies": {"0": PROPORTION | {"threshold": 0.1}},
+    "references": {
+        "images": 425,
+        "captions": 425,
+        "chance": {"recall@1": 0.01, "recall@5": 0.05},
+        "ceiling": RECALL,
+    },
 }
 
 

@@ -37,7 +37,7 @@ def test_load_text_encoder_reports_a_missing_folder():
 
 
 def test_load_text_encoder_refuses_foreign_code(tmp_path, monkeypatch):
-    """transformers would ask at a terminal whether to run it."""
+    """Without the option, transformers would ask at a terminal whether to run it."""
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
     config = '{"model_type": "bespoke", "auto_map": {"AutoConfig": "code.Config"}}'
     (tmp_path / "config.json").write_text(config)
