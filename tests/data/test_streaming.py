@@ -10,9 +10,19 @@ import datasets
 import pytest
 import torch
 from PIL import Image
-from test_reliability import Broken
 from test_sources import png, squares, write
-from test_train import ROOT, TINY, alike, encoder, killed_after, log, same, train, weights  # noqa: F401
+from training_runs import (  # noqa: F401
+    ROOT,
+    TINY,
+    Broken,
+    alike,
+    encoder,
+    killed_after,
+    log,
+    same,
+    train,
+    weights,
+)
 
 from pipeline import randomness
 from pipeline.config import DataConfig, load_file
@@ -274,7 +284,7 @@ def test_a_run_trains_on_a_stream_and_says_what_is_known_of_it(whole):
 @pytest.mark.parametrize("step", [2, 4])
 def test_a_run_on_a_stream_resumes_in_the_same_bytes(whole, tmp_path, step):
     run = killed_after(step, whole[0], tmp_path)
-    assert f"going on from step {step}" in train(run / "config.yaml", tmp_path).stdout
+    assert f"resuming from step {step}" in train(run / "config.yaml", tmp_path).stdout
     assert same(weights(run), weights(whole[0]))
 
 
@@ -299,10 +309,10 @@ def test_a_stream_that_fails_for_good_saves_the_steps_before(whole, tmp_path, mo
     assert done.returncode == 1
     assert (
         "(reset by peer)" in done.stderr
-        and "step 4 is saved: the same command goes on from it" in done.stderr
+        and "Step 4 is saved" in done.stderr
     )
     monkeypatch.setattr(Stream, "take", real)
-    assert "going on from step 4" in train(config, tmp_path, *seldom).stdout
+    assert "resuming from step 4" in train(config, tmp_path, *seldom).stdout
     assert same(
         weights(tmp_path / "tiny"), weights(tmp_path / "whole" / "tiny" if more else whole[0])
     )
@@ -329,12 +339,12 @@ def test_a_stop_is_heard_while_a_stream_is_waited_for(whole, tmp_path, monkeypat
     done = train(whole[0] / "config.yaml", tmp_path, "--train.save_every", every, check=False)
     assert (
         done.returncode == 143
-        and "Stopped (SIGTERM) after step 4 of 6; run the same command to go on." in done.stdout
+        and "Stopped (SIGTERM) after step 4 of 6" in done.stdout
     )
     assert saved == ([2, 4] if every == "2" else [4])
     monkeypatch.undo()
     assert (
-        "going on from step 4"
+        "resuming from step 4"
         in train(whole[0] / "config.yaml", tmp_path, "--train.save_every", every).stdout
     )
     assert same(weights(tmp_path / "tiny"), weights(whole[0]))
