@@ -87,7 +87,8 @@ def sample_images(
     }
     images = []
     for w in sample.w:
-        output: Any = pipe(list(sample.prompts), **settings | {"w": w})
+        settings["w"] = w
+        output: Any = pipe(list(sample.prompts), **settings)
         images += output.images
         if stop:
             return
