@@ -16,7 +16,9 @@ from pipeline import DDPMScheduler, ExactDenoiser
 
 def stripes(size: int = 16) -> torch.Tensor:
     """Return eight images (8, 3, size, size) in [-1, 1]: stripes of four widths, two directions."""
-    waves = [torch.sin(torch.arange(size) * torch.pi / width).sign() for width in (2, 3, 4, 8)]
+    waves = [
+        torch.sin((torch.arange(size) + 0.5) * torch.pi / width).sign() for width in (2, 3, 4, 8)
+    ]
     across = torch.stack(waves)[:, None, None, :].expand(-1, 3, size, -1)
     return torch.cat([across, across.transpose(2, 3)])
 
