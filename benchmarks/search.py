@@ -84,7 +84,7 @@ class Study:
         return cached_tensors(self.folder / f"{name}.safetensors", contiguous)
 
     def measure(self, x_0: Tensor) -> dict[str, Tensor]:
-        """Return images uint8 (P, 3, H, W) of x_0, their ranks, and similarity to their own image."""
+        """Return uint8 images (P, 3, H, W) of x_0, their ranks, and similarity to their own."""
         images = self.pipe.image_processor.postprocess(self.pipe.decode(x_0), output_type="pt")
         images = as_uint8(images.cpu())
         features = self.extractor.features(images)
