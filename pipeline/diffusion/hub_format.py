@@ -60,7 +60,7 @@ USAGE = """\
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained({model!r}, trust_remote_code=True, use_safetensors=True)
-picture = pipe({prompt!r}, w={w:g}, seed=0).images[0]
+image = pipe({prompt!r}, w={w:g}, seed=0).images[0]
 ```
 
 w = 0 follows the prompt unguided, -1 ignores it. `trust_remote_code` runs `pipeline.py` and the files that it names: read
@@ -79,7 +79,7 @@ USAGE_STOCK = """\
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained({model!r}, use_safetensors=True)  # diffusers' StableDiffusionPipeline
-picture = pipe({prompt!r}, guidance_scale={s:g}).images[0]
+image = pipe({prompt!r}, guidance_scale={s:g}).images[0]
 ```
 
 `pipeline.py` of this repository, once you have read it, adds w = guidance_scale - 1 and a seed for each picture:
@@ -88,7 +88,7 @@ picture = pipe({prompt!r}, guidance_scale={s:g}).images[0]
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained({model!r}, custom_pipeline={model!r}, trust_remote_code=True, use_safetensors=True)
-picture = pipe({prompt!r}, w={w:g}, seed=0).images[0]
+image = pipe({prompt!r}, w={w:g}, seed=0).images[0]
 ```
 """
 STABLE_DIFFUSION_W = 6.5  # 1 + w is 7.5, what Stable Diffusion's own pipeline guides by
