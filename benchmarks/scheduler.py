@@ -70,7 +70,10 @@ def compare(batches: list[int], repeats: int) -> tuple[str, list[str]]:
         scale = 1e6 / times
         noise = torch.empty(batch, *IMAGE)
         generator = torch.Generator()
-        sample_noise = lambda noise=noise, generator=generator: noise.normal_(generator=generator)
+
+        def sample_noise(noise=noise, generator=generator):
+            noise.normal_(generator=generator)
+
         seconds = bench.in_turns({"noise": repeated(sample_noise, times)}, repeats)
         row = [f"{elements:,}", spread(seconds["noise"], ".1f", scale)]
         for name, pair in build_calls(batch).items():

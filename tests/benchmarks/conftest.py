@@ -9,7 +9,8 @@ from tiny_run import shapes_dataset, untrained_run
 
 TINY = """
 data: {source: SOURCE, resolution: 16, cache: CACHE}
-model: {patch_size: 2, channels: [32, 32], attention: [false, true], heads: 4, text_encoder: ENCODER}
+model:
+  {patch_size: 2, channels: [32, 32], attention: [false, true], heads: 4, text_encoder: ENCODER}
 diffusion: {prediction_type: sample}
 train: {steps: 6, batch_size: 2, lr: 1e-3, weighting: min_velocity, gamma: 5, threads: 1}
 """

@@ -38,8 +38,8 @@ def test_sampling_writes_its_section(run, quick_section):
 
 def test_measure_speed_refuses_other_pixels(monkeypatch):
     pipe = tiny_pipeline(sample_size=16, caption_length=8)
-    inverted = lambda self: 1 - self.call_ours()
-    monkeypatch.setattr(sampling.Contenders, "call_stock", inverted)
+    contenders = sampling.Contenders
+    monkeypatch.setattr(contenders, "call_stock", lambda self: 1 - self.call_ours())
     with pytest.raises(AssertionError, match="batch 1"):
         sampling.measure_speed(pipe, [1], 2, 1, 1.0)
 

@@ -66,8 +66,9 @@ def test_goal_line_compares_the_last_rung_with_the_better_peer(tmp_path, monkeyp
         return {"images": 16, "minutes": None, "recall@5": recalls[rung], "held_out": None}
 
     monkeypatch.setattr(ladder, "run_rung", lambda rung, seed, args: result(rung))
-    peer = lambda width, seed, args: result(f"{ladder.PEER}-{width}")
-    monkeypatch.setattr(ladder, "run_peer", peer)
+    monkeypatch.setattr(
+        ladder, "run_peer", lambda width, seed, args: result(f"{ladder.PEER}-{width}")
+    )
     monkeypatch.setattr(ladder, "peer_file", lambda folder: folder)
     output = ["--folder", str(tmp_path), "--output", str(tmp_path / "b.md")]
     ladder.main(["--seeds", "0", *output, "--rungs", *reversed(recalls)])
