@@ -86,7 +86,7 @@ class InvertedBottleneck(nn.Module):
 
 
 def weights_file() -> Path:
-    """Return the weights' file in its pip package, after checking its sha256; runs no code of it."""
+    """Return the weights' file in its pip package, whose code never runs; checks the sha256."""
     spec = importlib.util.find_spec(WEIGHTS_PACKAGE)
     if spec is None or spec.origin is None:
         raise EvaluationError(
@@ -106,7 +106,7 @@ def weights_file() -> Path:
 class FeatureExtractor(nn.Module):
     """EfficientNet-Lite0 with its ImageNet weights: pooled features and class logits of images."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         layers: list[nn.Module] = [conv_bn_relu6(3, 32, 3, 2)]
         width = 32

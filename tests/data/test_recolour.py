@@ -202,7 +202,7 @@ def test_the_varied_set_trains_on_more_and_is_judged_on_the_same(folder, tmp_pat
     assert green["caption"][0].startswith("green ")
     images = dataset.load_images(folder, resolution=32, cache_dir=tmp_path)
     assert len(images) == len(train)
-    bank = ReferenceSet.of(means, [images, dataset.load_images(folder, "test", 32, tmp_path)])
+    bank = ReferenceSet.from_splits(means, [images, dataset.load_images(folder, "test", 32, tmp_path)])
     assert (bank.n_train, len(bank.train)) == (len(own), len(train))
     assert bank.captions == [row["caption"] for row in rows(plain) + rows(plain, "test")]
 
