@@ -1,4 +1,4 @@
-"""Captions as the network reads them: a frozen text encoder's states, whitened for models trained that way."""
+"""Captions as the network reads them: the states of a frozen text encoder, optionally whitened."""
 
 import unicodedata
 
@@ -14,7 +14,7 @@ PADDING_AWARE_ENCODERS = ("clip", "clip_text_model")
 
 
 def normalize(caption: str) -> str:
-    """The caption as it is encoded: NFC, no control characters or lone surrogates, single spaces."""
+    """Return the caption as it is encoded: NFC, no control characters, single spaces."""
     letters: list[str] = []
     for letter in caption:
         if unicodedata.category(letter) not in ("Cc", "Cs"):
@@ -34,7 +34,8 @@ def last_hidden_states(
 ) -> Tensor:
     """The last hidden states (B, length, D) of captions padded or cut to `length` tokens.
 
-    A CLIP encoder sees its padding, as in Stable Diffusion. Others do not, and their padded positions are zero.
+    A CLIP encoder sees its padding, as in Stable Diffusion. Others do not, and their padded
+    positions are zero.
     """
     tokens = tokenizer(
         captions,
@@ -51,30 +52,32 @@ def last_hidden_states(
 
 
 class CaptionWhitening(ModelMixin, ConfigMixin):
-    """Caption states (B, L, D) less their mean, times the inverse root of their covariance; padding stays zero.
+    """Caption states (B, L, D) less their mean, times the inverse root of their covariance.
 
-    A text encoder's states share a large mean and vary mostly along a few directions. A network that trains for
-    minutes learns little of the others. The statistics come from the training captions and travel with the model.
+    A text encoder's states share a large mean and vary mostly along a few directions. A network
+    that trains for minutes learns little of the others. The statistics come from the training
+    captions and travel with the model.
     """
 
     mean: Tensor
     matrix: Tensor
 
     @register_to_config
-    def __init__(self, width: int):
+    def __init__(self, width: int) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("matrix", torch.eye(width))
 
     @classmethod
     def fit(cls, states: Tensor, ridge: float) -> "CaptionWhitening":
-        """The whitening of states (N, L, D); `ridge` is added to every variance to keep rare directions small.
+        """Return the whitening of states (N, L, D).
 
-        ValueError for fewer than two states that are not padding, or for a ridge that is not above 0.
+        ValueError for fewer than two states that are not padding, or for a ridge that is not above
+        0.
         """
         if not ridge > 0:
             raise ValueError(
-                f"ridge must be above 0, got {ridge}: few captions leave directions without variance."
+                f"ridge must be above 0, got {ridge}: few captions leave some variances at 0."
             )
         width = states.shape[-1]
         batches = states.split(WHITENING_BATCH)

@@ -1,8 +1,9 @@
 """Diffusion without training: the perfect denoiser of a finite dataset, in closed form.
 
-By the direct jump (5), the posterior over which image x_t came from is a softmax of squared distances, and
-E[x_0 | x_t] its weighted mean. In the network's place it samples the dataset's own images. Its error is the least that
-any network can reach. Where a network departs from it, the network generalises.
+By the direct jump (5), the posterior over which image x_t came from is a softmax of squared
+distances, and E[x_0 | x_t] its weighted mean. In the network's place it samples the dataset's own
+images. Its error is the least that any network can reach. Where a network departs from it, the
+network generalises.
 """
 
 from types import SimpleNamespace
@@ -25,9 +26,10 @@ def posterior_weights(
     t: int | Tensor,
     allowed: Tensor | None = None,
 ) -> Tensor:
-    """p(image i | x_t) (B, N) for x_t (B, ...) and images (N, ...), in float64; the prior is uniform over `allowed` (B, N).
+    """Return p(image i | x_t) (B, N), float64, of x_t (B, ...) and images (N, ...).
 
-    Its logarithm is -|x_t - sqrt(abar) x_0|^2 / (2 (1 - abar)) by (5), less what is the same for every image.
+    Its logarithm is -|x_t - sqrt(abar) x_0|^2 / (2 (1 - abar)) by (5), less what is the same for
+    every image.
     """
     images = x_0.flatten(1).double()
     noisy = x_t.flatten(1).double()
@@ -64,10 +66,11 @@ def irreducible_loss(
 
 
 class ExactDenoiser(nn.Module):
-    """E[x_0 | x_t, caption] of captioned latents (N, c, h, w), called as the pipeline calls its network.
+    """E[x_0 | x_t, caption] of captioned latents (N, c, h, w), with the call of a network.
 
-    `caption_states` (N, L, D) are the images' captions. `empty_state` (1, L, D) is the empty one, which allows every
-    image. Without caption states every call is unconditional. A caption of no image raises ValueError.
+    `caption_states` (N, L, D) are the images' captions. `empty_state` (1, L, D) is the empty one,
+    which allows every image. Without caption states every call is unconditional. A caption of no
+    image raises ValueError.
     """
 
     x_0: Tensor
@@ -80,7 +83,7 @@ class ExactDenoiser(nn.Module):
         scheduler: DDPMScheduler,
         caption_states: Tensor | None = None,
         empty_state: Tensor | None = None,
-    ):
+    ) -> None:
         super().__init__()
         self.register_buffer("x_0", x_0)
         self.register_buffer("caption_states", caption_states)

@@ -1,4 +1,4 @@
-"""Classifier-free guidance (17) as pure functions of two predictions and a weight w that may vary."""
+"""Classifier-free guidance (17): pure functions of two predictions and a weight w."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -17,10 +17,10 @@ class InputError(ValueError):
 
 
 def guide(eps_c: Tensor, eps_u: Tensor, w: Tensor | float) -> Tensor:
-    """The guided prediction (1 + w) eps_c - w eps_u (B, ...), equation (17), for w a number or (B,).
+    """Return the guided prediction (1 + w) eps_c - w eps_u (B, ...), (17); w is a number or (B,).
 
-    The terms are grouped to pass equal predictions unchanged at any w. eps, x_0 and v are affine in each other at one
-    x_t, and the two factors sum to 1, so the same line guides all three.
+    The terms are grouped to pass equal predictions unchanged at any w. eps, x_0 and v are affine in
+    each other at one x_t, and the two factors sum to 1, so the same line guides all three.
     """
     if isinstance(w, Tensor) and w.ndim:
         w = w.to(eps_c).reshape(-1, *[1] * (eps_c.ndim - 1))
@@ -30,8 +30,9 @@ def guide(eps_c: Tensor, eps_u: Tensor, w: Tensor | float) -> Tensor:
 def interval(w: FixedWeight, lo: float, hi: float) -> Callable[[float], FixedWeight]:
     """Guidance at w where the noise level is in [lo, hi], none elsewhere.
 
-    The noise level is sqrt(1 - abar_t), the standard deviation of the noise in x_t: 0 is the clean image, 1 pure noise.
-    A bound on the ratio sigma = noise / signal is sigma / sqrt(1 + sigma**2) here.
+    The noise level is sqrt(1 - abar_t), the standard deviation of the noise in x_t: 0 is the clean
+    image, 1 pure noise. A bound on the ratio sigma = noise / signal is sigma / sqrt(1 + sigma**2)
+    here.
     """
     if not 0 <= lo <= hi <= 1:
         raise InputError(f"interval needs noise levels 0 <= lo <= hi <= 1, got lo={lo}, hi={hi}.")
@@ -41,7 +42,7 @@ def interval(w: FixedWeight, lo: float, hi: float) -> Callable[[float], FixedWei
 def prompt_weights(
     w: Weight | None, prompts: int, level: float | None = None, name: str = "w"
 ) -> Tensor:
-    """The finite weight of each prompt (prompts,) at one noise level, float64; InputError for anything else."""
+    """Return each prompt's finite weight (prompts,) at a noise level, float64, or InputError."""
     value: Any = w(level) if callable(w) and level is not None else w
     if hasattr(value, "tolist"):  # tensors and arrays
         value = value.tolist()
@@ -49,25 +50,26 @@ def prompt_weights(
     values = list(value) if is_sequence else [value] * prompts
     if any(isinstance(v, bool) or not isinstance(v, Real) or not math.isfinite(v) for v in values):
         raise InputError(
-            f"{name} must be a finite number, one per prompt, or a function of the noise level, got {value!r}. "
+            f"{name} must be a finite number, one per prompt, or a function of the noise level, "
+            f"got {value!r}. "
             "w=0 samples without guidance; w=2 is a good start."
         )
     if len(values) != prompts:
         raise InputError(
-            f"{name} has {len(values)} values for {prompts} prompts. Pass {prompts} values or one number."
+            f"{name} has {len(values)} values for {prompts} prompts. Pass {prompts} or one number."
         )
     return torch.tensor(values, dtype=torch.float64)
 
 
 def shift_weight(w: Weight, n: float) -> Weight:
-    """w + n in w's own kind: number, sequence, tensor or function. diffusers' guidance_scale is w + 1."""
+    """Return w + n in w's own kind: a number, sequence, tensor or function."""
     if callable(w):
         return lambda level: _shift(w(level), n)
     return _shift(w, n)
 
 
 def w_from_guidance_scale(scale: Weight) -> Weight:
-    """w of diffusers' guidance_scale, in its own kind: scale - 1, but 0 below 1, where diffusers does not guide."""
+    """Return w = guidance_scale - 1 in its own kind, but 0 below 1, as in diffusers."""
     if callable(scale):
         return lambda level: _at_least_zero(_shift(scale(level), -1))
     return _at_least_zero(_shift(scale, -1))

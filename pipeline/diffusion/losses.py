@@ -1,7 +1,8 @@
 """Training objectives and the terms of the variational bound, one value per example.
 
-Numbers in brackets are the equations of docs/equations.md. Every objective is a weight times the squared error of x_0.
-LOSS_WEIGHTS holds those weights; `loss_weight` translates them for a network that predicts eps or v.
+Numbers in brackets are the equations of docs/equations.md. Every objective is a weight times the
+squared error of x_0. LOSS_WEIGHTS holds those weights; `loss_weight` translates them for a network
+that predicts eps or v.
 """
 
 import math
@@ -15,7 +16,8 @@ from .scheduler import DDPMScheduler
 
 LossWeight: TypeAlias = Callable[[Tensor, float | None], Tensor]
 
-# Weights of the squared error of x_0, as functions of (snr, gamma). In eps terms the first is 1: that is (13).
+# Weights of the squared error of x_0, as functions of (snr, gamma). In eps terms the first is 1:
+# that is (13).
 LOSS_WEIGHTS: dict[str, LossWeight] = {
     "simple": lambda snr, gamma: snr,
     "min_snr": lambda snr, gamma: snr.clamp(max=gamma),
@@ -41,8 +43,9 @@ def loss_weight(
 ) -> Tensor:
     """The weight (B,) of the squared error of what the network predicts, for timesteps t (B,).
 
-    The squared error of x_0 is that of eps divided by SNR, and that of v divided by SNR + 1. ValueError for an unknown
-    name, a `gamma` that is missing or unused, and for epsilon where SNR = 0.
+    The squared error of x_0 is that of eps divided by SNR, and that of v divided by SNR + 1.
+    ValueError for an unknown name, a `gamma` that is missing or unused, and for epsilon where SNR =
+    0.
     """
     if name not in LOSS_WEIGHTS:
         raise ValueError(f"weighting must be one of {', '.join(LOSS_WEIGHTS)}, got {name!r}")
@@ -58,7 +61,7 @@ def loss_weight(
         return weight / (snr + 1)
     if scheduler.ends_without_signal and (snr == 0).any():
         raise ValueError(
-            "prediction_type='epsilon' has no weight where SNR = 0: the noise says nothing about x_0. "
+            "prediction_type='epsilon' has no weight where SNR = 0: noise says nothing about x_0. "
             "Train v_prediction or sample, or without rescale_betas_zero_snr."
         )
     return weight / snr
@@ -73,12 +76,12 @@ def training_loss(
     weighting: str = "simple",
     gamma: float | None = None,
 ) -> Tensor:
-    """(13) and its weighted relatives (B,): weight times the mean squared error over the dimensions."""
+    """(13) and its weighted relatives (B,): weight times the mean squared error."""
     error = (network_target(scheduler, x_0, eps, t) - model_output).square().flatten(1).mean(1)
     return loss_weight(scheduler, t, weighting, gamma) * error
 
 
-# -- the variational bound's terms, in nats summed over the dimensions ----------------------------------------------
+# -- the variational bound's terms, in nats summed over the dimensions -----------------------------
 
 
 def posterior_kl(
@@ -89,10 +92,10 @@ def posterior_kl(
     t: int | Tensor,
     s: int | Tensor,
 ) -> Tensor:
-    """(11) KL(q(x_s | x_t, x_0) ‖ p(x_s | x_t)) in nats (B,); ValueError at s = -1, where a density has no KL.
+    """(11) KL(q(x_s | x_t, x_0) ‖ p(x_s | x_t)) in nats (B,); ValueError at s = -1.
 
-    With fixed_small both variances are beta~ and this is ‖mu~ - mu‖² / (2 beta~). With fixed_large the difference of
-    the variances adds to it.
+    With fixed_small both variances are beta~ and this is ‖mu~ - mu‖² / (2 beta~). With fixed_large
+    the difference of the variances adds to it.
     """
     _refuse_clean(s)
     mean, variance = scheduler.posterior(x_0, x_t, t, s)
@@ -105,7 +108,7 @@ def posterior_kl(
 def kl_noise_weight(
     scheduler: DDPMScheduler, t: int | Tensor, s: int | Tensor, like: Tensor
 ) -> Tensor:
-    """(12) beta² / (2 beta~ alpha (1 - abar_t)), which turns ‖eps - eps_hat‖² into the KL of (11)."""
+    """(12) beta² / (2 beta~ alpha (1 - abar_t)), which turns the noise error into (11)."""
     _refuse_clean(s)
     abar_t, abar_s = scheduler.abar(t, like), scheduler.abar(s, like)
     alpha = abar_t / abar_s
@@ -121,7 +124,7 @@ def noise_kl(
 
 
 def prior_kl(scheduler: DDPMScheduler, x_0: Tensor, t: int) -> Tensor:
-    """KL(q(x_t | x_0) ‖ N(0, I)) at the chain's first timestep t, in nats (B,): what (6) leaves of the image."""
+    """(6) KL(q(x_t | x_0) ‖ N(0, I)) at the chain's first timestep t, in nats (B,)."""
     abar_t = scheduler.abar(t, x_0)
     return (abar_t * x_0.square() - abar_t - (1 - abar_t).log()).flatten(1).sum(1) / 2
 
@@ -129,8 +132,8 @@ def prior_kl(scheduler: DDPMScheduler, x_0: Tensor, t: int) -> Tensor:
 def decoder_nll(x_0: Tensor, mean: Tensor, variance: Tensor, levels: int | None = 256) -> Tensor:
     """-log p(x_0 | x_1) in nats (B,), the bound's last step, where a KL would be infinite.
 
-    p is a Gaussian around `mean`. Images of `levels` values in [-1, 1] get its mass over the value's own bin; the
-    outermost bins are open. None means continuous data and its density.
+    p is a Gaussian around `mean`. Images of `levels` values in [-1, 1] get its mass over the
+    value's own bin; the outermost bins are open. None means continuous data and its density.
     """
     z = x_0 - mean
     sigma = variance.sqrt()
@@ -139,7 +142,8 @@ def decoder_nll(x_0: Tensor, mean: Tensor, variance: Tensor, levels: int | None 
     half = 1 / (levels - 1)
     low = torch.where(x_0 <= -1 + half, -math.inf, (z - half) / sigma)
     high = torch.where(x_0 >= 1 - half, math.inf, (z + half) / sigma)
-    # Mirror bins above the mean into the lower tail, where the distribution function keeps its digits.
+    # Mirror bins above the mean into the lower tail, where the distribution function keeps its
+    # digits.
     low, high = torch.where(z > 0, -high, low), torch.where(z > 0, -low, high)
     log_high = torch.special.log_ndtr(high)
     log_low = torch.special.log_ndtr(low)
@@ -159,5 +163,5 @@ def bits_per_dimension(nats: Tensor, dimensions: int, space: str = "pixels") -> 
 def _refuse_clean(s: int | Tensor) -> None:
     if (torch.as_tensor(s) < 0).any():
         raise ValueError(
-            f"the step to the clean image (s = {s}) has beta~ = 0 and an infinite KL. Use decoder_nll."
+            f"the step to the clean image (s = {s}) has an infinite KL. Use decoder_nll."
         )

@@ -10,9 +10,10 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 
 class PatchAutoencoder(ModelMixin, ConfigMixin):
-    """Turn every patch of an image into one position of a smaller grid with more channels, and back, bit for bit.
+    """Turn patches into positions of a smaller grid with more channels, and back, bit for bit.
 
-    Images (B, C, H, W) become latents (B, C p², H/p, W/p) for the patch size p, a power of two. Nothing is trained.
+    Images (B, C, H, W) become latents (B, C p², H/p, W/p) for the patch size p, a power of two.
+    Nothing is trained.
     """
 
     @register_to_config
@@ -23,7 +24,7 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         scaling_factor: float = 1.0,
         shift_factor: float = 0.0,
         block_out_channels: tuple[int, ...] | None = None,
-    ):
+    ) -> None:
         super().__init__()
         # `type` and not isinstance: True is an int.
         if type(patch_size) is not int or patch_size < 1 or patch_size.bit_count() != 1:
@@ -32,14 +33,14 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         levels = (in_channels * patch_size**2,) * patch_size.bit_length()
         if block_out_channels is not None and tuple(block_out_channels) != levels:
             raise ValueError(
-                f"block_out_channels must be {levels} for these settings, got {block_out_channels}. Leave it out."
+                f"block_out_channels must be {levels} here, got {block_out_channels}. Leave it out."
             )
         self.register_to_config(block_out_channels=levels)
         # It gives the model a dtype and a device, and diffusers a weights file to find.
         self.register_buffer("place", torch.zeros(()))
 
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderTinyOutput | tuple[Tensor]:
-        """Latents (B, C p², H/p, W/p) of images (B, C, H, W); ValueError if p does not divide the sides."""
+        """Latents (B, C p², H/p, W/p) of images (B, C, H, W); ValueError if p does not divide."""
         p: int = self.config["patch_size"]
         if x.shape[-2] % p or x.shape[-1] % p:
             raise ValueError(
@@ -51,7 +52,7 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
     def decode(
         self, z: Tensor, generator: Generator | None = None, return_dict: bool = True
     ) -> DecoderOutput | tuple[Tensor]:
-        """Images (B, C, H, W) of latents (B, C p², H/p, W/p); nothing is random, so `generator` is not used."""
+        """Images (B, C, H, W) of latents (B, C p², H/p, W/p); `generator` is not used."""
         x = pixel_shuffle(z, self.config["patch_size"])
         return DecoderOutput(sample=x) if return_dict else (x,)
 

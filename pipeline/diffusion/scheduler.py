@@ -1,7 +1,8 @@
 """The noise process of the lecture, forwards and backwards, as a diffusers scheduler.
 
-Numbers in brackets are the equations of docs/equations.md. Library time counts 0 … T-1, the lecture's 1 … T.
-The clean image is library time -1, where abar = 1. All variances are per dimension.
+Numbers in brackets are the equations of docs/equations.md. Library time counts 0 … T-1, the
+lecture's 1 … T. The clean image is library time -1, where abar = 1. All variances are per
+dimension.
 """
 
 import itertools
@@ -23,24 +24,24 @@ NOISE_FLOOR = 1e-3  # (6): a chain that starts above this abar starts from an im
 
 
 def linear(T: int, start: float, end: float) -> Tensor:
-    """beta grows evenly (Ho et al. 2020)."""
+    """Grow beta evenly (Ho et al. 2020)."""
     return torch.linspace(start, end, T, dtype=torch.float64)
 
 
 def scaled_linear(T: int, start: float, end: float) -> Tensor:
-    """sqrt(beta) grows evenly (latent diffusion)."""
+    """Grow sqrt(beta) evenly (latent diffusion)."""
     return torch.linspace(start**0.5, end**0.5, T, dtype=torch.float64) ** 2
 
 
 def squaredcos_cap_v2(T: int, start: float, end: float) -> Tensor:
-    """abar falls like a squared cosine, whatever the range; beta <= 0.999 (Nichol & Dhariwal 2021)."""
+    """Let abar fall like a squared cosine, with beta up to 0.999 (Nichol & Dhariwal 2021)."""
     u = torch.arange(T + 1, dtype=torch.float64) / T
     abar = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
     return (1 - abar[1:] / abar[:-1]).clamp(max=0.999)
 
 
 def sigmoid(T: int, start: float, end: float) -> Tensor:
-    """beta follows a logistic curve from start to end (GeoDiff, Xu et al. 2022)."""
+    """Let beta follow a logistic curve from start to end (GeoDiff, Xu et al. 2022)."""
     return torch.sigmoid(torch.linspace(-6, 6, T, dtype=torch.float64)) * (end - start) + start
 
 
@@ -53,12 +54,12 @@ def zero_terminal_snr(beta: Tensor) -> Tensor:
 
 
 def upcast(x: Tensor) -> Tensor:
-    """x in its own dtype, at least float32: the dtype of all arithmetic here."""
+    """Return x in its own dtype, at least float32: the dtype of all arithmetic here."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def sqrt(factor: Tensor) -> Tensor:
-    """The square root of a coefficient, correctly rounded: torch's own may be one bit off on a CPU."""
+    """Return the correctly rounded square root; torch's own may be off by one bit on a CPU."""
     if factor.device.type != "cpu":
         return factor.sqrt()
     return factor.double().sqrt().to(factor.dtype)
@@ -77,20 +78,20 @@ VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_
 class DDPMScheduler(SchedulerMixin, ConfigMixin):
     """q(x_t | x_0) forwards, p(x_s | x_t) backwards, for any s < t.
 
-    Configuration keys and defaults are diffusers' own. Every method takes a timestep as an int, a 0-d tensor or one per
-    example (B,). Arithmetic runs in the sample's dtype, at least in float32. What a network or a loop takes next
-    (x_t, v, x_s) comes back in the sample's dtype.
+    Configuration keys and defaults are diffusers' own. Every method takes a timestep as an int, a
+    0-d tensor or one per example (B,). Arithmetic runs in the sample's dtype, at least in float32.
+    What a network or a loop takes next (x_t, v, x_s) comes back in the sample's dtype.
     """
 
     _compatibles: ClassVar = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
     order = 1
 
-    # -- forwards: torch's own square roots, which every trained model has seen -------------------------------------
+    # -- forwards: torch's own square roots, which every trained model has seen --------------------
 
     def abar(self, t: int | Tensor, like: Tensor) -> Tensor:
-        """(4) abar_t = product of alpha_1 … alpha_t, shaped to multiply `like` (B, ...); t = -1 gives 1.
+        """(4) abar_t = product of alpha_1 … alpha_t, shaped to multiply `like` (B, ...).
 
-        It is 0-d for a single timestep. ValueError outside [-1, T - 1].
+        abar at t = -1 is 1. It is 0-d for a single timestep. ValueError outside [-1, T - 1].
         """
         key = (like.device, torch.promote_types(like.dtype, torch.float32))
         if key not in self._tables:
@@ -110,7 +111,7 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
     def add_noise_step(
         self, x_s: Tensor, noise: Tensor, t: int | Tensor, s: int | Tensor | None = None
     ) -> Tensor:
-        """(1) x_t = sqrt(alpha) x_s + sqrt(1 - alpha) eps, one step of the chain; s = t - 1 unless given."""
+        """(1) x_t = sqrt(alpha) x_s + sqrt(1 - alpha) eps, one step of the chain from s = t - 1."""
         alpha = self.abar(t, x_s) / self.abar(t - 1 if s is None else s, x_s)
         x_t = alpha.sqrt() * upcast(x_s) + (1 - alpha).sqrt() * upcast(noise)
         return x_t.to(x_s.dtype)
@@ -122,15 +123,15 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         return x_t.to(original_samples.dtype)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: int | Tensor) -> Tensor:
-        """v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0 (Salimans & Ho 2022)."""
+        """Return v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0 (Salimans & Ho 2022)."""
         abar_t = self.abar(timesteps, sample)
         v = abar_t.sqrt() * upcast(noise) - (1 - abar_t).sqrt() * upcast(sample)
         return v.to(sample.dtype)
 
-    # -- backwards: correctly rounded square roots, so that a seed's image does not depend on the CPU's library -------
+    # -- backwards: correctly rounded square roots, for the same image on every CPU ----------------
 
     def predict_x_0(self, model_output: Tensor, t: int | Tensor, x_t: Tensor) -> Tensor:
-        """(15) x_0 from the network's prediction, unclipped; ValueError for epsilon where abar_t = 0."""
+        """(15) unclipped x_0 of the network's prediction; ValueError for epsilon at abar_t = 0."""
         abar_t = self.abar(t, x_t)
         out, x_t = upcast(model_output), upcast(x_t)
         if self.config["prediction_type"] == "sample":
@@ -154,7 +155,8 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
     ) -> tuple[Tensor, Tensor]:
         """Mean (B, ...) and variance (B, 1, ...) of q(x_s | x_t, x_0), s < t: (7), (8) and (9).
 
-        At s = t - 1 they are the lecture's mu~ and beta~. The variance is 0-d for a single pair of timesteps.
+        At s = t - 1 they are the lecture's mu~ and beta~. The variance is 0-d for a single pair of
+        timesteps.
         """
         x_0, x_t = upcast(x_0), upcast(x_t)
         abar_t, abar_s = self.abar(t, x_t), self.abar(s, x_t)
@@ -169,17 +171,18 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
     def transition(
         self, x_0: Tensor, x_t: Tensor, t: int | Tensor, s: int | Tensor, eta: float = 1.0
     ) -> tuple[Tensor, Tensor]:
-        """Mean and variance of p(x_s | x_t): (10) with the configured variance at eta = 1, (19) below.
+        """Mean and variance of p(x_s | x_t): (10) with the configured variance, or (19) at eta < 1.
 
-        ValueError for eta outside [0, 1], and for eta below 1 with a fixed_large variance, which is no posterior's.
+        ValueError for eta outside [0, 1], and for eta below 1 with a fixed_large variance, which is
+        no posterior's.
         """
         large = self.config["variance_type"].startswith("fixed_large")
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must be in [0, 1] (0 is DDIM, 1 is ancestral), got {eta}")
         if eta != 1 and large:
             raise ValueError(
-                f"eta={eta} needs variance_type='fixed_small', got {self.config['variance_type']!r}: "
-                "(19) interpolates the posterior's own variance"
+                f"eta={eta} needs variance_type='fixed_small', got "
+                f"{self.config['variance_type']!r}: (19) interpolates the posterior's own variance"
             )
         mean, variance = self.posterior(x_0, x_t, t, s)
         if eta == 1 and not large:
@@ -206,10 +209,11 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
     ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
         """(16) x_s from x_t and the network's prediction, with the clipped x_0 of (15).
 
-        s is `previous_timestep`, or what follows `timestep` in the plan of `set_timesteps`. The step to the clean image
-        (s = -1) returns the mean. `eta` in [0, 1] leads from DDIM to ancestral sampling (19); stock diffusers pipelines
-        pass their own `eta`, which defaults to 0. A step samples one normal tensor in the dtype of `model_output`, or
-        none where nothing is random.
+        s is `previous_timestep`, or what follows `timestep` in the plan of `set_timesteps`. The
+        step to the clean image (s = -1) returns the mean. `eta` in [0, 1] leads from DDIM to
+        ancestral sampling (19); stock diffusers pipelines pass their own `eta`, which defaults to
+        0. A step samples one normal tensor in the dtype of `model_output`, or none where nothing is
+        random.
         """
         t = torch.as_tensor(timestep, device=sample.device)
         s = self.previous_timestep(t) if previous_timestep is None else previous_timestep
@@ -233,7 +237,7 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         return DDPMSchedulerOutput(x_s, x_0) if return_dict else (x_s, x_0)
 
     def clip(self, x_0: Tensor) -> Tensor:
-        """x_0 within the images' range: by a dynamic threshold (Saharia et al. 2022), a clamp, or as it is."""
+        """x_0 by a dynamic threshold (Saharia et al. 2022), by a clamp, or as it is."""
         if self.config["thresholding"]:
             ratio = self.config["dynamic_thresholding_ratio"]
             size = torch.quantile(x_0.abs().flatten(1), ratio, dim=1)
@@ -244,7 +248,7 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
             return x_0.clamp(-self.config["clip_sample_range"], self.config["clip_sample_range"])
         return x_0
 
-    # -- the plan ------------------------------------------------------------------------------------------------
+    # -- the plan ----------------------------------------------------------------------------------
 
     def set_timesteps(
         self,
@@ -252,7 +256,7 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         device: str | torch.device | None = None,
         timesteps: list[int] | None = None,
     ) -> None:
-        """Plan a sampling run: n timesteps, spaced as configured, or the given ones in decreasing order."""
+        """Plan a sampling run: n timesteps, spaced as configured, or those given, decreasing."""
         T = len(self)
         if num_inference_steps is not None and timesteps is not None:
             raise ValueError("pass either num_inference_steps or timesteps, got both")
@@ -264,15 +268,15 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
                 raise ValueError(f"timesteps must be in decreasing order, got {list(timesteps)}")
         if plan[0] >= T or plan[-1] < 0:
             raise ValueError(
-                f"timesteps must lie in [0, {T - 1}], got {plan[0]} … {plan[-1]}. Take fewer steps, "
-                "or another steps_offset or timestep_spacing."
+                f"timesteps must lie in [0, {T - 1}], got {plan[0]} … {plan[-1]}. Take fewer "
+                "steps, or another steps_offset or timestep_spacing."
             )
         start = float(self._abar[plan[0] + 1])
         if timesteps is None and start > NOISE_FLOOR >= self._abar[-1]:
             warnings.warn(
-                f"{len(plan)} steps spaced {self.config['timestep_spacing']!r} start at t={plan[0]}, "
-                f"where abar = {start:.2g}: that is no pure noise. timestep_spacing='trailing' "
-                "starts at the last timestep.",
+                f"{len(plan)} steps spaced {self.config['timestep_spacing']!r} start at "
+                f"t={plan[0]}, where abar = {start:.2g}: that is no pure noise. "
+                "timestep_spacing='trailing' starts at the last timestep.",
                 stacklevel=2,
             )
         self.custom_timesteps = timesteps is not None
@@ -308,13 +312,13 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
             following = [self._next[each] for each in t.reshape(-1).tolist()]
         except KeyError as error:
             raise ValueError(
-                f"timestep {error} is not in the plan of set_timesteps ({len(self.timesteps)} timesteps "
-                f"from {int(self.timesteps[0])} to {int(self.timesteps[-1])}). Pass previous_timestep= "
-                "to step between any two."
+                f"timestep {error} is not in the plan of set_timesteps ({len(self.timesteps)} "
+                f"timesteps from {int(self.timesteps[0])} to {int(self.timesteps[-1])}). Pass "
+                "previous_timestep to step between any two."
             ) from None
         return torch.tensor(following, device=t.device).reshape(t.shape)
 
-    # -- diffusers' surface --------------------------------------------------------------------------------------
+    # -- diffusers' surface ------------------------------------------------------------------------
 
     @register_to_config
     def __init__(
@@ -334,7 +338,7 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         timestep_spacing: str = "leading",
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
-    ):
+    ) -> None:
         for name, value, known in [
             ("beta_schedule", beta_schedule, BETA_SCHEDULES),
             ("variance_type", variance_type, VARIANCE_TYPES),
@@ -357,7 +361,8 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         # beta_T = 1 is allowed: that is zero terminal SNR.
         if not ((beta > 0) & (beta < 1))[:-1].all() or not 0 < beta[-1] <= 1:
             raise ValueError(
-                f"every beta must lie in (0, 1), got {beta.min():.3g} … {beta.max():.3g} from {source}"
+                f"every beta must lie in (0, 1), got {beta.min():.3g} … {beta.max():.3g} "
+                f"from {source}"
             )
         if beta_schedule not in STOCK_BETA_SCHEDULES and trained_betas is None:
             # Stock schedulers that do not compute this schedule read its betas from the config.
@@ -390,8 +395,8 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         found: list[str] = []
         if last == 0 and config["prediction_type"] == "epsilon":
             found.append(
-                "zero terminal SNR with prediction_type='epsilon': at the last timestep abar = 0 and the "
-                "noise says nothing about x_0; use v_prediction or sample."
+                "zero terminal SNR with prediction_type='epsilon': abar = 0 at the last timestep "
+                "and the noise says nothing about x_0; use v_prediction or sample."
             )
         maximum = config["sample_max_value"]
         if config["thresholding"] and maximum is not None and maximum <= 1:
@@ -406,7 +411,7 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
             if end < 1 and config["beta_schedule"] != "squaredcos_cap_v2":
                 fix = f"beta_start={start:.3g}, beta_end={end:.3g} end below {NOISE_FLOOR:g}"
             else:
-                fix = "no range of betas below 1 ends in noise; take more timesteps or rescale_betas_zero_snr=True"
+                fix = "no betas below 1 suffice; take more timesteps or rescale_betas_zero_snr"
             found.append(
                 f"the chain ends at abar = {last:.3g}, which is no pure noise: with {len(self)} "
                 f"timesteps {fix}."

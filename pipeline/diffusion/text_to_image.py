@@ -45,8 +45,9 @@ CALLBACK_TENSORS = {
 class Step:
     """One transition of the sampling loop; the loop continues with whatever its reader writes here.
 
-    t: the timestep left, 0-d. s: the timestep reached, 0-d; -1 is the clean image. x_t: (B, c, h, w) at s.
-    x_0_hat: (B, c, h, w), (15), or None from schedulers without one. captions, empty: (B, L, D).
+    t: the timestep left, 0-d. s: the timestep reached, 0-d; -1 is the clean image. x_t: (B, c, h,
+    w) at s. x_0_hat: (B, c, h, w), (15), or None from schedulers without one. captions, empty: (B,
+    L, D).
     """
 
     t: Tensor
@@ -59,13 +60,15 @@ class Step:
 
 
 class TextToImagePipeline(HubFormat, DiffusionPipeline, StableDiffusionLoraLoaderMixin):
-    """Images for captions, by a diffusion model in pixels (`vae=None`), in patches or in an autoencoder's latents.
+    """Images of captions, by diffusion in pixels (`vae=None`), patches or latents of a VAE.
 
-    LoRA files load and save as in Stable Diffusion: `load_lora_weights`, `fuse_lora`, `unload_lora_weights`.
+    LoRA files load and save as in Stable Diffusion: `load_lora_weights`, `fuse_lora`,
+    `unload_lora_weights`.
 
-    whitening: CaptionWhitening, or None where the network takes the text encoder's states as they are.
-    caption_length: tokens that every caption is padded or cut to; None is the tokenizer's own length.
-    caption_dropout: the rate used in training; None is unknown. w: the default guidance of a call.
+    whitening: CaptionWhitening, or None where the network takes the text encoder's states as they
+    are. caption_length: tokens that every caption is padded or cut to; None is the tokenizer's own
+    length. caption_dropout: the rate used in training; None is unknown. w: the default guidance of
+    a call.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
@@ -92,7 +95,7 @@ class TextToImagePipeline(HubFormat, DiffusionPipeline, StableDiffusionLoraLoade
         caption_length: int | None = None,
         caption_dropout: float | None = None,
         w: float = 0.0,
-    ):
+    ) -> None:
         super().__init__()
         self.register_modules(
             unet=unet,
@@ -112,7 +115,7 @@ class TextToImagePipeline(HubFormat, DiffusionPipeline, StableDiffusionLoraLoade
 
     @property
     def guidance_scale(self) -> Weight:
-        """diffusers' s = 1 + w of the running or the last call; a callback may change `_guidance_scale`."""
+        """Return s = 1 + w of the last call; a callback may change `_guidance_scale`."""
         return self._guidance_scale
 
     @property
@@ -156,51 +159,46 @@ class TextToImagePipeline(HubFormat, DiffusionPipeline, StableDiffusionLoraLoade
     ) -> ImagePipelineOutput | tuple[Any]:
         """Generate images; `denoise` documents what decides them.
 
-        output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W) in [0, 1], or "latent" (B, c, h, w), undecoded.
-        callback_on_step_end(pipe, i, t, tensors), or one of diffusers' own callbacks, runs after every step with the
-        tensors that callback_on_step_end_tensor_inputs names. It returns a dict of those it changed.
+        output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W) in [0, 1], or "latent" (B, c, h,
+        w), undecoded. callback_on_step_end(pipe, i, t, tensors), or one of diffusers' own
+        callbacks, runs after every step with the tensors that callback_on_step_end_tensor_inputs
+        names. It returns a dict of those it changed.
         """
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        request = {
-            "height": height,
-            "width": width,
-            "guidance_scale": guidance_scale,
-            "w": w,
-            "negative_prompt": negative_prompt,
-            "num_images_per_prompt": num_images_per_prompt,
-            "prompt_embeds": prompt_embeds,
-            "negative_prompt_embeds": negative_prompt_embeds,
-        }
+        names = callback_on_step_end_tensor_inputs
         self.check_inputs(
-            prompt,
-            **request,
-            output_type=output_type,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            prompt, None, None, None, prompt_embeds, output_type=output_type, callback_tensors=names
         )
         steps = self.denoise(
             prompt,
-            **request,
+            height=height,
+            width=width,
             num_inference_steps=num_inference_steps,
             timesteps=timesteps,
+            w=w,
+            guidance_scale=guidance_scale,
             eta=eta,
             seed=seed,
             generator=generator,
+            negative_prompt=negative_prompt,
+            num_images_per_prompt=num_images_per_prompt,
             latents=latents,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
             cross_attention_kwargs=cross_attention_kwargs,
         )
         try:
             step = None
-            with self.progress_bar(total=self.num_timesteps) as bar:
+            with self.progress_bar(total=self.num_timesteps) as bar:  # pyright: ignore[reportCallIssue]
                 for i, step in enumerate(steps):
                     if callback_on_step_end is not None:
-                        names = callback_on_step_end_tensor_inputs
                         self._run_callback(step, i, callback_on_step_end, names)
                     bar.update()
                     if self.interrupt:
                         break
             assert step is not None  # a plan has at least one timestep
-            images = step.x_t if output_type == "latent" else self.decode(step.x_t)
+            images: Any = step.x_t if output_type == "latent" else self.decode(step.x_t)
         finally:
             self.maybe_free_model_hooks()
         if output_type != "latent":
@@ -212,7 +210,7 @@ class TextToImagePipeline(HubFormat, DiffusionPipeline, StableDiffusionLoraLoade
     ) -> None:
         """Call diffusers' callback, then write what it changed to the step."""
         scale = self._guidance_scale
-        before = scale.clone() if isinstance(scale, Tensor) else scale
+        before: Any = scale.clone() if isinstance(scale, Tensor) else None
         tensors = {name: getattr(step, CALLBACK_TENSORS[name]) for name in names}
         changed = callback(self, i, step.t, tensors) or {}
         for name, field in CALLBACK_TENSORS.items():
@@ -220,12 +218,12 @@ class TextToImagePipeline(HubFormat, DiffusionPipeline, StableDiffusionLoraLoade
             new = changed.get(name, old)
             if old is not None and new is not None and new.shape != old.shape:
                 raise InputError(
-                    f"the callback returned {name} of shape {tuple(new.shape)} for {tuple(old.shape)}. Keep one row "
-                    "per image; `_guidance_scale` alone switches guidance."
+                    f"the callback returned {name} of shape {tuple(new.shape)} for "
+                    f"{tuple(old.shape)}. Keep one row per image; `_guidance_scale` sets w."
                 )
             setattr(step, field, new)
-        changed_in_place = isinstance(scale, Tensor) and not torch.equal(scale, before)  # by `+=`
-        if self._guidance_scale is not scale or changed_in_place:
+        # `+=` changes a tensor in place.
+        if self._guidance_scale is not scale or not (before is None or before.equal(scale)):
             step.w = w_from_guidance_scale(self._guidance_scale)
 
     def denoise(
@@ -250,13 +248,14 @@ class TextToImagePipeline(HubFormat, DiffusionPipeline, StableDiffusionLoraLoade
     ) -> Iterator[Step]:
         """The sampling loop (16), one `Step` at a time; a bad request raises InputError at once.
 
-        w: the weight of (17), a number, one per prompt or a function of the noise level. guidance_scale is 1 + w;
-        neither means the pipeline's own. eta: from 0 (deterministic) to 1 (ancestral), for schedulers that take it (19).
-        seed: image i gets a CPU generator of seed + i. generator: a list has one per image; a single one serves all
-        images jointly, as in diffusers. Without seed and generator the noise is new, whatever `torch.manual_seed` was
-        called with. negative_prompt replaces the empty caption. latents: x_T (B, c, h, w) of unit variance.
-        prompt_embeds: caption states (B, L, D) instead of a prompt. cross_attention_kwargs: `scale` scales LoRA layers,
-        in the network and in the text encoder.
+        w: the weight of (17), a number, one per prompt or a function of the noise level.
+        guidance_scale is 1 + w; neither means the pipeline's own. eta: from 0 (deterministic) to 1
+        (ancestral), for schedulers that take it (19). seed: image i gets a CPU generator of seed +
+        i. generator: a list has one per image; a single one serves all images jointly, as in
+        diffusers. Without seed and generator the noise is new, whatever `torch.manual_seed` was
+        called with. negative_prompt replaces the empty caption. latents: x_T (B, c, h, w) of unit
+        variance. prompt_embeds: caption states (B, L, D) instead of a prompt.
+        cross_attention_kwargs: `scale` scales LoRA layers, in the network and in the text encoder.
         """
         self.check_inputs(
             prompt,
@@ -269,17 +268,14 @@ class TextToImagePipeline(HubFormat, DiffusionPipeline, StableDiffusionLoraLoade
             guidance_scale,
             w,
         )
-        if w is None:
-            w = (
-                self.config["w"]
-                if guidance_scale is None
-                else w_from_guidance_scale(guidance_scale)
-            )
+        weight: Weight = self.config["w"] if w is None else w
+        if guidance_scale is not None:
+            weight = w_from_guidance_scale(guidance_scale)
         prompts = count_prompts(prompt, prompt_embeds)
         B = prompts * num_images_per_prompt
         device = self._execution_device
         scheduler = self.prepare_scheduler(num_inference_steps, timesteps, device)
-        guided = any(weights_at(w, prompts, scheduler, t).any() for t in scheduler.timesteps)
+        guided = any(weights_at(weight, prompts, scheduler, t).any() for t in scheduler.timesteps)
         generator = make_generators(B, seed, generator)
         step_kwargs = prepare_extra_step_kwargs(scheduler, generator, eta)
         x_t = self.prepare_latents(B, height, width, device, generator, latents)
@@ -301,16 +297,18 @@ class TextToImagePipeline(HubFormat, DiffusionPipeline, StableDiffusionLoraLoade
             )
         if guided and self.config["caption_dropout"] == 0:
             logger.warning(
-                "This model was trained without caption dropout, so its unconditional prediction is meaningless. "
-                "Keep w at 0."
+                "This model was trained without caption dropout, so its unconditional prediction "
+                "is meaningless. Keep w at 0."
             )
-        self._guidance_scale = shift_weight(w, 1)
+        self._guidance_scale = shift_weight(weight, 1)
         self._num_timesteps = len(scheduler.timesteps)
         self._interrupt = False
         unet_kwargs = {}
         if cross_attention_kwargs is not None:
             unet_kwargs["cross_attention_kwargs"] = cross_attention_kwargs
-        return self._steps(scheduler, x_t, captions, empty, w, prompts, step_kwargs, unet_kwargs)
+        return self._steps(
+            scheduler, x_t, captions, empty, weight, prompts, step_kwargs, unet_kwargs
+        )
 
     @torch.no_grad()
     def _steps(
@@ -324,7 +322,7 @@ class TextToImagePipeline(HubFormat, DiffusionPipeline, StableDiffusionLoraLoade
         step_kwargs: dict[str, Any],
         unet_kwargs: dict[str, Any],
     ) -> Iterator[Step]:
-        """x_s = mean(x_t, x_0_hat) + sqrt(variance) z for every (t, s) of the plan: (16) under (17)."""
+        """x_s = mean(x_t, x_0_hat) + sqrt(variance) z for every (t, s) of the plan, (16)."""
         timesteps = scheduler.timesteps
         plan = zip(timesteps, [*timesteps[1:], timesteps.new_tensor(-1)], strict=True)
         dtype = self.unet.dtype  # read once: diffusers searches all modules for it
@@ -349,7 +347,7 @@ class TextToImagePipeline(HubFormat, DiffusionPipeline, StableDiffusionLoraLoade
         w: Tensor,
         unet_kwargs: dict[str, Any],
     ) -> tuple[Tensor, Tensor]:
-        """The conditional and the unconditional prediction (B, ...), zero where (17) multiplies it by zero.
+        """Predict (B, ...) with and without captions; zero where (17) multiplies it by zero.
 
         One network call covers the conditional rows (w != -1) and the unconditional ones (w != 0).
         """
@@ -359,7 +357,7 @@ class TextToImagePipeline(HubFormat, DiffusionPipeline, StableDiffusionLoraLoade
         if len(u):
             if empty is None:
                 raise InputError(
-                    "guidance needs the states of the empty caption. Pass negative_prompt_embeds, or w=0."
+                    "guidance needs the empty caption. Pass negative_prompt_embeds, or w=0."
                 )
             states = torch.cat([empty[u], captions[c]])
         rows = x_t[torch.cat([u, c])]
@@ -373,7 +371,8 @@ class TextToImagePipeline(HubFormat, DiffusionPipeline, StableDiffusionLoraLoade
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Latents (B, c, h, w) of images (B, 3, H, W) in [-1, 1], the inverse of `decode`.
 
-        Those of an AutoencoderKL are its posterior's mode, or a sample of it by the standard normal `noise` (B, c, h, w).
+        Those of an AutoencoderKL are its posterior's mode, or a sample of it by the standard normal
+        `noise` (B, c, h, w).
         """
         if self.vae is None:
             return images
@@ -390,7 +389,7 @@ class TextToImagePipeline(HubFormat, DiffusionPipeline, StableDiffusionLoraLoade
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in about [-1, 1] of latents (B, c, h, w); without a VAE they are the same."""
+        """Images (B, 3, H, W) in about [-1, 1] of latents (B, c, h, w), the same without a VAE."""
         if self.vae is None:
             return x
         z = x / self.vae.config.scaling_factor + self._vae_shift()
@@ -411,9 +410,10 @@ class TextToImagePipeline(HubFormat, DiffusionPipeline, StableDiffusionLoraLoade
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """States (B, L, D) of the captions and of what guidance leads away from: negative_prompt or the empty caption.
+        """States (B, L, D) of the captions, and of negative_prompt or the empty caption.
 
-        Each prompt has num_images_per_prompt consecutive rows. The second tensor is None without guidance.
+        Each prompt has num_images_per_prompt consecutive rows. The second tensor is None without
+        guidance.
         """
         self.check_inputs(
             prompt,
@@ -437,7 +437,8 @@ class TextToImagePipeline(HubFormat, DiffusionPipeline, StableDiffusionLoraLoade
         if negative_prompt_embeds is not None:
             if negative_prompt_embeds.shape != prompt_embeds.shape:
                 raise InputError(
-                    f"negative_prompt_embeds must have the shape of prompt_embeds, {tuple(prompt_embeds.shape)}, got "
+                    "negative_prompt_embeds must have the shape of prompt_embeds, "
+                    f"{tuple(prompt_embeds.shape)}, got "
                     f"{tuple(negative_prompt_embeds.shape)}. Encode both with encode_prompt."
                 )
             negative_prompt_embeds = negative_prompt_embeds.to(device)
@@ -451,11 +452,11 @@ class TextToImagePipeline(HubFormat, DiffusionPipeline, StableDiffusionLoraLoade
     def _caption_states(
         self, captions: list[str], device: torch.device, length: int | None = None
     ) -> Tensor:
-        """The states (B, L, D) of captions, whitened if the model was trained that way; L is at most `length`."""
+        """States (B, L, D) of captions, whitened where the model needs it; L <= length."""
         if self.tokenizer is None or self.text_encoder is None:
             raise InputError(
-                f"this pipeline has no text encoder to read {captions} with. Load it with pipeline.load_pipeline, or "
-                "pass prompt_embeds, and negative_prompt_embeds to guide."
+                f"this pipeline has no text encoder to read {captions} with. Load it with "
+                "pipeline.load_pipeline, or pass prompt_embeds, and negative_prompt_embeds to guide."
             )
         captions = [normalize(caption) for caption in captions]
         length = self._caption_length(captions, length)
@@ -492,7 +493,7 @@ class TextToImagePipeline(HubFormat, DiffusionPipeline, StableDiffusionLoraLoade
         guidance_scale: Weight | None = None,
         w: Weight | None = None,
         output_type: str = "pil",
-        callback_on_step_end_tensor_inputs: Sequence[str] = (),
+        callback_tensors: Sequence[str] = (),
     ) -> None:
         """Raise InputError for a request that no scheduler could fulfil."""
         for first, second, a, b in [
@@ -527,7 +528,8 @@ class TextToImagePipeline(HubFormat, DiffusionPipeline, StableDiffusionLoraLoade
                 prompt_weights(weight, prompts, name=name)
         if not is_int(num_images_per_prompt) or num_images_per_prompt < 1:
             raise InputError(
-                f"num_images_per_prompt must be a whole number from 1, got {num_images_per_prompt!r}."
+                "num_images_per_prompt must be a whole number from 1, got "
+                f"{num_images_per_prompt!r}."
             )
         f = self.vae_scale_factor
         for name, side in [("height", height), ("width", width)]:
@@ -537,10 +539,11 @@ class TextToImagePipeline(HubFormat, DiffusionPipeline, StableDiffusionLoraLoade
             raise InputError(
                 f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}."
             )
-        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        unknown = set(callback_tensors) - set(self._callback_tensor_inputs)
         if unknown:
             raise InputError(
-                f"callback_on_step_end_tensor_inputs knows {', '.join(CALLBACK_TENSORS)}, got {sorted(unknown)}."
+                f"callback_on_step_end_tensor_inputs knows {', '.join(CALLBACK_TENSORS)}, "
+                f"got {sorted(unknown)}."
             )
 
     def prepare_scheduler(
@@ -549,8 +552,8 @@ class TextToImagePipeline(HubFormat, DiffusionPipeline, StableDiffusionLoraLoade
         """A copy of the scheduler with its plan made: calls cannot disturb each other."""
         if not hasattr(self.scheduler, "init_noise_sigma"):
             raise InputError(
-                f"{type(self.scheduler).__name__} has no init_noise_sigma: flow matching does not fit this pipeline. "
-                "Use a scheduler of noise as in (5), such as DDPM, DDIM, PNDM or DPMSolverMultistep."
+                f"{type(self.scheduler).__name__} has no init_noise_sigma: flow matching does not "
+                "fit. Use a scheduler of noise as in (5), such as DDPM, DDIM or DPMSolverMultistep."
             )
         scheduler = copy.deepcopy(self.scheduler)
         kind = type(scheduler).__name__
@@ -563,7 +566,8 @@ class TextToImagePipeline(HubFormat, DiffusionPipeline, StableDiffusionLoraLoade
             )
             if not is_int(num_inference_steps) or not 1 <= num_inference_steps <= T:
                 raise InputError(
-                    f"num_inference_steps must be a whole number from 1 to {T}, got {num_inference_steps!r}."
+                    f"num_inference_steps must be a whole number from 1 to {T}, "
+                    f"got {num_inference_steps!r}."
                 )
             plan = {"num_inference_steps": num_inference_steps}
         else:
@@ -627,10 +631,11 @@ def check_texts(name: str, texts: list[str]) -> None:
 
 
 def noise_level(scheduler: Any, t: Tensor) -> float:
-    """sqrt(1 - abar_t), the standard deviation of the noise in x_t by (5), at the nearest timestep of the table."""
+    """Return the noise level sqrt(1 - abar_t) of x_t by (5), at the nearest timestep."""
     if not hasattr(scheduler, "alphas_cumprod"):
         raise InputError(
-            f"w is a function of the noise level, which {type(scheduler).__name__} does not provide. Pass a number."
+            f"w is a function of the noise level, which {type(scheduler).__name__} does not "
+            "provide. Pass a number."
         )
     abar = scheduler.alphas_cumprod
     nearest = min(max(round(float(t)), 0), len(abar) - 1)
@@ -645,7 +650,7 @@ def weights_at(w: Weight, prompts: int, scheduler: Any, t: Tensor) -> Tensor:
 def make_generators(
     B: int, seed: int | None, generator: Generator | list[Generator] | None
 ) -> Generator | list[Generator]:
-    """The generators of B images: `generator` as it is, or one per image with seed + i or a fresh seed."""
+    """Return `generator` as it is, or one generator per image with seed + i or a fresh seed."""
     if seed is not None and generator is not None:
         raise InputError("seed and generator exclude each other. Leave one out.")
     if isinstance(generator, list | tuple):
@@ -681,7 +686,7 @@ def scaled_lora(encoder: PreTrainedModel | None, scale: float | None) -> Iterato
 def prepare_extra_step_kwargs(
     scheduler: Any, generator: Generator | list[Generator] | None, eta: float | None
 ) -> dict[str, Any]:
-    """The keyword arguments of the scheduler's step; InputError for an eta that it does not take."""
+    """Return the keyword arguments of the scheduler's step, or InputError for its eta."""
     parameters = inspect.signature(scheduler.step).parameters
     kwargs: dict[str, Any] = {}
     if "generator" in parameters:
@@ -702,6 +707,7 @@ def prepare_extra_step_kwargs(
     reads_variance = "variance_type" in inspect.signature(kind.__init__).parameters
     if eta != 1 and reads_variance and scheduler.config.variance_type.startswith("fixed_large"):
         raise InputError(
-            f"eta must be 1 with variance_type={scheduler.config.variance_type!r}, got {eta}. Leave it out."
+            f"eta must be 1 with variance_type={scheduler.config.variance_type!r}, got {eta}. "
+            "Leave it out."
         )
     return kwargs | {"eta": eta}
