@@ -70,7 +70,7 @@ USAGE = """\
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained({model!r}, trust_remote_code=True, use_safetensors=True)
-picture = pipe({prompt!r}, w={w:g}, seed=0).images[0]
+image = pipe({prompt!r}, w={w:g}, seed=0).images[0]
 ```
 
 w = 0 follows the prompt without guidance; w = -1 ignores it. `trust_remote_code` runs `pipeline.py`
@@ -91,7 +91,7 @@ from diffusers import DiffusionPipeline
 
 # diffusers' StableDiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained({model!r}, use_safetensors=True)
-picture = pipe({prompt!r}, guidance_scale={s:g}).images[0]
+image = pipe({prompt!r}, guidance_scale={s:g}).images[0]
 ```
 
 `pipeline.py` in this repository, once you have read it, adds w = guidance_scale - 1 and a seed:
@@ -101,7 +101,7 @@ from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained(
     {model!r}, custom_pipeline={model!r}, trust_remote_code=True, use_safetensors=True)
-picture = pipe({prompt!r}, w={w:g}, seed=0).images[0]
+image = pipe({prompt!r}, w={w:g}, seed=0).images[0]
 ```
 """
 

@@ -456,7 +456,7 @@ class TextToImagePipeline(HubFormat, DiffusionPipeline, StableDiffusionLoraLoade
         if self.tokenizer is None or self.text_encoder is None:
             raise InputError(
                 f"this pipeline has no text encoder to read {captions} with. Load it with "
-                "pipeline.load_pipeline, or pass prompt_embeds, and negative_prompt_embeds to guide."
+                "pipeline.load_pipeline, or pass prompt_embeds and negative_prompt_embeds."
             )
         captions = [normalize(caption) for caption in captions]
         length = self._caption_length(captions, length)
