@@ -98,7 +98,6 @@ class CaptionCache:
         text_encoder: PreTrainedModel,
         length: int,
     ) -> None:
-        """Hold nothing yet; captions are cut at `length` tokens."""
         self.tokenizer = tokenizer
         self.text_encoder = text_encoder
         self.length = length

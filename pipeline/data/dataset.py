@@ -87,7 +87,6 @@ class Images(Sequence):
     """Pixels on disk: uint8 (3, H, W) for an integer row, (B, 3, H, W) for several rows."""
 
     def __init__(self, dataset: datasets.Dataset, resolution: int) -> None:
-        """Read from a prepared dataset of images of resolution x resolution."""
         self.dataset = dataset.with_format("arrow")
         self.shape = (len(dataset), 3, resolution, resolution)
 

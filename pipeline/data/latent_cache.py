@@ -27,7 +27,6 @@ class LatentCache:
     def __init__(
         self, table: datasets.Dataset, shape: tuple[int, int, int], config: Mapping, views: int
     ) -> None:
-        """Read from a table of `cache_latents`: latents (c, h, w), scaled as the config says."""
         self.table = table.with_format("arrow")
         self.shape = shape
         self.views = views

@@ -80,7 +80,6 @@ class Stream:
     """
 
     def __init__(self, config: DataConfig, seed: int, process: int = 0, processes: int = 1) -> None:
-        """Start at the first epoch of `config.split`."""
         self.config = config
         self.seed = seed
         self.process = process
