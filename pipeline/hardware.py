@@ -22,7 +22,7 @@ def set_threads(threads: int | None, accelerator: Accelerator) -> None:
 
     `accelerate launch` sets OMP_NUM_THREADS=1 on a CPU, which halves the speed on two cores.
     """
-    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE") or accelerator.num_processes)
     threads = threads or max(available_cores() // local_processes, 1)
     torch.set_num_threads(threads)
     accelerator.print(
@@ -42,11 +42,9 @@ def available_cores() -> int:
 
 def peak_memory() -> str:
     """Return the memory that this process and its GPU have used at most, as text."""
-    usage = psutil.Process().memory_info()
     # Windows reports the peak; elsewhere getrusage does, in KiB or, on macOS, in bytes.
-    if hasattr(usage, "peak_wset"):
-        peak = usage.peak_wset
-    else:
+    peak = getattr(psutil.Process().memory_info(), "peak_wset", None)
+    if peak is None:
         import resource
 
         unit = 1 if platform.system() == "Darwin" else 1024
@@ -91,7 +89,7 @@ def pick_device(device: str | None, double: bool = False) -> str:
     double: require a device that computes in float64.
     """
     if device is None:
-        fastest = PartialState().device
+        fastest = torch.device(str(PartialState().device))
         return "cpu" if double and fastest.type == "mps" else str(fastest)
     try:
         torch.zeros(1, device=device)
