@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -200,11 +200,12 @@ def preview_rows(rows: Rows) -> Rows:
 
 def image_digest(image: dict | None) -> str:
     """Return a digest of an image's file, "" if it was not read."""
-    content = image and image["bytes"]
-    return "" if content is None else hashlib.blake2b(content).hexdigest()
+    if image is None or image["bytes"] is None:
+        return ""
+    return hashlib.blake2b(image["bytes"]).hexdigest()
 
 
-def require_rows(rows: Sequence | datasets.Dataset, source: str) -> None:
+def require_rows(rows: Sized, source: str) -> None:
     """Raise DataError for a source without rows."""
     if not len(rows):
         raise DataError(f"{source} has no rows. Give a source with captioned images.")

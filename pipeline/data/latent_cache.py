@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -25,7 +26,7 @@ class LatentCache:
     """
 
     def __init__(
-        self, table: datasets.Dataset, shape: tuple[int, int, int], config: Mapping, views: int
+        self, table: datasets.Dataset, shape: tuple[int, ...], config: Mapping, views: int
     ) -> None:
         self.table = table.with_format("arrow")
         self.shape = shape
@@ -46,7 +47,7 @@ class LatentCache:
         return (mean + std * z.to(mean) - self.shift) * self.scale
 
 
-def posterior_moments(vae: torch.nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
+def posterior_moments(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation (B, c, h, w) of diffusers' q(z | pixels in [-1, 1])."""
     encoded = vae.encode(pixels.to(vae.dtype))
     if hasattr(encoded, "latent_dist"):
@@ -58,7 +59,7 @@ def posterior_moments(vae: torch.nn.Module, pixels: Tensor) -> tuple[Tensor, Ten
 @torch.no_grad()
 def cache_latents(
     images: CaptionedImages,
-    vae: torch.nn.Module,
+    vae: Any,
     cache_dir: str | Path | None = None,
     mirrored: bool = True,
 ) -> LatentCache:

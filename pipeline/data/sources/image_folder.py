@@ -208,11 +208,12 @@ def listed_row(listing: Path, line: int, entry: dict | BrokenRow, columns: tuple
 
 def text_row(name: str, path: Path, text: Path | None) -> dict:
     """Return one row from an image and the text file beside it, if any."""
+    if text is None:
+        return as_row(name, image_on_disk(path), [])
     try:
-        captions = [text.read_text(encoding="utf-8-sig")] if text else []
+        return as_row(name, image_on_disk(path), [text.read_text(encoding="utf-8-sig")])
     except UnicodeDecodeError:
         return as_row(name, None, [], f"{text.name} is not UTF-8")
-    return as_row(name, image_on_disk(path), captions)
 
 
 def image_on_disk(path: Path) -> dict:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import fsspec
@@ -61,7 +62,8 @@ class Rows:
     `stamp` changes with the content; `notes` are sentences for the report.
     """
 
-    table: datasets.Dataset | datasets.IterableDataset
+    table: Any
+    """Dataset or IterableDataset"""
     read: Callable[[dict, int], dict]
     stamp: str
     name: str
@@ -78,7 +80,7 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def read_captions(values: Iterable[object]) -> list[str]:
+def read_captions(values: Iterable[Any]) -> list[str]:
     """Return the captions in a row's caption columns, normalized, without empty ones.
 
     Raises BrokenRow for anything but text, lists of texts and None.
@@ -87,7 +89,7 @@ def read_captions(values: Iterable[object]) -> list[str]:
     for value in values:
         if value is None:
             continue
-        texts = value if isinstance(value, list) and value else [value]
+        texts: list[Any] = value if isinstance(value, list) and value else [value]
         if not all(isinstance(text, str) for text in texts):
             raise BrokenRow(f"its caption must be text or a list of texts, got {value!r:.60}")
         captions += [normalize(text) for text in texts]
@@ -116,7 +118,7 @@ def find_columns(
 def as_row(
     name: str,
     image: dict | None,
-    captions: Iterable[object],
+    captions: Iterable[Any],
     problem: str = "",
     metadata: dict | None = None,
 ) -> dict:
@@ -127,8 +129,8 @@ def as_row(
     except BrokenRow as error:
         problem = str(error)
     else:
-        path = image and image["path"]
-        if path and printable(path) != path:
+        path = (image or {}).get("path") or ""
+        if printable(path) != path:
             texts = []
             image = None
             problem = "its file name is not valid UTF-8"
@@ -156,7 +158,8 @@ def fetch_image_bytes(image: dict) -> bytes:
     if "://" not in image["path"]:
         return Path(image["path"]).read_bytes()
     try:
-        with fsspec.open(image["path"], "rb") as file:
+        opened: Any = fsspec.open(image["path"], "rb")
+        with opened as file:
             return file.read()
     except (FileNotFoundError, *NETWORK_ERRORS):
         raise

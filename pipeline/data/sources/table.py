@@ -3,8 +3,10 @@
 import functools
 import re
 from pathlib import Path
+from typing import Any
 
 import datasets
+from datasets import config as datasets_config
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from datasets.packaged_modules.cache.cache import Cache
 from huggingface_hub import constants
@@ -39,6 +41,7 @@ def open_table(config: DataConfig, split: str) -> Rows:
         builder = open_builder(config)
         require_revision(builder, config)
         require_split(builder, config.source, split)
+        table: Any
         if config.streaming:
             table = builder.as_streaming_dataset(split=split)
         else:
@@ -83,7 +86,7 @@ def open_builder(config: DataConfig) -> datasets.DatasetBuilder:
 
 def require_revision(builder: datasets.DatasetBuilder, config: DataConfig) -> None:
     """Raise DataError if an offline cache may hold another revision than the requested one."""
-    if isinstance(builder, Cache) and not builder.hash.startswith(config.revision or ""):
+    if isinstance(builder, Cache) and not str(builder.hash).startswith(config.revision or ""):
         raise DataError(
             f"The Hub is out of reach, and the cached commit {builder.hash} of {config.source} may "
             f"not be revision {config.revision!r}. Connect, or set data.revision to that commit."
@@ -122,10 +125,10 @@ def find_image_column(config: DataConfig, features: datasets.Features) -> str:
     wanted = config.image_column
     if wanted is None and len(candidates) == 1:
         return candidates[0]
-    if wanted in candidates:
-        return wanted
-    if wanted in features and value_type(features[wanted]) in (*BYTES_TYPES, *PATH_TYPES):
-        return wanted
+    if wanted and wanted in features:
+        plain_type = value_type(features[wanted])
+        if wanted in candidates or plain_type in (*BYTES_TYPES, *PATH_TYPES):
+            return wanted
     got = f"no image column {wanted!r}" if wanted else f"{len(candidates)} image columns"
     columns = ", ".join(f"{name} (images)" if name in candidates else name for name in features)
     raise DataError(f"{config.source} has {got}. Choose data.image_column from: {columns}.")
@@ -166,8 +169,8 @@ def is_inside_dataset(path: str, hub_id: str) -> bool:
         own_url = rf"hf://datasets/{re.escape(hub_id)}[@/]"
         return re.match(own_url, path.rpartition("::")[2]) is not None
     caches = (
-        datasets.config.HF_DATASETS_CACHE,
-        datasets.config.DOWNLOADED_DATASETS_PATH,
+        datasets_config.HF_DATASETS_CACHE,
+        datasets_config.DOWNLOADED_DATASETS_PATH,
         constants.HF_HUB_CACHE,
     )
     return any(Path(path).resolve().is_relative_to(Path(cache).resolve()) for cache in caches)
