@@ -4,6 +4,9 @@ import pytest
 from datasets_on_disk import load_images, squares, write_parquet
 from tiny import tiny_text
 
+from pipeline.config import DataConfig
+from pipeline.data.streaming import Stream
+
 
 @pytest.fixture
 def load(tmp_path):
@@ -30,3 +33,19 @@ def table(tmp_path_factory):
 def tokenizer():
     """A WordPiece tokenizer of five words."""
     return tiny_text(length=16, words=("red", "heart", "cat", "green", "face"))[0]
+
+
+@pytest.fixture
+def stream(table, tmp_path):
+    """Open streams of the table or another source, closed after the test."""
+    opened = []
+
+    def call(source=table, seed=0, process=0, processes=1, **settings):
+        defaults = {"resolution": 4, "shuffle_buffer": 4, "cache": str(tmp_path / "cache")}
+        config = DataConfig(str(source), streaming=True, **defaults | settings)
+        opened.append(Stream(config, seed, process, processes))
+        return opened[-1]
+
+    yield call
+    for one in opened:
+        one.close()

@@ -2,36 +2,53 @@
 
 import itertools
 
+import pytest
 import torch
+from tiny import seeded
 from transformers import BertConfig, BertModel, CLIPTextConfig, CLIPTextModel
 
 from pipeline.data import caption_cache
 from pipeline.diffusion import text_to_image
 
+SMALL = {
+    "vocab_size": 10,
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "max_position_embeddings": 16,
+}
+
 
 def bert(seed=0):
-    torch.manual_seed(seed)
-    return BertModel(
-        BertConfig(
-            vocab_size=len(WORDS),
-            hidden_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=16,
-            max_position_embeddings=16,
-        )
-    ).eval()
+    return seeded(lambda: BertModel(BertConfig(num_hidden_layers=2, **SMALL)), seed)
+
+
+def clip():
+    return seeded(lambda: CLIPTextModel(CLIPTextConfig(num_hidden_layers=1, **SMALL)))
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The captions of each call of the encoder."""
+    recorded = []
+    encode = caption_cache.encode_batch
+
+    def record(captions, *arguments):
+        recorded.append(captions)
+        return encode(captions, *arguments)
+
+    monkeypatch.setattr(caption_cache, "encode_batch", record)
+    return recorded
 
 
 def test_encode_captions_matches_the_encoder_without_padding(tokenizer, tmp_path):
-    """The encoder run on the caption alone, without any padding, is the oracle."""
-    encoder, captions = bert(), ["red heart", "", "cat", "red heart"]
+    """The oracle is the encoder run on each caption alone; padded positions are zero."""
+    encoder = bert()
+    captions = ["red heart", "", "cat", "red heart"]
     states = caption_cache.encode_captions(captions, tokenizer, encoder, 6, tmp_path)
-    assert (
-        states.shape == (4, 6, 16)
-        and states.dtype == torch.float32
-        and torch.equal(states[0], states[3])
-    )
+    assert states.shape == (4, 6, 16)
+    assert states.dtype == torch.float32
+    assert torch.equal(states[0], states[3])
     for row, tokens in zip(states, [4, 2, 3, 4], strict=True):
         assert (row[tokens:] == 0).all()
     for caption, row in zip(captions, states, strict=True):
@@ -40,86 +57,64 @@ def test_encode_captions_matches_the_encoder_without_padding(tokenizer, tmp_path
         assert torch.allclose(row[: len(alone)], alone, atol=1e-6)
 
 
-def test_encode_captions_matches_the_pipeline(tokenizer, tmp_path):
-    """Otherwise the network would see other captions in sampling than in training; the dropped one is the empty prompt."""
-    clip = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(WORDS),
-            hidden_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=16,
-            max_position_embeddings=8,
-        )
-    ).eval()
+@pytest.mark.parametrize("build", [bert, clip])
+def test_encode_captions_matches_the_pipeline(build, tokenizer, tmp_path):
+    """Training and sampling use the same states, also for the dropped caption."""
+    encoder = build()
     captions = ["green cat", "", "red  heart", "face\u0301"]
-    for encoder in (bert(), clip):
-        pipe = text_to_image.TextToImagePipeline(
-            unet=None, scheduler=None, text_encoder=encoder, tokenizer=tokenizer, caption_length=8
-        )
-        states = caption_cache.encode_captions(captions, tokenizer, encoder, 8, tmp_path)
-        asked, empty = (
-            pipe._caption_states(captions, torch.device("cpu")),
-            pipe._caption_states([""], torch.device("cpu")),
-        )
-        assert torch.allclose(states, asked, atol=1e-6) and torch.allclose(
-            states[1], empty[0], atol=1e-6
-        )
+    pipe = text_to_image.TextToImagePipeline(
+        unet=None, scheduler=None, text_encoder=encoder, tokenizer=tokenizer, caption_length=8
+    )
+    states = caption_cache.encode_captions(captions, tokenizer, encoder, 8, tmp_path)
+    sampled = pipe._caption_states(captions, torch.device("cpu"))
+    empty = pipe._caption_states([""], torch.device("cpu"))
+    assert torch.allclose(states, sampled, atol=1e-6)
+    assert torch.allclose(states[1], empty[0], atol=1e-6)
 
 
-def test_encode_captions_caches_by_encoder_and_caption(tokenizer, tmp_path, monkeypatch):
-    calls, encode = [], caption_cache.encode_batch
-    monkeypatch.setattr(
-        caption_cache,
-        "encode_batch",
-        lambda captions, *a: calls.append(captions) or encode(captions, *a),
-    )
-    monkeypatch.setattr(caption_cache, "COPY_BATCH", 2)  # of three captions
-    first = caption_cache.encode_captions(["cat", "red"], tokenizer, bert(), 5, tmp_path)
-    again = caption_cache.encode_captions(["red", "cat", "cat"], tokenizer, bert(), 5, tmp_path)
-    assert (
-        calls == [["cat", "red"]]
-        and torch.equal(again[0], first[1])
-        and torch.equal(again[2], first[0])
-    )
-    other = caption_cache.encode_captions(["cat", "red"], tokenizer, bert(seed=1), 5, tmp_path)
-    assert len(calls) == 2 and not torch.allclose(other, first)
-    assert (
-        caption_cache.encode_captions(["cat", "red"], tokenizer, bert(), 6, tmp_path).shape
-        == (2, 6, 16)
-        and len(calls) == 3
-    )
+def test_encode_captions_caches_by_encoder_and_caption(tokenizer, tmp_path, monkeypatch, calls):
+    def encode(captions, encoder, length=5):
+        return caption_cache.encode_captions(captions, tokenizer, encoder, length, tmp_path)
+
+    # Three captions are copied in two batches.
+    monkeypatch.setattr(caption_cache, "COPY_BATCH", 2)
+    first = encode(["cat", "red"], bert())
+    again = encode(["red", "cat", "cat"], bert())
+    assert calls == [["cat", "red"]]
+    assert torch.equal(again, first[[1, 0, 0]])
+    assert not torch.allclose(encode(["cat", "red"], bert(seed=1)), first)
+    assert len(calls) == 2
+    assert encode(["cat", "red"], bert(), 6).shape == (2, 6, 16)
+    assert len(calls) == 3
 
 
-def test_caption_cache_states_do_not_depend_on_the_request(tokenizer, tmp_path, monkeypatch):
-    """Bit for bit whatever is asked for beside them, so that a resumed stream repeats; and what is kept has a bound."""
-    encoder, captions = (
-        bert(),
-        [" ".join(words) for words in itertools.permutations(WORDS[5:], 2)],
-    )  # 20
-    whole = caption_cache.encode_captions(captions, tokenizer, encoder, 6, tmp_path)
-    states = caption_cache.CaptionCache(tokenizer, encoder, 6)
-    assert torch.allclose(states(captions), whole, atol=1e-6)
-    first = states(captions)
-    for some in (captions[3:4], captions[9:2:-1], captions[5:6] * 3):
-        fresh = caption_cache.CaptionCache(tokenizer, encoder, 6)(some)
-        assert torch.equal(
-            fresh, first[[captions.index(caption) for caption in some]]
-        ) and torch.equal(states(some), fresh)
-    calls, encode = [], caption_cache.encode_batch
-    monkeypatch.setattr(
-        caption_cache,
-        "encode_batch",
-        lambda captions, *a: calls.append(captions) or encode(captions, *a),
-    )
+def test_caption_cache_states_do_not_depend_on_the_request(tokenizer, tmp_path):
+    """A resumed stream repeats them bit for bit, whatever captions are beside them."""
+    encoder = bert()
+    words = ["red", "heart", "cat", "green", "face"]
+    captions = [" ".join(pair) for pair in itertools.permutations(words, 2)]
+    cache = caption_cache.CaptionCache(tokenizer, encoder, 6)
+    states = cache(captions)
+    expected = caption_cache.encode_captions(captions, tokenizer, encoder, 6, tmp_path)
+    assert torch.allclose(states, expected, atol=1e-6)
+    for request in (captions[3:4], captions[9:2:-1], captions[5:6] * 3):
+        fresh = caption_cache.CaptionCache(tokenizer, encoder, 6)(request)
+        assert torch.equal(fresh, states[[captions.index(caption) for caption in request]])
+        assert torch.equal(cache(request), fresh)
+
+
+def test_caption_cache_forgets_the_least_recent_captions(tokenizer, monkeypatch, calls):
     monkeypatch.setattr(caption_cache, "CACHED_BYTES", 3 * 6 * 16 * 4)
-    few = caption_cache.CaptionCache(tokenizer, encoder, 6)
+    cache = caption_cache.CaptionCache(tokenizer, bert(), 6)
     for caption, misses in zip("abcbad", [1, 2, 3, 3, 3, 4], strict=True):
-        few([caption])
-        assert len(calls) == misses and len(few.kept) <= 3
-    few(["c"])
-    assert len(calls) == 5, "the one that was not asked for the longest is forgotten"
-    caption_cache.CaptionCache(tokenizer, encoder, 6)(captions)
-    assert {len(asked) for asked in calls} == {caption_cache.ENCODER_BATCH}, (
-        "one shape, whose rounding is one"
-    )
+        cache([caption])
+        assert len(calls) == misses
+        assert len(cache.cached) <= 3
+    cache(["c"])
+    assert len(calls) == 5
+
+
+def test_caption_cache_always_encodes_batches_of_one_size(tokenizer, calls):
+    """Rounding depends on the size of a batch."""
+    caption_cache.CaptionCache(tokenizer, bert(), 6)([f"red {i}" for i in range(20)])
+    assert [len(captions) for captions in calls] == [caption_cache.ENCODER_BATCH] * 2
