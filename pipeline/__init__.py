@@ -1,24 +1,41 @@
 """Text-to-image diffusion written from the equations."""
 
 import importlib
+import warnings
 
 _MODULES = {
     "CaptionWhitening": "diffusion.captions",
     "DDPMScheduler": "diffusion.scheduler",
     "ExactDenoiser": "diffusion.exact_denoiser",
     "PatchAutoencoder": "diffusion.patches",
-    "TextToImagePipeline": "models.loading",  # which also says what the class may load
+    # models.loading also decides what the class may load.
+    "TextToImagePipeline": "models.loading",
     "interval": "diffusion.guidance",
     "load_pipeline": "models.loading",
+}
+# Modules of version 0.1 that moved: `from pipeline import scheduler` still works in 0.2.
+_MOVED = {
+    "captions": "diffusion.captions",
+    "exact": "diffusion.exact_denoiser",
+    "guidance": "diffusion.guidance",
+    "losses": "diffusion.losses",
+    "patches": "diffusion.patches",
+    "scheduler": "diffusion.scheduler",
+    "text_to_image": "diffusion.text_to_image",
+    "loading": "models.loading",
 }
 __all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> object:
     """Import a public name on first use; `import pipeline` alone imports nothing else."""
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    if name in _MOVED:
+        moved = f"{__name__}.{_MOVED[name]}"
+        warnings.warn(f"{__name__}.{name} is now {moved}", DeprecationWarning, stacklevel=2)
+        return importlib.import_module(moved)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

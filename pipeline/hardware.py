@@ -1,97 +1,118 @@
-"""The machine that a process trains on: its cores, its memory, and the processes beside it."""
+"""The machine: device, precision, CPU threads and memory."""
 
 import contextlib
 import ctypes
 import os
 import platform
 import re
+from collections.abc import Iterator
 
+import psutil
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from tqdm.auto import tqdm
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+# Options of mallopt, from glibc's malloc.h.
+M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3
 
 
-def set_threads(chosen: int | None, accelerator: Accelerator) -> None:
-    """Use every core that this process may: `accelerate launch` exports OMP_NUM_THREADS=1 on a CPU."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-    threads = chosen or max(available_cores() // local, 1)
+def set_threads(threads: int | None, accelerator: Accelerator) -> None:
+    """Use all available cores, or `threads` per process, and print the set-up.
+
+    `accelerate launch` sets OMP_NUM_THREADS=1 on a CPU, which halves the speed on two cores.
+    """
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE") or accelerator.num_processes)
+    threads = threads or max(available_cores() // local_processes, 1)
     torch.set_num_threads(threads)
     accelerator.print(
-        f"{accelerator.num_processes} process(es) on {accelerator.device}, {threads} CPU threads each, "
-        f"mixed precision: {accelerator.mixed_precision}"
+        f"{accelerator.num_processes} process(es) on {accelerator.device}, {threads} CPU threads "
+        f"each, mixed precision: {accelerator.mixed_precision}"
     )
 
 
 def available_cores() -> int:
-    """How many CPU cores this process may use."""
-    return (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    )  # macOS has no affinity
+    """Return how many CPU cores this process may use."""
+    process = psutil.Process()
+    # macOS has no affinity.
+    if hasattr(process, "cpu_affinity"):
+        return len(process.cpu_affinity())
+    return os.cpu_count() or 1
+
+
+def peak_memory() -> str:
+    """Return the memory that this process and its GPU have used at most, as text."""
+    # Windows reports the peak; elsewhere getrusage does, in KiB or, on macOS, in bytes.
+    peak = getattr(psutil.Process().memory_info(), "peak_wset", None)
+    if peak is None:
+        import resource
+
+        unit = 1 if platform.system() == "Darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    text = f"{peak / 2**30:.1f} GiB"
+    if torch.cuda.is_available():
+        text += f" and {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on each GPU"
+    return text
 
 
 def keep_freed_memory() -> None:
-    """Have glibc reuse what the last step freed: handed back to the kernel, it costs a page fault for every 4 KiB."""
+    """Make glibc reuse freed memory, since returning it costs a page fault for every 4 KiB."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        for option, size in ((M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, (1 << 31) - 1)):
-            libc.mallopt(option, size)
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that there is no memory: torch.OutOfMemoryError where there is one; MPS and cuDNN have none."""
-    said = re.search("out of memory|allocate memory|ALLOC_FAILED", str(error).partition("\n")[0])
-    return isinstance(error, torch.OutOfMemoryError) or said is not None
+    """Return True for out-of-memory errors, including the plain RuntimeErrors of MPS and cuDNN."""
+    first_line = str(error).partition("\n")[0]
+    pattern = "out of memory|allocate memory|ALLOC_FAILED"
+    return isinstance(error, torch.OutOfMemoryError) or bool(re.search(pattern, first_line))
 
 
 @contextlib.contextmanager
-def skip_on_out_of_memory(what: object, advice: str = ""):
-    """Skip a check or a drawing for which there is no memory or disk space, with a message: training itself fits and goes on."""
+def skip_on_out_of_memory(what: object, advice: str = "") -> Iterator[None]:
+    """Skip optional work that does not fit in memory or on disk, with a message."""
     try:
         yield
     except (RuntimeError, OSError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        full = is_out_of_memory(error)
-        if not full and not isinstance(error, OSError):
+        out_of_memory = is_out_of_memory(error)
+        if not out_of_memory and not isinstance(error, OSError):
             raise
-        tqdm.write(f"{what} is left out ({reason}){advice if full else ''}")
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        tqdm.write(f"Skipped {what}: {reason}{advice if out_of_memory else ''}")
 
 
 def pick_device(device: str | None, double: bool = False) -> str:
-    """The device by name, or the fastest there is, `double` of those that compute in float64; ValueError for any other."""
-    import torch
-    from accelerate import PartialState
+    """Return the named device, or the fastest one; ValueError if it cannot be used.
 
+    double: require a device that computes in float64.
+    """
     if device is None:
-        found = PartialState().device
-        return "cpu" if double and found.type == "mps" else str(found)
+        fastest = torch.device(str(PartialState().device))
+        return "cpu" if double and fastest.type == "mps" else str(fastest)
     try:
         torch.zeros(1, device=device)
-    except (
-        RuntimeError,
-        AssertionError,
-    ) as error:  # torch's way to say that a device is unknown or not there
-        raise ValueError(
-            f"--device is {device}, expected one that this machine has: leave it out to use the fastest"
-        ) from error
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} is not available. Omit it for the fastest.") from error
     if double and torch.device(device).type == "mps":
-        raise ValueError("--device is mps, expected one that computes in float64: leave it out")
+        raise ValueError("--device mps cannot compute in float64, which is needed here. Omit it.")
     return device
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether a device multiplies in bfloat16 itself, and does not emulate it."""
+    """Return whether a device multiplies bfloat16 in hardware."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    wide = torch.backends.cpu.get_cpu_capability().startswith(
-        "AVX512"
-    )  # ATEN_CPU_CAPABILITY may say less than the chip
-    return device.type == "cpu" and wide and torch.cpu._is_avx512_bf16_supported()
+    # ATEN_CPU_CAPABILITY may restrict torch to less than the processor has.
+    avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return device.type == "cpu" and avx512 and torch.cpu._is_avx512_bf16_supported()
 
 
 def mixed_precision(choice: str, device: torch.device) -> str:
-    """accelerate's `mixed_precision`: "auto" is bf16 where the device has it, fp16 on other CUDA cards, else no."""
+    """Return accelerate's `mixed_precision` for train.precision, resolving "auto"."""
     if choice != "auto":
         return choice
-    return "bf16" if has_bf16(device) else "fp16" if device.type == "cuda" else "no"
+    if has_bf16(device):
+        return "bf16"
+    return "fp16" if device.type == "cuda" else "no"

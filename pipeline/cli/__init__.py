@@ -1,0 +1,1 @@
+"""One argparse front end per command."""

@@ -133,7 +133,9 @@ class CaptionedImages:
         """Where each row's captions begin in `all_captions`, (N,)."""
         return self.counts.cumsum(0) - self.counts
 
-    def caption_rows(self, seed: int, step: int, slots: Sequence[int] | Tensor, rows: Tensor) -> Tensor:
+    def caption_rows(
+        self, seed: int, step: int, slots: Sequence[int] | Tensor, rows: Tensor
+    ) -> Tensor:
         """Which of `all_captions` the examples at `slots` have, (B,) for the rows (B,)."""
         return self.first[rows] + caption_choice(seed, step, slots, self.counts[rows])
 

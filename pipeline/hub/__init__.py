@@ -1,0 +1,1 @@
+"""Publish models and demos on the Hub."""

@@ -1,0 +1,1 @@
+"""Build, adapt and safely load networks and pipelines."""

@@ -1,4 +1,4 @@
-"""Atomic writes to disk."""
+"""Atomic writes: a file or folder is complete or absent, also after a crash."""
 
 import os
 import shutil
@@ -8,8 +8,11 @@ from pathlib import Path
 
 
 def sync_to_disk(path: Path) -> None:
-    """Have the system write a file or a folder's entries to the disk now."""
-    handle = os.open(path, os.O_RDONLY)
+    """Flush a file, or a folder's entries, to disk."""
+    # Windows can open no folder, and flushes their entries by itself.
+    if os.name == "nt" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -17,18 +20,18 @@ def sync_to_disk(path: Path) -> None:
 
 
 def remove_if_possible(path: Path) -> None:
-    """Delete what is no longer needed, a folder or a file; what cannot be deleted is told, and in nobody's way."""
+    """Delete a file or folder that is no longer needed; a failure is only a warning."""
     try:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
     except OSError as error:
-        warnings.warn(f"{path} is no longer needed and cannot be deleted: {error}", stacklevel=2)
+        warnings.warn(f"{path} is no longer needed but cannot be deleted: {error}", stacklevel=2)
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
+    """Write a text file atomically."""
     new = path.with_name(f".{path.name}.tmp")
     new.write_text(text, encoding="utf-8")
     sync_to_disk(new)
@@ -36,10 +39,11 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """A result's folder, by `write(folder)` beside it: the one before stays until the new one is whole."""
-    new, old = (target.with_name(f".{kind}-{target.name}") for kind in ("new", "old"))
-    for rest in (new, old):
-        shutil.rmtree(rest, ignore_errors=True)
+    """Replace a folder by what `write(folder)` creates, once that is complete."""
+    new = target.with_name(f".new-{target.name}")
+    old = target.with_name(f".old-{target.name}")
+    for stale in (new, old):
+        shutil.rmtree(stale, ignore_errors=True)
     write(new)
     for path in (*new.rglob("*"), new):
         sync_to_disk(path)

@@ -1,45 +1,42 @@
-"""Nested training state as safetensors and JSON."""
+"""Nested training state as safetensors and JSON, without pickles."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 
 def save_state(folder: Path, name: str, tree: dict) -> None:
-    """A tree of dicts, lists, tensors and plain values as `name.safetensors` and `name.json`; nothing is pickled."""
+    """Save dicts, lists, tensors and plain values as `name.safetensors` and `name.json`."""
     tensors: dict[str, torch.Tensor] = {}
 
-    def strip(node, path):
+    def describe(node: Any, path: str) -> dict:
         if isinstance(node, torch.Tensor):
             tensors[path] = node.detach().to("cpu", copy=True).contiguous()
             return {"tensor": path}
         if isinstance(node, dict):
-            return {"dict": [[key, strip(value, f"{path}.{key}")] for key, value in node.items()]}
+            return {"dict": [[key, describe(node[key], f"{path}.{key}")] for key in node]}
         if isinstance(node, list | tuple):
-            return {"list": [strip(value, f"{path}.{i}") for i, value in enumerate(node)]}
+            return {"list": [describe(item, f"{path}.{i}") for i, item in enumerate(node)]}
         return {"value": node}
 
-    description = strip(tree, name)
+    description = describe(tree, name)
     save_file(tensors, folder / f"{name}.safetensors")
     (folder / f"{name}.json").write_text(json.dumps(description))
 
 
 def load_state(folder: Path, name: str) -> dict:
-    """What `save_state` wrote; tuples come back as lists."""
+    """Return what `save_state` wrote; tuples become lists."""
     tensors = load_file(folder / f"{name}.safetensors")
 
-    def fill(node):
+    def restore(node: dict) -> Any:
         ((kind, value),) = node.items()
         if kind == "dict":
-            return {key: fill(item) for key, item in value}
-        return (
-            [fill(item) for item in value]
-            if kind == "list"
-            else tensors[value]
-            if kind == "tensor"
-            else value
-        )
+            return {key: restore(item) for key, item in value}
+        if kind == "list":
+            return [restore(item) for item in value]
+        return tensors[value] if kind == "tensor" else value
 
-    return fill(json.loads((folder / f"{name}.json").read_text()))
+    return restore(json.loads((folder / f"{name}.json").read_text()))

@@ -1,92 +1,103 @@
-"""Signals that ask a run to stop."""
+"""Requests to stop a run: signals, a closed terminal, a launcher that died."""
 
 import contextlib
 import os
 import signal
 import threading
 from collections.abc import Iterator
+from types import FrameType, TracebackType
+from typing import Self
 
 
 class Stopped(KeyboardInterrupt):
-    """A request to stop that came where there is nothing to save yet."""
+    """A request to stop at a point where there is nothing to save."""
 
 
 class StopSignals:
-    """Has anybody asked this process to stop? SIGTERM, SIGINT, SIGUSR1, SIGHUP, or a launcher's death; a second SIGINT kills.
+    """Record requests to stop: SIGTERM, SIGINT, SIGUSR1, SIGHUP, or the death of the launcher.
 
-    A closed terminal's SIGHUP is none where nohup has it ignored; what is said to it afterwards is dropped, and is no error.
-
-    `bool(stop)` is the poll, `stop.exit_code` 143, 130 or 0; use it as a context manager, which puts the handlers back.
-    While `at_once(where)` is open a request raises Stopped instead of waiting for the poll.
+    As a context manager it installs its handlers and restores the previous ones. `bool(stop)` polls
+    for a request; `stop.exit_code` is then 143 or 130, otherwise 0. Inside `raise_on_stop` a request
+    raises Stopped at once. A second SIGINT ends the process immediately. SIGHUP is ignored under
+    nohup; after one, output to the closed terminal goes to the null device.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-    ORPHAN = "the launcher is gone"
-    LAUNCHERS = (
-        "ACCELERATE_",
-        "TORCHELASTIC_",
-    )  # what accelerate launch and torchrun set; a shell may go, and the run goes on
+    # Windows has neither SIGUSR1 nor SIGHUP.
+    SIGNALS = tuple(
+        getattr(signal, name)
+        for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
+        if hasattr(signal, name)
+    )
+    # accelerate launch and torchrun set variables with these prefixes. Only their death ends a run:
+    # without them the parent is a shell, which may exit first.
+    LAUNCHERS = ("ACCELERATE_", "TORCHELASTIC_")
 
     def __init__(self):
-        self.reason, self.exit_code, self.parent, self.where, self.over = (
-            "",
-            0,
-            os.getppid(),
-            "",
-            threading.Event(),
-        )
-        self.terminals = [fd for fd in (1, 2) if os.isatty(fd)]
+        self.reason = ""
+        self.exit_code = 0
+        self.parent = os.getppid()
+        self._where = ""
+        self._closed = threading.Event()
+        self._terminals = [fd for fd in (1, 2) if os.isatty(fd)]
 
-    def __enter__(self):
-        heard = (
-            n for n in self.SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN
-        )
-        self.before = {number: signal.signal(number, self.handle) for number in heard}
+    def __enter__(self) -> Self:
+        self._previous = {}
+        for number in self.SIGNALS:
+            under_nohup = signal.getsignal(number) == signal.SIG_IGN
+            if number.name != "SIGHUP" or not under_nohup:
+                self._previous[number] = signal.signal(number, self.handle)
         if any(name.startswith(self.LAUNCHERS) for name in os.environ):
-            threading.Thread(target=self._watch, daemon=True).start()
+            threading.Thread(target=self._watch_launcher, daemon=True).start()
         return self
 
-    def __exit__(self, *_):
-        self.over.set()
-        for number, handler in self.before.items():
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._closed.set()
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    def __bool__(self) -> bool:
+        return bool(self.reason)
 
     @contextlib.contextmanager
     def raise_on_stop(self, where: str) -> Iterator[None]:
-        """Raise Stopped at a request, also at one that has come already: for work that leaves nothing to save.
+        """Raise Stopped on a request, past or future, while this context is open.
 
-        where: the words for when that is, such as "before the first step".
+        where: the point in time for the message, such as "before the first step".
         """
-        self.where = where
+        self._where = where
         try:
-            self._raise()
+            self._raise_if_requested()
             yield
         finally:
-            self.where = ""
+            self._where = ""
 
-    def handle(self, number, _frame):
+    def handle(self, number: int, _frame: FrameType | None) -> None:
+        """Record the request; restore output if the terminal is gone."""
         if self.reason and number == signal.SIGINT:
             os._exit(130)
-        for fd in (
-            fd for fd in self.terminals if not os.isatty(fd)
-        ):  # closed: writing to it is an error
-            with open(os.devnull, "w") as nowhere:
-                os.dup2(nowhere.fileno(), fd)
+        for fd in self._terminals:
+            # Writing to a closed terminal would be an error.
+            if not os.isatty(fd):
+                with open(os.devnull, "w") as null_device:
+                    os.dup2(null_device.fileno(), fd)
         self.reason = self.reason or signal.Signals(number).name
         self.exit_code = self.exit_code or (130 if number == signal.SIGINT else 143)
-        self._raise()
+        self._raise_if_requested()
 
-    def _raise(self) -> None:
-        if self.where and self.reason:
-            raise Stopped(f"Stopped ({self.reason}) {self.where}")
+    def _raise_if_requested(self) -> None:
+        if self._where and self.reason:
+            raise Stopped(f"Stopped ({self.reason}) {self._where}")
 
-    def _watch(self) -> None:
-        """Ask for a stop when the launcher is gone: the system tells its children nothing."""
-        while not self.over.wait(0.5):
+    def _watch_launcher(self) -> None:
+        """Request a stop when the launcher has died, which sends its children no signal."""
+        while not self._closed.wait(0.5):
             if os.getppid() != self.parent:
-                self.exit_code, self.reason = self.exit_code or 143, self.reason or self.ORPHAN
+                self.exit_code = self.exit_code or 143
+                self.reason = self.reason or "the launcher is gone"
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
-
-    def __bool__(self):
-        return bool(self.reason)
