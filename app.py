@@ -221,7 +221,7 @@ def create_tab(endpoints: Endpoints, session: InferenceSession, checkpoint: gr.S
                     high = gr.Slider(**unit, value=1, label="to noise level", **narrow)
                 denoiser = denoiser_radio()
                 label = "Restore the settings of a PNG"
-                png = gr.File(label=label, file_types=[".png"], height=100)
+                png = gr.File(label=label, file_types=[".png"], height=100, elem_id="restore")
         with gr.Column(scale=6, min_width=300):
             layout = {"columns": 2, "fit_columns": False, "height": 540, "elem_classes": "pixels"}
             gallery = gr.Gallery(label="Images", elem_id="gallery", **layout, **GALLERY)

@@ -43,10 +43,10 @@ class Endpoints:
     ) -> Iterator[tuple]:
         """Generate images of a prompt: (images, status, seed, curve, discarded).
 
-        w is the lecture's guidance weight; guidance_scale is 1 + w. eta is 1 for ancestral sampling,
-        0 for DDIM. think = n spends the network calls of n images on a search for one image, which
-        the model itself scores: curve plots the best score against the calls, discarded has the
-        other candidates.
+        w is the guidance weight of the lecture; guidance_scale is 1 + w. eta is 1 for ancestral
+        sampling, 0 for DDIM. think = n spends the network calls of n images on a search for one
+        image, which the model itself scores: curve plots the best score against the calls,
+        discarded has the other candidates.
         """
         session = self.store.session(checkpoint)
         if randomise is True:
