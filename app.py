@@ -199,7 +199,7 @@ def create_tab(endpoints: Endpoints, session: InferenceSession, checkpoint: gr.S
                 images = gr.Slider(1, MAX_IMAGES, value=1, step=1, label="Images", **narrow)
                 steps = steps_slider(session, MAX_STEPS, **narrow)
             info = (
-                "At n, spends the network calls of n images on one: samples candidates and returns "
+                "At n, samples several candidates with the network calls of n images and returns "
                 "the one that the model finds likeliest. 1 is off."
             )
             label = "Search budget"
@@ -207,7 +207,7 @@ def create_tab(endpoints: Endpoints, session: InferenceSession, checkpoint: gr.S
                 1, MAX_SEARCH_BUDGET, value=1, step=1, label=label, info=info, elem_id="budget"
             )
             with gr.Row():
-                info = "Image n uses seed + n - 1."
+                info = "Image 2 uses seed + 1, and so on."
                 seed = gr.Number(0, label="Seed", info=info, elem_id="seed", **narrow)
                 info = "Use a new seed every time, and show it."
                 randomise = gr.Checkbox(True, label="Randomise", info=info, **narrow)
@@ -218,7 +218,7 @@ def create_tab(endpoints: Endpoints, session: InferenceSession, checkpoint: gr.S
                 negative = prompt_box("", label="Negative prompt", info=info)
                 with gr.Row():
                     low = gr.Slider(**unit, value=0, label="Guidance from noise level", **narrow)
-                    high = gr.Slider(**unit, value=1, label="to noise level", **narrow)
+                    high = gr.Slider(**unit, value=1, label="Guidance to noise level", **narrow)
                 denoiser = denoiser_radio()
                 label = "Restore the settings of a PNG"
                 png = gr.File(label=label, file_types=[".png"], height=100, elem_id="restore")
