@@ -342,18 +342,18 @@ def test_a_page_follows_a_run_in_progress(whole, tmp_path):
     shutil.copytree(whole[0], run, ignore=shutil.ignore_patterns("pipeline"))
     shelf = ModelStore(run)
     assert shelf.follows and shelf.steps() == [2, 4, 6]
-    assert shelf.studio().name == "run at step 6" and shelf.studio(3).name in (
+    assert shelf.session().name == "run at step 6" and shelf.session(3).name in (
         "run at step 2",
         "run at step 4",
     )
     assert not same(
-        shelf.studio(2).network.unet.state_dict(), shelf.studio().network.unet.state_dict()
+        shelf.session(2).trained.unet.state_dict(), shelf.session().trained.unet.state_dict()
     )
     shutil.rmtree(run / "checkpoints" / "6")
-    assert shelf.studio().name == "run at step 4"
+    assert shelf.session().name == "run at step 4"
     (run / "checkpoints" / "2" / "unet" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="cannot be used: .*config.json is not what was written"):
-        ModelStore(run).studio(2)
+        ModelStore(run).session(2)
 
 
 def test_a_page_follows_a_run_that_is_trained_on(whole, tmp_path):
