@@ -1,19 +1,25 @@
-"""What a training step needs: the pictures and their captions' states, read once, and the models that go with them."""
+"""What the loop trains on and with: the data of a run, its frozen models and its network."""
 
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
 
 from pipeline import randomness
-from pipeline.config import Config, ConfigError, zero_snr_problems
+from pipeline.config import Config, ConfigError, ModelConfig, zero_snr_problems
 from pipeline.data.caption_cache import CaptionCache, encode_captions
 from pipeline.data.dataset import CaptionedImages, load_splits
 from pipeline.data.image_ops import as_float
 from pipeline.data.latent_cache import LatentCache, cache_latents
 from pipeline.data.sampler import batch_indices
-from pipeline.data.streaming import Stream
+from pipeline.data.streaming import Stream, StreamBatch
+from pipeline.diffusion.captions import CaptionWhitening
 from pipeline.diffusion.losses import training_loss
 from pipeline.diffusion.patches import PatchAutoencoder
 from pipeline.diffusion.scheduler import DDPMScheduler
@@ -22,28 +28,88 @@ from pipeline.models.build import build_pipeline, build_unet, prepare_for_traini
 from pipeline.models.loading import load_pipeline
 from pipeline.models.lora import add_adapter, load_adapter_weights, save_adapter
 from pipeline.models.text_encoders import fit_whitening, load_text_encoder, load_whitening
-from pipeline.randomness import caption_choice, flips
+
+
+class Batch(NamedTuple):
+    """The examples at some slots of the global batch of a step."""
+
+    step: int
+    slots: Tensor  # (B,)
+    x_0: Tensor  # (B, c, h, w)
+    captions: Tensor  # (B, L, D)
+
+
+class Text(NamedTuple):
+    """What reads captions: a tokenizer, a frozen encoder, and the number of tokens it reads."""
+
+    tokenizer: Callable
+    encoder: nn.Module
+    length: int
 
 
 @dataclass
 class TrainingTask:
-    """What a step needs: the images with their caption states, and the models."""
+    """The images and caption states that a run reads, and the pipeline whose network it trains."""
 
-    images: CaptionedImages  # of a stream its first rows
-    held_out: CaptionedImages | None
-    states: torch.Tensor  # (M, L, D) on the CPU, one row a caption of the training split
-    held_states: torch.Tensor | None  # on the CPU
-    empty: torch.Tensor  # (1, L, D) where the network is, the empty caption
+    config: Config
     pipe: TextToImagePipeline
-    latents: (
-        LatentCache | None
-    )  # of the training split, where an autoencoder is worth asking only once
-    encode: CaptionCache  # of a stream's captions
+    images: CaptionedImages  # the first rows, if the data is a stream
+    held_out: CaptionedImages | None
+    caption_states: Tensor  # (M, L, D) on the CPU, one row a caption of the training split
+    held_out_states: Tensor | None  # (M, L, D) on the CPU
+    empty_caption: Tensor  # (1, L, D) on the network's device
+    latents: LatentCache | None  # of the training split, if the autoencoder is learned
+    caption_cache: CaptionCache  # encodes a stream's captions
     stream: Stream | None = None
+
+    @classmethod
+    def build(
+        cls,
+        config: Config,
+        device: torch.device,
+        checkpoint: Path | None = None,
+        retry_failed: bool = False,
+    ) -> "TrainingTask":
+        """Load or build the models, read the data and encode its captions; quick checks come first.
+
+        retry_failed: try images again that could not be read when they were prepared. Raises
+        ConfigError and DataError.
+        """
+        check_adapter_scheduler(config, checkpoint)
+        base = load_base_pipeline(config.model.pretrained, config.data.resolution)
+        text = build_text(config, base)
+        if config.train.method == "lora":
+            torch.manual_seed(config.seed)  # the adapter's initial weights
+            add_adapter(base.unet, config.lora)
+        images, held_out = load_splits(config.data, retry_failed)
+        images = images.with_caption_lengths(text.tokenizer, text.length)
+
+        def encode(captions: list[str]) -> Tensor:
+            return encode_captions(captions, *text, config.data.cache, device)
+
+        states = encode(images.all_captions)
+        whitening = build_whitening(config.model, states, base, checkpoint)
+        whiten = whitening.whiten_ if whitening else nn.Identity()
+        held_out_states = whiten(encode(held_out.all_captions)) if held_out else None
+        states = whiten(states)
+        empty = whiten(encode([""]))
+        torch.manual_seed(config.seed)  # the network's initial weights
+        network = build_network(config, empty.shape[-1], base, checkpoint)
+        prepare_for_training(network, device)
+        pipe = build_pipeline(config, network, text.tokenizer, text.encoder, whitening, base)
+        pipe.to(device)
+        problems = zero_snr_problems(pipe.scheduler.config, config.train.weighting)
+        if problems:
+            raise ConfigError(problems[0])
+        latents = None
+        if is_learned_autoencoder(pipe.vae) and not config.data.streaming:
+            latents = cache_latents(images, pipe.vae, config.data.cache, mirrored=config.data.flip)
+        tensors = states, held_out_states, empty.to(device)
+        return cls(config, pipe, images, held_out, *tensors, latents, CaptionCache(*text))
 
     @property
     def unet(self) -> UNet2DConditionModel:
-        """The network that trains."""
+        """The network to train."""
         return self.pipe.unet
 
     @property
@@ -52,75 +118,118 @@ class TrainingTask:
         return self.pipe.scheduler
 
     @property
+    def device(self) -> torch.device:
+        """The network's device."""
+        return self.empty_caption.device
+
+    @property
     def fingerprint(self) -> str | None:
-        """What the pictures and captions are known by; None of a stream, which nobody has read."""
+        """The fingerprint of images and captions; None for a stream, which nobody has read."""
         return None if self.stream is not None else self.images.fingerprint
 
-    def encoded(
+    # ---- the batches of a step
+
+    def micro_batches(self, step: int, accelerator: Accelerator) -> Iterator[Batch]:
+        """Yield this rank's share of a step's global batch, one accumulation step at a time."""
+        train = self.config.train
+        size = train.batch_size // train.accumulation
+        for start in range(0, train.batch_size, size):
+            first = start + accelerator.process_index
+            yield self.get_batch(step, torch.arange(first, start + size, accelerator.num_processes))
+
+    def get_batch(self, step: int, slots: Tensor) -> Batch:
+        """Return the examples at `slots` of the global batch of one step."""
+        flip = torch.zeros(len(slots), dtype=torch.bool)
+        if self.config.data.flip:
+            flip = randomness.flips(self.config.seed, step, slots)
+        if self.stream is not None:
+            x_0, captions = self._read_stream(step, slots, flip)
+        else:
+            rows = self.rows(step, slots)
+            states = self.images.caption_rows(self.config.seed, step, slots, rows)
+            captions = self.caption_states[states]
+            if self.latents is None:
+                x_0 = self.encode_images(self.images, rows, flip)
+            else:
+                z = self._posterior_noise(step, slots, self.latents.shape)
+                x_0 = self.latents.sample(rows, flip, z).to(self.device)
+        return Batch(step, slots, x_0, captions.to(self.device))
+
+    def _read_stream(self, step: int, slots: Tensor, flip: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x_0 and caption states of the stream's next images."""
+        images = self.stream.take(len(slots))
+        counts = [len(captions) for captions in images.alternatives]
+        choices = randomness.caption_choice(self.config.seed, step, slots, counts).tolist()
+        chosen = [texts[i] for texts, i in zip(images.alternatives, choices, strict=True)]
+        states = self.caption_cache(chosen).to(self.device)
+        if self.pipe.whitening is not None:
+            states = self.pipe.whitening(states)
+        z = None
+        if is_learned_autoencoder(self.pipe.vae):
+            side = self.unet.config.sample_size
+            z = self._posterior_noise(step, slots, (self.unet.config.in_channels, side, side))
+        return self.encode_images(images, slice(None), flip, z), states
+
+    def _posterior_noise(self, step: int, slots: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Return the noise of the autoencoder's posterior, (B, *shape)."""
+        return randomness.noise(self.config.seed, step, slots, shape, "posterior")
+
+    def encode_images(
         self,
-        images: CaptionedImages,
-        rows,
-        flip: torch.Tensor | None = None,
-        noise: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Images by row as the network sees them, (B, c, h, w), mirrored where `flip` (B,) says so; noise: as `encode` has it."""
-        pixels = as_float(images.images[rows].to(self.empty.device))
+        images: CaptionedImages | StreamBatch,
+        rows: Tensor | slice,
+        flip: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """Return images by row as the network sees them (B, c, h, w), mirrored if `flip` (B,)."""
+        pixels = as_float(images.images[rows].to(self.device))
         if flip is not None:
-            pixels = torch.where(
-                flip.to(pixels.device)[:, None, None, None], pixels.flip(-1), pixels
-            )
+            mirror = flip.to(pixels.device)[:, None, None, None]
+            pixels = torch.where(mirror, pixels.flip(-1), pixels)
         return self.pipe.encode(pixels, noise)
 
-    def examples(
-        self, config: Config, step: int, slots: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x_0 (B, c, h, w) and caption states (B, L, D) of the examples at `slots` of the global batch of one step."""
-        seed, device = config.seed, self.empty.device
-        flip = flips(seed, step, slots) if config.data.flip else None
-        if self.stream is None:
-            rows = batch_indices(seed, step, config.train.batch_size, len(self.images), slots=slots)
-            states = self.states[self.images.caption_rows(seed, step, slots, rows)].to(device)
-            if self.latents is None:
-                return self.encoded(self.images, rows, flip), states
-            z = randomness.noise(seed, step, slots, self.latents.shape, "posterior")
-            return self.latents.sample(rows, rows < 0 if flip is None else flip, z).to(
-                device
-            ), states
-        batch = self.stream.take(len(slots))
-        choice = caption_choice(
-            seed, step, slots, [len(captions) for captions in batch.alternatives]
-        ).tolist()
-        states = self.encode(
-            [captions[i] for captions, i in zip(batch.alternatives, choice, strict=True)]
-        ).to(device)
-        shape = (self.unet.config.in_channels, *[self.unet.config.sample_size] * 2)
-        z = (
-            randomness.noise(seed, step, slots, shape, "posterior")
-            if is_learned_autoencoder(self.pipe.vae)
-            else None
-        )
-        return self.encoded(
-            batch, slice(None), flip, z
-        ), states if self.pipe.whitening is None else self.pipe.whitening(states)
+    def rows(self, step: int, slots: Tensor | list[int]) -> Tensor:
+        """Return the dataset's rows at `slots` of the global batch of one step, (B,)."""
+        seed, size = self.config.seed, self.config.train.batch_size
+        return batch_indices(seed, step, size, len(self.images), slots=slots)
 
-    def names(self, config: Config, step: int, slots: list[int]) -> list[str]:
-        """What the examples at `slots` of the global batch of one step are called."""
+    def timesteps(self, batch: Batch) -> Tensor:
+        """Return t, (B,) in 0..T-1: stratified over the global batch."""
+        return self._timesteps(batch.step, batch.slots).to(self.device)
+
+    def _timesteps(self, step: int, slots: Tensor | list[int]) -> Tensor:
+        size, T = self.config.train.batch_size, len(self.scheduler)
+        return randomness.timesteps(self.config.seed, step, slots, size, T)
+
+    def noise(self, batch: Batch) -> Tensor:
+        """Return eps, standard normal in the shape of x_0."""
+        shape = batch.x_0.shape[1:]
+        return randomness.noise(self.config.seed, batch.step, batch.slots, shape).to(self.device)
+
+    def keep_captions(self, batch: Batch) -> Tensor:
+        """Return which examples keep their caption, (B, 1, 1) bool, for equation (14)."""
+        dropout = self.config.data.caption_dropout
+        keep = randomness.keep_caption(self.config.seed, batch.step, batch.slots, dropout)
+        return keep[:, None, None].to(self.device)
+
+    def loss(self, prediction: Tensor, batch: Batch, eps: Tensor, t: Tensor) -> Tensor:
+        """Return the configured loss (13) of each example, (B,)."""
+        weighting, gamma = self.config.train.weighting, self.config.train.gamma
+        return training_loss(self.scheduler, prediction, batch.x_0, eps, t, weighting, gamma)
+
+    def describe_examples(self, step: int, slots: list[int]) -> list[str]:
+        """Return the file and the timestep of each example at `slots`, for messages."""
         if self.stream is not None:
-            return [f"the batch's image {slot}" for slot in slots]
-        rows = batch_indices(
-            config.seed, step, config.train.batch_size, len(self.images), slots=slots
-        ).tolist()
-        return [self.images.metadata[row].get("file_name", f"row {row}") for row in rows]
+            names = [f"the batch's image {slot}" for slot in slots]
+        else:
+            rows = self.rows(step, slots).tolist()
+            names = [self.images.metadata[row].get("file_name", f"row {row}") for row in rows]
+        t = self._timesteps(step, slots).tolist()
+        return [f"{name} at t = {k}" for name, k in zip(names, t, strict=True)]
 
-    def loss(self, config: Config, output, x_0, eps, t) -> torch.Tensor:
-        """The configured loss of a batch, one value each (B,)."""
-        return training_loss(
-            self.scheduler, output, x_0, eps, t, config.train.weighting, config.train.gamma
-        )
-
-    def save(self, config: Config, folder: Path) -> None:
-        """Write the trained weights to a checkpoint's folder, where `prepare` finds them."""
-        if config.train.method == "lora":
+    def save(self, folder: Path) -> None:
+        """Write the trained weights to a checkpoint's folder, where `build` finds them."""
+        if self.config.train.method == "lora":
             save_adapter(self.unet, folder / "lora")
             return
         self.unet.save_pretrained(folder / "unet", safe_serialization=True)
@@ -128,115 +237,108 @@ class TrainingTask:
             self.pipe.whitening.save_pretrained(folder / "whitening", safe_serialization=True)
 
 
-def build_task(
-    config: Config, checkpoint: Path | None, device: torch.device, again: bool = False
-) -> TrainingTask:
-    """Load or build the models, read the data, encode its captions: what may be misspelt is looked for before what takes long.
+def predict(network: nn.Module, x_t: Tensor, t: Tensor, captions: Tensor) -> Tensor:
+    """Return the network's output (B, c, h, w) in float32."""
+    x_t = x_t.to(memory_format=torch.channels_last)
+    return network(x_t, t, encoder_hidden_states=captions, return_dict=False)[0].float()
 
-    again: whether pictures that could not be read are tried anew.
-    """
-    noise = [
+
+def check_adapter_scheduler(config: Config, checkpoint: Path | None) -> None:
+    """Raise ConfigError for a new adapter with scheduler settings: its base model has its own."""
+    changed = [
         f"diffusion.{name}" for name, value in vars(config.diffusion).items() if value is not None
     ]
-    if config.train.method == "lora" and noise and checkpoint is None:
+    if config.train.method == "lora" and changed and checkpoint is None:
         raise ConfigError(
-            f"an adapter is drawn with its model's own noise process: leave {', '.join(noise)} out"
+            f"A LoRA adapter uses the scheduler of its base model. Remove {', '.join(changed)}."
         )
-    base = None if config.model.pretrained is None else load_base_pipeline(config)
-    tokenizer, encoder = (
-        (base.tokenizer, base.text_encoder)
-        if base
-        else load_text_encoder(config.model.text_encoder)
-    )
-    length = (
-        (base.config.caption_length or tokenizer.model_max_length)
-        if base
-        else config.data.caption_length
-    )
-    if length > (limit := getattr(encoder.config, "max_position_embeddings", None) or length):
-        where = (
-            "data.caption_length"
-            if base is None
-            else f"the tokenizer's model_max_length of {config.model.pretrained}"
-        )
-        raise ConfigError(
-            f"{where} must be at most {limit}, the text encoder's positions, got {length}"
-        )
-    if config.train.method == "lora":
-        torch.manual_seed(config.seed)  # the adapter's first weights
-        add_adapter(base.unet, config.lora)
-    images, held_out = load_splits(config.data, again)
-    images = images.with_caption_lengths(tokenizer, length)
-    encode = lambda captions: encode_captions(
-        captions, tokenizer, encoder, length, config.data.cache, device
-    )
-    states = encode(images.all_captions)
-    whitening = load_whitening(checkpoint) if checkpoint else None
-    if whitening is None:
-        whitening = base.whitening if base else fit_whitening(config.model, states)
-    white = whitening.whiten_ if whitening else lambda raw: raw
-    held = white(encode(held_out.all_captions)) if held_out else None
-    states, empty = white(states), white(encode([""]))
-    torch.manual_seed(config.seed)  # the network's first weights
-    unet = (
-        base.unet if base else build_unet(config, empty.shape[-1]) if checkpoint is None else None
-    )
-    if config.train.method == "lora" and checkpoint:
-        load_adapter_weights(unet, checkpoint / "lora")
-    elif checkpoint:
-        unet = UNet2DConditionModel.from_pretrained(checkpoint / "unet", use_safetensors=True)
-    if config.train.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    pipe = build_pipeline(
-        config, prepare_for_training(unet, device), tokenizer, encoder, whitening, base
-    ).to(device)
-    if found := zero_snr_problems(pipe.scheduler.config, config.train.weighting):
-        raise ConfigError(found[0])
-    keep = is_learned_autoencoder(pipe.vae) and not config.data.streaming
-    kept = (
-        cache_latents(images, pipe.vae, config.data.cache, mirrored=config.data.flip)
-        if keep
-        else None
-    )
-    return TrainingTask(
-        images,
-        held_out,
-        states,
-        held,
-        empty.to(device),
-        pipe,
-        kept,
-        CaptionCache(tokenizer, encoder, length),
-    )
 
 
-def is_learned_autoencoder(vae: torch.nn.Module | None) -> bool:
-    """Whether an autoencoder is a network, which is worth asking only once an image, and says a distribution of it."""
-    return vae is not None and not isinstance(vae, PatchAutoencoder)
+def load_base_pipeline(model: str | None, resolution: int) -> TextToImagePipeline | None:
+    """Return the pipeline to fine-tune, set to a resolution; None for a new model.
 
-
-def load_base_pipeline(config: Config) -> TextToImagePipeline:
-    """The pipeline that a fine-tune goes on from, set to the data's resolution; ConfigError where it cannot be used."""
+    Raises ConfigError if it cannot be used.
+    """
+    if model is None:
+        return None
     try:
-        pipe = load_pipeline(config.model.pretrained)
+        pipe = load_pipeline(model)
     except ValueError as error:
         raise ConfigError(f"model.pretrained: {error}") from error
     if getattr(pipe.unet, "peft_config", None):
+        raise ConfigError(f"model.pretrained {model} is an adapter. Give the model that it adapts.")
+    missing = [name for name in ("tokenizer", "text_encoder") if getattr(pipe, name) is None]
+    if missing:
         raise ConfigError(
-            f"model.pretrained must be a whole model, got {config.model.pretrained}, which is an adapter: give the "
-            "model that it adapts"
+            f"model.pretrained {model} has no {' and no '.join(missing)}. Save it with them."
         )
-    if missing := [name for name in ("tokenizer", "text_encoder") if getattr(pipe, name) is None]:
-        raise ConfigError(
-            f"model.pretrained must have what reads captions, got {config.model.pretrained} without "
-            f"{' and '.join(missing)}: save it with them"
-        )
-    side, rest = divmod(config.data.resolution, pipe.vae_scale_factor)
+    side, rest = divmod(resolution, pipe.vae_scale_factor)
     halvings = 2 ** (len(pipe.unet.config.block_out_channels) - 1)
     if rest or side % halvings:
+        divisor = pipe.vae_scale_factor * halvings
         raise ConfigError(
-            f"data.resolution must be a multiple of {pipe.vae_scale_factor * halvings} for "
-            f"{config.model.pretrained}, got {config.data.resolution}"
+            f"data.resolution must be a multiple of {divisor} for {model}, got {resolution}."
         )
     pipe.unet.register_to_config(sample_size=side)
     return pipe
+
+
+def build_text(config: Config, base: TextToImagePipeline | None) -> Text:
+    """Return the configured text encoder or the base model's, once it reads enough tokens."""
+    if base is None:
+        tokenizer, encoder = load_text_encoder(config.model.text_encoder)
+        length, setting = config.data.caption_length, "data.caption_length"
+    else:
+        tokenizer, encoder = base.tokenizer, base.text_encoder
+        length = base.config.caption_length or tokenizer.model_max_length
+        setting = f"the tokenizer's model_max_length of {config.model.pretrained}"
+    limit = getattr(encoder.config, "max_position_embeddings", None)
+    if limit and length > limit:
+        raise ConfigError(
+            f"{setting} must be at most {limit}, the text encoder's limit, got {length}."
+        )
+    return Text(tokenizer, encoder, length)
+
+
+def build_whitening(
+    model: ModelConfig, states: Tensor, base: TextToImagePipeline | None, checkpoint: Path | None
+) -> CaptionWhitening | None:
+    """Return the whitening of caption states: the checkpoint's, the base model's or a new one."""
+    saved = load_whitening(checkpoint) if checkpoint else None
+    if saved is not None:
+        return saved
+    return base.whitening if base else fit_whitening(model, states)
+
+
+def build_network(
+    config: Config, caption_width: int, base: TextToImagePipeline | None, checkpoint: Path | None
+) -> UNet2DConditionModel:
+    """Return the network to train: the checkpoint's, the base model's or a new one.
+
+    New weights come from torch's global generator.
+    """
+    if checkpoint is None:
+        network = base.unet if base else build_unet(config, caption_width)
+    elif config.train.method == "lora":
+        network = base.unet
+        load_adapter_weights(network, checkpoint / "lora")
+    else:
+        network = UNet2DConditionModel.from_pretrained(checkpoint / "unet", use_safetensors=True)
+    if config.train.gradient_checkpointing:
+        network.enable_gradient_checkpointing()
+    return network
+
+
+def is_learned_autoencoder(vae: nn.Module | None) -> bool:
+    """Return whether an autoencoder is a network, whose latents are worth caching."""
+    return vae is not None and not isinstance(vae, PatchAutoencoder)
+
+
+def open_stream(
+    config: Config, accelerator: Accelerator
+) -> contextlib.AbstractContextManager[Stream | None]:
+    """Open this rank's part of a streamed training split; None for data prepared beforehand."""
+    if not config.data.streaming:
+        return contextlib.nullcontext()
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    return contextlib.closing(Stream(config.data, config.seed, rank, world_size))

@@ -1,70 +1,82 @@
-"""What `report_to` names beside metrics.jsonl: accelerate's trackers, none of which may end a training."""
+"""Report to accelerate's trackers (`report_to`), none of which may end a training."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker, get_available_trackers
+from accelerate.utils import LoggerType
 from PIL import Image
 from tqdm.auto import tqdm
 
-from pipeline.config import Config, flatten
+from pipeline.config import Config, ConfigError, flatten
 from pipeline.data.sources.rows import one_line
 from pipeline.runs.stop_signals import Stopped
 
+IMAGE_TRACKERS = ("tensorboard", "wandb", "swanlab")  # their log_images takes a batch of arrays
+
+
+def check_tracker(name: str | None) -> None:
+    """Raise ConfigError for a tracker that accelerate does not know or that is not installed."""
+    known = [str(tracker.value) for tracker in LoggerType if tracker != LoggerType.ALL]
+    if name and name not in known:
+        raise ConfigError(f"report_to must be one of {', '.join(known)}, got {name!r}.")
+    if name and name not in [str(tracker.value) for tracker in get_available_trackers()]:
+        raise ConfigError(f"report_to {name!r} is not installed: pip install {name}")
+
 
 class Trackers:
-    """What `report_to` names; one that fails once, on its network say, is told and left, and training goes on."""
-
-    PICTURES = ("tensorboard", "wandb", "swanlab")  # those whose log_images takes a batch of them
+    """The trackers of a run. The first failure is printed and ends reporting, not training."""
 
     def __init__(self, accelerator: Accelerator, config: Config):
-        self.accelerator, self.open = accelerator, config.report_to is not None
-        self.ask(lambda: accelerator.init_trackers(config.name, config=tracked_settings(config)))
+        self.accelerator = accelerator
+        self.open = config.report_to is not None
+        self._try(lambda: accelerator.init_trackers(config.name, config=tracked_settings(config)))
 
-    def ask(self, request) -> None:
-        """Do something with the trackers, if there are any."""
+    def _try(self, action: Callable[[], object]) -> None:
+        if not self.open:
+            return
         try:
-            if self.open:
-                request()
-        except Exception as error:  # every tracker has errors of its own
+            action()
+        except Exception as error:  # every tracker has its own exceptions
             self.open = False
-            tqdm.write(
-                f"report_to has failed ({type(error).__name__}: {one_line(error)}): training goes on without"
-            )
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            tqdm.write(f"report_to failed ({reason}). Training continues without it.")
 
     def log(self, step: int, record: dict) -> None:
-        """Send a record's numbers, those by timestep under a name each."""
+        """Send a record's numbers; nested names are joined by a slash."""
         flat = {name.replace(".", "/"): value for name, value in flatten(record).items()}
-        self.ask(lambda: self.accelerator.log(flat, step=step))
+        self._try(lambda: self.accelerator.log(flat, step=step))
 
-    def show(self, step: int, path: Path) -> None:
-        """Send a picture of samples, where there is one and the tracker takes pictures."""
+    def log_image(self, step: int, path: Path) -> None:
+        """Send an image of samples, if it was written, to the trackers that take images."""
+        if not path.is_file():
+            return
 
-        def pictured(tracker):
+        def send(tracker: GeneralTracker) -> None:
             pixels = np.asarray(Image.open(path).convert("RGB"))[None]
-            more = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({"samples": pixels}, step=step, **more)
+            options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"samples": pixels}, step=step, **options)
 
-        for tracker in self.accelerator.trackers if path.is_file() else ():
-            if tracker.name in self.PICTURES:
-                self.ask(lambda tracker=tracker: pictured(tracker))
+        for tracker in self.accelerator.trackers:
+            if tracker.name in IMAGE_TRACKERS:
+                self._try(lambda tracker=tracker: send(tracker))
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, *_):
-        """Where training ends or is stopped, have them send what they still hold, and the processes part."""
+        """Flush the trackers and leave the process group when training ends or is stopped."""
         if kind is not None and not issubclass(kind, Stopped):
             return
         for tracker in self.accelerator.trackers:
-            self.ask(tracker.finish)
+            self._try(tracker.finish)
         self.accelerator.state.destroy_process_group()
 
 
 def tracked_settings(config: Config) -> dict:
-    """Every setting but the token by its dotted name, as numbers and text: all that TensorBoard's table of them takes."""
+    """Return all settings but the token by dotted name, as numbers and texts for TensorBoard."""
+    plain = (bool, int, float, str)
     flat = flatten(config.to_dict())
-    return {
-        name: value if isinstance(value, bool | int | float | str) else str(value)
-        for name, value in flat.items()
-    }
+    return {name: value if isinstance(value, plain) else str(value) for name, value in flat.items()}
