@@ -7,6 +7,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 # Gradio and diffusers read these when they are imported.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -28,7 +29,7 @@ from pipeline.serving.requests import (
     MAX_SEARCH_BUDGET,
     MAX_SEED,
     MAX_STEPS_PER_REQUEST,
-    parse_number,
+    parse_integer,
 )
 from pipeline.serving.server import require_free_address, serve
 from pipeline.serving.session import STRIP_COLUMNS, SWEEP_WS, InferenceSession
@@ -42,11 +43,19 @@ MAX_STEPS = 250
 MAX_DATASET_CAPTIONS = 1000  # held-out captions in the list of images
 QUEUE_SIZE = 20  # later requests are answered with "Queue is full"
 # Events of the browser alone.
-PRIVATE = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+PRIVATE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 # Model calls run one at a time. Their values are validated by the endpoints, not by the components.
-MODEL_CALL = {"preprocess": False, "concurrency_id": "model", "concurrency_limit": 1}
-GALLERY = {"show_label": False, "format": "png", "buttons": ["download", "fullscreen"]}
-PLOT = {"show_label": False, "format": "png"}
+MODEL_CALL: dict[str, Any] = {
+    "preprocess": False,
+    "concurrency_id": "model",
+    "concurrency_limit": 1,
+}
+GALLERY: dict[str, Any] = {
+    "show_label": False,
+    "format": "png",
+    "buttons": ["download", "fullscreen"],
+}
+PLOT: dict[str, Any] = {"show_label": False, "format": "png"}
 GUIDANCE_FORMULA = "(1 + w) ε(c) - w ε(∅), equation (17)"
 
 
@@ -55,7 +64,7 @@ def build_demo(store: ModelStore) -> gr.Blocks:
     session = store.session()
     endpoints = Endpoints(store)
     with gr.Blocks(title=f"Direct Jump · {store.name}", analytics_enabled=False) as demo:
-        about = f"Text-to-image diffusion from the equations. {describe_model(session)}"
+        about = f"Text-to-image diffusion from the equations. {describe_model(store, session)}"
         gr.Markdown(f"# Direct Jump\n{about}", elem_id="title")
         checkpoint = checkpoint_slider(store, demo)
         with gr.Tab("Create"):
@@ -73,14 +82,14 @@ def build_demo(store: ModelStore) -> gr.Blocks:
 # ---- shared components
 
 
-def describe_model(session: InferenceSession) -> str:
+def describe_model(store: ModelStore, session: InferenceSession) -> str:
     """Return a sentence about the model in use."""
     if session.trained is None:
         return (
             "**There is no trained model yet**, so the exact denoiser of the embedded emoji "
             "answers. It only knows their captions. `make train` trains a model in minutes."
         )
-    return f"Model: `{inline_code(session.name)}`."
+    return f"Model: `{inline_code(store.name)}`."
 
 
 def default_caption(session: InferenceSession) -> str:
@@ -89,15 +98,22 @@ def default_caption(session: InferenceSession) -> str:
     return next((example for example in EXAMPLES if example in known), known[0])
 
 
-def prompt_box(value: str, label: str = "Prompt", **options: object) -> gr.Textbox:
+def prompt_box(value: str, label: str = "Prompt", **options: Any) -> gr.Textbox:
     """Return a prompt field."""
     return gr.Textbox(value, label=label, max_length=MAX_PROMPT_CHARACTERS, **options)
 
 
-def steps_slider(session: InferenceSession, most: int, **options: object) -> gr.Slider:
+def slider(
+    low: float, high: float, value: float, step: float, label: str, **options: Any
+) -> gr.Slider:
+    """Return a slider from low to high."""
+    return gr.Slider(low, high, value=value, step=step, label=label, **options)
+
+
+def steps_slider(session: InferenceSession, most: int, **options: Any) -> gr.Slider:
     """Return a slider of denoising steps, with at most the model's timesteps."""
     most = min(most, session.T)
-    return gr.Slider(1, most, value=min(50, most), step=1, label="Steps", **options)
+    return slider(1, most, min(50, most), 1, "Steps", **options)
 
 
 def denoiser_radio() -> gr.Radio:
@@ -149,9 +165,9 @@ def checkpoint_slider(store: ModelStore, demo: gr.Blocks) -> gr.Slider:
     """Return the slider of a running training's checkpoints, hidden if there is one model."""
     steps = store.steps()
     with gr.Group(visible=store.follows):
-        text = {"label": "Checkpoint (step)", "info": "The nearest saved checkpoint is used."}
-        newest_step = max(steps, default=0)
-        slider = gr.Slider(*slider_range(steps), value=newest_step, step=1, **text)
+        info = "The nearest saved checkpoint is used."
+        first, last = slider_range(steps)
+        checkpoint = slider(first, last, max(steps, default=0), 1, "Checkpoint (step)", info=info)
         newest = gr.Checkbox(True, label="Follow the newest")
 
     def refresh(value: object, follow: bool) -> gr.Slider:
@@ -161,15 +177,15 @@ def checkpoint_slider(store: ModelStore, demo: gr.Blocks) -> gr.Slider:
             return gr.Slider(minimum=first, maximum=last, value=max(steps, default=0))
         if value is None:  # the visitor has just emptied the number
             return gr.Slider(minimum=first, maximum=last)
-        step = parse_number("checkpoint", value, 0, MAX_SEED, whole=True)
+        step = parse_integer("checkpoint", value, 0, MAX_SEED)
         # Gradio refuses a value outside the range, such as that of a deleted checkpoint.
         return gr.Slider(minimum=first, maximum=last, value=min(max(step, first), last))
 
     if store.follows:
         triggers = [gr.Timer(5).tick, demo.load]
-        inputs = [slider, newest]
-        gr.on(triggers, report_errors(refresh), inputs, slider, preprocess=False, **PRIVATE)
-    return slider
+        inputs = [checkpoint, newest]
+        gr.on(triggers, report_errors(refresh), inputs, checkpoint, preprocess=False, **PRIVATE)
+    return checkpoint
 
 
 def slider_range(steps: list[int]) -> tuple[int, int]:
@@ -184,8 +200,7 @@ def slider_range(steps: list[int]) -> tuple[int, int]:
 
 def create_tab(endpoints: Endpoints, session: InferenceSession, checkpoint: gr.Slider) -> None:
     """Add the tab that generates images."""
-    narrow = {"min_width": 120}
-    unit = {"minimum": 0, "maximum": 1, "step": 0.05}
+    narrow: dict[str, Any] = {"min_width": 120}
     with gr.Row():
         with gr.Column(scale=5, min_width=300):
             prompt = prompt_box("", placeholder="red heart", autofocus=True, elem_id="prompt")
@@ -193,19 +208,16 @@ def create_tab(endpoints: Endpoints, session: InferenceSession, checkpoint: gr.S
             with gr.Row():
                 buttons = start_and_stop("Generate", "generate")
             info = "How closely to follow the prompt. The guidance scale elsewhere is 1 + w."
-            default_w = session.pipe.config.w
-            w = gr.Slider(-1, 10, value=default_w, step=0.25, label="Guidance (w)", info=info)
+            w = slider(-1, 10, session.pipe.config["w"], 0.25, "Guidance (w)", info=info)
             with gr.Row():
-                images = gr.Slider(1, MAX_IMAGES, value=1, step=1, label="Images", **narrow)
+                images = slider(1, MAX_IMAGES, 1, 1, "Images", **narrow)
                 steps = steps_slider(session, MAX_STEPS, **narrow)
             info = (
                 "At n, samples several candidates with the network calls of n images and returns "
                 "the one that the model finds likeliest. 1 is off."
             )
-            label = "Search budget"
-            budget = gr.Slider(
-                1, MAX_SEARCH_BUDGET, value=1, step=1, label=label, info=info, elem_id="budget"
-            )
+            options = {"info": info, "elem_id": "budget"}
+            budget = slider(1, MAX_SEARCH_BUDGET, 1, 1, "Search budget", **options)
             with gr.Row():
                 info = "Image 2 uses seed + 1, and so on."
                 seed = gr.Number(0, label="Seed", info=info, elem_id="seed", **narrow)
@@ -213,12 +225,12 @@ def create_tab(endpoints: Endpoints, session: InferenceSession, checkpoint: gr.S
                 randomise = gr.Checkbox(True, label="Randomise", info=info, **narrow)
             with gr.Accordion("More", open=False):
                 info = "1 is ancestral sampling (16), 0 is DDIM (19)."
-                eta = gr.Slider(**unit, value=1, label="η", info=info)
+                eta = slider(0, 1, 1, 0.05, "η", info=info)
                 info = "What the image should not show."
                 negative = prompt_box("", label="Negative prompt", info=info)
                 with gr.Row():
-                    low = gr.Slider(**unit, value=0, label="Guidance from noise level", **narrow)
-                    high = gr.Slider(**unit, value=1, label="Guidance to noise level", **narrow)
+                    low = slider(0, 1, 0, 0.05, "Guidance from noise level", **narrow)
+                    high = slider(0, 1, 1, 0.05, "Guidance to noise level", **narrow)
                 denoiser = denoiser_radio()
                 label = "Restore the settings of a PNG"
                 png = gr.File(label=label, file_types=[".png"], height=100, elem_id="restore")
@@ -299,11 +311,10 @@ def walk_tab(endpoints: Endpoints, session: InferenceSession, checkpoint: gr.Sli
         "exact denoiser it has memorised. Where it differs it generalises."
     )
     with gr.Row():
-        wide = {"scale": 3, "min_width": 200}
+        wide: dict[str, Any] = {"scale": 3, "min_width": 200}
         value = default_caption(session)
         picture = gr.Dropdown(captions, value=value, label="Image of the dataset", **wide)
-        start = max(session.T // 4, 1)
-        t = gr.Slider(1, session.T, value=start, step=1, label="t", **wide)
+        t = slider(1, session.T, max(session.T // 4, 1), 1, "t", **wide)
         seed = gr.Number(0, label="Seed", scale=1, min_width=100)
     tell = gr.Checkbox(False, label="Give the denoisers the caption")
     with gr.Accordion("Or an image of your own", open=False):
@@ -319,10 +330,9 @@ def walk_tab(endpoints: Endpoints, session: InferenceSession, checkpoint: gr.Sli
     )
     with gr.Row():
         prompt = prompt_box(default_caption(session), scale=3, min_width=200)
-        default_w = session.pipe.config.w
-        w = gr.Slider(-1, 10, value=default_w, step=0.25, label="w", scale=2, min_width=140)
+        w = slider(-1, 10, session.pipe.config["w"], 0.25, "w", scale=2, min_width=140)
         steps = steps_slider(session, MAX_STEPS, scale=2, min_width=140)
-        eta = gr.Slider(0, 1, value=1, step=0.05, label="η", scale=1, min_width=160)
+        eta = slider(0, 1, 1, 0.05, "η", scale=1, min_width=160)
     denoiser = denoiser_radio()
     with gr.Row():
         buttons = start_and_stop("Denoise", "walk")
@@ -353,17 +363,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="direct-jump app", description="Serve the demo of a model.", allow_abbrev=False
     )
-    parser.add_argument(
-        "--model",
-        help="a run, a saved pipeline, or user/name[@revision] on the Hub "
-        "(default: the newest run, else pretrained/emoji, else the exact denoiser)",
-    )
+    add = parser.add_argument
+    default = "the newest run, else pretrained/emoji, else the exact denoiser"
+    model = "a run, a saved pipeline, or user/name[@revision] on the Hub"
+    add("--model", help=f"{model} (default: {default})")
     # A Space sets GRADIO_SERVER_NAME.
     host = os.environ.get("GRADIO_SERVER_NAME") or "127.0.0.1"
-    help_text = "0.0.0.0 lets other machines connect (default: 127.0.0.1)"
-    parser.add_argument("--host", default=host, help=help_text)
-    parser.add_argument("--port", type=int, help="default: 7860, or the next free port")
-    parser.add_argument("--device", help="cpu or cuda (default: the fastest)")
+    add("--host", default=host, help="0.0.0.0 lets other machines connect (default: %(default)s)")
+    add("--port", type=int, help="default: 7860, or the next free port")
+    add("--device", help="cpu or cuda (default: the fastest)")
     args = parser.parse_args(argv)
 
     def run() -> None:

@@ -1,4 +1,4 @@
-"""`python benchmarks/screenshots.py`: the README's screenshots of the demo, by a headless Chromium."""
+"""`python benchmarks/screenshots.py`: the screenshots of the demo in docs/figures."""
 
 import shutil
 import sys

@@ -68,7 +68,7 @@ def png_settings(pipe: "TextToImagePipeline", model: str, args: argparse.Namespa
     request = Request(
         prompt=args.prompt,
         negative_prompt=args.negative,
-        w=pipe.config.w if args.w is None else args.w,
+        w=pipe.config["w"] if args.w is None else args.w,
         steps=args.steps,
         eta=1.0 if args.eta is None else args.eta,
         seed=args.seed,
@@ -115,7 +115,8 @@ def generate(args: argparse.Namespace) -> None:
             seed=args.seed + start,
             num_inference_steps=args.steps,
             num_images_per_prompt=len(batch),
-        ).images
+            return_dict=False,
+        )[0]
         for i, (image, file) in enumerate(zip(images, batch, strict=True), start):
             save_image(image, file, settings and settings | {"seed": args.seed + i})
             print(file, flush=True)

@@ -14,7 +14,7 @@ from pipeline.serving.errors import report_errors
 from pipeline.serving.model_store import ModelStore
 from pipeline.serving.plots import plot_search
 from pipeline.serving.png_metadata import read_png, same_model
-from pipeline.serving.requests import MAX_SEED, Request, parse_number, parse_text
+from pipeline.serving.requests import MAX_SEED, Request, parse_integer, parse_text
 from pipeline.serving.session import SWEEP_WS, Frame, load_uploaded_image
 
 
@@ -105,8 +105,8 @@ class Endpoints:
         caption to the denoisers.
         """
         session = self.store.session(checkpoint)
-        t = parse_number("t", t, 1, session.T, whole=True)
-        seed = parse_number("seed", seed, 0, MAX_SEED, whole=True)
+        t = parse_integer("t", t, 1, session.T)
+        seed = parse_integer("seed", seed, 0, MAX_SEED)
         caption = parse_text("picture", picture)
         if upload:
             x_0 = load_uploaded_image(upload["path"], session.data.resolution)

@@ -18,7 +18,7 @@ from pipeline.models.build import build_scheduler
 from pipeline.models.loading import load_checkpoint, load_pipeline
 from pipeline.models.trusted import download_model, parse_repo_id
 from pipeline.runs.folder import MODEL_INDEX, SHARED_CONFIG_FILE, RunFolder
-from pipeline.serving.requests import MAX_SEED, parse_number
+from pipeline.serving.requests import MAX_SEED, parse_integer
 from pipeline.serving.session import InferenceSession
 
 FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
@@ -72,7 +72,7 @@ class ModelStore:
             return self._cached_session(None)
         wanted = MAX_SEED
         if step is not None:
-            wanted = parse_number("checkpoint", step, 0, MAX_SEED, whole=True)
+            wanted = parse_integer("checkpoint", step, 0, MAX_SEED)
         corrupt = None
         reason = f"{self.name} has no checkpoint any more."
         for _ in range(2):  # training may delete a checkpoint while it is read
@@ -99,7 +99,7 @@ class ModelStore:
     def _load(self, step: int | None) -> InferenceSession:
         if self.model is None:
             return InferenceSession(None, self.name, DataConfig())
-        if step is not None:
+        if self.run is not None and step is not None:
             pipe = load_checkpoint(self.run, step).to(self.device)
             data = load_file(self.run.config).data
             return InferenceSession(pipe, f"{self.name} at step {step}", data)
@@ -108,11 +108,11 @@ class ModelStore:
             # The demo shows equations that stock schedulers do not have.
             pipe.register_modules(scheduler=build_scheduler(DiffusionConfig(), pipe.scheduler))
         pipe.set_progress_bar_config(disable=True)
-        return InferenceSession(pipe, self.name, self._dataset_of(pipe))
+        return InferenceSession(pipe, self.name, self._dataset_of(pipe, self.model))
 
-    def _dataset_of(self, pipe: TextToImagePipeline) -> DataConfig:
+    def _dataset_of(self, pipe: TextToImagePipeline, model: Path) -> DataConfig:
         """Return the model's own dataset if it is here, else an embedded one of its resolution."""
-        folders = [self.model] if self.run else [self.model, self.model.parent]
+        folders = [model] if self.run else [model, model.parent]
         for config in (folder / "config.yaml" for folder in folders):
             if config.is_file():
                 data = load_file(config).data
@@ -120,7 +120,7 @@ class ModelStore:
                     return data
         size = pipe.unet.config.sample_size
         height = size if isinstance(size, int) else size[0]
-        source = dataset_of_shared_model(self.model)
+        source = dataset_of_shared_model(model)
         return DataConfig(source=source, resolution=height * pipe.vae_scale_factor)
 
     def card(self) -> str:

@@ -7,7 +7,7 @@ from gradio.processing_utils import encode_plot_to_base64
 from matplotlib.figure import Figure  # pyplot would retain every figure
 
 from pipeline.search.search import SearchState
-from pipeline.serving.requests import parse_number
+from pipeline.serving.requests import parse_integer
 
 INDIGO = "#4f46e5"
 PINK = "#be185d"
@@ -20,16 +20,16 @@ def to_plot_data(figure: Figure) -> PlotData:
         return PlotData(type="matplotlib", plot=encode_plot_to_base64(figure))
 
 
-def plot_schedule(curves: dict[str, list[float]], t: int) -> PlotData:
+def plot_schedule(curves: dict[str, list[float]], t: object) -> PlotData:
     """Plot the schedule's four curves, each of T values, and mark timestep t."""
     T = min(map(len, curves.values()))
-    t = parse_number("t", t, 1, T, whole=True)
+    step = parse_integer("t", t, 1, T)
     figure = Figure(figsize=(11, 2.4), layout="constrained")
     for ax, (name, values) in zip(figure.subplots(1, 4), curves.items(), strict=True):
-        value = values[t - 1]
+        value = values[step - 1]
         ax.plot(range(1, T + 1), values, color=INDIGO)
-        ax.plot([t], [value], "o", color=PINK)
-        ax.set_title(f"{name}\n{value:.3g} at t = {t}", fontsize=10)
+        ax.plot([step], [value], "o", color=PINK)
+        ax.set_title(f"{name}\n{value:.3g} at t = {step}", fontsize=10)
         if name.startswith("SNR"):
             ax.set_yscale("log")
     return to_plot_data(figure)

@@ -22,10 +22,11 @@ def model_identity(name: str, digest: str) -> str:
 
 def same_model(one: str, other: str) -> bool:
     """Return whether two identities have the same weights; without digits, the same name."""
-    found = [re.search(r" \((\w{8})\)$", identity) for identity in (one, other)]
-    if not all(found):
-        return one == other
-    return found[0][1] == found[1][1]
+    pattern = re.compile(r".* \((\w{8})\)")
+    matches = pattern.fullmatch(one), pattern.fullmatch(other)
+    if matches[0] and matches[1]:
+        return matches[0][1] == matches[1][1]
+    return one == other
 
 
 def png_parameters(request: Request, denoiser: str, model: str, image: int = 0) -> dict:

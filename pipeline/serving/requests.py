@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from numbers import Real
+from typing import Any
 
 from pipeline.diffusion.guidance import InputError, Weight, interval
 
@@ -50,7 +50,8 @@ class Request:
             "think": (1, MAX_SEARCH_BUDGET),
         }
         defaults = {field.name: field.default for field in dataclasses.fields(cls)}
-        values, problems = {}, []
+        values: dict[str, Any] = {}
+        problems = []
         for name, value in raw.items():
             try:
                 if name in ranges:
@@ -95,18 +96,21 @@ class Request:
         return self.w if everywhere else interval(self.w, self.low, self.high)
 
 
-def parse_number(
-    name: str, value: object, low: float, high: float, *, whole: bool = False
-) -> float | int:
+def parse_number(name: str, value: Any, low: float, high: float, *, whole: bool = False) -> float:
     """Return a number in [low, high]; InputError for anything else, such as nan or True."""
-    in_range = isinstance(value, Real) and not isinstance(value, bool) and low <= value <= high
-    if not in_range or (whole and value != int(value)):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high or (whole and value % 1):
         kind = "a whole number" if whole else "a number"
         raise InputError(f"{name} must be {kind} from {low} to {high}, got {quoted(value)}.")
     return int(value) if whole else float(value)
 
 
-def parse_text(name: str, value: object) -> str:
+def parse_integer(name: str, value: Any, low: int, high: int) -> int:
+    """Return a whole number in [low, high], which may arrive as a float; InputError otherwise."""
+    return int(parse_number(name, value, low, high, whole=True))
+
+
+def parse_text(name: str, value: Any) -> str:
     """Return a text; InputError if it is too long, not a string or not valid Unicode."""
     if not isinstance(value, str):
         raise InputError(f"{name} must be a text, got {quoted(value)}.")
@@ -119,6 +123,6 @@ def parse_text(name: str, value: object) -> str:
     return value
 
 
-def quoted(value: object) -> str:
+def quoted(value: Any) -> str:
     """Return a short repr of a value for a message."""
     return f"{value!r:.40}"

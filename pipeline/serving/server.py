@@ -1,6 +1,7 @@
 """Start the demo's web server."""
 
 import socket
+from typing import Any
 
 import gradio as gr
 from fastapi.exceptions import RequestValidationError
@@ -14,7 +15,9 @@ MAX_BODY_BYTES = MAX_UPLOAD_BYTES + 100_000
 MAX_SESSIONS = 200
 
 
-def serve(demo: gr.Blocks, host: str = "127.0.0.1", port: int | None = None, **options):  # noqa: ANN003, ANN201
+def serve(
+    demo: gr.Blocks, host: str = "127.0.0.1", port: int | None = None, **options: Any
+) -> tuple:
     """Launch the demo with limits on every request; options and result are those of `launch`."""
     return demo.launch(
         server_name=host,

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import PIL.Image
 import torch
@@ -65,7 +66,7 @@ class Frame:
         return self.step == self.steps if self.search is None else self.search.last
 
 
-def exclusive(generate: Callable[..., Iterator]) -> Callable[..., Iterator]:
+def exclusive(generate: Callable[..., Any]) -> Callable[..., Iterator]:
     """Wrap a generator method of a session so that it holds the session's lock during each step.
 
     Gradio's Stop frees the queue at once, but the interrupted step still runs in its thread. The
@@ -115,6 +116,7 @@ class InferenceSession:
     def exact(self) -> TextToImagePipeline:
         """The pipeline whose network is the exact E[x_0 | x_t] of the training images."""
         pipe = self.trained
+        shared: dict[str, Any]
         if pipe is None:
             tokenizer, encoder = load_text_encoder("minilm")
             scheduler = DDPMScheduler(prediction_type="sample", timestep_spacing="trailing")
@@ -130,7 +132,8 @@ class InferenceSession:
             images = as_float(self.splits[0].images[rows].to(device))
             latents.append(images if pipe is None else pipe.encode(images))
         x_0 = torch.cat(latents)
-        exact = TextToImagePipeline(ExactDenoiser(x_0, scheduler), scheduler, **shared)
+        shared |= {"unet": ExactDenoiser(x_0, scheduler), "scheduler": scheduler}
+        exact = TextToImagePipeline(**shared)
 
         def encode(texts: list[str]) -> Tensor:
             return exact.encode_prompt(texts, do_classifier_free_guidance=False)[0]
@@ -183,7 +186,7 @@ class InferenceSession:
         """Return `describe_tokens` for this model's tokenizer, without a reference to a network."""
         # A tokenizer shared by two threads confuses their padding settings.
         tokenizer = copy.deepcopy(self.pipe.tokenizer)
-        return functools.partial(describe_tokens, tokenizer, self.pipe.config.caption_length)
+        return functools.partial(describe_tokens, tokenizer, self.pipe.config["caption_length"])
 
     # ---- generation
 
@@ -195,32 +198,22 @@ class InferenceSession:
             yield from self._search(pipe, denoiser, request)
             return
         parameters = [self._parameters(request, denoiser, i) for i in range(request.images)]
-        yield from self._sample(
-            pipe,
-            parameters,
-            prompt=request.prompt,
-            w=request.weight,
-            seed=request.seed,
-            num_images_per_prompt=request.images,
-            **_sampling_options(request),
-        )
+        call = denoise_options(request) | {"num_images_per_prompt": request.images}
+        yield from self._sample(pipe, parameters, call)
 
     @exclusive
     def sweep(self, request: Request, denoiser: str = "network") -> Iterator[Frame]:
         """Yield previews and then one image for each w of SWEEP_WS, all from the same noise."""
         pipe = self.select_pipeline(denoiser, request.prompt, request.negative_prompt)
-        requests = [dataclasses.replace(request, w=w, images=1) for w in SWEEP_WS]
-        yield from self._sample(
-            pipe,
-            [self._parameters(each, denoiser) for each in requests],
-            prompt=[request.prompt] * len(SWEEP_WS),
-            w=list(SWEEP_WS),
-            generator=[torch.Generator().manual_seed(request.seed) for _ in SWEEP_WS],
-            **_sampling_options(request),
-        )
+        alone = [dataclasses.replace(request, w=w, images=1) for w in SWEEP_WS]
+        parameters = [self._parameters(each, denoiser) for each in alone]
+        generators = [torch.Generator().manual_seed(request.seed) for _ in SWEEP_WS]
+        call = denoise_options(request) | {"seed": None, "generator": generators}
+        call |= {"prompt": [request.prompt] * len(SWEEP_WS), "w": list(SWEEP_WS)}
+        yield from self._sample(pipe, parameters, call)
 
     def _sample(
-        self, pipe: TextToImagePipeline, parameters: list[str], **call: object
+        self, pipe: TextToImagePipeline, parameters: list[str], call: dict[str, Any]
     ) -> Iterator[Frame]:
         """Yield the frames of one `denoise` call; the last images carry their parameters."""
         steps = pipe.denoise(**call)
@@ -243,17 +236,9 @@ class InferenceSession:
     ) -> Iterator[Frame]:
         """Yield the frames of a search; the last one has the best image and the others."""
         budget = request.think * calls_of_sample(pipe, request.weight, request.steps)
-        options = _sampling_options(request)
-        options["steps"] = options.pop("num_inference_steps")
-        states = search_steps(
-            pipe,
-            request.prompt,
-            budget,
-            VERIFIER,
-            w=request.weight,
-            seed=request.seed,
-            **options,
-        )
+        call = denoise_options(request)
+        call["steps"] = call.pop("num_inference_steps")
+        states = search_steps(pipe, call.pop("prompt"), budget, VERIFIER, **call)
         previewed = 0.0
         for _, state, calls, seconds in timed_steps(states, pipe.unet):
             if not state.last and seconds - previewed < PREVIEW_INTERVAL:
@@ -283,9 +268,7 @@ class InferenceSession:
         pipe = self.select_pipeline(denoiser, request.prompt, request.negative_prompt)
         columns = torch.linspace(1, request.steps, min(STRIP_COLUMNS, request.steps))
         shown = set(columns.round().long().tolist())
-        steps = pipe.denoise(
-            request.prompt, w=request.weight, seed=request.seed, **_sampling_options(request)
-        )
+        steps = pipe.denoise(**denoise_options(request))
         strip = []
         for i, step, _calls, _seconds in timed_steps(steps, pipe.unet):
             if i in shown:
@@ -327,15 +310,12 @@ class InferenceSession:
                 chain = scheduler.add_noise_step(chain, noise(), k)
             panels = {"x_0": z, "(5) direct jump": jump, "(1) chain": chain}
             for denoiser in DENOISERS if self.trained is not None else ("exact",):
-                unknown = denoiser == "exact" and normalize(caption) not in (
-                    *self.known_captions,
-                    "",
-                )
+                known = ["", *self.known_captions]
+                unknown = denoiser == "exact" and normalize(caption) not in known
                 predictor = self.select_pipeline(denoiser)
                 states, _ = predictor.encode_prompt("" if unknown else caption)
-                output = predictor.unet(
-                    jump, t - 1, encoder_hidden_states=states, return_dict=False
-                )[0]
+                call = {"encoder_hidden_states": states, "return_dict": False}
+                output = predictor.unet(jump, t - 1, **call)[0]
                 name = f"(15) x̂_0, {denoiser}" + (", no caption" if unknown else "")
                 panels[name] = scheduler.clip(scheduler.predict_x_0(output, t - 1, jump))
             return {name: to_images(pipe, x)[0] for name, x in panels.items()}
@@ -355,11 +335,15 @@ class InferenceSession:
         return {name: values.flatten().tolist() for name, values in curves.items()}
 
 
-def _sampling_options(request: Request) -> dict:
+def denoise_options(request: Request) -> dict[str, Any]:
+    """Return the arguments of `pipe.denoise` for one image of a request."""
     return {
+        "prompt": request.prompt,
         "negative_prompt": request.negative_prompt or None,
+        "w": request.weight,
         "num_inference_steps": request.steps,
         "eta": request.eta,
+        "seed": request.seed,
     }
 
 
@@ -403,7 +387,8 @@ def timed_steps(
 
 def to_images(pipe: TextToImagePipeline, x: Tensor) -> list[PIL.Image.Image]:
     """Return the decoded images of latents (B, c, h, w)."""
-    return pipe.image_processor.postprocess(pipe.decode(x), output_type="pil")
+    images: Any = pipe.image_processor.postprocess(pipe.decode(x), output_type="pil")
+    return images
 
 
 def load_uploaded_image(path: str | Path, resolution: int) -> Tensor:

@@ -8,20 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from demo_client import (
-    GOOD,
-    call,
-    create,
-    fetch_image,
-    gallery_pixels,
-    pixels,
-    png_with,
-    trigger,
-    upload,
-    web,
-)
+from demo_client import GOOD, call, create, fetch_image, gallery_pixels, trigger, upload, web
 from gradio_client import Client
 from PIL import Image
+from serving_data import pixels, png_with
 
 from pipeline.diffusion.guidance import interval
 from pipeline.search import search
@@ -179,12 +169,12 @@ def test_restore_settings_names_another_model(url, store, is_other):
 def _same_seed_for_all(monkeypatch):
     real = InferenceSession._sample
 
-    def sample(self, pipe, parameters, **call):
+    def sample(self, pipe, parameters, call):
         n = call.pop("num_images_per_prompt")
         seed = call.pop("seed")
         call["prompt"] = [call["prompt"]] * n
         call["generator"] = [torch.Generator().manual_seed(seed) for _ in range(n)]
-        return real(self, pipe, parameters, **call)
+        return real(self, pipe, parameters, call)
 
     monkeypatch.setattr(InferenceSession, "_sample", sample)
 

@@ -1,7 +1,8 @@
 """The demo in a real browser."""
 
 import pytest
-from demo_client import create, png_with, web
+from demo_client import create, web
+from serving_data import png_with
 
 from pipeline.serving.requests import Request
 

@@ -9,17 +9,8 @@ from pathlib import Path
 import gradio as gr
 import httpx
 import pytest
-from demo_client import (
-    GOOD,
-    JSON_HEADERS,
-    call,
-    create,
-    file_data,
-    png_bytes,
-    trigger,
-    upload,
-    web,
-)
+from demo_client import GOOD, JSON_HEADERS, call, create, file_data, trigger, upload, web
+from serving_data import png_bytes
 
 import app
 from pipeline.serving.model_store import ModelStore

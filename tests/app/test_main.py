@@ -1,6 +1,7 @@
 """The demo's command line, and the demo as a process of its own."""
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -39,8 +40,8 @@ def refusal(capsys, *argv):
         (("--port", "0"), "got 0"),
         (("--host", "no such host"), "--host no such host"),
         (("--host", "." * 300), "." * 300),
-        (("--host", "192.0.2.1", "--port", "80"), "--host 192.0.2.1 --port 80 ([Errno 99]"),
-        (("--port", "taken"), "[Errno 98]"),
+        (("--host", "192.0.2.1", "--port", "80"), f"port 80 ([Errno {errno.EADDRNOTAVAIL}]"),
+        (("--port", "taken"), f"[Errno {errno.EADDRINUSE}]"),
     ],
 )
 def test_main_refuses_an_address_before_it_loads_a_model(tmp_path, capsys, argv, words):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from demo_client import pixels
 from PIL import Image
+from serving_data import pixels
 from tiny import tiny_pipeline
 
 from pipeline import TextToImagePipeline
@@ -61,7 +61,7 @@ def difference(path, image):
 
 
 def test_sample_in_a_new_process_gives_the_pipelines_image(run, output):
-    options = "--w 2 --seed 7 --steps 2 --eta 1 --n 1 --device cpu -o".split()
+    options = ["--w", "2", "--seed", "7", "--steps", "2", "--eta", "1", "--device", "cpu", "-o"]
     command = [sys.executable, "-m", "pipeline", "sample", run, "a green cat", *options, output]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -107,7 +107,7 @@ def test_sample_saves_a_batch_before_the_next(output, generate, monkeypatch):
 
 
 def test_sample_stores_what_reproduces_an_image_in_the_demo(run, output, generate):
-    options = "--negative blue --w 2 --eta 0.5 --seed 7 --n 2".split()
+    options = ["--negative", "blue", "--w", "2", "--eta", "0.5", "--seed", "7", "--n", "2"]
     assert generate("red héart", *options) == 0
     path = output.with_stem("cat-1")
     request, denoiser, model = read_png(path, 1000)

@@ -7,9 +7,8 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from demo_client import pixels
 from diffusers import PNDMScheduler
-from serving_data import last
+from serving_data import last, pixels
 from tiny import tiny_pipeline, tiny_text, tiny_unet
 
 import app

@@ -2,8 +2,7 @@
 
 import numpy as np
 import pytest
-from demo_client import pixels
-from serving_data import COLOURS, last
+from serving_data import COLOURS, last, pixels
 
 import app
 from pipeline.diffusion.guidance import InputError

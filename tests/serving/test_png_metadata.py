@@ -8,8 +8,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from demo_client import pixels, png_bytes, png_text
-from serving_data import SEARCH, last
+from serving_data import SEARCH, last, pixels, png_bytes, png_text
 
 from pipeline.diffusion.guidance import InputError
 from pipeline.serving.png_metadata import read_png, same_model

@@ -8,8 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from demo_client import pixels
-from serving_data import COLOURS, SEARCH, last
+from serving_data import COLOURS, SEARCH, last, pixels
 from tiny import tiny_pipeline
 
 from pipeline.diffusion.guidance import InputError, interval

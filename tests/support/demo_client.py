@@ -7,9 +7,8 @@ import re
 from pathlib import Path
 
 import httpx
-import numpy as np
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+from serving_data import pixels
 
 import app
 from pipeline.serving.server import serve
@@ -93,31 +92,6 @@ def fetch_image(entry):
     return Image.open(io.BytesIO(web.get(entry["image"]["url"]).content))
 
 
-def pixels(images):
-    """Return the pixels of images as (N, H, W, 3) integers."""
-    return np.stack([np.asarray(image).astype(int) for image in images])
-
-
 def gallery_pixels(entries):
     """Return the pixels of a gallery."""
     return pixels([fetch_image(entry) for entry in entries])
-
-
-def png_text(info):
-    """Return text chunks for a PNG."""
-    chunks = PngInfo()
-    for key, value in info.items():
-        chunks.add_text(key, value)
-    return chunks
-
-
-def png_bytes(size=(8, 8), kind="PNG", **options):
-    """Return the bytes of a plain image file."""
-    content = io.BytesIO()
-    Image.new("RGB", size, (10, 200, 30)).save(content, kind, **options)
-    return content.getvalue()
-
-
-def png_with(parameters):
-    """Return the bytes of a PNG with generation parameters."""
-    return png_bytes(pnginfo=png_text({"parameters": json.dumps(parameters)}))

@@ -1,4 +1,11 @@
-"""What the serving tests share: the colours of their images, and the last frame of a request."""
+"""What the tests of the demo share: images and PNG files, and the last frame of a request."""
+
+import io
+import json
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from pipeline.serving.requests import Request
 
@@ -17,3 +24,28 @@ def last(frames):
     *_, frame = frames
     assert frame.last
     return frame
+
+
+def pixels(images):
+    """Return the pixels of images as (N, H, W, 3) integers."""
+    return np.stack([np.asarray(image).astype(int) for image in images])
+
+
+def png_text(info):
+    """Return text chunks for a PNG."""
+    chunks = PngInfo()
+    for key, value in info.items():
+        chunks.add_text(key, value)
+    return chunks
+
+
+def png_bytes(size=(8, 8), kind="PNG", **options):
+    """Return the bytes of a plain image file."""
+    content = io.BytesIO()
+    Image.new("RGB", size, (10, 200, 30)).save(content, kind, **options)
+    return content.getvalue()
+
+
+def png_with(parameters):
+    """Return the bytes of a PNG with generation parameters."""
+    return png_bytes(pnginfo=png_text({"parameters": json.dumps(parameters)}))
