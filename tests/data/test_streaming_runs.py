@@ -38,7 +38,7 @@ def ramp(i):
 
 
 @pytest.fixture(scope="module")
-def config(encoder, tmp_path_factory):  # noqa: F811
+def config(encoder, tmp_path_factory):
     """A run on a stream with everything that is chosen anew at each step; two captions a row."""
     folder = tmp_path_factory.mktemp("run")
     rows = [
