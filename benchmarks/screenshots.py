@@ -1,4 +1,4 @@
-"""`python benchmarks/screenshots.py`: the README's images of the demo, by a headless Chromium."""
+"""`python benchmarks/screenshots.py`: the screenshots of the demo in docs/figures."""
 
 import shutil
 import sys
@@ -15,7 +15,7 @@ from pipeline.serving.temp_files import temporary_cache
 
 FIGURES = ROOT / "docs" / "figures"
 WIDTH = 1180
-TIMEOUT = 3 * 60_000  # milliseconds
+TIMEOUT = 180_000  # milliseconds
 
 
 def create(page: Page) -> None:
@@ -33,12 +33,12 @@ def walk(page: Page) -> None:
     page.get_by_role("tab", name="Walk the equations").click()
     page.locator("#noise").click()
     page.locator("#forward-gallery img").nth(4).wait_for(timeout=TIMEOUT)
-    page.get_by_role("button", name="Walk back").click()
+    page.locator("#walk").click()
     page.get_by_text("t = 0", exact=True).nth(1).wait_for(timeout=TIMEOUT)
 
 
 def main() -> None:
-    """Serve the demo, and take each screenshot of a fresh page."""
+    """Serve pretrained/emoji and save each screenshot."""
     with temporary_cache(), sync_playwright() as playwright:
         demo = app.build_demo(ModelStore(ROOT / "pretrained" / "emoji"))
         _app, address, _share = serve(demo, prevent_thread_lock=True, quiet=True)
@@ -48,8 +48,7 @@ def main() -> None:
             page = browser.new_page(viewport={"width": WIDTH, "height": 860}, color_scheme="light")
             page.goto(address)
             show(page)
-            # Images fade in.
-            page.wait_for_timeout(2_000)
+            page.wait_for_timeout(2_000)  # images fade in
             page.screenshot(path=FIGURES / f"{name}.png", full_page=full_page)
             page.close()
         browser.close()

@@ -87,8 +87,8 @@ def test_download_model_explains_what_cannot_be_had(hub, owner, pushed):
     hub.add("mallory/corrupt", files | {"model_index.json": b"{"})
     hub.add("mallory/empty", {"README.md": b"nothing"})
     for model, culprit in {
-        "mallory/private": "mallory/private is neither a folder here nor a model on the Hub",
-        "mallory/nothing": "mallory/nothing is neither a folder here nor a model on the Hub",
+        "mallory/private": "mallory/private is not on the Hub, or private",
+        "mallory/nothing": "mallory/nothing is not on the Hub, or private",
         "mallory/gated": "mallory/gated is gated",
         "mallory/pickled": "mallory/pickled has no safetensors",
         "mallory/strange": "'Mine' of 'mine'",
