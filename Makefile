@@ -38,10 +38,21 @@ format: .venv/.dev  ## format the code and apply the fixes that ruff is sure of
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Hours for the whole room; ARGS="pipeline.diffusion.guidance*" takes one module of it.
+# Takes hours; ARGS="pipeline.diffusion.guidance*" takes one module, `mutmut show NAME` one mutant.
+define SCORE
+import json
+count = json.load(open("mutants/mutmut-cicd-stats.json"))
+found = count["killed"] + count["timeout"] + count["segfault"] + count["suspicious"]
+tried = found + count["survived"] + count["no_tests"]
+print(f"mutation score: {found} of {tried} ({found / tried:.1%})")
+endef
+export SCORE
+
 mutants: .venv/.dev  ## break pipeline/diffusion/ on purpose, count what the tests notice
 	$(QUIET) $(BIN)/mutmut run $(ARGS)
 	$(BIN)/mutmut results
+	$(BIN)/mutmut export-cicd-stats
+	@$(BIN)/python -c "$$SCORE"
 
 # Needs a quiet machine. The ladder takes hours and runs alone: $(BIN)/python benchmarks/ladder.py
 bench: .venv/.dev  ## rewrite the sections of docs/benchmarks.md that take minutes

@@ -140,7 +140,7 @@ def finish(config: Config, trainer: Trainer, run: RunFolder) -> None:
     with skip_on_out_of_memory(run.figures / "training.png"):
         plot_training(run, images, pipe)
     strips = run.figures / "strips.png"
-    with skip_on_out_of_memory(strips, ": give fewer sample.prompts"):
+    with skip_on_out_of_memory(strips, ". Use fewer sample.prompts."):
         plot_strips(
             pipe,
             list(sample.prompts),

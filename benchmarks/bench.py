@@ -1,6 +1,6 @@
-"""What the benchmarks share: calls timed in turns, intervals, and their sections of docs/benchmarks.md.
+"""What the benchmarks share: timing in turns, intervals, and their sections of docs/benchmarks.md.
 
-Nothing heavy is imported here, so that a benchmark's parent process stays small.
+Nothing heavy is imported here, which keeps a benchmark's parent process small.
 """
 
 import argparse
@@ -18,42 +18,33 @@ from statistics import median
 import numpy as np
 
 ROOT = Path(__file__).parent.parent
-DOCUMENT, QUICK = (
-    Path("docs/benchmarks.md"),
-    Path("data/quick/benchmarks.md"),
-)  # quick forms leave the document alone
+DOCUMENT = Path("docs/benchmarks.md")
+QUICK_DOCUMENT = Path("data/quick/benchmarks.md")  # --quick leaves the document alone
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate")
-DRAWS = 10_000  # of a bootstrap
-SIDE = 4096  # of the matrices of `matmul_rate`
+RESAMPLES = 10_000
+MATRIX_SIZE = 4096
 
 
 def parser(doc: str, **options) -> argparse.ArgumentParser:
-    """The arguments that most benchmarks share."""
-    arguments = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, **options
-    )
+    """Return a parser with the arguments that most benchmarks share."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    arguments = argparse.ArgumentParser(description=doc, formatter_class=formatter, **options)
+    arguments.add_argument("--quick", action="store_true", help="only check that it runs")
     arguments.add_argument(
-        "--quick",
-        action="store_true",
-        help="the smallest form, which shows that it runs and no more",
-    )
-    arguments.add_argument(
-        "--output",
-        type=Path,
-        help=f"the document to write a section of, figures beside it ({DOCUMENT})",
+        "--output", type=Path, help=f"the document to write a section of (default: {DOCUMENT})"
     )
     return arguments
 
 
 def parse(arguments: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The values of a command line; `--quick` writes to a document of its own unless told where."""
+    """Parse a command line; by default --quick writes to a document of its own."""
     values = arguments.parse_args(argv)
-    values.output = values.output or (QUICK if values.quick else DOCUMENT)
+    values.output = values.output or (QUICK_DOCUMENT if values.quick else DOCUMENT)
     return values
 
 
 def prepare() -> None:
-    """Torch on every core that this process may use, and diffusers quiet about settings that a scheduler does not know."""
+    """Let torch use all cores, and silence diffusers' notes on unknown settings."""
     import torch
     from diffusers.utils import logging
 
@@ -62,7 +53,7 @@ def prepare() -> None:
 
 
 def cores() -> int:
-    """How many CPU cores this process may use: pipeline.machine's, without its imports."""
+    """Return how many CPU cores this process may use; pipeline.hardware's imports are heavy."""
     return len(os.sched_getaffinity(0))
 
 
@@ -70,67 +61,70 @@ def cores() -> int:
 
 
 def matmul_rate(dtype) -> float:
-    """FLOP/s of a square matrix product, the median of 5."""
+    """Return the FLOP/s of a square matrix product, the median of 5."""
     import torch
 
-    a, b = torch.randn(SIDE, SIDE).to(dtype), torch.randn(SIDE, SIDE).to(dtype)
-    return 2 * SIDE**3 / median(in_turns({"product": lambda: a @ b}, 5)["product"])
+    a = torch.randn(MATRIX_SIZE, MATRIX_SIZE).to(dtype)
+    b = torch.randn(MATRIX_SIZE, MATRIX_SIZE).to(dtype)
+    return 2 * MATRIX_SIZE**3 / median(in_turns({"product": lambda: a @ b}, 5)["product"])
 
 
 def in_turns(calls: dict[str, Callable], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each call, `repeats` a name: each once to warm up, then A B C A B C …, so that a slow minute is everyone's."""
+    """Time each call `repeats` times, in seconds, after one to warm up.
+
+    The order is A B C A B C …, so a slow minute slows them all.
+    """
     for call in calls.values():
         call()
     seconds = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
-            began = time.perf_counter()
+            start = time.perf_counter()
             call()
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(time.perf_counter() - start)
     return seconds
 
 
 def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
-    """above / below, turn by turn."""
+    """Return above / below, turn by turn."""
     return [a / b for a, b in zip(above, below, strict=True)]
 
 
 def spread(values: Sequence[float], form: str = ".2f", scale: float = 1.0) -> str:
-    """The median of some values, and the least and the greatest of them."""
-    low, middle, high = (
-        format(scale * v, form) for v in (min(values), median(values), max(values))
-    )
-    return f"{middle} ({low} to {high})"
+    """Return the median of some values with their minimum and maximum."""
+    low, middle, high = (scale * f(values) for f in (min, median, max))
+    return f"{middle:{form}} ({low:{form}} to {high:{form}})"
 
 
-def where(call: Callable, n: int = 5) -> str:
-    """The operators that take most of a call's time on the CPU, with their shares, by torch's profiler."""
+def profile_call(call: Callable, n: int = 5) -> str:
+    """Return the n operators that take most of a call's CPU time, with their shares."""
     from torch.profiler import ProfilerActivity, profile
 
     call()
     with profile(activities=[ProfilerActivity.CPU]) as record:
         call()
-    found = sorted(record.key_averages(), key=lambda event: -event.self_cpu_time_total)
-    total = sum(event.self_cpu_time_total for event in found)
-    return ", ".join(
-        f"`{event.key}` {event.self_cpu_time_total / total:.0%}" for event in found[:n]
-    )
+    events = sorted(record.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in events)
+    shares = [f"`{event.key}` {event.self_cpu_time_total / total:.0%}" for event in events[:n]]
+    return ", ".join(shares)
 
 
 # ---- intervals
 
 
 def paired(
-    mine: Sequence[float], theirs: Sequence[float], seed: int = 0
+    ours: Sequence[float], theirs: Sequence[float], seed: int = 0
 ) -> tuple[float, float, float]:
-    """The mean of mine - theirs over the same examples, and its 95 % bootstrap interval."""
-    apart = np.asarray(mine, float) - np.asarray(theirs, float)
-    means = apart[np.random.default_rng(seed).integers(0, len(apart), (DRAWS, len(apart)))].mean(1)
-    return float(apart.mean()), *(float(bound) for bound in np.quantile(means, [0.025, 0.975]))
+    """Return the mean of ours - theirs over the same examples, with its 95 % bootstrap interval."""
+    difference = np.asarray(ours, float) - np.asarray(theirs, float)
+    n = len(difference)
+    rows = np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))
+    low, high = np.quantile(difference[rows].mean(1), [0.025, 0.975])
+    return float(difference.mean()), float(low), float(high)
 
 
 def points(interval: tuple[float, float, float]) -> str:
-    """A difference of shares with its interval, in percentage points."""
+    """Return a difference of proportions with its interval, in percentage points."""
     middle, low, high = (f"{100 * value:+.1f}" for value in interval)
     return f"{middle} ({low} to {high})"
 
@@ -139,76 +133,75 @@ def points(interval: tuple[float, float, float]) -> str:
 
 
 def machine() -> str:
-    """The processor, the cores that may be used, and the versions, in a line."""
+    """Return the processor, the usable cores and the versions, in one line."""
     versions = [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES]
-    return ", ".join(
-        [processor(), f"{cores()} cores", f"Python {platform.python_version()}", *versions]
-    )
+    parts = [processor(), f"{cores()} cores", f"Python {platform.python_version()}", *versions]
+    return ", ".join(parts)
 
 
 def processor() -> str:
-    """The processor's name, and the widest of its instruction sets that matters here."""
+    """Return the processor's name, and the widest of its instruction sets that matters here."""
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.is_file() else ""
-    name = re.search(r"^model name\s*: (.*)$", text, re.M)
-    wide = next(
-        (
-            flag
-            for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
-            if re.search(rf"\b{flag}\b", text)
-        ),
-        "",
-    )
-    return " ".join(
-        [name[1].strip() if name else platform.processor() or platform.machine(), wide]
-    ).strip()
+    found = re.search(r"^model name\s*: (.*)$", text, re.M)
+    name = found[1].strip() if found else platform.processor() or platform.machine()
+    for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2"):
+        if re.search(rf"\b{flag}\b", text):
+            return f"{name} {flag}"
+    return name
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
 def target(what: str, value: float, goal: float, at_least: bool = True, form: str = ".2f") -> str:
-    """A list item that says whether a goal is met."""
+    """Return a list item that says whether a goal is met."""
     met = value >= goal if at_least else value <= goal
-    return f"- {what}: {value:{form}}, the goal is {'≥' if at_least else '≤'} {goal:g}: **{'met' if met else 'not met'}**."
+    sign = "≥" if at_least else "≤"
+    verdict = "met" if met else "not met"
+    return f"- {what}: {value:{form}}, the goal is {sign} {goal:g}: **{verdict}**."
 
 
 def publish(
-    arguments: argparse.Namespace, script: str, argv: Sequence[str], title: str, *paragraphs: str
+    arguments: argparse.Namespace,
+    script: str,
+    argv: Sequence[str] | None,
+    title: str,
+    *paragraphs: str,
 ) -> None:
-    """Print a section and put it between its markers in the document, or at its end where it has none."""
+    """Print a section and put it between its markers in the document, or at its end."""
     section = Path(script).stem
-    command = shlex.join(["python", f"benchmarks/{Path(script).name}", *argv])
+    command = shlex.join(["python", f"benchmarks/{Path(script).name}", *command_line(argv)])
     body = "\n\n".join([f"## {title}", f"Command: `{command}`\n\n{machine()}.", *paragraphs])
     print(body, flush=True)
     put(arguments.output, f"<!-- {section}: generated -->", f"<!-- {section}: end -->", body)
 
 
 def put(path: Path, begin: str, end: str, body: str, before: str = "") -> None:
-    """Put a text between its markers in a document, or with them at its end, after `before`, where it has none."""
+    """Put a text between its markers in a document; without markers, at its end after `before`."""
     text = path.read_text(encoding="utf-8") if path.is_file() else "# Benchmarks\n"
-    pattern, section = (
-        re.compile(re.escape(begin) + ".*?" + re.escape(end), re.S),
-        f"{begin}\n{body}\n{end}",
-    )
-    text = (
-        pattern.sub(lambda _: section, text)
-        if pattern.search(text)
-        else f"{text.rstrip()}\n\n{before}{section}\n"
-    )
+    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.S)
+    section = f"{begin}\n{body}\n{end}"
+    if pattern.search(text):
+        text = pattern.sub(lambda _: section, text)
+    else:
+        text = f"{text.rstrip()}\n\n{before}{section}\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
 
 
-def figure(arguments: argparse.Namespace, name: str, draw: Callable) -> str:
-    """A figure beside the document, by `draw(axes)`, as a Markdown image."""
+def figure(arguments: argparse.Namespace, name: str, plot: Callable) -> str:
+    """Save a figure beside the document and return it as a Markdown image.
+
+    plot(axes) plots it and returns its alternative text.
+    """
     from matplotlib.figure import Figure
 
     canvas = Figure(figsize=(7, 4), layout="constrained")
-    alt = draw(canvas.subplots())
+    alt = plot(canvas.subplots())
     path = arguments.output.parent / "figures" / f"bench-{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.savefig(path, dpi=110)
@@ -216,5 +209,5 @@ def figure(arguments: argparse.Namespace, name: str, draw: Callable) -> str:
 
 
 def command_line(argv: Sequence[str] | None) -> list[str]:
-    """The arguments of a call to `main`."""
+    """Return the arguments of a call to `main`."""
     return sys.argv[1:] if argv is None else list(argv)

@@ -1,14 +1,16 @@
-"""`python benchmarks/ladder.py [--minutes 20] [--seeds 0 1 2] [--rungs NAME …]`: from diffusers' recipe to ours, a change a rung.
+"""`python benchmarks/ladder.py [--minutes 20] [--seeds 0 1 2] [--rungs NAME …]`: recipe by steps.
 
-Every rung is a run of train_text2img.py for so many minutes of steps, judged as it goes: minutes to own picture among the first
-five for 40 % of the training captions, and how many held-out combinations come first. The peer is denoising-diffusion-pytorch's
-classifier-free guidance, captions as classes, on the same pictures, threads, precision and minutes, in two widths:
-`pip install --no-deps --target data/peers denoising-diffusion-pytorch einops tqdm`.
+From diffusers' recipe to ours, one change a rung. Every rung is a run of train_text2img.py for a
+number of minutes. The ladder reports the minutes until recall@5 reaches 40 % on training captions,
+and recall@1 on held-out combinations. The peer is denoising-diffusion-pytorch's classifier-free
+guidance, with captions as classes, on the same images, threads, precision and minutes, in two
+widths: `pip install --no-deps --target data/peers denoising-diffusion-pytorch einops tqdm`.
 
-The same command goes on where it was stopped; what a rung has found is kept in docs/ladder.json, and the table is of all that was
-found on the same machine in the same way. `--dry-run` prints the runs.
+The same command resumes. Results are saved in docs/ladder.json, and the table has all results of
+this machine with these settings. `--dry-run` prints the runs.
 """
 
+import argparse
 import importlib.util
 import json
 import re
@@ -19,23 +21,31 @@ import time
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
+from types import ModuleType
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import bench
 from benchmarks.bench import table, target
-from pipeline import hardware
+from pipeline import TextToImagePipeline, hardware
 from pipeline.config import load, load_file
-from pipeline.data import dataset, sampler
+from pipeline.data.dataset import load_splits
 from pipeline.data.fingerprint import digest
-from pipeline.evaluation import evaluate, feature_extractor, reference_set, retrieval, samples
-from pipeline.models import loading
+from pipeline.data.sampler import batch_indices
+from pipeline.evaluation.evaluate import load_run
+from pipeline.evaluation.feature_extractor import FeatureExtractor
+from pipeline.evaluation.reference_set import ReferenceSet
+from pipeline.evaluation.retrieval import recall_summary
+from pipeline.evaluation.samples import generate_batch
+from pipeline.models.loading import load_checkpoint
 from pipeline.runs.files import replace_text
 from pipeline.runs.folder import RunFolder
+from pipeline.runs.results import Recall
 
 CONFIG = "configs/emoji-small.yaml"
-DIFFUSERS = {  # the text-to-image example's recipe, on the network's own shape; captions are cached, as the trainer always does
+# The text-to-image example's recipe on our network's shape, with cached captions.
+DIFFUSERS = {
     "model.patch_size": "null",
     "model.whitening": "null",
     "model.time_embedding_dim": "null",
@@ -56,7 +66,8 @@ DIFFUSERS = {  # the text-to-image example's recipe, on the network's own shape;
     "train.gamma": "null",
     "train.ema": 0.9999,
 }
-RUNGS = {  # each changes the one before
+# Each changes the one before.
+RUNGS = {
     "diffusers": {},
     "bf16": {"train.precision": "auto"},
     "patches": {"model.patch_size": 4},
@@ -79,172 +90,163 @@ RUNGS = {  # each changes the one before
     "muon": {"train.optimizer": "muon", "train.matrix_lr": 4e-3, "train.batch_size": 64},
 }
 PEER = "denoising-diffusion-pytorch"
-PEERS = {
-    f"{PEER}-{width}": width for width in (64, 32)
-}  # its example's width; and a quarter of the weights, so more steps
-START = "the example's recipe with --use_ema, captions cached; our dropout of captions (0.1) and warm-up of the average"
-GOAL = 0.4  # of the training captions, own picture among the first five
-CHECKS = 8  # checkpoints of a run
+# Its example's width, and a quarter of its weights, for more steps.
+PEERS = {f"{PEER}-{width}": width for width in (64, 32)}
+START = (
+    "the example's recipe with --use_ema, captions cached; our caption dropout (0.1) and "
+    "EMA warm-up"
+)
+GOAL = 0.4  # recall@5 of training captions
+CHECKPOINTS = 8  # of a run
 SEED = 4000
 RESULTS = "ladder.json"  # beside the document
 
 
 def overrides(rung: str) -> dict:
-    """The settings of a rung over CONFIG."""
-    names = list(RUNGS)
-    return DIFFUSERS | {
-        k: v for name in names[: names.index(rung) + 1] for k, v in RUNGS[name].items()
-    }
+    """Return the settings of a rung over CONFIG."""
+    settings = dict(DIFFUSERS)
+    for name, changes in RUNGS.items():
+        settings |= changes
+        if name == rung:
+            return settings
+    raise KeyError(rung)
 
 
-def command(
-    rung: str, seed: int, folder: Path, steps: int, more: tuple[str, ...] = ()
-) -> list[str]:
-    """The training command of a rung; its arguments are checked by `settings.load`."""
-    every = max(steps // CHECKS, 1)
+def training_command(rung: str, seed: int, folder: Path, steps: int, *more: str) -> list[str]:
+    """Return the training command of a rung."""
+    every = max(steps // CHECKPOINTS, 1)
     options = overrides(rung) | {
         "name": f"{rung}-s{seed}",
         "output": folder,
         "seed": seed,
         "train.steps": steps,
         "train.save_every": every,
-        "train.keep": CHECKS + 2,
+        "train.keep": CHECKPOINTS + 2,
         "train.validate_every": steps,
         "train.log_every": every,
         "sample.every": steps,
     }
     options["train.warmup"] = min(options["train.warmup"], steps)
-    return [
-        "train_text2img.py",
-        "--config",
-        CONFIG,
-        *(f"--{name}={value}" for name, value in options.items()),
-        *more,
-    ]
+    settings = [f"--{name}={value}" for name, value in options.items()]
+    return ["train_text2img.py", "--config", CONFIG, *settings, *more]
 
 
 def steps_in(minutes: float, rung: str, folder: Path) -> int:
-    """How many steps fit in so many minutes, by the script's own dry run."""
-    plan = [sys.executable, *command(rung, 0, folder, 100, ("--dry_run",))]
-    done = subprocess.run(plan, stdout=subprocess.PIPE, text=True, check=True)
-    return max(int(60 * minutes / float(re.search(r"images, ([\d.]+) s each", done.stdout)[1])), 1)
+    """Return how many steps fit in some minutes, by the script's own dry run."""
+    command = [sys.executable, *training_command(rung, 0, folder, 100, "--dry_run")]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    seconds = float(re.search(r"images, ([\d.]+) s each", done.stdout)[1])
+    return max(int(60 * minutes / seconds), 1)
 
 
 def minutes_to_goal(checks: list[tuple[float, float]]) -> float | None:
-    """When the share reached GOAL, between the two checks (minutes, share) around it; None where it did not."""
+    """Return when recall@5 reached GOAL, interpolated between checks (minutes, recall@5)."""
     for (before, low), (after, high) in pairwise([(0.0, 0.0), *checks]):
         if high >= GOAL:
             return before + (after - before) * (GOAL - low) / (high - low)
     return None
 
 
-def shares(pipe, judge, bank, rows: torch.Tensor, steps: int) -> dict[str, float]:
-    """How often some rows' drawings have their own picture first, and among the first five."""
-    images = [
-        samples.generate_batch(
-            pipe, bank.captions_of(some), w=1.0, seed=SEED + 32 * n, num_inference_steps=steps
-        )
-        for n, some in enumerate(rows.split(32))
-    ]
-    ranks = retrieval.retrieval_ranks(
-        judge.features(torch.cat(images)), bank.features, bank.own[rows]
-    )
-    return {
-        name: share["share"]
-        for name, share in retrieval.recall_summary(ranks).items()
-        if name != "median_rank"
-    }
+def measure_recall(
+    pipe: TextToImagePipeline,
+    extractor: FeatureExtractor,
+    references: ReferenceSet,
+    rows: torch.Tensor,
+    steps: int,
+) -> Recall:
+    """Return the recall of samples of some rows' captions."""
+    images = []
+    for n, some in enumerate(rows.split(32)):
+        call = {"w": 1.0, "seed": SEED + 32 * n, "num_inference_steps": steps}
+        images.append(generate_batch(pipe, references.captions_of(some), **call))
+    features = extractor.features(torch.cat(images))
+    return recall_summary(references.ranks(features, rows))
 
 
-def way(args) -> dict:
-    """What results have to share to stand in one table."""
-    return {
-        "minutes": args.minutes,
-        "captions": args.captions,
-        "steps": args.steps,
-        "machine": bench.machine(),
-    }
+def setup(args: argparse.Namespace) -> dict:
+    """Return what results must share to stand in one table."""
+    settings = {"minutes": args.minutes, "captions": args.captions, "steps": args.steps}
+    return settings | {"machine": bench.machine()}
 
 
-def results(path: Path) -> list[dict]:
-    """All that was found so far, a result a rung, seed and way."""
+def read_results(path: Path) -> list[dict]:
+    """Return all results so far, one a rung, seed and setup."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
-def known(args) -> list[dict]:
-    """What was found in this way."""
-    return [one for one in results(args.output.parent / RESULTS) if one["way"] == way(args)]
+def known_results(args: argparse.Namespace) -> list[dict]:
+    """Return the results with this setup."""
+    results = read_results(args.output.parent / RESULTS)
+    return [result for result in results if result["way"] == setup(args)]
 
 
-def once(rung: str, seed: int, args) -> None:
-    """Run a rung, or the peer, and keep what it found, unless that is known; its checkpoints, which are gigabytes, go then."""
-    if any((one["rung"], one["seed"]) == (rung, seed) for one in known(args)):
+def run_once(rung: str, seed: int, args: argparse.Namespace) -> None:
+    """Run a rung or the peer and save its result, unless it is known; delete its checkpoints."""
+    if any((result["rung"], result["seed"]) == (rung, seed) for result in known_results(args)):
         return
-    found = peer(PEERS[rung], seed, args) if rung in PEERS else climb(rung, seed, args)
+    found = run_peer(PEERS[rung], seed, args) if rung in PEERS else run_rung(rung, seed, args)
     path = args.output.parent / RESULTS
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(
-        path,
-        json.dumps(
-            [*results(path), {"rung": rung, "seed": seed, **found, "way": way(args)}], indent=1
-        ),
-    )
-    shutil.rmtree(RunFolder(args.folder / f"{rung}-s{seed}").checkpoints, ignore_errors=True)
+    results = [*read_results(path), {"rung": rung, "seed": seed, **found, "way": setup(args)}]
+    replace_text(path, json.dumps(results, indent=1))
+    # Gigabytes.
+    checkpoints = RunFolder(args.folder / f"{rung}-s{seed}").checkpoints
+    shutil.rmtree(checkpoints, ignore_errors=True)
 
 
-def climb(rung: str, seed: int, args) -> dict:
-    """One run of a rung, trained and judged."""
+def run_rung(rung: str, seed: int, args: argparse.Namespace) -> dict:
+    """Train one run of a rung and measure it."""
     run = RunFolder(args.folder / f"{rung}-s{seed}")
-    plan = (
-        run.folder / "ladder-steps"
-    )  # a run that was stopped goes on with the steps that it began with
+    # A run that resumes keeps its number of steps.
+    plan = run.folder / "ladder-steps"
     if not plan.is_file():
         run.folder.mkdir(parents=True, exist_ok=True)
         plan.write_text(str(steps_in(args.minutes, rung, args.folder)))
-    subprocess.run(
-        [sys.executable, *command(rung, seed, args.folder, int(plan.read_text()))], check=True
-    )
-    config, judge, bank, pipe = evaluate.load_run(run.folder)
-    rows, held = (
-        torch.linspace(0, bank.n_train - 1, args.captions).long(),
-        torch.arange(bank.n_train, len(bank.captions)),
-    )
+    command = training_command(rung, seed, args.folder, int(plan.read_text()))
+    subprocess.run([sys.executable, *command], check=True)
+    config, extractor, references, pipe = load_run(run.folder)
+    rows = torch.linspace(0, references.n_train - 1, args.captions).long()
+    held_out = torch.arange(references.n_train, len(references.captions))
     log = [json.loads(line) for line in run.metrics.read_text().splitlines()]
-    clock = {line["step"]: line["seconds"] / 60 for line in log if "seconds" in line}
-    at_end, checks = shares(pipe, judge, bank, rows, args.steps)["first_five"], []
-    for step in (
-        run.steps() if at_end >= GOAL else []
-    ):  # where the end is below it, what was before does not matter
-        made = loading.load_checkpoint(run, step)
-        made.set_progress_bar_config(disable=True)
-        checks.append((clock[step], shares(made, judge, bank, rows, args.steps)["first_five"]))
-        if checks[-1][1] >= GOAL:
+    minutes = {line["step"]: line["seconds"] / 60 for line in log if "seconds" in line}
+
+    def measure(pipe: TextToImagePipeline, rows: torch.Tensor) -> Recall:
+        return measure_recall(pipe, extractor, references, rows, args.steps)
+
+    at_end = measure(pipe, rows).recall_at_5.value
+    checks = []
+    # If the end is below the goal, earlier checkpoints do not matter.
+    for step in run.steps() if at_end >= GOAL else []:
+        checkpoint = load_checkpoint(run, step)
+        checkpoint.set_progress_bar_config(disable=True)
+        recall = measure(checkpoint, rows).recall_at_5.value
+        checks.append((minutes[step], recall))
+        if recall >= GOAL:
             break
     return {
         "images": config.train.steps * config.train.batch_size,
         "minutes": minutes_to_goal(checks),
-        "first_five": at_end,
-        "held_out": shares(pipe, judge, bank, held, args.steps)["first"],
-        "taken": max(clock.values()),
+        "recall@5": at_end,
+        "held_out": measure(pipe, held_out).recall_at_1.value,
+        "taken": max(minutes.values()),
     }
 
 
 # ---- the peer
 
 
-def installed(folder: Path) -> Path:
-    """classifier_free_guidance.py where the peer was installed; an error where it was not."""
+def peer_file(folder: Path) -> Path:
+    """Return the peer's classifier_free_guidance.py; exit with an error if it is not installed."""
     path = folder / "denoising_diffusion_pytorch" / "classifier_free_guidance.py"
     if not path.is_file():
-        raise SystemExit(
-            f"error: {path} does not exist: pip install --no-deps --target {folder} {PEER} einops tqdm"
-        )
+        install = f"pip install --no-deps --target {folder} {PEER} einops tqdm"
+        raise SystemExit(f"error: {path} does not exist. Run {install}.")
     return path
 
 
-def loaded(folder: Path):
-    """The peer by its file's path: its package imports torchvision."""
-    path = installed(folder)
+def load_peer(folder: Path) -> ModuleType:
+    """Load the peer by its file's path, because its package imports torchvision."""
+    path = peer_file(folder)
     sys.path.append(str(folder))
     spec = importlib.util.spec_from_file_location("classifier_free_guidance", path)
     module = importlib.util.module_from_spec(spec)
@@ -252,31 +254,36 @@ def loaded(folder: Path):
     return module
 
 
-def peer(width: int, seed: int, args) -> dict:
-    """The peer with its trainer's own settings (Adam 1e-4, batch 16, an average of decay 0.995 every 10 steps, which warms up as
-    diffusers' does), judged at its better scale.
+def run_peer(width: int, seed: int, args: argparse.Namespace) -> dict:
+    """Train the peer with its trainer's own settings and measure it at its better scale.
+
+    They are Adam 1e-4, batch 16, and an EMA of decay 0.995 every 10 steps, with diffusers' warm-up.
     """
     from diffusers.training_utils import EMAModel
 
     bench.prepare()
     hardware.keep_freed_memory()
-    config, module = load_file(CONFIG), loaded(args.peers)
-    judge, images = feature_extractor.FeatureExtractor(), dataset.load_splits(config.data)
-    bank = reference_set.ReferenceSet.of(
-        judge.features, [split for split in images if split is not None]
-    )
-    x, classes = bank.images[: bank.n_train].float() / 255, torch.arange(bank.n_train)
+    config = load_file(CONFIG)
+    module = load_peer(args.peers)
+    extractor = FeatureExtractor()
+    splits = [split for split in load_splits(config.data) if split is not None]
+    references = ReferenceSet.from_splits(extractor.features, splits)
+    n = references.n_train
+    x = references.images[:n].float() / 255
+    classes = torch.arange(n)
     torch.manual_seed(seed)
-    network = module.Unet(dim=width, num_classes=bank.n_train)
-    diffusion = module.GaussianDiffusion(
-        network, image_size=config.data.resolution, sampling_timesteps=args.steps
-    )
+    network = module.Unet(dim=width, num_classes=n)
+    options = {"image_size": config.data.resolution, "sampling_timesteps": args.steps}
+    diffusion = module.GaussianDiffusion(network, **options)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, betas=(0.9, 0.99))
-    ema, bf16 = EMAModel(network.parameters(), decay=0.995), hardware.has_bf16(torch.device("cpu"))
-    rows, step, spent = torch.linspace(0, bank.n_train - 1, args.captions).long(), 0, 0.0
+    ema = EMAModel(network.parameters(), decay=0.995)
+    bf16 = hardware.has_bf16(torch.device("cpu"))
+    rows = torch.linspace(0, n - 1, args.captions).long()
+    step = 0
+    spent = 0.0
     while spent < 60 * args.minutes:
-        began = time.perf_counter()
-        some = sampler.batch_indices(seed, step, 16, len(x))
+        start = time.perf_counter()
+        some = batch_indices(seed, step, 16, n)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss = diffusion(x[some], classes=classes[some])
         loss.backward()
@@ -286,167 +293,151 @@ def peer(width: int, seed: int, args) -> dict:
         step += 1
         if step % 10 == 0:
             ema.step(network.parameters())
-        spent += time.perf_counter() - began
-    at_end = judged_peer(diffusion, ema, judge, bank, rows, bf16)
+        spent += time.perf_counter() - start
+    at_end = peer_recall(diffusion, ema, extractor, references, rows, bf16)
     return {
         "images": 16 * step,
         "minutes": args.minutes if at_end >= GOAL else None,
-        "first_five": at_end,
+        "recall@5": at_end,
         "held_out": None,
         "taken": spent / 60,
     }
 
 
 @torch.no_grad()
-def judged_peer(diffusion, ema, judge, bank, rows: torch.Tensor, bf16: bool) -> float:
-    """The peer's first five with its averaged weights, at the better of a mild and its default guidance."""
-    weights, found = list(diffusion.model.parameters()), []
+def peer_recall(
+    diffusion: torch.nn.Module,
+    ema,
+    extractor: FeatureExtractor,
+    references: ReferenceSet,
+    rows: torch.Tensor,
+    bf16: bool,
+) -> float:
+    """Return the peer's recall@5 with averaged weights, at the better of two guidance scales."""
+    weights = list(diffusion.model.parameters())
     ema.store(weights)
     ema.copy_to(weights)
     diffusion.eval()
-    for scale in (2.0, 6.0):  # w = 1, and the package's default
+    recalls = []
+    # w = 1, and the package's default.
+    for scale in (2.0, 6.0):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            images = torch.cat(
-                [diffusion.sample(classes=some, cond_scale=scale) for some in rows.split(32)]
-            )
-        features = judge.features(2 * images.float().clamp(0, 1) - 1)
-        found.append(
-            float(
-                (retrieval.retrieval_ranks(features, bank.features, bank.own[rows]) <= 5)
-                .double()
-                .mean()
-            )
-        )
+            parts = [diffusion.sample(classes=some, cond_scale=scale) for some in rows.split(32)]
+        features = extractor.features(2 * torch.cat(parts).float().clamp(0, 1) - 1)
+        recalls.append(recall_summary(references.ranks(features, rows)).recall_at_5.value)
     ema.restore(weights)
     diffusion.train()
-    return max(found)
+    return max(recalls)
 
 
 # ---- the table
 
 
-def precision() -> str:
-    """What `train.precision: auto` is here."""
-    return "bf16" if hardware.has_bf16(torch.device("cpu")) else "float32"
+def table_row(rung: str, results: list[dict], minutes: float) -> list[str]:
+    """Return a rung's line: minutes of every seed, and means with minimum and maximum."""
+    changes = ", ".join(f"{name} {value}" for name, value in RUNGS.get(rung, {}).items())
+    if rung in PEERS:
+        changes = f"width {PEERS[rung]}, captions as classes, in pixels"
 
+    def percent(key: str) -> str:
+        values = [result[key] for result in results if result[key] is not None]
+        if not values:
+            return "-"
+        spread = f" ({min(values):.0%} to {max(values):.0%})" if len(values) > 1 else ""
+        return f"{mean(values):.0%}{spread}"
 
-def row(rung: str, change: str, found: list[dict], minutes: float) -> list[str]:
-    """A rung's line: its seeds, every seed's minutes, means with the least and the greatest."""
-    over = lambda key: [one[key] for one in found if one[key] is not None]
-    spread = lambda values: f" ({min(values):.0%} to {max(values):.0%})" if len(values) > 1 else ""
-    shown = lambda values: f"{mean(values):.0%}{spread(values)}" if values else "-"
-    taken = [
-        f"{one['minutes']:.1f}" if one["minutes"] is not None else f"not in {minutes:g}"
-        for one in found
+    to_goal = [
+        f"not in {minutes:g}" if result["minutes"] is None else f"{result['minutes']:.1f}"
+        for result in results
     ]
-    seeds = ", ".join(str(one["seed"]) for one in found)
-    clock = ", ".join(f"{one['taken']:.0f}" if "taken" in one else "?" for one in found)
+    taken = [f"{result['taken']:.0f}" if "taken" in result else "?" for result in results]
     return [
         rung,
-        change,
-        seeds,
-        f"{mean(over('images')):,.0f}",
-        clock,
+        changes or START,
+        ", ".join(str(result["seed"]) for result in results),
+        f"{mean(result['images'] for result in results):,.0f}",
         ", ".join(taken),
-        shown(over("first_five")),
-        shown(over("held_out")),
+        ", ".join(to_goal),
+        percent("recall@5"),
+        percent("held_out"),
     ]
+
+
+def goal_line(found: dict[str, list[dict]], captions: int) -> str:
+    """Return whether our last rung reaches twice the better peer's recall@5; empty without both."""
+    theirs = [rung for rung in found if rung in PEERS]
+    ours = [rung for rung in found if rung in RUNGS]
+    if not theirs or not ours:
+        return ""
+
+    def recall(rung: str) -> float:
+        return mean(result["recall@5"] for result in found[rung])
+
+    best = max(theirs, key=recall)
+    # A peer without any hit counts as one hit.
+    ratio = recall(ours[-1]) / max(recall(best), 1 / captions)
+    return target(f"{ours[-1]}'s recall@5 over {best}'s", ratio, 2)
+
+
+def print_runs(args: argparse.Namespace) -> None:
+    """Print the runs and their time, and check their settings."""
+    for rung in (rung for rung in args.rungs if rung in RUNGS):
+        command = training_command(rung, args.seeds[0], args.folder, 100)
+        load(command[1:])
+        changes = " ".join(f"{name}={value}" for name, value in RUNGS[rung].items())
+        print(f"{rung}: {changes or 'the recipe of diffusers'}\n  python {' '.join(command)}")
+    n = len(args.rungs) * len(args.seeds)
+    hours = n * args.minutes / 60
+    print(f"{n} runs of {args.minutes:g} minutes: {hours:.1f} hours of training, and measuring")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
-    parser = bench.parser(__doc__)
-    parser.add_argument("--minutes", type=float, default=20, help="of training, each run")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    """Run the ladder and write its section."""
     names = [*RUNGS, *PEERS]
-    parser.add_argument(
-        "--rungs", nargs="+", default=names, choices=names, metavar="NAME", help=", ".join(names)
-    )
-    parser.add_argument(
-        "--captions", type=int, default=96, help="training captions that every check draws"
-    )
-    parser.add_argument("--steps", type=int, default=20, help="of a drawing")
-    parser.add_argument("--folder", type=Path, default=Path("runs/ladder"))
-    parser.add_argument(
-        "--peers", type=Path, default=Path("data/peers"), help="where the peer was installed"
-    )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="print the runs and their time, and check their settings",
-    )
+    parser = bench.parser(__doc__)
+    add = parser.add_argument
+    add("--minutes", type=float, default=20, help="of training, each run")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--rungs", nargs="+", default=names, choices=names, metavar="NAME", help=", ".join(names))
+    add("--captions", type=int, default=96, help="training captions of every check")
+    add("--steps", type=int, default=20, help="denoising steps")
+    add("--folder", type=Path, default=Path("runs/ladder"))
+    add("--peers", type=Path, default=Path("data/peers"), help="where the peer is installed")
+    add("--dry-run", action="store_true", help="print the runs and their time, check settings")
     args = bench.parse(parser, argv)
-    args.folder /= f"{args.minutes:g}-minutes-{digest(bench.machine())[:8]}"  # a run of another way is not gone on with
+    # Runs with another setup are not resumed.
+    args.folder /= f"{args.minutes:g}-minutes-{digest(bench.machine())[:8]}"
     if args.dry_run or args.quick:
-        for rung in (rung for rung in args.rungs if rung in RUNGS):
-            load(command(rung, args.seeds[0], args.folder, 100)[1:])
-            changes = (
-                " ".join(f"{name}={value}" for name, value in RUNGS[rung].items())
-                or "diffusers' recipe"
-            )
-            print(
-                f"{rung}: {changes}\n  python {' '.join(command(rung, args.seeds[0], args.folder, 100))}"
-            )
-        print(
-            f"{len(args.rungs) * len(args.seeds)} runs of {args.minutes:g} minutes: "
-            f"{len(args.rungs) * len(args.seeds) * args.minutes / 60:.1f} hours of training, and their judging"
-        )
+        print_runs(args)
         return
-    there = {(one["rung"], one["seed"]) for one in known(args)}
-    if any(
-        rung in PEERS and (rung, seed) not in there for rung in args.rungs for seed in args.seeds
-    ):
-        installed(args.peers)  # where it is not, that is said before hours of training
+    done = {(result["rung"], result["seed"]) for result in known_results(args)}
+    missing = [(rung, seed) for rung in args.rungs for seed in args.seeds]
+    if any(rung in PEERS and (rung, seed) not in done for rung, seed in missing):
+        # A missing package is reported before hours of training.
+        peer_file(args.peers)
     for seed in args.seeds:
         for rung in args.rungs:
-            once(rung, seed, args)
-    done = sorted(known(args), key=lambda one: one["seed"])
-    found = {name: [one for one in done if one["rung"] == name] for name in names}
-    found, lines = {name: some for name, some in found.items() if some}, []
-    for rung, some in found.items():
-        change = ", ".join(f"{name} {value}" for name, value in RUNGS.get(rung, {}).items())
-        change = change or (
-            f"width {PEERS[rung]}, captions as classes, in pixels" if rung in PEERS else START
-        )
-        lines.append(row(rung, change, some, args.minutes))
-    head = [
-        "rung",
-        "change",
-        "seeds",
-        "images",
-        "minutes taken",
-        f"minutes to {GOAL:.0%}, each seed",
-        "first five at the end",
-        "held-out first",
-    ]
-    goals = []
-    if (theirs := [rung for rung in found if rung in PEERS]) and (
-        ours := [rung for rung in found if rung in RUNGS]
-    ):
-        rate = lambda rung: mean(one["first_five"] for one in found[rung])
-        best = max(theirs, key=rate)  # where it has none at all, one picture is counted
-        goals = [
-            target(
-                f"{ours[-1]}'s first five over {best}'s",
-                rate(ours[-1]) / max(rate(best), 1 / args.captions),
-                2,
-            )
-        ]
-    said = (
-        f"Each run has as many steps as fit in {args.minutes:g} minutes by one timed step, the peer as fit by the clock; "
-        f"{CONFIG}'s data; {args.captions} training captions in {args.steps} steps, w = 1, averaged weights, {precision()}. "
-        "Brackets hold the lowest and the highest seed; a row of one or two is a lead. Minutes taken are the clock's, "
-        "whatever else ran. A row's change comes on top of those of all rungs before it, measured or not, bf16 where the "
-        "machine has it. What encoding anew at every step costs is in the section on training."
-    )
+            run_once(rung, seed, args)
+    results = sorted(known_results(args), key=lambda result: result["seed"])
+    found = {name: [result for result in results if result["rung"] == name] for name in names}
+    found = {name: some for name, some in found.items() if some}
+    head = ["rung", "change", "seeds", "images", "minutes taken"]
+    head += [f"minutes to {GOAL:.0%}, each seed", "recall@5 at the end", "held-out recall@1"]
+    precision = "bf16" if hardware.has_bf16(torch.device("cpu")) else "float32"
     bench.publish(
         args,
         __file__,
-        bench.command_line(argv),
+        argv,
         "Ladder",
-        said,
-        table(head, lines),
-        "\n".join(goals),
+        f"Each run has as many steps as fit in {args.minutes:g} minutes by one timed step, the "
+        f"peer as fit by the clock; {CONFIG}'s data; {args.captions} training captions in "
+        f"{args.steps} steps, w = 1, averaged weights, {precision}. Brackets hold the lowest and "
+        "the highest seed; a row of one or two seeds is preliminary. Minutes taken are the "
+        "clock's, whatever else ran. A row's change adds to those of all rungs before it, "
+        "measured or not, with bf16 if the machine has it. The section on training has the cost "
+        "of encoding at every step.",
+        table(head, [table_row(rung, some, args.minutes) for rung, some in found.items()]),
+        goal_line(found, args.captions),
     )
 
 

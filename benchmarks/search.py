@@ -1,16 +1,16 @@
-"""`python benchmarks/search.py runs/emoji [--quick]`: does more compute at inference draw better pictures?
+"""`python benchmarks/search.py RUN [--quick]`: does more compute at inference give better images?
 
-How often a caption's own picture is first and among the first five by the ImageNet judge, which no verifier sees, against the
-budget in network calls: search with the model's own likelihood, paths, and at equal calls more denoising steps or a random pick.
-Candidates are drawn and judged once and every budget is computed from them; all of it is kept under RUN/search, so the study
-can be stopped. Intervals are of 95 %, by a paired bootstrap over captions. Writes a table and a figure into docs/.
+Recall@1 and recall@5 by the feature extractor, which no verifier sees, against the budget in
+network calls: search with the model's own likelihood, and at equal calls more denoising steps or a
+random candidate. Candidates are sampled and scored once, and every budget is computed from them.
+All of it is cached under RUN/search, so the study can resume. Intervals are 95 %, by a paired
+bootstrap over captions. Writes a table and a figure into docs/.
 """
 
 import argparse
 import hashlib
 import json
 import math
-import operator
 import shlex
 import sys
 import time
@@ -25,17 +25,19 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import bench
-from pipeline import hardware
-from pipeline.data import image_ops, sampler
-from pipeline.diffusion.text_to_image import TextToImagePipeline
-from pipeline.evaluation import evaluate, retrieval, samples
+from pipeline import TextToImagePipeline
+from pipeline.data.image_ops import as_uint8
+from pipeline.data.sampler import evenly_spaced
+from pipeline.evaluation.evaluate import load_run
 from pipeline.evaluation.feature_extractor import FeatureExtractor
 from pipeline.evaluation.reference_set import ReferenceSet
-from pipeline.evaluation.samples import SEED_STRIDE
-from pipeline.search import search
+from pipeline.evaluation.retrieval import EvaluationError, centred_unit_vectors
+from pipeline.evaluation.samples import SEED_STRIDE, cached_tensors, samples_identity
+from pipeline.hardware import has_bf16
+from pipeline.search.search import calls_of_sample
 from pipeline.search.verifiers import LIKELIHOOD_WEIGHTS, LikelihoodVerifier
 
-APART = 100  # caption p's candidates are drawn from seeds p * APART, p * APART + 1, ...
+CAPTION_STRIDE = 100  # caption p's candidates use the seeds p * CAPTION_STRIDE, + 1, ...
 QUICK = {
     "captions": 8,
     "held_out": 8,
@@ -44,23 +46,22 @@ QUICK = {
     "pairs": 4,
     "multiples": [1, 2, 4],
 }
-BASELINES = {
-    "a random pick": ":",
-    "more steps": "-.",
-    "oracle: the judge picks": "--",
-}  # and how their lines are drawn
-EDGES = (operator.attrgetter("low"), operator.attrgetter("high"))  # of a Rate
+RANDOM = "a random candidate"
+MORE_STEPS = "more steps"
+ORACLE = "oracle: the best by the measure"
+BASELINES = {RANDOM: ":", MORE_STEPS: "-.", ORACLE: "--"}  # their line styles
 BANDS = ((0.0, 0.5), (0.5, 0.9), (0.9, 1.0))  # of noise levels
+RECALLS = {"recall@1": 1, "recall@5": 5}
 
 
 @dataclass
 class Study:
-    """A model, P captions, and the folder that keeps what was drawn of them."""
+    """A model, P captions, and the folder that caches their candidates."""
 
     pipe: TextToImagePipeline
-    judge: FeatureExtractor
-    bank: ReferenceSet
-    rows: Tensor  # (P,) of the bank
+    extractor: FeatureExtractor
+    references: ReferenceSet
+    rows: Tensor  # (P,)
     folder: Path
     w: float
     steps: int
@@ -69,454 +70,355 @@ class Study:
 
     @property
     def prompts(self) -> list[str]:
-        return [self.bank.captions[row] for row in self.rows]
+        """The P captions."""
+        return self.references.captions_of(self.rows)
 
     @property
-    def call(self) -> dict:
-        return {
-            "w": self.w,
-            "num_inference_steps": self.steps,
-            "eta": None,
-            "negative_prompt": None,
-        }
+    def calls(self) -> int:
+        """The network calls of one plain image."""
+        return calls_of_sample(self.pipe, self.w, self.steps)
 
-    @property
-    def one(self) -> int:
-        """The network calls of one plain picture."""
-        return search.calls_of_sample(self.pipe, self.w, self.steps)
+    def cached(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Return the result of `compute`, from the disk if it is there."""
 
-    def seeds(self, first: int, n: int = 1) -> list[int]:
-        """The seeds of candidates first ... first + n - 1 of every caption, (P n)."""
-        return [
-            self.seed * SEED_STRIDE + APART * p + first + k
-            for p in range(len(self.rows))
-            for k in range(n)
-        ]
+        def contiguous() -> dict[str, Tensor]:
+            return {key: value.contiguous() for key, value in compute().items()}
 
-    def kept(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """What `make` gives, from the disk where it has been made."""
-        make_whole = lambda: {key: value.contiguous() for key, value in make().items()}
-        return samples.cached_tensors(self.folder / f"{name}.safetensors", make_whole)
+        return cached_tensors(self.folder / f"{name}.safetensors", contiguous)
 
-    def judged(self, x_0: Tensor) -> dict[str, Tensor]:
-        """Pictures uint8 (P, 3, H, W) of what was drawn (P, c, h, w), the rank of their own, and their similarity to it."""
+    def measure(self, x_0: Tensor) -> dict[str, Tensor]:
+        """Return uint8 images (P, 3, H, W) of x_0, their ranks, and similarity to their own."""
         images = self.pipe.image_processor.postprocess(self.pipe.decode(x_0), output_type="pt")
-        images = image_ops.as_uint8(images.cpu())
-        features, own = self.judge.features(images), self.bank.own[self.rows]
-        ranks = retrieval.retrieval_ranks(features, self.bank.features, own)
-        centre = retrieval.centred_unit_vectors(self.bank.features, self.bank.features)[own]
-        similarity = (retrieval.centred_unit_vectors(features, self.bank.features) * centre).sum(1)
+        images = as_uint8(images.cpu())
+        features = self.extractor.features(images)
+        references = self.references.features
+        own = centred_unit_vectors(references, references)[self.references.own[self.rows]]
+        similarity = (centred_unit_vectors(features, references) * own).sum(1)
+        ranks = self.references.ranks(features, self.rows)
         return {"images": images, "rank": ranks, "similarity": similarity}
 
-    def batched(self, what: str, make: Callable[[slice], Tensor], size: int) -> Tensor:
-        """`make` over all captions, `size` at a time, in the precision of training."""
-        bf16 = hardware.has_bf16(self.pipe.device)
-        with torch.no_grad(), torch.autocast(self.pipe.device.type, torch.bfloat16, enabled=bf16):
-            starts = tqdm(
-                range(0, len(self.rows), size), desc=what, unit="batch", dynamic_ncols=True
-            )
-            return torch.cat([make(slice(i, i + size)) for i in starts])
+    def batched(self, name: str, compute: Callable[[slice], Tensor]) -> Tensor:
+        """Return `compute` of all captions, a batch at a time, in the precision of training."""
+        device = self.pipe.device
+        starts = range(0, len(self.rows), self.batch)
+        bar = tqdm(starts, desc=name, unit="batch", dynamic_ncols=True)
+        bf16 = has_bf16(device)
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            return torch.cat([compute(slice(start, start + self.batch)) for start in bar])
 
-    def drawn(self, name: str, first: int, steps: int) -> dict[str, Tensor]:
-        """Candidate `first` of every caption by plain sampling, judged; `x_0` beside it."""
+    def sample(self, name: str, candidate: int, steps: int) -> dict[str, Tensor]:
+        """Return one candidate of every caption by plain sampling, measured, with its x_0."""
+        first = self.seed * SEED_STRIDE + candidate
+        seeds = [first + CAPTION_STRIDE * p for p in range(len(self.rows))]
 
-        def make():
-            seeds = self.seeds(first)
-            some = lambda part: (
-                self.pipe(
-                    self.prompts[part],
-                    generator=[torch.Generator().manual_seed(s) for s in seeds[part]],
-                    output_type="latent",
-                    **self.call | {"num_inference_steps": steps},
-                ).images
-            )
-            x_0 = self.batched(name, some, self.batch)
-            return {"x_0": x_0, **self.judged(x_0)}
+        def generate(part: slice) -> Tensor:
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
+            call = {"w": self.w, "num_inference_steps": steps, "output_type": "latent"}
+            return self.pipe(self.prompts[part], generator=generators, **call).images
 
-        return self.kept(name, make)
+        def compute() -> dict[str, Tensor]:
+            x_0 = self.batched(name, generate)
+            return {"x_0": x_0, **self.measure(x_0)}
+
+        return self.cached(name, compute)
 
     def differences(self, name: str, x_0: Tensor, verifier: LikelihoodVerifier) -> Tensor:
-        """What a verifier's pairs say of one candidate of each caption, (P, M)."""
-        some = lambda part: verifier.differences(self.pipe, self.prompts[part], x_0[part]).T
-        return self.kept(name, lambda: {"differences": self.batched(name, some, self.batch)})[
-            "differences"
-        ]
+        """Return the verifier's differences of one candidate of each caption, (P, M)."""
 
-    def paths(self, n: int, verifier: LikelihoodVerifier) -> dict[str, Tensor]:
-        """The best of n paths of each caption, judged."""
-        name, seeds, size = (
-            f"paths-{n}-{verifier.pairs}-{verifier.weight}",
-            self.seeds(0, n),
-            max(self.batch // n, 1),
-        )
+        def compute(part: slice) -> Tensor:
+            return verifier.differences(self.pipe, self.prompts[part], x_0[part]).T
 
-        def some(part: slice) -> Tensor:
-            prompts = self.prompts[part]
-            own = seeds[part.start * n : part.start * n + len(prompts) * n]
-            for found in search.advance_paths(
-                self.pipe, prompts, n, verifier, own, self.call, self.batch
-            ):  # noqa: B007
-                pass
-            x_0, scores, _calls = found
-            return x_0[torch.arange(len(prompts)) * n + scores.argmax(1)]
-
-        return self.kept(name, lambda: self.judged(self.batched(name, some, size)))
+        cached = self.cached(name, lambda: {"differences": self.batched(name, compute)})
+        return cached["differences"]
 
 
 # ---- measures
 
 
 def best_of(values: Tensor, scores: Tensor, n: int) -> Tensor:
-    """The mean value (P,) of the best scored of n candidates, over all choices of n of the K drawn ones, (P, K)."""
+    """Return the value (P,) of the best scored of n of K candidates, the mean over all choices.
+
+    values, scores: (P, K).
+    """
     K = scores.shape[1]
-    odds = torch.tensor(
-        [math.comb(K - 1 - r, n - 1) / math.comb(K, n) for r in range(K)], dtype=torch.float64
-    )
-    return values.double().gather(1, scores.argsort(1, descending=True)) @ odds
+    odds = [math.comb(K - 1 - rank, n - 1) / math.comb(K, n) for rank in range(K)]
+    order = scores.argsort(1, descending=True)
+    return values.double().gather(1, order) @ torch.tensor(odds, dtype=torch.float64)
 
 
 def bootstrap(values: Tensor) -> tuple[float, float, float]:
-    """The mean of (P,) with its 95 % interval over captions."""
+    """Return the mean of (P,) with its 95 % interval over captions."""
     return bench.paired(values, torch.zeros_like(values))
 
 
 def rank_correlation(scores: Tensor, others: Tensor) -> Tensor:
-    """Spearman's correlation of two orders of the same K candidates, (P,) of (P, K)."""
+    """Return Spearman's correlation (P,) of two scores (P, K) of the same K candidates."""
     a, b = (x.argsort(1).argsort(1).double() - (x.shape[1] - 1) / 2 for x in (scores, others))
     return (a * b).sum(1) / (a.square().sum(1) * b.square().sum(1)).sqrt()
 
 
 def score(differences: Tensor, weights: Tensor, weight: str, pairs: Tensor | None = None) -> Tensor:
-    """Scores (P, K) by some of a Likelihood's pairs (all), from its differences (P, K, M + 1) and weights (M + 1,)."""
+    """Return scores (P, K) by some pairs (all) from differences (P, K, M + 1), weights (M + 1,)."""
     M = len(weights) - 1
     pairs = torch.arange(M) if pairs is None else pairs
-    own = (
-        torch.full((len(pairs),), 1 / len(pairs), dtype=torch.float64)
-        if weight == "even"
-        else weights[pairs] * M / len(pairs)
-    )
+    own = weights[pairs] * M / len(pairs)
+    if weight == "even":
+        own = torch.full((len(pairs),), 1 / len(pairs), dtype=torch.float64)
     found = differences[..., pairs].double() @ own
-    return found + weights[-1] * differences[..., -1].double() if weight == "bound" else found
+    if weight == "bound":
+        found = found + weights[-1] * differences[..., -1].double()
+    return found
 
 
 def spaced(M: int, m: int) -> Tensor:
-    """m of M strata, evenly."""
+    """Return m of M strata, evenly spaced."""
     return (torch.arange(m) * M // m) + M // m // 2
 
 
 # ---- the study
 
 
-def measured(
-    study: Study, candidates: int, pairs: int, multiples: list[int], guides: list[str]
-) -> dict:
-    """Every method at every budget: values (P,) of rank 1 and rank 5, and the diagnostics."""
-    few, names = max(pairs // 4, 1), [f"candidate-{k}" for k in range(candidates)]
-    drawn = [study.drawn(name, k, study.steps) for k, name in enumerate(names)]
-    ranks, similarity = (
-        torch.stack([one[key] for one in drawn], 1) for key in ("rank", "similarity")
-    )
-    verifier = LikelihoodVerifier(pairs)
-    judge = lambda what, of: torch.stack(
-        [
-            study.differences(f"{what}-{name}", one["x_0"], of(k))
-            for k, (name, one) in enumerate(zip(names, drawn, strict=True))
-        ],
-        1,
-    )
-    apart = lambda k: LikelihoodVerifier(few, seed=1000 + k)
-    common, own = judge(f"pairs{pairs}", lambda k: verifier), judge(f"own{few}", apart)
-    shape = drawn[0]["x_0"].shape[1:]
-    t, _, weights = verifier.plan(study.pipe.scheduler, shape)
-    hits = {"first": ranks <= 1, "first five": ranks <= 5}
-    by = lambda values: {name: values(hit) for name, hit in hits.items()}
-    kept = lambda one: {
-        "first": (one["rank"] <= 1).double(),
-        "first five": (one["rank"] <= 5).double(),
-    }
-    plain, lines = by(lambda hit: hit.double().mean(1)), []
+def run_study(study: Study, candidates: int, pairs: int, multiples: list[int]) -> dict:
+    """Return recalls (P,) of every method at every budget, and the verifiers' correlations."""
+    few = max(pairs // 4, 1)
+    names = [f"candidate-{k}" for k in range(candidates)]
+    sampled = [study.sample(name, k, study.steps) for k, name in enumerate(names)]
+    ranks = torch.stack([one["rank"] for one in sampled], 1)
+    similarity = torch.stack([one["similarity"] for one in sampled], 1)
 
-    def add(method: str, multiple: int, calls: int, values: dict[str, Tensor]) -> None:
+    def differences(what: str, verifiers: list[LikelihoodVerifier]) -> Tensor:
+        parts = zip(names, sampled, verifiers, strict=True)
+        return torch.stack(
+            [study.differences(f"{what}-{name}", one["x_0"], v) for name, one, v in parts], 1
+        )
+
+    scheduler = study.pipe.scheduler
+    verifier = LikelihoodVerifier(pairs)
+    t, _, weights = verifier.plan(scheduler, sampled[0]["x_0"].shape[1:])
+    common = differences(f"pairs{pairs}", [verifier] * candidates)
+    lines = []
+
+    def add(method: str, multiple: int, calls: int, recalls: Callable[[Tensor], Tensor], of=ranks):
+        """Add a line; recalls: hits like `of` -> (P,)."""
+        values = {name: recalls(of <= at) for name, at in RECALLS.items()}
         lines.append({"method": method, "multiple": multiple, "calls": calls, "values": values})
 
     for multiple in multiples:
-        budget, longer = (
-            multiple * study.one,
-            min(multiple * study.steps, study.pipe.scheduler.config.num_train_timesteps),
-        )
-        add("a random pick", multiple, study.one, plain)
+        budget = multiple * study.calls
+        add(RANDOM, multiple, study.calls, lambda hits: hits.double().mean(1))
         if multiple > 1:
-            drawn_longer = study.drawn(f"steps-{longer}", 0, longer)
-            add(
-                "more steps",
-                multiple,
-                search.calls_of_sample(study.pipe, study.w, longer),
-                kept(drawn_longer),
-            )
+            steps = min(multiple * study.steps, scheduler.config.num_train_timesteps)
+            longer = study.sample(f"steps-{steps}", 0, steps)["rank"]
+            calls = calls_of_sample(study.pipe, study.w, steps)
+            add(MORE_STEPS, multiple, calls, torch.Tensor.double, longer)
         for weight in LIKELIHOOD_WEIGHTS:
             for m in dict.fromkeys((pairs, few)):
-                each = study.one + LikelihoodVerifier(m, weight=weight).calls
+                each = study.calls + LikelihoodVerifier(m, weight=weight).calls
                 n = min(max(budget // each, 1), candidates)
                 scores = score(common, weights, weight, spaced(pairs, m))
+                calls = n * each if n > 1 else study.calls
                 add(
                     f"random, {m} pairs, {weight}",
                     multiple,
-                    n * each if n > 1 else study.one,
-                    by(lambda hit, n=n, scores=scores: best_of(hit, scores, n)),
+                    calls,
+                    lambda hits, scores=scores, n=n: best_of(hits, scores, n),
                 )
-        for guide in (LikelihoodVerifier(few, weight=weight) for weight in guides):
-            each = search.calls_of_path(study.pipe, guide, study.call)
-            n = budget // each
-            values = kept(study.paths(n, guide)) if n > 1 else plain
-            add(
-                f"paths, {few} pairs, {guide.weight}",
-                multiple,
-                n * each if n > 1 else study.one,
-                values,
-            )
         n = min(multiple, candidates)
         add(
-            "oracle: the judge picks",
+            ORACLE,
             multiple,
-            n * study.one,
-            by(lambda hit, n=n: best_of(hit, -ranks.double(), n)),
+            n * study.calls,
+            lambda hits, n=n: best_of(hits, -ranks.double(), n),
         )
 
-    alike = lambda scores: rank_correlation(scores, similarity)
-    level, told = (
-        (1 - study.pipe.scheduler.abar(t, torch.zeros(1, dtype=torch.float64))).sqrt()[:-1],
-        {},
-    )
+    # Does a verifier order the candidates as the measure does?
+    level = (1 - scheduler.abar(t, torch.zeros(1, dtype=torch.float64))).sqrt()[:-1]
+    own_pairs = [LikelihoodVerifier(few, seed=1000 + k) for k in range(candidates)]
+    own = differences(f"own{few}", own_pairs)
+    own_weights = [one.plan(scheduler, sampled[0]["x_0"].shape[1:])[2] for one in own_pairs]
+    correlations = {}
     for weight in LIKELIHOOD_WEIGHTS:
         for m in (m for m in (1, 2, 4, 8, 16, 32, 64) if m <= pairs):
-            told[f"{weight}, {m} pairs"] = alike(score(common, weights, weight, spaced(pairs, m)))
+            scores = score(common, weights, weight, spaced(pairs, m))
+            correlations[f"{weight}, {m} pairs"] = rank_correlation(scores, similarity)
         for low, high in BANDS if weight != "bound" else ():
             inside = ((level >= low) & (level <= high)).nonzero().flatten()
             if len(inside):
-                told[f"{weight}, {len(inside)} pairs of noise levels {low:g} to {high:g}"] = alike(
-                    score(common, weights, weight, inside)
-                )
-        alone = [
-            score(own[:, [k]], apart(k).plan(study.pipe.scheduler, shape)[2], weight)
-            for k in range(candidates)
-        ]
-        told[f"{weight}, {few} pairs, each candidate under its own t and noises"] = alike(
-            torch.cat(alone, 1)
-        )
-    told["the decoder's term alone"] = alike(common[..., -1])
-    return {"lines": lines, "plain": plain, "told": told, "held": study.rows >= study.bank.n_train}
+                scores = score(common, weights, weight, inside)
+                name = f"{weight}, {len(inside)} pairs of noise levels {low:g} to {high:g}"
+                correlations[name] = rank_correlation(scores, similarity)
+        alone = [score(own[:, [k]], own_weights[k], weight) for k in range(candidates)]
+        name = f"{weight}, {few} pairs, each candidate under its own t and noises"
+        correlations[name] = rank_correlation(torch.cat(alone, 1), similarity)
+    correlations["the decoder's term alone"] = rank_correlation(common[..., -1], similarity)
+    held_out = study.rows >= study.references.n_train
+    return {"lines": lines, "correlations": correlations, "held_out": held_out}
 
 
 @dataclass(frozen=True)
 class Rate:
-    """A share of captions, and how far it is from a random pick's at the same captions, with the 95 % interval of that."""
+    """A recall, and its difference to a random candidate's at the same captions (95 %)."""
 
-    share: float
-    apart: float
-    low: float
-    high: float
+    value: float
+    difference: tuple[float, float, float]
+
+    def __str__(self) -> str:
+        middle, low, high = (f"{100 * x:+.1f}" for x in self.difference)
+        return f"{self.value:.1%} ({middle}: {low} to {high})"
+
+
+def split_rows(found: dict) -> dict[str, Tensor]:
+    """Return which captions (P,) are in each split."""
+    splits = {"training": ~found["held_out"], "held out": found["held_out"]}
+    return {name: some for name, some in splits.items() if some.any()}
 
 
 def rates(found: dict) -> list[dict]:
-    """The lines of `measured` with a Rate for every split and kind of hit in the place of their values."""
-    splits = {"training": ~found["held"], "held out": found["held"]}
-    splits = {name: some for name, some in splits.items() if some.any()}
-    rate = lambda values, plain: Rate(float(values.mean()), *bootstrap(values - plain))
-    return [
-        line
-        | {
-            "rates": {
-                name: {
-                    hit: rate(values[some], found["plain"][hit][some])
-                    for hit, values in line["values"].items()
-                }
-                for name, some in splits.items()
+    """Return the lines of `run_study` with a Rate for every split and recall."""
+    plain = found["lines"][0]["values"]
+    lines = []
+    for line in found["lines"]:
+        by_split = {}
+        for split, some in split_rows(found).items():
+            by_split[split] = {
+                name: Rate(float(values[some].mean()), bootstrap((values - plain[name])[some]))
+                for name, values in line["values"].items()
             }
-        }
-        for line in found["lines"]
-    ]
+        lines.append(line | {"rates": by_split})
+    return lines
 
 
 def report(study: Study, found: dict, command: str, seconds: float) -> str:
-    """The section of docs/benchmarks.md."""
-    lines = rates(found)
-    splits = {name: found["held"] == (name == "held out") for name in lines[0]["rates"]}
+    """Return the section of docs/benchmarks.md."""
+    splits = split_rows(found)
     counts = " and ".join(f"{int(some.sum())} {name}" for name, some in splits.items())
-    bf16 = hardware.has_bf16(study.pipe.device)
-    out = [
-        f"`{command}`; {counts} captions, w = {study.w:g}, {study.steps} steps, one picture = {study.one} network calls. "
-        f"{bench.machine()}, {'bf16' if bf16 else 'float32'}; {seconds / 60:.0f} minutes this time.",
-        "",
-        "Share of captions whose own picture the judge puts first, and among the first five; in brackets, in points, the "
-        "difference to a random pick at the same captions with its 95 % interval.",
-        "",
-    ]
-    heads = [f"{name}: {hit}" for name in splits for hit in found["plain"]]
-    out += [
-        f"| method | budget | calls used | {' | '.join(heads)} |",
-        "|---" * (3 + len(heads)) + "|",
-    ]
-    shown = lambda rate: (
-        f"{rate.share:.1%} ({100 * rate.apart:+.1f}: {100 * rate.low:+.1f} to {100 * rate.high:+.1f})"
-    )
-    for line in lines:
-        cells = [shown(rate) for hits in line["rates"].values() for rate in hits.values()]
-        out.append(
-            f"| {line['method']} | {line['multiple']}× | {line['calls']} | {' | '.join(cells)} |"
-        )
-    first, choice = found["plain"]["first"], []
+    precision = "bf16" if has_bf16(study.pipe.device) else "float32"
+    rows = []
+    for line in rates(found):
+        cells = [rate for by_name in line["rates"].values() for rate in by_name.values()]
+        rows.append([line["method"], f"{line['multiple']}×", line["calls"], *cells])
+    heads = [f"{split}: {name}" for split in splits for name in RECALLS]
+    first = found["lines"][0]["values"]["recall@1"]
+    choice = []
     for name, some in splits.items():
-        always, never = (int((first[some] == share).sum()) for share in (1, 0))
+        always = int((first[some] == 1).sum())
+        never = int((first[some] == 0).sum())
         choice.append(
-            f"of {int(some.sum())} {name} captions {always} have all of their candidates first, {never} none"
+            f"of {int(some.sum())} {name} captions, all candidates of {always} rank first, and "
+            f"none of {never}"
         )
-    out += [
-        "",
+    correlations = []
+    for name, values in found["correlations"].items():
+        intervals = [bootstrap(values[some]) for some in splits.values()]
+        cells = [f"{mean:+.3f} ({low:+.3f} to {high:+.3f})" for mean, low, high in intervals]
+        correlations.append([name, *cells])
+    parts = [
+        f"`{command}`; {counts} captions, w = {study.w:g}, {study.steps} steps, one image = "
+        f"{study.calls} network calls. {bench.machine()}, {precision}; {seconds / 60:.0f} minutes "
+        "this time.",
+        "Recall; in brackets, in points, the difference to a random candidate at the same captions "
+        "with its 95 % interval.",
+        bench.table(["method", "budget", "calls used", *heads], rows),
         f"What there is to choose: {'; '.join(choice)}.",
-        "",
-        "Does a verifier order the candidates of a caption as the judge's similarity to the caption's own picture does? "
-        "Spearman's correlation, mean over captions with its 95 % interval.",
-        "",
-        f"| verifier | {' | '.join(splits)} |",
-        "|---" * (1 + len(splits)) + "|",
+        "Does a verifier order a caption's candidates as their similarity to the caption's own "
+        "image does? Spearman's correlation, the mean over captions with its 95 % interval.",
+        bench.table(["verifier", *splits], correlations),
     ]
-    for name, values in found["told"].items():
-        cells = [
-            "{:+.3f} ({:+.3f} to {:+.3f})".format(*bootstrap(values[some]))
-            for some in splits.values()
-        ]
-        out.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(out)
+    return "\n\n".join(parts)
 
 
 def plot(lines: list[dict], path: Path) -> None:
-    """Rates against the budget, one line a method, the interval of the difference shaded around searches."""
-    splits, methods = list(lines[0]["rates"]), list(dict.fromkeys(line["method"] for line in lines))
+    """Plot recall against the budget, a line a method, with the difference's interval shaded."""
+    splits = list(lines[0]["rates"])
+    methods = list(dict.fromkeys(line["method"] for line in lines))
     multiples = sorted({line["multiple"] for line in lines})
-    colour = {method: f"C{i}" for i, method in enumerate(m for m in methods if m not in BASELINES)}
+    searches = [method for method in methods if method not in BASELINES]
+    colours = {method: f"C{i}" for i, method in enumerate(searches)}
     figure = Figure(figsize=(5 * len(splits), 8), layout="constrained")
     axes = figure.subplots(2, len(splits), squeeze=False)
-    for row, hit in zip(axes, lines[0]["rates"][splits[0]], strict=True):
-        for ax, name in zip(row, splits, strict=True):
+    for row, name in zip(axes, RECALLS, strict=True):
+        for ax, split in zip(row, splits, strict=True):
             for method in methods:
-                mine = [one for one in lines if one["method"] == method]
-                x, some = (
-                    [one["multiple"] for one in mine],
-                    [one["rates"][name][hit] for one in mine],
-                )
-                style = {
-                    "color": colour.get(method, "black"),
-                    "linestyle": BASELINES.get(method, "-"),
-                }
-                ax.plot(
-                    x,
-                    [100 * rate.share for rate in some],
-                    marker="o",
-                    markersize=3,
-                    label=method,
-                    **style,
-                )
-                if method in colour:
-                    edges = (
-                        [100 * (rate.share - rate.apart + edge(rate)) for rate in some]
-                        for edge in EDGES
-                    )
-                    ax.fill_between(x, *edges, alpha=0.08, color=colour[method])
+                points = [line for line in lines if line["method"] == method]
+                x = [point["multiple"] for point in points]
+                some = [point["rates"][split][name] for point in points]
+                y = [100 * rate.value for rate in some]
+                colour = colours.get(method, "black")
+                style = {"color": colour, "linestyle": BASELINES.get(method, "-")}
+                ax.plot(x, y, marker="o", markersize=3, label=method, **style)
+                if method in colours:
+                    plain = [rate.value - rate.difference[0] for rate in some]
+                    pairs = list(zip(plain, some, strict=True))
+                    low = [100 * (base + rate.difference[1]) for base, rate in pairs]
+                    high = [100 * (base + rate.difference[2]) for base, rate in pairs]
+                    ax.fill_between(x, low, high, alpha=0.08, color=colour)
             ax.set_xscale("log", base=2)
-            ax.set(title=f"{name} captions", xlabel="budget, × one picture", ylabel=f"{hit}, %")
+            ax.set(title=f"{split} captions", xlabel="budget, × one image", ylabel=f"{name}, %")
             ax.set(xticks=multiples, xticklabels=multiples)
             ax.grid(alpha=0.2)
-    figure.legend(
-        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8
-    )
+    handles = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=3, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
 
+def load_study(args: argparse.Namespace) -> Study:
+    """Load the run and choose its captions."""
+    if not 1 <= args.candidates <= CAPTION_STRIDE or args.captions < 1 or min(args.multiples) < 1:
+        raise EvaluationError(
+            f"--candidates {args.candidates}, --captions {args.captions} and --multiples "
+            f"{args.multiples} must be at least 1, and --candidates at most {CAPTION_STRIDE}."
+        )
+    _config, extractor, references, pipe = load_run(args.run)
+    n_train = references.n_train
+    hidden = len(references.captions) - n_train
+    held_out = hidden if args.held_out is None else args.held_out
+    rows = [evenly_spaced(args.captions, n_train), n_train + evenly_spaced(held_out, hidden)]
+    rows = torch.cat(rows)
+    w = pipe.config.w if args.w is None else args.w
+    captions = json.dumps(references.captions_of(rows)).encode()
+    digest = hashlib.sha256(captions).hexdigest()[:8]
+    model = samples_identity(pipe, references)
+    folder = args.run / "search" / f"{model}-{digest}-steps{args.steps}-w{w:g}-seed{args.seed}"
+    settings = (rows, folder, w, args.steps, args.seed, args.batch)
+    return Study(pipe, extractor, references, *settings)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """The command line: 0 done, 2 refused."""
+    """Run the study and write its section; 0 done, 2 bad input."""
     parser = argparse.ArgumentParser(
         prog="python benchmarks/search.py", description=__doc__.splitlines()[0]
     )
-    parser.add_argument(
-        "run", type=Path, help="a run's folder, or a saved pipeline's with its config.yaml"
-    )
-    parser.add_argument(
-        "--captions", type=int, default=64, help="training captions, evenly over the set"
-    )
-    parser.add_argument("--held-out", type=int, help="held-out captions (default: all)")
-    parser.add_argument("--candidates", type=int, default=8, help="pictures drawn of each caption")
-    parser.add_argument(
-        "--multiples", type=int, nargs="+", default=[1, 2, 4, 8], help="budgets, in plain samples"
-    )
-    parser.add_argument("--steps", type=int, default=20, help="of a plain sample")
-    parser.add_argument(
-        "--pairs",
-        type=int,
-        default=16,
-        help="of the likelihood; a quarter of them is tried as well",
-    )
-    parser.add_argument(
-        "--paths",
-        nargs="+",
-        choices=LIKELIHOOD_WEIGHTS,
-        default=["bound"],
-        help="the weights that guide paths",
-    )
-    parser.add_argument("--w", type=float, help="guidance (default: the model's own)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="a small one, to see that it runs; writes docs only where told to",
-    )
-    parser.add_argument(
-        "--docs", type=Path, help="where benchmarks.md and figures/ are (default: docs/)"
-    )
+    add = parser.add_argument
+    add("run", type=Path, help="a run's folder, or a saved pipeline with config.yaml")
+    add("--captions", type=int, default=64, help="training captions, evenly spaced")
+    add("--held-out", type=int, help="held-out captions (default: all)")
+    add("--candidates", type=int, default=8, help="samples of each caption")
+    add("--multiples", type=int, nargs="+", default=[1, 2, 4, 8], help="budgets, in plain samples")
+    add("--steps", type=int, default=20, help="of a plain sample")
+    add("--pairs", type=int, default=16, help="of the likelihood; a quarter is tried as well")
+    add("--w", type=float, help="guidance weight (default: the model's own)")
+    add("--seed", type=int, default=0)
+    add("--batch", type=int, default=32)
+    add("--quick", action="store_true", help="only check that it runs; writes no docs by default")
+    add("--docs", type=Path, help="the folder of benchmarks.md and figures/ (default: docs/)")
     args = parser.parse_args(argv)
     if args.quick:
         vars(args).update(QUICK)
     docs = args.docs or (None if args.quick else bench.ROOT / "docs")
-    began = time.monotonic()
+    start = time.monotonic()
     try:
-        if not 1 <= args.candidates <= APART or args.captions < 1 or min(args.multiples) < 1:
-            raise retrieval.EvaluationError(
-                f"--candidates is {args.candidates}, --captions {args.captions}, --multiples {args.multiples}, expected 1 "
-                f"or more of each, and {APART} candidates at most: leave them out"
-            )
-        _config, judge, bank, pipe = evaluate.load_run(args.run)
-        held = len(bank.captions) - bank.n_train
-        shown = sampler.evenly_spaced(args.captions, bank.n_train)
-        hidden = bank.n_train + sampler.evenly_spaced(
-            held if args.held_out is None else args.held_out, held
-        )
-        rows, w = torch.cat([shown, hidden]), pipe.config.w if args.w is None else args.w
-        captions = hashlib.sha256(
-            json.dumps([bank.captions[row] for row in rows]).encode()
-        ).hexdigest()[:8]
-        name = f"{samples.samples_identity(pipe, bank)}-{captions}-steps{args.steps}-w{w:g}-seed{args.seed}"
-        study = Study(
-            pipe,
-            judge,
-            bank,
-            rows,
-            args.run / "search" / name,
-            w,
-            args.steps,
-            args.seed,
-            args.batch,
-        )
-        found = measured(study, args.candidates, args.pairs, args.multiples, args.paths)
+        study = load_study(args)
+        found = run_study(study, args.candidates, args.pairs, args.multiples)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     command = f"python benchmarks/search.py {shlex.join(bench.command_line(argv))}"
-    section = report(study, found, command, time.monotonic() - began)
+    section = report(study, found, command, time.monotonic() - start)
     print(section)
     if docs:
         plot(rates(found), docs / "figures" / "search.png")
-        head = "## Inference-time compute\n\n![Rates against the budget](figures/search.png)\n\n"
+        head = "## Inference-time compute\n\n![Recall against the budget](figures/search.png)\n\n"
         bench.put(docs / "benchmarks.md", "<!-- search -->", "<!-- /search -->", section, head)
     return 0
 

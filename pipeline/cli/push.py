@@ -11,14 +11,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="direct-jump push", description="Upload a model to the Hub.", allow_abbrev=False
     )
-    parser.add_argument(
-        "source", metavar="RUN_OR_PATH", help="a run's folder (runs/NAME) or a saved pipeline's"
-    )
+    parser.add_argument("source", metavar="RUN_OR_PATH", help="a run or a saved pipeline")
     parser.add_argument("repo_id", metavar="USER/NAME", help="created if it does not exist")
     parser.add_argument("--private", action="store_true", help="create the repository as private")
-    parser.add_argument(
-        "--base", metavar="USER/NAME", help="for an adapter: its base model's name on the Hub"
-    )
+    parser.add_argument("--base", metavar="USER/NAME", help="an adapter's base model on the Hub")
     args = parser.parse_args(argv)
     return run_cli(
         lambda: print(push(args.source, args.repo_id, private=args.private, base=args.base)),

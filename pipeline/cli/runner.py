@@ -3,11 +3,14 @@
 import sys
 from collections.abc import Callable
 
+from pipeline.runs.folder import RunError
+
 
 def run_cli(command: Callable[[], int | None], interrupted: str) -> int:
     """Run a command and return its exit code: 0 done, 1 failed, 2 bad input, 130 interrupted.
 
-    A ValueError becomes one message on stderr; its `exit_code`, if it has one, is returned.
+    A ValueError, RunError or OSError becomes one message on stderr; its `exit_code`, if it has
+    one, is returned.
     interrupted: what Ctrl-C leaves behind, for the message.
     """
     try:
@@ -15,6 +18,6 @@ def run_cli(command: Callable[[], int | None], interrupted: str) -> int:
     except KeyboardInterrupt:
         print(f"\nstopped: {interrupted}", file=sys.stderr)
         return 130
-    except ValueError as error:
+    except (ValueError, RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return getattr(error, "exit_code", 2)

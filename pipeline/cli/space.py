@@ -11,13 +11,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="direct-jump space", description="Serve a model as a Space.", allow_abbrev=False
     )
+    model = {"metavar": "USER/NAME[@REVISION]", "help": "pinned to the commit it is at now"}
     parser.add_argument("repo_id", metavar="USER/NAME", help="created if it does not exist")
-    parser.add_argument(
-        "--model",
-        required=True,
-        metavar="USER/NAME[@REVISION]",
-        help="the model to serve, pinned to its current commit",
-    )
+    parser.add_argument("--model", required=True, **model)
     parser.add_argument("--private", action="store_true", help="create the Space as private")
     args = parser.parse_args(argv)
     return run_cli(

@@ -7,16 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.evaluation.retrieval import EvaluationError
+from pipeline.runs.results import Kid
 
-MIN_SAMPLES = 4  # rows of a distance, whose error is read from halves
-JACKKNIFE_HALVES = 50  # random halves that an error is read from
-
-
-# ---- distances between two sets of features
+MIN_SAMPLES = 4  # the error of a KID comes from halves of both sets
+JACKKNIFE_HALVES = 50
 
 
 class PrecomputedFeatures(nn.Identity):
-    """The network that torchmetrics asks for, where features (N, D) are known already."""
+    """The feature network that torchmetrics needs, for features (N, D) that are known already."""
 
     def __init__(self, num_features: int):
         super().__init__()
@@ -25,65 +23,64 @@ class PrecomputedFeatures(nn.Identity):
 
 @torch.no_grad()
 def extract_features(network: nn.Module, images: Tensor, batch: int = 32) -> Tensor:
-    """What any network (B, 3, H, W) -> (B, D) makes of images (N, 3, H, W): (N, D), float32 on the CPU."""
+    """Return a network's features (N, D) of images (N, 3, H, W), float32 on the CPU."""
     return torch.cat([network(part).float().cpu() for part in images.split(batch)])
 
 
 def load_inception() -> nn.Module:
-    """Inception-v3 of the FID paper, uint8 (B, 3, H, W) -> (B, 2048), where torch-fidelity is installed."""
+    """Return the FID paper's Inception-v3, uint8 (B, 3, H, W) -> (B, 2048)."""
     if importlib.util.find_spec("torch_fidelity") is None:
         raise EvaluationError(
-            "inception-v3 is not installed, expected torch-fidelity: pip install torch-fidelity torchvision, "
-            "or use efficientnet-lite0"
+            "inception-v3 is not installed. Run `pip install torch-fidelity torchvision`, or use "
+            "efficientnet-lite0."
         )
     from torchmetrics.image.fid import NoTrainInceptionV3
 
     return NoTrainInceptionV3(name="inception-v3-compat", features_list=["2048"]).eval()
 
 
-def require_equal_sizes(real: Tensor, drawn: Tensor) -> int:
-    """N of two feature sets (N, D); EvaluationError unless it is the same, and 4 or more."""
-    if real.shape != drawn.shape or real.ndim != 2 or len(real) < MIN_SAMPLES:
+def require_equal_sizes(real: Tensor, samples: Tensor) -> int:
+    """Return N of two feature sets (N, D); EvaluationError unless both have the same N >= 4."""
+    if real.shape != samples.shape or real.ndim != 2 or len(real) < MIN_SAMPLES:
         raise EvaluationError(
-            f"features are {tuple(real.shape)} and {tuple(drawn.shape)}, expected twice the same (N, D) with "
-            f"N >= {MIN_SAMPLES}: distances of sets are compared at equal N only"
+            f"Features are {tuple(real.shape)} and {tuple(samples.shape)}, but distances compare "
+            f"two sets of the same shape (N, D) with N >= {MIN_SAMPLES}."
         )
     return len(real)
 
 
-def kid(real: Tensor, drawn: Tensor, seed: int = 0) -> dict:
-    """The kernel distance of real and drawn features (N, D) (Binkowski et al. 2018), unbiased for independent sets.
+def kid(real: Tensor, samples: Tensor, seed: int = 0) -> Kid:
+    """Return the kernel inception distance of features (N, D) (Binkowski et al. 2018).
 
-    Drawings of the real pictures' own captions are not: they resemble theirs, which lowers it by up to 2/N of the kernel.
-    `value` is the squared mean discrepancy of all of them under (x . y / D + 1)^3. `error` is its standard error by the
-    delete-half jackknife, the deviation over random halves of both sets; `interval` is 1.96 errors to either side.
+    The value is the squared maximum mean discrepancy under (x . y / D + 1)^3, unbiased for
+    independent sets. Samples of the real images' own captions resemble them, which lowers it by
+    up to 2/N of the kernel. The error is the delete-half jackknife's standard error; the interval
+    is 1.96 errors to either side.
     """
-    from torchmetrics.image.kid import KernelInceptionDistance  # here: its import takes a second
+    # Importing it takes a second.
+    from torchmetrics.image.kid import KernelInceptionDistance
 
-    n, found = require_equal_sizes(real, drawn), []
+    n = require_equal_sizes(real, samples)
+    results = []
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance` will save")
-        torch.manual_seed(seed)  # torchmetrics draws its subsets from the global generator
+        # torchmetrics chooses its subsets by the global generator.
+        torch.manual_seed(seed)
         for subsets, size in ((1, n), (JACKKNIFE_HALVES, n // 2)):
-            metric = KernelInceptionDistance(
-                PrecomputedFeatures(real.shape[1]), subsets=subsets, subset_size=size
-            )
+            network = PrecomputedFeatures(real.shape[1])
+            metric = KernelInceptionDistance(network, subsets=subsets, subset_size=size)
             metric.update(real.double(), real=True)
-            metric.update(drawn.double(), real=False)
-            found.append(metric.compute())
-    (value, _), (_, error) = found
-    return {
-        "value": value.item(),
-        "error": error.item(),
-        "n": n,
-        "interval": [(value - 1.96 * error).item(), (value + 1.96 * error).item()],
-    }
+            metric.update(samples.double(), real=False)
+            results.append(metric.compute())
+    value = results[0][0].item()
+    error = results[1][1].item()
+    return Kid(value, error, (value - 1.96 * error, value + 1.96 * error), n)
 
 
 def frechet_distance(x: Tensor, y: Tensor) -> float:
-    """|mu - mu'|^2 + tr(S + S' - 2 (S S')^(1/2)) of features (N, D) and (N, D), Gaussians with their means and covariances.
+    """Return |mu - mu'|^2 + tr(S + S' - 2 (S S')^(1/2)) of features (N, D) and (N, D).
 
-    Biased upwards at small N: only values at the same N and D compare (Heusel et al. 2017).
+    Biased upwards at small N: compare only values at the same N and D (Heusel et al. 2017).
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -95,6 +92,6 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
 
 
 def random_halves(n: int) -> tuple[Tensor, Tensor]:
-    """Two disjoint random halves of n rows, of equal size, the same ones every time."""
+    """Return two disjoint random halves of n rows, of equal size, always the same ones."""
     rows = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     return rows[: n // 2], rows[n // 2 : 2 * (n // 2)]

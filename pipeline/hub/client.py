@@ -1,128 +1,118 @@
-"""Calls to the Hub: retries, and errors in plain words."""
+"""Call the Hub: commits, retries, and errors in plain words."""
 
 import contextlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import (  # HTTPError: of its own HTTP client
-    HfHubHTTPError,
-    HTTPError,
-    LocalTokenNotFoundError,
-)
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
 from safetensors import SafetensorError
 
-from pipeline.data.sources.rows import one_line
+from pipeline.data.sources.rows import TRANSIENT_STATUS, one_line
 from pipeline.diffusion.hub_format import commit_operations
 from pipeline.models.trusted import ModelError
 
-RETRY_WAITS = (1, 4, 16)  # seconds before a push is tried again
+RETRY_WAITS = (1, 4, 16)  # seconds before each new attempt of a push
+CONFLICT_STATUS = 412  # somebody has just committed
+STATUS_PROBLEMS = {
+    401: "there is no valid token. Run `hf auth login` or set HF_TOKEN",
+    403: "this account cannot write there. Use your own repository and a token with write access",
+    404: "there is no such repository. Check its name",
+}
+
+Result = TypeVar("Result")
 
 
 class HubError(ValueError):
-    """A push or a check before it that failed: what happened, and how to go on."""
+    """A push, or a check before it, that failed."""
 
     exit_code = 1
 
 
 def commit_folder(api: HfApi, folder: Path, repo: str, kind: str, message: str) -> str:
-    """Upload a folder's files in one commit (`changes`) and return the repository's address; files as they are there make none.
+    """Upload a folder in one commit and return the repository's address; no change, no commit.
 
-    huggingface_hub's own `upload_folder` may make several commits of a folder.
+    huggingface_hub's own `upload_folder` may split a folder over several commits.
     """
-    with_retries(
-        lambda: api.create_commit(
-            repo, commit_operations(api, repo, folder, kind), commit_message=message, repo_type=kind
-        )
-    )
+
+    def commit() -> None:
+        operations = commit_operations(api, repo, folder, kind)
+        api.create_commit(repo, operations, commit_message=message, repo_type=kind)
+
+    with_retries(commit)
     return f"{api.endpoint}/{'spaces/' if kind == 'space' else ''}{repo}"
 
 
-def is_transient(answer: int) -> bool:
-    """Whether the Hub, which gave this answer, may give another one later."""
-    return answer in (408, 412, 429) or answer >= 500
+def is_transient(error: BaseException) -> bool:
+    """Return whether a request may succeed later: no answer, a busy Hub, or a commit in between."""
+    if not isinstance(error, HfHubHTTPError):
+        return True
+    status = error.response.status_code
+    return status in TRANSIENT_STATUS or status == CONFLICT_STATUS
 
 
-def with_retries(request: Callable):
-    """What a request to the Hub returns, made again where no answer came, the Hub is busy or somebody has just committed.
+def with_retries(request: Callable[[], Result]) -> Result:
+    """Return what a request to the Hub returns, after retries of transient errors.
 
-    A commit whose answer was lost is not made twice: every try asks anew what is there already. Where a file does not get
-    through the client raises RuntimeError, which comes as the answer that it had, or as ConnectionError.
+    A commit whose answer was lost is not made twice, if each attempt compares with the Hub first.
+    When a file does not get through, the client raises a RuntimeError. It comes as the HTTP error
+    behind it, or as a ConnectionError.
     """
     for wait in (*RETRY_WAITS, None):
         try:
             return request()
         except (HTTPError, ConnectionError, TimeoutError, RuntimeError) as error:
-            cause = (
-                error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
-            )
-            answer = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
-            if wait is None or not (answer is None or is_transient(answer)):
-                raise (
-                    cause if isinstance(cause, HTTPError) else ConnectionError(one_line(cause))
-                ) from error
+            cause = error.__cause__ if isinstance(error, RuntimeError) else None
+            cause = cause or error
+            if wait is None or not is_transient(cause):
+                if isinstance(cause, HTTPError):
+                    raise cause from error
+                raise ConnectionError(one_line(cause)) from error
             time.sleep(wait)
-
-
-# ---- what the disk and the Hub say, and the command line
+    raise AssertionError("the last attempt returns or raises")
 
 
 @contextlib.contextmanager
-def disk_errors(what: str) -> Iterator[None]:
-    """Whatever this machine's disk says, in one sentence."""
+def disk_errors(action: str) -> Iterator[None]:
+    """Turn an error of this machine's disk into a HubError."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         raise HubError(
-            f"{what} failed ({one_line(error)}), expected room, and leave to read and write: mend that and try "
-            "again"
+            f"{action} failed: {one_line(error)}. Check disk space and permissions, then retry."
         ) from error
 
 
 @contextlib.contextmanager
-def upload_errors(what: str, repo_id: str, cure: str = "") -> Iterator[None]:
-    """Whatever the Hub's client says about writing to a repository, in one sentence without a token in it."""
+def upload_errors(action: str, hint: str = "") -> Iterator[None]:
+    """Turn an error of the Hub's client while it writes into a HubError without a token in it.
+
+    action: what failed, such as "pushing to USER/NAME". hint: what to do afterwards, a sentence.
+    """
     try:
         yield
-    except LocalTokenNotFoundError as error:
-        raise HubError(
-            f"{what} {repo_id} needs a token and there is none, expected one that may write: `hf auth login`, or set "
-            f"HF_TOKEN{cure}"
-        ) from error
-    except HfHubHTTPError as error:
+    except (HubError, ModelError):
+        raise
+    except (LocalTokenNotFoundError, HTTPError, OSError, ValueError) as error:
+        problem = f"{action} failed: {upload_problem(error)}."
+        raise HubError(f"{problem} {hint}" if hint else problem) from error
+
+
+def upload_problem(error: Exception) -> str:
+    """Return what an error of the Hub's client while it writes means, without the final period."""
+    message = one_line(error).rstrip(".")
+    if isinstance(error, LocalTokenNotFoundError):
+        return "there is no token. Run `hf auth login` or set HF_TOKEN"
+    if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
-        reasons = {
-            401: "there is no valid token: `hf auth login`, or set HF_TOKEN",
-            403: f"this account may not write to {repo_id}: name a repository of your own, with a token that may write",
-            404: f"there is no {repo_id}: check its name",
-        }
-        other = (
-            "the Hub is busy: try again later"
-            if is_transient(status)
-            else "the Hub will not have it: see what it says"
-        )
-        reason = reasons.get(status, other)
-        says = f" ({' '.join(error.server_message.split())[:200]})" if error.server_message else ""
-        raise HubError(
-            f"{what} {repo_id} got the answer {status}, expected 200: {reason}{says}{cure}"
-        ) from error
-    except (HTTPError, ConnectionError) as error:
-        raise HubError(
-            f"{what} {repo_id} got no answer ({type(error).__name__}: {one_line(error)}), expected the Hub's: connect "
-            f"and try again{cure}"
-        ) from error
-    except OSError as error:
-        raise HubError(
-            f"{what} {repo_id} failed ({one_line(error)}), expected leave to read and to send: mend that"
-            f"{cure}"
-        ) from error
-    except ValueError as error:
-        if isinstance(error, HubError | ModelError):
-            raise
-        said = " ".join(str(error).split()).rstrip(
-            "."
-        )  # of a README that the Hub will not take, say
-        raise HubError(
-            f"{what} {repo_id} was refused ({said}), expected no objection: change what it names{cure}"
-        ) from error
+        reply = " ".join((error.server_message or "").split()).rstrip(".")[:200]
+        other = "the Hub is busy. Try again later" if is_transient(error) else "the Hub rejected it"
+        problem = f"status {status}, {STATUS_PROBLEMS.get(status, other)}"
+        return f"{problem}. The Hub's message: {reply}" if reply else problem
+    if isinstance(error, HTTPError | ConnectionError):
+        return f"no answer ({type(error).__name__}: {message}). Check the connection, then retry"
+    if isinstance(error, OSError):
+        return f"{message}. Check disk space and permissions, then retry"
+    return f"the Hub rejected it: {message}"  # such as the metadata of a README

@@ -1,4 +1,4 @@
-"""Copy models between the Hub, runs and plain folders."""
+"""Copy models into plain folders: from a run for a git repository, or from the Hub."""
 
 import contextlib
 import shutil
@@ -13,26 +13,20 @@ from pipeline.hub.model_card import TRAINING_FACTS, refresh_card
 from pipeline.hub.push import require_finished
 from pipeline.models import trusted
 from pipeline.models.loading import load_pipeline
-from pipeline.models.trusted import downloaded_files
 from pipeline.runs.folder import IMAGES_FOLDER, MODEL_INDEX, RunFolder
 
-SHARD_SIZE = "9MB"  # of weights in one file, where `ship` makes it
-
-
-# ---- ship, pull, space
+SHARD_SIZE = "9MB"  # of weights in one file of an export
 
 
 def export(source: str | Path, folder: Path) -> Path:
-    """A run's model for a git repository: bf16 weights in shards, no code, the text encoder left to the config.yaml beside it.
+    """Save a run's model for a git repository: bf16 weights in shards, no code, no text encoder.
 
-    `load` supplies that encoder, from its pip package by its hash or from the Hub; `push` adds it, and the code.
+    `load_pipeline` adds the text encoder that config.yaml names. `push` adds it and the code.
     """
     require_new_folder(folder)
     run = RunFolder(source)
     if not (run.config.is_file() and (run.pipeline / MODEL_INDEX).is_file()):
-        raise HubError(
-            f"{source} is no finished run, expected {run.pipeline / MODEL_INDEX} and {run.config}: train first"
-        )
+        raise HubError(f"{source} is not a finished run. Finish its training first.")
     require_finished(run)
     pipe = load_pipeline(source)
     pipe.unet.to(torch.bfloat16)
@@ -49,26 +43,27 @@ def export(source: str | Path, folder: Path) -> Path:
 
 
 def pull(model: str, folder: Path) -> Path:
-    """A copy of a model of the Hub in a new folder, to draw with: no code, no pickles."""
+    """Copy a model on the Hub into a new folder, without code and pickles."""
     require_new_folder(folder)
     source = trusted.download_model(model)
     with atomic_folder(folder) as new:
-        for path in downloaded_files(source):
-            (new / path.relative_to(source)).parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, new / path.relative_to(source))
+        for path in trusted.downloaded_files(source):
+            target = new / path.relative_to(source)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
     return folder
 
 
 def require_new_folder(folder: Path) -> None:
-    """HubError where a new folder's name is taken."""
+    """Raise HubError if the name of a new folder is taken."""
     if folder.exists():
-        raise HubError(f"{folder} exists, expected the name of a new folder: choose another")
+        raise HubError(f"{folder} exists. Choose the name of a new folder.")
 
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which gets its name once it is whole; HubError where it cannot be written."""
-    with disk_errors(f"making {folder}"):
+    """Yield a folder to fill, which gets its name when it is complete; HubError if that fails."""
+    with disk_errors(f"writing {folder}"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             new = Path(scratch) / folder.name

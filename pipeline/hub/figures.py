@@ -1,4 +1,4 @@
-"""The figures and sample images of a model card."""
+"""Draw the figures of a model card and collect its sample images."""
 
 import shutil
 from pathlib import Path
@@ -8,86 +8,81 @@ import torch
 from PIL import Image
 
 from pipeline.config import Config
+from pipeline.data.dataset import CaptionedImages
 from pipeline.data.image_ops import as_float
 from pipeline.data.sampler import evenly_spaced
 from pipeline.diffusion.exact_denoiser import irreducible_loss
 from pipeline.diffusion.text_to_image import TextToImagePipeline
 from pipeline.runs.folder import IMAGES_FOLDER, RunFolder
 
+FLOOR_IMAGES = 512  # of the irreducible error
+
 
 def collect_images(config: Config, run: RunFolder) -> None:
-    """The pictures of a card, `images/`: the newest samples, each prompt's own of those at the default w, and the figures.
+    """Fill the run's images/ with the newest samples, one image a prompt, and the figures.
 
-    The prompts' own are shown above code that draws at the default w: where the samples have none at it, there are none.
+    The card shows the prompts' images above code that samples at the default w. They are cropped
+    from the samples at that w, and left out if there are none.
     """
-    target, sample = run.folder / IMAGES_FOLDER, config.sample
+    sample = config.sample
+    target = run.folder / IMAGES_FOLDER
     target.mkdir(exist_ok=True)
     for old in target.glob("prompt-*.png"):
         old.unlink()
-    if drawn := run.sample_files():
-        _step, newest = drawn[-1]
+    sample_files = run.sample_files()
+    if sample_files:
+        _step, newest = sample_files[-1]
         shutil.copyfile(newest, target / "samples.png")
-    if drawn and sample.default_w in sample.w:
-        row = sample.w.index(sample.default_w)
-        with Image.open(newest) as grid:
-            width, height = grid.width // len(sample.prompts), grid.height // len(sample.w)
-            for i in range(len(sample.prompts)):
-                grid.crop((i * width, row * height, (i + 1) * width, (row + 1) * height)).save(
-                    target / f"prompt-{i}.png"
-                )
+        if sample.default_w in sample.w:
+            row = sample.w.index(sample.default_w)
+            with Image.open(newest) as grid:
+                width = grid.width // len(sample.prompts)
+                height = grid.height // len(sample.w)
+                for i in range(len(sample.prompts)):
+                    box = (i * width, row * height, (i + 1) * width, (row + 1) * height)
+                    grid.crop(box).save(target / f"prompt-{i}.png")
     for figure in run.figures.glob("*.png"):
         shutil.copyfile(figure, target / figure.name)
 
 
-def plot_training(run: RunFolder, images, pipe: TextToImagePipeline) -> Path:
-    """`figures/training.png`: the loss, and the x_0 error by timestep above what no denoiser without captions can beat."""
+def plot_training(run: RunFolder, images: CaptionedImages, pipe: TextToImagePipeline) -> Path:
+    """Plot the loss by step and the x_0 error by timestep into figures/training.png.
+
+    Without captions, no denoiser has a lower error than the dashed line.
+    """
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     history = run.history()
-    steps = [r for r in history if r.get("loss") is not None]
-    checks = [r for r in history if "train_x_0_error" in r]
+    steps = [record for record in history if record.get("loss") is not None]
+    checks = [record for record in history if "train_x_0_error" in record]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    left.plot([r["step"] for r in steps], [r["loss"] for r in steps], color="0.7", label="training")
-    for split in ("train", "held_out"):
-        line = [(r["step"], r[f"{split}_loss"]) for r in checks if f"{split}_loss" in r]
-        if line:
-            left.plot(
-                *zip(*line, strict=True),
-                marker=".",
-                label=f"{split.replace('_', '-')} grid, averaged weights",
-            )
+    losses = [record["loss"] for record in steps]
+    left.plot([record["step"] for record in steps], losses, color="0.7", label="training")
+    for split, name in (("train", "train"), ("held_out", "held-out")):
+        logged = [record for record in checks if f"{split}_loss" in record]
+        if logged:
+            losses = [record[f"{split}_loss"] for record in logged]
+            label = f"{name} grid, averaged weights"
+            left.plot([record["step"] for record in logged], losses, marker=".", label=label)
     left.set(xlabel="step", ylabel="loss", yscale="log", title="Loss")
     left.legend()
     if checks:
-        grid = [int(t) for t in checks[-1]["train_x_0_error"]]
-        for split in ("train", "held_out"):
+        timesteps = [int(t) for t in checks[-1]["train_x_0_error"]]
+        for split, name in (("train", "train"), ("held_out", "held-out")):
             if f"{split}_x_0_error" in checks[-1]:
-                right.plot(
-                    grid,
-                    list(checks[-1][f"{split}_x_0_error"].values()),
-                    marker=".",
-                    label=split.replace("_", "-"),
-                )
-        rows = evenly_spaced(512, len(images))
-        x_0 = pipe.encode(as_float(images.images[rows].to(pipe.device))).cpu()  # MPS has no float64
-        floor = [irreducible_loss(x_0, pipe.scheduler, t).mean().item() for t in grid]
-        right.plot(
-            grid,
-            floor,
-            "k--",
-            label=f"irreducible without captions (exact denoiser of {len(rows)} images)",
-        )
-        lowest = min(
-            min(line.get_ydata()) for line in right.get_lines()[:-1]
-        )  # the exact denoiser's falls to nothing
-        right.set(
-            xlabel="timestep",
-            ylabel="mean squared error of x_0",
-            yscale="log",
-            title="Error by timestep",
-        )
-        right.set_ylim(bottom=lowest / 5)
+                errors = list(checks[-1][f"{split}_x_0_error"].values())
+                right.plot(timesteps, errors, marker=".", label=name)
+        lowest = min(min(line.get_ydata()) for line in right.get_lines())
+        rows = evenly_spaced(FLOOR_IMAGES, len(images))
+        # On the CPU, since MPS has no float64.
+        x_0 = pipe.encode(as_float(images.images[rows].to(pipe.device))).cpu()
+        floor = [irreducible_loss(x_0, pipe.scheduler, t).mean().item() for t in timesteps]
+        label = f"irreducible without captions (exact denoiser of {len(rows)} images)"
+        right.plot(timesteps, floor, "k--", label=label)
+        right.set(xlabel="timestep", ylabel="mean squared error of x_0", yscale="log")
+        right.set(title="Error by timestep")
+        right.set_ylim(bottom=lowest / 5)  # the irreducible error falls to 0
         right.legend()
     path = run.figures / "training.png"
     figure.savefig(path, dpi=110)
@@ -97,7 +92,7 @@ def plot_training(run: RunFolder, images, pipe: TextToImagePipeline) -> Path:
 
 @torch.no_grad()
 def plot_strips(
-    pipe,
+    pipe: TextToImagePipeline,
     prompts: list[str],
     seen: set[str],
     path: Path,
@@ -108,46 +103,34 @@ def plot_strips(
     eta: float = 1.0,
     columns: int = 8,
 ) -> Path:
-    """The way from noise to picture, a row a prompt: x_t on the left, the current x_0 of (15) on the right.
+    """Plot the way from noise to image, a row a prompt: x_t left, the current x_0 of (15) right.
 
-    Prompts that are not in `seen`, the captions of the data, are labelled so.
+    seen: the captions of the data; other prompts are labelled as unseen.
     """
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     shown = set(torch.linspace(0, steps - 1, columns).round().long().tolist())
-    kept = [
-        (step.t, pipe.decode(step.x_t), pipe.decode(step.x_0_hat))
-        for i, step in enumerate(
-            pipe.denoise(list(prompts), w=w, seed=seed, num_inference_steps=steps, eta=eta)
-        )
-        if i in shown
-    ]
+    strips = []
+    sampling = pipe.denoise(list(prompts), w=w, seed=seed, num_inference_steps=steps, eta=eta)
+    for i, step in enumerate(sampling):
+        if i in shown and step.x_0_hat is not None:
+            strips.append((step.t, pipe.decode(step.x_t), pipe.decode(step.x_0_hat)))
+    size = (2 * columns + 1, 1.25 * len(prompts))
+    widths = [1] * columns + [0.3] + [1] * columns
     figure, axes = plt.subplots(
-        len(prompts),
-        2 * columns + 1,
-        figsize=(2 * columns + 1, 1.25 * len(prompts)),
-        width_ratios=[1] * columns + [0.3] + [1] * columns,
-        squeeze=False,
+        len(prompts), 2 * columns + 1, figsize=size, width_ratios=widths, squeeze=False
     )
     for row, prompt in enumerate(prompts):
-        for column, (t, x_t, x_0_hat) in enumerate(kept):
-            for place, x in ((column, x_t), (columns + 1 + column, x_0_hat)):
-                axes[row, place].imshow(
-                    ((x[row] + 1) / 2).clamp(0, 1).permute(1, 2, 0).float().cpu().numpy()
-                )
+        for column, (t, x_t, x_0_hat) in enumerate(strips):
+            for ax, x in ((axes[row, column], x_t), (axes[row, columns + 1 + column], x_0_hat)):
+                pixels = ((x[row] + 1) / 2).clamp(0, 1).permute(1, 2, 0)
+                ax.imshow(pixels.float().cpu().numpy())
                 if row == 0:
-                    axes[row, place].set_title(f"t = {int(t)}", fontsize=8)
-        note = "" if prompt in seen else "\n(in no training picture)"
-        axes[row, 0].text(
-            -0.15,
-            0.5,
-            prompt + note,
-            ha="right",
-            va="center",
-            transform=axes[row, 0].transAxes,
-            fontsize=10,
-        )
+                    ax.set_title(f"t = {int(t)}", fontsize=8)
+        label = prompt if prompt in seen else f"{prompt}\n(in no training image)"
+        place = {"ha": "right", "va": "center", "transform": axes[row, 0].transAxes}
+        axes[row, 0].text(-0.15, 0.5, label, fontsize=10, **place)
     for ax in axes.flat:
         ax.set_axis_off()
     figure.text(0.33, 0.0, "x_t", ha="center")

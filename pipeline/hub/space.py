@@ -1,11 +1,12 @@
 """Push the demo as a Gradio Space."""
 
+import re
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 
-from huggingface_hub import HfApi, RepoCard, SpaceCardData
+from huggingface_hub import HfApi, SpaceCardData
 
 from pipeline.config import repository_problems
 from pipeline.hub.client import HubError, commit_folder, upload_errors, with_retries
@@ -21,48 +22,62 @@ SPACE_FILES = (
     "pipeline/**/*.py",
     "pipeline/**/*.md",
 )
+# The metadata of every Space; `space_readme` adds the model and the versions.
+SPACE_METADATA = {
+    "emoji": "🎲",
+    "colorFrom": "indigo",
+    "colorTo": "pink",
+    "sdk": "gradio",
+    "app_file": "app.py",
+    "license": "apache-2.0",
+    "short_description": "Text-to-image diffusion from the equations",
+    "tags": ["text-to-image", "diffusion"],
+    "suggested_hardware": "cpu-basic",
+}
 
 
 def push_space(repo_id: str, model: str, *, private: bool = False, token: str | None = None) -> str:
-    """Upload this project's page as a Space that draws with one commit of a model of the Hub; the address of the Space."""
-    if problems := repository_problems("the Space", repo_id):
+    """Upload the demo as a Space for one commit of a model on the Hub; return its address."""
+    problems = repository_problems("the Space", repo_id)
+    if problems:
         raise HubError("; ".join(problems))
-    name, revision, hidden = resolve_revision(model, token)
+    name, revision, is_restricted = resolve_revision(model, token)
     api = HfApi(token=token)
-    with upload_errors("the Space", repo_id), tempfile.TemporaryDirectory() as scratch:
-        repo = with_retries(
-            lambda: (
-                api.create_repo(
-                    repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True
-                ).repo_id
-            )
-        )
+    options = {"repo_type": "space", "space_sdk": "gradio", "private": private, "exist_ok": True}
+    with upload_errors(f"pushing the Space {repo_id}"), tempfile.TemporaryDirectory() as scratch:
+        repo = with_retries(lambda: api.create_repo(repo_id, **options).repo_id)
         folder = Path(scratch)
-        for path in (path for pattern in SPACE_FILES for path in PROJECT_ROOT.glob(pattern)):
-            (folder / path.relative_to(PROJECT_ROOT)).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, folder / path.relative_to(PROJECT_ROOT))
+        for pattern in SPACE_FILES:
+            for path in PROJECT_ROOT.glob(pattern):
+                target = folder / path.relative_to(PROJECT_ROOT)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
         (folder / PINNED_MODEL_FILE).write_text(f"{name}@{revision}\n", encoding="utf-8")
         (folder / "README.md").write_text(space_readme(name, revision), encoding="utf-8")
         address = commit_folder(api, folder, repo, "space", f"Serve {name} at {revision[:7]}")
-    if hidden:
+    if is_restricted:
         print(
-            f"{name} is not for everybody: the Space needs a secret HF_TOKEN that may read it, {address}/settings"
+            f"{name} is private or gated. Give the Space a secret HF_TOKEN that can read it: "
+            f"{address}/settings"
         )
     return address
 
 
 def space_readme(model: str, revision: str) -> str:
-    """The README of a Space: this project's front matter, with the model that it draws with."""
-    ours = RepoCard.load(PROJECT_ROOT / "README.md").data.to_dict()
-    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    """Return the README of a Space that serves a model at a commit, with the Space's metadata."""
     data = SpaceCardData(
-        **ours
-        | {
-            "title": model.rpartition("/")[2],
-            "models": [model],
-            "tags": ["text-to-image", "diffusion"],
-            "python_version": python,
-            "suggested_hardware": "cpu-basic",
-        }
+        title=model.rpartition("/")[2],
+        sdk_version=required_gradio(),
+        python_version=f"{sys.version_info.major}.{sys.version_info.minor}",
+        models=[model],
+        **SPACE_METADATA,
     )
-    return f"---\n{data.to_yaml()}\n---\n\n# {model}\n\nThe page of Direct Jump for `{model}` at commit `{revision}`.\n"
+    text = f"The demo of Direct Jump for `{model}` at commit `{revision}`."
+    return f"---\n{data.to_yaml()}\n---\n\n# {model}\n\n{text}\n"
+
+
+def required_gradio() -> str:
+    """Return the version of Gradio that requirements.txt pins."""
+    requirements = (PROJECT_ROOT / "requirements.txt").read_text(encoding="utf-8")
+    (version,) = re.findall(r"^gradio==(\S+)", requirements, re.MULTILINE)
+    return version

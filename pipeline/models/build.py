@@ -1,10 +1,11 @@
-"""The networks of a run: diffusers' denoiser, a frozen transformers text encoder, an autoencoder or none."""
+"""Build the networks of a run and its pipeline from the settings."""
 
 import inspect
 
 import torch
-from diffusers import SchedulerMixin, UNet2DConditionModel
+from diffusers import ConfigMixin, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.config import Config, ConfigError, DiffusionConfig, ModelConfig
 from pipeline.diffusion.captions import CaptionWhitening
@@ -14,19 +15,23 @@ from pipeline.diffusion.text_to_image import TextToImagePipeline
 
 
 def build_autoencoder(model: ModelConfig) -> PatchAutoencoder | None:
-    """The lossless patches of a configuration, None for pixels."""
+    """Return the lossless patch autoencoder; None for diffusion of pixels."""
     return None if model.patch_size is None else PatchAutoencoder(patch_size=model.patch_size)
 
 
 def build_unet(config: Config, caption_width: int) -> UNet2DConditionModel:
-    """The denoiser of a configuration, for caption states (B, L, caption_width); weights from torch's global generator."""
-    model, patch = config.model, config.model.patch_size or 1
-    down = ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in model.attention]
-    up = ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(model.attention)]
+    """Build the denoiser for caption states (B, L, caption_width).
+
+    Its weights come from torch's global generator.
+    """
+    model = config.model
+    patch_size = model.patch_size or 1
+    down = tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in model.attention)
+    up = tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(model.attention))
     return UNet2DConditionModel(
-        sample_size=config.data.resolution // patch,
-        in_channels=3 * patch**2,
-        out_channels=3 * patch**2,
+        sample_size=config.data.resolution // patch_size,
+        in_channels=3 * patch_size**2,
+        out_channels=3 * patch_size**2,
         block_out_channels=model.channels,
         layers_per_block=model.layers,
         down_block_types=down,
@@ -41,29 +46,24 @@ def build_unet(config: Config, caption_width: int) -> UNet2DConditionModel:
 
 
 def build_scheduler(
-    diffusion: DiffusionConfig, pretrained: SchedulerMixin | None = None
+    diffusion: DiffusionConfig, pretrained: ConfigMixin | None = None
 ) -> DDPMScheduler:
-    """The scheduler that a run trains with and saves: the configuration's values over those of a pretrained model's own.
+    """Build the scheduler of a run: the settings over the values of a pretrained scheduler.
 
-    A pretrained model that says nothing of clip_sample drew without it, as latents must be. Its own list of betas goes where the
-    configuration asks for others. ConfigError where the values make no noise process.
+    ConfigError if the values do not define a noise process.
     """
-    known = inspect.signature(DDPMScheduler.__init__).parameters
-    theirs = (
-        {}
-        if pretrained is None
-        else {"clip_sample": False}
-        | {
-            name: value
-            for name, value in pretrained.config.items()
-            if name in known and (name, value) != ("variance_type", None)
-        }
-    )
-    if any(
-        getattr(diffusion, name) is not None
-        for name in ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")
-    ):
-        theirs["trained_betas"] = None
+    theirs = {}
+    if pretrained is not None:
+        parameters = inspect.signature(DDPMScheduler.__init__).parameters
+        theirs = {name: value for name, value in pretrained.config.items() if name in parameters}
+        # A scheduler without the option did not clip, and latents must not be clipped.
+        theirs.setdefault("clip_sample", False)
+        # DPMSolverMultistepScheduler has variance_type: null.
+        if theirs.get("variance_type", "") is None:
+            del theirs["variance_type"]
+    schedule = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")
+    if any(getattr(diffusion, name) is not None for name in schedule):
+        theirs["trained_betas"] = None  # their list of betas would win over the new schedule
     try:
         return DDPMScheduler(**diffusion.values(theirs))
     except ValueError as error:
@@ -73,22 +73,32 @@ def build_scheduler(
 def build_pipeline(
     config: Config,
     unet: UNet2DConditionModel,
-    tokenizer,
-    encoder,
+    tokenizer: PreTrainedTokenizerBase,
+    encoder: PreTrainedModel,
     whitening: CaptionWhitening | None,
     pretrained: TextToImagePipeline | None = None,
 ) -> TextToImagePipeline:
-    """The pipeline of a run's parts; its autoencoder and caption length are the pretrained model's where there is one."""
+    """Build the pipeline of a run.
+
+    pretrained: the model that the run started from, which brings its autoencoder, caption length
+    and scheduler values.
+    """
+    if pretrained is None:
+        scheduler = build_scheduler(config.diffusion)
+        vae = build_autoencoder(config.model)
+        caption_length = config.data.caption_length
+    else:
+        scheduler = build_scheduler(config.diffusion, pretrained.scheduler)
+        vae = pretrained.vae
+        caption_length = pretrained.config["caption_length"]
     return TextToImagePipeline(
         unet,
-        build_scheduler(config.diffusion, pretrained and pretrained.scheduler),
+        scheduler,
         encoder,
         tokenizer,
-        pretrained.vae if pretrained else build_autoencoder(config.model),
+        vae,
         whitening,
-        caption_length=pretrained.config.caption_length
-        if pretrained
-        else config.data.caption_length,
+        caption_length=caption_length,
         caption_dropout=config.data.caption_dropout,
         w=config.sample.default_w,
     )
@@ -97,20 +107,21 @@ def build_pipeline(
 def prepare_for_training(
     network: UNet2DConditionModel, device: torch.device
 ) -> UNet2DConditionModel:
-    """The network as it trains fastest: channels last, and on a CPU attention as two products, since its grids are small.
+    """Put the network into its fastest form for training: channels last, in training mode.
 
-    A loaded network comes in evaluation mode, in which adapters round otherwise.
+    On a CPU, attention runs as two matrix products, which suits small grids.
+    A loaded network is in evaluation mode, in which adapters round differently.
     """
     if device.type == "cpu":
         network.set_attn_processor(AttnProcessor())
-    return network.train().to(memory_format=torch.channels_last)
+    return network.train().to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
 def trainable_parameters(network: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """The weights that train: all of a network's, or its adapters'."""
+    """Return the parameters that train: all of a network's, or those of its adapters."""
     return [weight for weight in network.parameters() if weight.requires_grad]
 
 
 def parameter_count(weights: list[torch.nn.Parameter]) -> int:
-    """How many numbers some weights hold."""
+    """Return how many numbers the parameters hold."""
     return sum(weight.numel() for weight in weights)

@@ -1,9 +1,9 @@
-"""Load pipelines: from a run, a saved folder, a checkpoint or the Hub, by classes and files that are trusted."""
+"""Load pipelines from a run, a saved folder, a checkpoint or the Hub, with trusted classes only."""
 
 from pathlib import Path
 
 from diffusers import UNet2DConditionModel
-from diffusers.utils import logging
+from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
@@ -25,18 +25,19 @@ TextToImagePipeline.trusted = trusted
 
 
 def load_pipeline(model: str | Path) -> TextToImagePipeline:
-    """The pipeline of a run's folder, of a saved pipeline's or of the Hub, or that of an adapter's base with the adapter."""
+    """Load a pipeline from a run, a saved folder or the Hub; an adapter comes on its base model."""
     return load_from_folder(resolve_model_folder(model))
 
 
 def load_from_folder(path: Path) -> TextToImagePipeline:
-    """The pipeline saved in a folder, from safetensors alone and with no code of its own; ValueError says what is wrong.
+    """Load the pipeline saved in a folder, from safetensors and without code of its own.
 
-    One that was saved without its text encoder gets the one that the config.yaml beside it names.
+    A pipeline saved without its text encoder gets the one that the config.yaml beside it names.
+    ValueError if it cannot be loaded.
     """
     if not (path / MODEL_INDEX).is_file() and (path / ADAPTER_FILE).is_file():
         return load_with_adapter(path)
-    logging.disable_progress_bar()
+    diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     try:
         require_safetensors(path, TextToImagePipeline.load_config(path))
@@ -47,9 +48,7 @@ def load_from_folder(path: Path) -> TextToImagePipeline:
         raise
     except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
-        raise ValueError(
-            f"{path} cannot be loaded ({reason}), expected a complete saved pipeline: save it again"
-        ) from error
+        raise ValueError(f"{path} cannot be loaded: {reason}. Save the pipeline again.") from error
     if pipe.text_encoder is None and (path / "config.yaml").is_file():
         tokenizer, encoder = load_text_encoder(load_file(path / "config.yaml").model.text_encoder)
         pipe.register_modules(tokenizer=tokenizer, text_encoder=encoder)
@@ -57,52 +56,58 @@ def load_from_folder(path: Path) -> TextToImagePipeline:
 
 
 def load_with_adapter(path: Path) -> TextToImagePipeline:
-    """An adapter's folder as the pipeline that it adapts, with it; the settings beside it name that.
+    """Load an adapter on the base model that the settings beside it name.
 
-    It draws with that model's own scheduler, as in stock diffusers; a run's comes with the run's w and caption dropout.
+    It samples with the base model's own scheduler, as in stock diffusers.
+    The adapter of a run also brings the run's w and caption dropout.
     """
-    if (path.parent / "config.yaml").is_file():  # a run's
-        config = load_file(path.parent / "config.yaml")
-        pipe = load_pipeline(config.model.pretrained)
+    run_config = path.parent / "config.yaml"
+    if run_config.is_file():
+        config = load_file(run_config)
+        pipe = load_pipeline(str(config.model.pretrained))
         pipe.register_to_config(
             w=config.sample.default_w, caption_dropout=config.data.caption_dropout
         )
-    else:  # a stranger's settings may name a model of the Hub and nothing on this machine
+    else:
+        # Settings from somebody else may name a model on the Hub, but no file of this machine.
         base = setting_in(path / SHARED_CONFIG_FILE, "model", "pretrained")
         if not isinstance(base, str) or Path(base).exists() or not parse_repo_id(base):
             raise ModelError(
-                f"{path} is an adapter of {base!r}, expected one of a model of the Hub: load that model, then "
-                f"`pipe.load_lora_weights({str(path)!r})`"
+                f"{path} is an adapter of {base!r}, which is not a model on the Hub. "
+                f"Load its base model, then `pipe.load_lora_weights({str(path)!r})`."
             )
         pipe = load_pipeline(base)
     try:
         pipe.load_lora_weights(
-            path, weight_name=ADAPTER_FILE, use_safetensors=True, local_files_only=True
+            str(path), weight_name=ADAPTER_FILE, use_safetensors=True, local_files_only=True
         )
     except (OSError, SafetensorError) as error:
         raise ModelError(
-            f"{path / ADAPTER_FILE} cannot be loaded ({error}), expected an adapter: save it again"
+            f"{path / ADAPTER_FILE} cannot be loaded: {error}. Save the adapter again."
         ) from error
     return pipe
 
 
 def load_checkpoint(run: RunFolder, step: int) -> TextToImagePipeline:
-    """The pipeline of a run's checkpoint, with the averaged weights; ValueError where the checkpoint is damaged."""
-    folder, config = run.checkpoints / str(step), load_file(run.config)
-    if damage := verify_checkpoint(folder):
+    """Load a run's checkpoint with its averaged weights; ValueError if it is corrupt."""
+    folder = run.checkpoints / str(step)
+    damage = verify_checkpoint(folder)
+    if damage:
         raise ValueError(f"checkpoint {folder} cannot be used: {damage}")
-    base = None if config.model.pretrained is None else load_pipeline(config.model.pretrained)
-    tokenizer, encoder = (
-        (base.tokenizer, base.text_encoder)
-        if base
-        else load_text_encoder(config.model.text_encoder)
-    )
-    if config.train.method == "lora":
-        unet, whitening = add_adapter(base.unet, config.lora), base.whitening
+    config = load_file(run.config)
+    if config.model.pretrained is None:
+        base = None
+        tokenizer, encoder = load_text_encoder(config.model.text_encoder)
+    else:
+        base = load_pipeline(config.model.pretrained)
+        tokenizer, encoder = base.tokenizer, base.text_encoder
+    if base is not None and config.train.method == "lora":
+        unet = add_adapter(base.unet, config.lora)
+        whitening = base.whitening
     else:
         unet = UNet2DConditionModel.from_pretrained(folder / "unet", use_safetensors=True)
         whitening = load_whitening(folder)
-    average = build_ema(unet, config.train.ema)
-    average.load_state_dict(load_state(folder, "trainer")["ema"])
-    average.copy_to(trainable_parameters(unet))
+    ema = build_ema(unet, config.train.ema)
+    ema.load_state_dict(load_state(folder, "trainer")["ema"])
+    ema.copy_to(trainable_parameters(unet))
     return build_pipeline(config, unet.eval(), tokenizer, encoder, whitening, base)

@@ -6,59 +6,64 @@ This module imports neither torch nor diffusers, so a mistyped path is reported 
 from pathlib import Path
 
 from pipeline.models import trusted
-from pipeline.models.trusted import parse_repo_id
 from pipeline.runs.folder import ADAPTER_FILE, MODEL_INDEX, RunFolder
 
-PINNED_MODEL_FILE = "model.txt"  # a Space's model, USER/NAME@COMMIT
+PINNED_MODEL_FILE = "model.txt"  # the model of a Space, as USER/NAME@COMMIT
+SHIPPED_MODEL = "pretrained/emoji"
 
 
 def resolve_model_folder(model: str | Path) -> Path:
-    """The folder of a saved pipeline, from its own path, from that of its run, or from the Hub."""
-    model = str(model)
-    whole = [(Path(model), MODEL_INDEX), (Path(model) / "pipeline", MODEL_INDEX)]
-    for path, file in (*whole, (Path(model), ADAPTER_FILE), (Path(model) / "lora", ADAPTER_FILE)):
-        if (path / file).is_file():
-            return path
-    if Path(model).is_dir():
-        held = (
-            "its training has not finished: run the training command again"
-            if (Path(model) / "config.yaml").is_file()
-            else ("pass a run's folder or a saved pipeline's")
-        )
-        raise ValueError(
-            f"{model} holds no pipeline, expected {Path(model) / 'pipeline' / MODEL_INDEX}: {held}"
-        )
-    if Path(model).is_file():
-        raise ValueError(
-            f"{model} is a file, expected the folder of a saved pipeline: make one of a checkpoint by diffusers' "
-            f"StableDiffusionPipeline.from_single_file({model!r}).save_pretrained(FOLDER)"
-        )
-    if parse_repo_id(model):
-        return trusted.download_model(model)
-    raise ValueError(
-        f"{model} does not exist, expected the folder of a run or of a saved pipeline, or a model of the Hub "
-        "(user/name): see `ls runs`"
+    """Return the folder of a saved pipeline or adapter.
+
+    model: that folder, the folder of its run, or `USER/NAME[@REVISION]` on the Hub.
+    """
+    path = Path(model)
+    places = (
+        (path, MODEL_INDEX),
+        (path / "pipeline", MODEL_INDEX),
+        (path, ADAPTER_FILE),
+        (path / "lora", ADAPTER_FILE),
     )
+    for folder, file in places:
+        if (folder / file).is_file():
+            return folder
+    if path.is_dir():
+        if (path / "config.yaml").is_file():
+            fix = "Its training has not finished: run the training command again."
+        else:
+            fix = "Pass the folder of a run or of a saved pipeline."
+        raise ValueError(f"{model} has no pipeline/{MODEL_INDEX}. {fix}")
+    if path.is_file():
+        raise ValueError(
+            f"{model} is a file, not the folder of a saved pipeline. Convert a checkpoint with "
+            f"diffusers.StableDiffusionPipeline.from_single_file({str(model)!r}).save_pretrained(FOLDER)."
+        )
+    return trusted.download_model(str(model))
 
 
 def default_model(
     root: str | Path = "runs",
-    shipped: str | Path = "pretrained/emoji",
+    shipped: str | Path = SHIPPED_MODEL,
     pinned: str | Path = PINNED_MODEL_FILE,
     finished: bool = False,
 ) -> Path | str | None:
-    """What draws where nobody names a model: the one that a Space is pinned to, the run that was last written to and can be
-    drawn with, the shipped model, else None. finished: whether a run has to be, or may have checkpoints alone.
+    """Return the model to use if the user names none, or None if there is none.
+
+    It is the one that a Space is pinned to, else the run that was written to last, else the
+    shipped model. finished: take only finished runs; otherwise a checkpoint is enough.
     """
     if Path(pinned).is_file():
         return Path(pinned).read_text(encoding="utf-8").strip()
-    found = [
-        run
-        for run in map(RunFolder, Path(root).glob("*"))
-        if (run.finished if finished else run.has_model or run.steps())
-    ]
-    if found:
-        return max(
-            found, key=lambda run: run.metrics.stat().st_mtime if run.metrics.exists() else 0
-        ).folder
+    runs = [RunFolder(folder) for folder in Path(root).glob("*")]
+    if finished:
+        usable = [run for run in runs if run.finished]
+    else:
+        usable = [run for run in runs if run.has_model or run.steps()]
+    if usable:
+        return max(usable, key=_last_write).folder
     return Path(shipped) if (Path(shipped) / MODEL_INDEX).is_file() else None
+
+
+def _last_write(run: RunFolder) -> float:
+    """Return when a run was last logged to, in seconds since the epoch; 0 for never."""
+    return run.metrics.stat().st_mtime if run.metrics.exists() else 0

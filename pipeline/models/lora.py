@@ -1,6 +1,7 @@
 """LoRA adapters: add, save, load."""
 
 from pathlib import Path
+from typing import Any
 
 import peft
 from diffusers import UNet2DConditionModel
@@ -12,50 +13,50 @@ from pipeline.runs.folder import ADAPTER_FILE
 
 
 def add_adapter(network: UNet2DConditionModel, lora: LoraConfig) -> UNet2DConditionModel:
-    """The network frozen, with low-rank adapters that train; their first product is zero. Weights from torch's generator."""
+    """Freeze the network and add trainable low-rank adapters, which at first change nothing.
+
+    Their weights come from torch's global generator. ConfigError for unknown target layers.
+    """
     network.requires_grad_(False)
     names = [name for name, _ in network.named_modules()]
-    if unknown := [
+    unknown = [
         target
         for target in lora.targets
         if not any(f".{name}".endswith(f".{target}") for name in names)
-    ]:
-        known = sorted(
-            {last for name in names if (last := name.rpartition(".")[2]) and not last.isdigit()}
-        )
+    ]
+    if unknown:
+        last_parts = {name.rpartition(".")[2] for name in names}
+        known = sorted(part for part in last_parts if part and not part.isdigit())
         raise ConfigError(
-            f"lora.targets has {', '.join(unknown)}, which no layer's name ends in: take names from "
-            f"{', '.join(known)}"
+            f"lora.targets has {', '.join(unknown)}, but no layer has such a name. "
+            f"Choose from {', '.join(known)}."
         )
+    alpha: Any = lora.alpha or lora.rank  # peft takes floats too
     try:
         network.add_adapter(
-            peft.LoraConfig(
-                r=lora.rank, lora_alpha=lora.alpha or lora.rank, target_modules=list(lora.targets)
-            )
+            peft.LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=list(lora.targets))
         )
-    except ValueError as error:  # peft's, for names that no layer has
+    except ValueError as error:  # peft cannot adapt layers of this kind
+        reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"lora.targets {', '.join(lora.targets)} cannot be adapted: {str(error).splitlines()[0]}"
+            f"lora.targets {', '.join(lora.targets)} cannot be adapted: {reason}"
         ) from error
     return network
 
 
 def save_adapter(network: UNet2DConditionModel, folder: Path) -> None:
-    """A network's adapters as `folder/pytorch_lora_weights.safetensors`, rank and alpha with them, as any diffusers loads it."""
-    layers = {
-        name: weight.contiguous()
-        for name, weight in peft.get_peft_model_state_dict(network).items()
-    }  # not channels last
+    """Save the adapters with rank and alpha as diffusers does: pytorch_lora_weights.safetensors."""
+    state = peft.get_peft_model_state_dict(network)
+    # Weights that trained channels last are stored in the usual order.
+    layers: dict[str, Any] = {name: weight.contiguous() for name, weight in state.items()}
+    metadata = network.peft_config["default"].to_dict()
     TextToImagePipeline.save_lora_weights(
-        folder,
-        unet_lora_layers=layers,
-        unet_lora_adapter_metadata=network.peft_config["default"].to_dict(),
+        folder, unet_lora_layers=layers, unet_lora_adapter_metadata=metadata
     )
 
 
 def load_adapter_weights(network: UNet2DConditionModel, folder: Path) -> None:
-    """Put saved adapters into a network that has been adapted alike."""
+    """Load saved adapters into a network that has the same adapters."""
     saved = load_file(folder / ADAPTER_FILE)
-    peft.set_peft_model_state_dict(
-        network, {name.removeprefix("unet."): value for name, value in saved.items()}
-    )
+    state = {name.removeprefix("unet."): weight for name, weight in saved.items()}
+    peft.set_peft_model_state_dict(network, state)

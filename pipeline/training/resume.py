@@ -51,7 +51,7 @@ def find_start(
 def newest_checkpoint(run: RunFolder, config: Config, facts_file: str) -> Path | None:
     """Return the newest complete checkpoint, None for a new run.
 
-    Raises RunError if settings changed, or if the folder holds files that a new run would overwrite.
+    Raises RunError if settings changed, or if a new run would overwrite files of the folder.
     """
     checkpoint = run.newest()
     if checkpoint is None:

@@ -13,7 +13,8 @@ from huggingface_hub import errors
 from safetensors.numpy import save_file
 out = pathlib.Path(os.environ["HF_HOME"]).parent / "out"
 (out / "unet").mkdir(parents=True, exist_ok=True)
-save_file({"w": numpy.random.default_rng(0).random(3_000_000, "float32")}, str(out / "unet/model.safetensors"))
+weights = {"w": numpy.random.default_rng(0).random(3_000_000, "float32")}
+save_file(weights, str(out / "unet/model.safetensors"))
 (out / "README.md").write_text("---\\nlicense: mit\\n---\\n# héllo")
 (out / "empty.txt").write_text("")
 def raises(kind, call, *args, **kwargs):
@@ -43,7 +44,7 @@ def client(hub, tmp_path, code, **env):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_a_folder_with_a_12_mb_safetensors_file_comes_back_the_same(hub, tmp_path):
+def test_upload_folder_of_12_mb_comes_back_the_same(hub, tmp_path):
     hub.faults += [("PUT", "/_lfs/", 503)]
     client(
         hub,
@@ -60,12 +61,11 @@ assert upload_folder(repo_id=repo, folder_path=out).oid == commit.oid  # unchang
 """,
     )
     assert len(hub.files("models", "tester/round-trip")["unet/model.safetensors"]) > 10_000_000
-    assert hub.faults == [] and sum(method == "PUT" for method, _ in hub.requests) == 2, (
-        "one of them failed"
-    )
+    assert hub.faults == []
+    assert sum(method == "PUT" for method, _ in hub.requests) == 2, "one of them failed"
 
 
-def test_errors_reach_the_client_as_its_own_classes(hub, tmp_path):
+def test_error_answers_become_the_clients_classes(hub, tmp_path):
     hub.add("other/private", {"a": b""}, private=True)
     hub.add("other/gated", {"a": b""}, gated=True)
     client(
@@ -90,7 +90,7 @@ raises(ValueError, upload_folder, repo_id="tester/r", folder_path=out)
     assert hub.files("models", "tester/r") == {}
 
 
-def test_a_lost_answer_is_no_answer_to_a_request_that_was_carried_out(hub, tmp_path):
+def test_lost_answer_still_carries_out_the_request(hub, tmp_path):
     hub.faults += [("POST", "/commit/", LOST)]
     client(
         hub,
@@ -103,7 +103,7 @@ raises(errors.HTTPError, upload_file, path_or_fileobj=b"x", path_in_repo="x.txt"
     assert hub.files("models", "tester/r") == {"x.txt": b"x"}
 
 
-def test_branches_tags_pull_requests_deletions_and_stale_parents(hub, tmp_path):
+def test_commit_knows_branches_tags_pulls_and_stale_parents(hub, tmp_path):
     client(
         hub,
         tmp_path,
@@ -116,23 +116,27 @@ api.delete_file("empty.txt", repo)
 upload_file(path_or_fileobj=b"x", path_in_repo="a/b.txt", repo_id=repo, revision="step-100")
 pull = upload_file(path_or_fileobj=b"x", path_in_repo="c.txt", repo_id=repo, create_pr=True)
 assert pull.pr_num and "c.txt" not in list_repo_files(repo)
-assert "empty.txt" in list_repo_files(repo, revision="v1") and "empty.txt" not in list_repo_files(repo)
+assert "empty.txt" in list_repo_files(repo, revision="v1")
+assert "empty.txt" not in list_repo_files(repo)
 assert "a/b.txt" in list_repo_files(repo, revision="step-100")
 assert [f.path for f in api.get_paths_info(repo, ["unet", "README.md"])] == ["README.md", "unet"]
-raises(errors.HfHubHTTPError, upload_file, path_or_fileobj=b"y", path_in_repo="y.txt", repo_id=repo, parent_commit=first.oid)
+stale = {"path_or_fileobj": b"y", "path_in_repo": "y.txt", "parent_commit": first.oid}
+raises(errors.HfHubHTTPError, upload_file, repo_id=repo, **stale)
 """,
     )
 
 
-def test_a_data_set_is_pushed_and_loaded(hub, tmp_path):
+def test_push_to_hub_of_a_dataset_loads_again(hub, tmp_path):
     client(
         hub,
         tmp_path,
         """
 from datasets import Dataset, Features, Image, Value, load_dataset
 from PIL import Image as Pillow
-rows = {"image": [Pillow.new("RGB", (8, 8), c) for c in ("red", "blue")], "text": ["a red square", "a blue square"]}
-Dataset.from_dict(rows, Features({"image": Image(), "text": Value("string")})).push_to_hub("tester/squares")
+images = [Pillow.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+rows = {"image": images, "text": ["a red square", "a blue square"]}
+features = Features({"image": Image(), "text": Value("string")})
+Dataset.from_dict(rows, features).push_to_hub("tester/squares")
 back = load_dataset("tester/squares", split="train")
 assert back["text"] == rows["text"] and back[0]["image"].getpixel((0, 0)) == (255, 0, 0)
 assert len(list(load_dataset("tester/squares", split="train", streaming=True))) == 2

@@ -1,0 +1,89 @@
+"""Other colours, several of a thing, and plurals."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.data.emoji import recolour
+
+
+def flat(*colors):
+    """A image of stripes of equal height in some colours, RGBA."""
+    return Image.fromarray(
+        np.repeat(np.array(colors, np.uint8), 4, 0)[:, None].repeat(8, 1), "RGBA"
+    )
+
+
+def only(image, color):
+    """A image in another colour."""
+    ((named, found),) = recolour.recoloured(image, [color])
+    assert named == color
+    return found
+
+
+def test_recoloured_paints_the_main_colour_and_its_shades():
+    yellow, shade, blue, clear = (
+        (250, 200, 40, 255),
+        (200, 160, 32, 255),
+        (40, 40, 200, 255),
+        (250, 200, 40, 0),
+    )
+    found = np.asarray(only(flat(yellow, yellow, yellow, shade, blue, clear), "red")).astype(int)
+    assert found[0, 0].tolist() == [*recolour.PALETTE["red"], 255]
+    assert found[12, 0, :3] == pytest.approx(
+        np.array(recolour.PALETTE["red"]) * 0.8, abs=1
+    )  # four fifths as light
+    assert tuple(found[16, 0]) == blue
+    assert found[-1, 0, 3] == 0
+
+
+def test_main_color_ignores_outlines():
+    black, white = (20, 20, 20, 255), (240, 240, 240, 255)
+    found = np.asarray(only(flat(black, black, white, white), "green"))
+    assert tuple(found[0, 0]) == black
+    assert found[-1, 0, 1] > found[-1, 0, 0] + 40
+
+
+@pytest.mark.parametrize(
+    "colors",
+    [
+        [(200, 30, 30, 255)] * 2,  # red already
+        [(250, 200, 40, 255), (40, 40, 200, 255), (30, 180, 30, 255)],  # of no one colour
+        [(0, 0, 0, 255)] * 2,  # nothing but outline
+    ],
+)
+def test_recoloured_skips_red_or_mixed_images_for_red(colors):
+    assert list(recolour.recoloured(flat(*colors), ["red"])) == []
+
+
+def test_hue_saturation_lightness_matches_colorsys():
+    import colorsys
+
+    some = np.random.default_rng(0).random((50, 3))
+    hue, saturation, lightness = recolour.hue_saturation_lightness(some)
+    for color, h, s, light in zip(some, hue, saturation, lightness, strict=True):
+        assert h == pytest.approx(colorsys.rgb_to_hsv(*color)[0])
+        assert s == pytest.approx(colorsys.rgb_to_hsv(*color)[1])
+        assert light == pytest.approx(colorsys.rgb_to_hls(*color)[1])
+
+
+@pytest.mark.parametrize("word", recolour.COUNTS)
+def test_repeated_has_that_many_smaller_copies(word):
+    one = Image.new("RGBA", (8, 8), (200, 0, 0, 255))
+    many = np.asarray(recolour.repeated(one, recolour.COUNTS[word]))
+    assert many.shape == (8, 8, 4)
+    assert (many[..., 3] > 0).sum() == 16 * recolour.COUNTS[word]
+
+
+@pytest.mark.parametrize(
+    ("one", "many"),
+    [
+        ("star", "stars"),
+        ("cherry", "cherries"),
+        ("fox", "foxes"),
+        ("key", "keys"),
+        ("peach", "peaches"),
+    ],
+)
+def test_plural_follows_english_rules(one, many):
+    assert recolour.plural(one) == many
