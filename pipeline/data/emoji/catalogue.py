@@ -43,8 +43,9 @@ THINGS = split_names("Animals & Nature, Food & Drink, Travel & Places, Activitie
 NEWER = {
     name: category
     for category, names in {
-        "Animals & Nature": "leafless tree, orca, root vegetable",
+        "Animals & Nature": "leafless tree, orca",
         "Flags": "Sark",
+        "Food & Drink": "root vegetable",
         "Objects": "harp, shovel, treasure chest, trombone",
         "People & Body": "ballet dancer, fingerprint, hairy creature",
         "Smileys & Emotion": "distorted face, face with bags under eyes, fight cloud",
