@@ -116,6 +116,7 @@ def test_catalogue_has_all_categories_of_unicode():
     assert categories["harp"] == "Objects"
     assert categories["red heart"] == "Smileys & Emotion"
     assert categories["fox"] == "Animals & Nature"
+    assert categories["root vegetable"] == "Food & Drink"
 
 
 def test_select_split_adds_flags_and_tones_on_request():

@@ -110,6 +110,6 @@ def test_write_emoji_replaces_older_variations(folder, monkeypatch):
     before = manifest.stat().st_mtime_ns
     writer.write_emoji(folder, "emoji-varied", 32, categories=CATEGORIES)
     assert manifest.stat().st_mtime_ns == before
-    monkeypatch.setattr(writer, "RECOLOUR_VERSION", writer.RECOLOUR_VERSION + 1)
+    monkeypatch.setattr(recolour, "RECOLOUR_VERSION", recolour.RECOLOUR_VERSION + 1)
     writer.write_emoji(folder, "emoji-varied", 32, categories=CATEGORIES)
     assert manifest.stat().st_mtime_ns > before
