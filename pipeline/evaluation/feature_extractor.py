@@ -124,10 +124,14 @@ class FeatureExtractor(nn.Module):
         self.requires_grad_(False).eval()
         # Folding the batch norms makes it 1.7 times as fast.
         for module in self.modules():
-            if isinstance(module, nn.Sequential) and isinstance(module[0], SameConv2d):
-                module[0] = fuse_conv_bn_eval(module[0], module[1])
+            if not isinstance(module, nn.Sequential):
+                continue
+            conv = module[0]
+            norm = module[1]
+            if isinstance(conv, SameConv2d) and isinstance(norm, nn.BatchNorm2d):
+                module[0] = fuse_conv_bn_eval(conv, norm)
                 module[1] = nn.Identity()
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     def forward(self, images: Tensor) -> Tensor:
         """Return pooled features (B, 1280) of images (B, 3, H, W): uint8, or floats in [-1, 1]."""
