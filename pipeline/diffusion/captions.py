@@ -1,4 +1,4 @@
-"""Captions as a network reads them: a frozen text encoder's states, whitened where the model was trained so."""
+"""Captions as the network reads them: the states of a frozen text encoder, optionally whitened."""
 
 import unicodedata
 
@@ -6,30 +6,36 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 WHITENING_BATCH = 1024  # captions whose states are whitened at once
-PADDING_AWARE_ENCODERS = (
-    "clip",
-    "clip_text_model",
-)  # text encoders that Stable Diffusion runs without an attention mask
+# Stable Diffusion runs these text encoders without an attention mask.
+PADDING_AWARE_ENCODERS = ("clip", "clip_text_model")
 
 
 def normalize(caption: str) -> str:
-    """A caption as it is encoded, in training and in inference: NFC, no control characters or lone surrogates, single spaces."""
-    kept = "".join(
-        c if unicodedata.category(c) not in ("Cc", "Cs") else " " if c.isspace() else ""
-        for c in caption
-    )
-    return " ".join(unicodedata.normalize("NFC", kept).split())
+    """Return the caption as it is encoded: NFC, no control characters, single spaces."""
+    letters: list[str] = []
+    for letter in caption:
+        if unicodedata.category(letter) not in ("Cc", "Cs"):
+            letters.append(letter)
+        elif letter.isspace():
+            letters.append(" ")
+    return " ".join(unicodedata.normalize("NFC", "".join(letters)).split())
 
 
 @torch.no_grad()
 def last_hidden_states(
-    captions: list[str], tokenizer, text_encoder, length: int, device: torch.device
+    captions: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    text_encoder: PreTrainedModel,
+    length: int,
+    device: torch.device | str,
 ) -> Tensor:
-    """The last hidden states (B, length, D), on a device, of captions that are padded or cut to `length` tokens.
+    """The last hidden states (B, length, D) of captions padded or cut to `length` tokens.
 
-    A CLIP encoder sees its padding, as in Stable Diffusion; others do not, and their padded positions are zero.
+    A CLIP encoder sees its padding, as in Stable Diffusion. Others do not, and their padded
+    positions are zero.
     """
     tokens = tokenizer(
         captions,
@@ -46,52 +52,64 @@ def last_hidden_states(
 
 
 class CaptionWhitening(ModelMixin, ConfigMixin):
-    """Caption states (B, L, D) less their mean, times the inverse root of their covariance; padding (zeros) stays zero.
+    """Caption states (B, L, D) less their mean, times the inverse root of their covariance.
 
-    A text encoder's states share a large mean and vary mostly along a few directions, and a network that trains for
-    minutes learns little of the others. The statistics come from the training captions (`fit`) and travel with the model.
+    A text encoder's states share a large mean and vary mostly along a few directions. A network
+    that trains for minutes learns little of the others. The statistics come from the training
+    captions and travel with the model.
     """
 
+    mean: Tensor
+    matrix: Tensor
+
     @register_to_config
-    def __init__(self, width: int):
+    def __init__(self, width: int) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("matrix", torch.eye(width))
 
     @classmethod
     def fit(cls, states: Tensor, ridge: float) -> "CaptionWhitening":
-        """The whitening of states (N, L, D); `ridge` is added to every variance, so that rare directions stay small.
+        """Return the whitening of states (N, L, D).
 
-        ValueError where fewer than two states are not padding, or for a ridge that is not above 0.
+        ValueError for fewer than two states that are not padding, or for a ridge that is not above
+        0.
         """
         if not ridge > 0:
             raise ValueError(
-                f"ridge is {ridge}, expected a number above 0: few captions leave directions without variance"
+                f"ridge must be above 0, got {ridge}: few captions leave some variances at 0."
             )
-        tokens = lambda: (some[some.any(-1)].double() for some in states.split(WHITENING_BATCH))
-        count = sum(map(len, tokens()))
+        width = states.shape[-1]
+        batches = states.split(WHITENING_BATCH)
+        count = int(states.any(-1).sum())
         if count < 2:
             raise ValueError(
-                f"whitening needs at least two caption states that are not padding, got {count}"
+                f"whitening needs at least 2 states that are not padding, got {count}."
             )
-        mean = sum(some.sum(0) for some in tokens()) / count
-        covariance = sum((some - mean).T @ (some - mean) for some in tokens()) / (count - 1)
-        variance, axes = torch.linalg.eigh(covariance)
-        out = cls(states.shape[-1])
-        out.mean.copy_(mean)
-        out.matrix.copy_(
-            (axes * (variance.clamp(min=0) + ridge).rsqrt()) @ axes.T
-        )  # symmetric: axes keep their names
-        return out
+        mean = torch.zeros(width, dtype=torch.float64, device=states.device)
+        for batch in batches:
+            mean += batch[batch.any(-1)].double().sum(0)
+        mean /= count
+        covariance = torch.zeros(width, width, dtype=torch.float64, device=states.device)
+        for batch in batches:
+            centred = batch[batch.any(-1)].double() - mean
+            covariance += centred.T @ centred
+        variance, axes = torch.linalg.eigh(covariance / (count - 1))
+        scale = (variance.clamp(min=0) + ridge).rsqrt()
+        whitening = cls(width)
+        whitening.mean.copy_(mean)
+        # The symmetric root: every axis stays itself.
+        whitening.matrix.copy_((axes * scale) @ axes.T)
+        return whitening
 
     def whiten_(self, states: Tensor) -> Tensor:
-        """States (N, L, D) whitened in their own memory, a piece at a time."""
-        for some in states.split(WHITENING_BATCH):
-            some.copy_(self(some))
+        """Whiten states (N, L, D) in place, a batch at a time."""
+        for batch in states.split(WHITENING_BATCH):
+            batch.copy_(self(batch))
         return states
 
     def forward(self, states: Tensor) -> Tensor:
-        """(B, L, D) -> (B, L, D), in the dtype of `states`."""
+        """Whitened states (B, L, D), in the dtype of `states`."""
         real = states.any(-1, keepdim=True)
         white = (states.to(self.matrix.dtype) - self.mean) @ self.matrix
         return torch.where(real, white, 0).to(states.dtype)

@@ -1,11 +1,13 @@
-"""Diffusion without training: the perfect denoiser of a finite set of images, in closed form.
+"""Diffusion without training: the perfect denoiser of a finite dataset, in closed form.
 
-With the direct jump (5), the posterior over which image x_t came from is a softmax of squared distances, and
-E[x_0 | x_t] its weighted mean. In the network's place it draws the set's own images, its error is the least that any
-network can reach, and where a network departs from it the network generalises.
+By the direct jump (5), the posterior over which image x_t came from is a softmax of squared
+distances, and E[x_0 | x_t] its weighted mean. In the network's place it samples the dataset's own
+images. Its error is the least that any network can reach. Where a network departs from it, the
+network generalises.
 """
 
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import FrozenDict
@@ -13,9 +15,8 @@ from torch import Tensor, nn
 
 from .scheduler import DDPMScheduler
 
-SAME_CAPTION_TOLERANCE = (
-    1e-3  # caption states closer than this in every element are of the same caption
-)
+# Caption states closer than this in every element belong to the same caption.
+SAME_CAPTION_TOLERANCE = 1e-3
 
 
 def posterior_weights(
@@ -25,14 +26,18 @@ def posterior_weights(
     t: int | Tensor,
     allowed: Tensor | None = None,
 ) -> Tensor:
-    """p(image i | x_t) for x_t (B, ...) and images (N, ...), a uniform prior over those allowed (B, N): (B, N), float64.
+    """Return p(image i | x_t) (B, N), float64, of x_t (B, ...) and images (N, ...).
 
-    -|x_t - sqrt(abar) x_0|^2 / (2 (1 - abar)) by (5), less what is the same for every image.
+    Its logarithm is -|x_t - sqrt(abar) x_0|^2 / (2 (1 - abar)) by (5), less what is the same for
+    every image.
     """
-    images, noisy = x_0.flatten(1).double(), x_t.flatten(1).double()
+    images = x_0.flatten(1).double()
+    noisy = x_t.flatten(1).double()
     abar_t = scheduler.abar(t, noisy)
     logits = (abar_t.sqrt() * noisy @ images.T - abar_t * images.square().sum(1) / 2) / (1 - abar_t)
-    return (logits if allowed is None else logits.masked_fill(~allowed, -torch.inf)).softmax(1)
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed, -torch.inf)
+    return logits.softmax(1)
 
 
 def expected_x_0(
@@ -50,9 +55,9 @@ def expected_x_0(
 def irreducible_loss(
     x_0: Tensor, scheduler: DDPMScheduler, t: int, eps: Tensor | None = None
 ) -> Tensor:
-    """The least mean squared error of x_0 that a denoiser without captions can have at t, (N,) one value an image.
+    """The least mean squared error of x_0 (N,) that a denoiser without captions can have at t.
 
-    Estimated with one noise an image: `eps` (N, ...), or draws from seed 0.
+    It is estimated with one noise per image: `eps` (N, ...), or normal noise from seed 0.
     """
     if eps is None:
         eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0)).to(x_0)
@@ -61,12 +66,16 @@ def irreducible_loss(
 
 
 class ExactDenoiser(nn.Module):
-    """E[x_0 | x_t, caption] of captioned latents (N, c, h, w), called as the pipeline calls its network.
+    """E[x_0 | x_t, caption] of captioned latents (N, c, h, w), with the call of a network.
 
-    `caption_states` (N, L, D) are the images' captions, `empty_state` (1, L, D) the empty one, which stands for all
-    images. Without them every call is unconditional. A caption that is no image's is a ValueError: the exact denoiser
-    knows its set and nothing else.
+    `caption_states` (N, L, D) are the images' captions. `empty_state` (1, L, D) is the empty one,
+    which allows every image. Without caption states every call is unconditional. A caption of no
+    image raises ValueError.
     """
+
+    x_0: Tensor
+    caption_states: Tensor | None
+    empty_state: Tensor | None
 
     def __init__(
         self,
@@ -74,7 +83,7 @@ class ExactDenoiser(nn.Module):
         scheduler: DDPMScheduler,
         caption_states: Tensor | None = None,
         empty_state: Tensor | None = None,
-    ):
+    ) -> None:
         super().__init__()
         self.register_buffer("x_0", x_0)
         self.register_buffer("caption_states", caption_states)
@@ -87,35 +96,31 @@ class ExactDenoiser(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the images."""
+        """The images' dtype."""
         return self.x_0.dtype
 
     @property
     def device(self) -> torch.device:
-        """Of the images."""
+        """The images' device."""
         return self.x_0.device
 
     def allowed(self, states: Tensor | None) -> Tensor | None:
-        """Which images each caption (B, L, D) may mean: (B, N), None for all."""
-        if states is None or self.caption_states is None:
+        """Which images each caption (B, L, D) may describe: (B, N), None for all."""
+        known = self.caption_states
+        if states is None or known is None:
             return None
-        mine = torch.stack(
-            [
-                (self.caption_states - state).abs().amax((1, 2)) < SAME_CAPTION_TOLERANCE
-                for state in states
-            ]
-        )
+        distance = torch.stack([(known - state).abs().amax((1, 2)) for state in states])
+        allowed = distance < SAME_CAPTION_TOLERANCE
         if self.empty_state is not None:
-            mine |= ((states - self.empty_state).abs().amax((1, 2)) < SAME_CAPTION_TOLERANCE)[
-                :, None
-            ]
-        if not mine.any(1).all():
-            unknown = (~mine.any(1)).nonzero().flatten().tolist()
+            distance = (states - self.empty_state).abs().amax((1, 2))
+            allowed |= (distance < SAME_CAPTION_TOLERANCE)[:, None]
+        unknown = (~allowed.any(1)).nonzero().flatten().tolist()
+        if unknown:
             raise ValueError(
-                f"captions {unknown} of the batch are of no image in the set: the exact denoiser knows its "
-                f"{len(self.x_0)} captions and the empty one, so pass one of them"
+                f"captions {unknown} of the batch describe no image of the dataset. "
+                f"Pass one of its {len(self.x_0)} captions or the empty one."
             )
-        return mine
+        return allowed
 
     def forward(
         self,
@@ -123,16 +128,15 @@ class ExactDenoiser(nn.Module):
         timestep: int | Tensor,
         encoder_hidden_states: Tensor | None = None,
         return_dict: bool = True,
-        **_,
+        **_: Any,
     ) -> SimpleNamespace | tuple[Tensor]:
-        """What the scheduler's prediction_type asks for at x_t = `sample` (B, c, h, w)."""
-        x_0 = expected_x_0(
-            self.x_0, sample, self.scheduler, timestep, self.allowed(encoder_hidden_states)
-        )
-        kind = self.scheduler.config.prediction_type
+        """The prediction at x_t = `sample` (B, c, h, w) of the scheduler's prediction_type."""
+        allowed = self.allowed(encoder_hidden_states)
+        x_0 = expected_x_0(self.x_0, sample, self.scheduler, timestep, allowed)
+        prediction_type = self.scheduler.config["prediction_type"]
         out = x_0
-        if kind != "sample":
+        if prediction_type != "sample":
             out = self.scheduler.predict_eps(x_0, sample, timestep).to(sample.dtype)
-        if kind == "v_prediction":
+        if prediction_type == "v_prediction":
             out = self.scheduler.get_velocity(x_0, out, timestep)
         return SimpleNamespace(sample=out) if return_dict else (out,)

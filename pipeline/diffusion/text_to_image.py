@@ -1,11 +1,11 @@
-"""From a prompt to an image: captions, the sampling loop of (16) under guidance (17), the picture."""
+"""From a prompt to an image: captions, the sampling loop (16) under guidance (17), decoding."""
 
 import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers import (
@@ -33,41 +33,56 @@ logger = logging.get_logger(__name__)
 
 VAE_BATCH_SIZE = 8  # images that a VAE encodes or decodes at once
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+# diffusers' names for what a callback may change, and the fields of Step that hold it.
+CALLBACK_TENSORS = {
+    "latents": "x_t",
+    "prompt_embeds": "captions",
+    "negative_prompt_embeds": "empty",
+}
 
 
 @dataclass
 class Step:
-    """One transition of the sampling loop; what its reader writes to it, the loop goes on with."""
+    """One transition of the sampling loop; the loop continues with whatever its reader writes here.
 
-    t: Tensor  # the timestep left, 0-d
-    s: Tensor  # the timestep reached, 0-d; -1 is the clean image
-    x_t: Tensor  # (B, c, h, w) at s
-    x_0_hat: Tensor | None  # (B, c, h, w), (15); None where the scheduler does not say
-    captions: Tensor  # (B, L, D)
-    empty: Tensor | None  # (B, L, D)
+    t: the timestep left, 0-d. s: the timestep reached, 0-d; -1 is the clean image. x_t: (B, c, h,
+    w) at s. x_0_hat: (B, c, h, w), (15), or None from schedulers without one. captions, empty: (B,
+    L, D).
+    """
+
+    t: Tensor
+    s: Tensor
+    x_t: Tensor
+    x_0_hat: Tensor | None
+    captions: Tensor
+    empty: Tensor | None
     w: Weight
 
 
 class TextToImagePipeline(HubFormat, DiffusionPipeline, StableDiffusionLoraLoaderMixin):
-    """Images for captions, by a diffusion model in pixels (`vae=None`), in patches or in an autoencoder's latents.
+    """Images of captions, by diffusion in pixels (`vae=None`), patches or latents of a VAE.
 
-    LoRA files go in and out as in Stable Diffusion: `load_lora_weights`, `fuse_lora`, `unload_lora_weights`.
+    LoRA files load and save as in Stable Diffusion: `load_lora_weights`, `fuse_lora`,
+    `unload_lora_weights`.
 
-    whitening: CaptionWhitening, or None where the network takes the text encoder's states as they are.
-    caption_length: tokens every caption is padded or cut to; None is the tokenizer's own. caption_dropout: the rate that
-    the network was trained with; None is unknown. w: the guidance used when a call names none.
+    whitening: CaptionWhitening, or None where the network takes the text encoder's states as they
+    are. caption_length: tokens that every caption is padded or cut to; None is the tokenizer's own
+    length. caption_dropout: the rate used in training; None is unknown. w: the default guidance of
+    a call.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
-    _exclude_from_cpu_offload: ClassVar[list[str]] = [
-        "whitening"
-    ]  # it has no parameter, by which offloading finds a device
-    _optional_components: ClassVar[list[str]] = ["text_encoder", "tokenizer", "vae", "whitening"]
-    _callback_tensor_inputs: ClassVar[list[str]] = [
-        "latents",
-        "prompt_embeds",
-        "negative_prompt_embeds",
-    ]
+    # Offloading finds a module's device by its parameters, and this one has none.
+    _exclude_from_cpu_offload: ClassVar = ["whitening"]
+    _optional_components: ClassVar = ["text_encoder", "tokenizer", "vae", "whitening"]
+    _callback_tensor_inputs: ClassVar = list(CALLBACK_TENSORS)
+
+    unet: Any
+    scheduler: Any
+    text_encoder: Any
+    tokenizer: Any
+    vae: Any
+    whitening: Any
 
     def __init__(
         self,
@@ -80,7 +95,7 @@ class TextToImagePipeline(HubFormat, DiffusionPipeline, StableDiffusionLoraLoade
         caption_length: int | None = None,
         caption_dropout: float | None = None,
         w: float = 0.0,
-    ):
+    ) -> None:
         super().__init__()
         self.register_modules(
             unet=unet,
@@ -91,24 +106,31 @@ class TextToImagePipeline(HubFormat, DiffusionPipeline, StableDiffusionLoraLoade
             whitening=whitening,
         )
         self.register_to_config(caption_length=caption_length, caption_dropout=caption_dropout, w=w)
-        self.vae_scale_factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+        levels = 1 if vae is None else len(self.vae.config.block_out_channels)
+        self.vae_scale_factor = 2 ** (levels - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
-        self._guidance_scale, self._num_timesteps, self._interrupt = shift_weight(w, 1), 0, False
+        self._guidance_scale = shift_weight(w, 1)
+        self._num_timesteps = 0
+        self._interrupt = False
 
     @property
     def guidance_scale(self) -> Weight:
-        """diffusers' s = 1 + w of the call that runs, or of the last one; a callback may change `_guidance_scale`."""
+        """Return s = 1 + w of the last call; a callback may change `_guidance_scale`."""
         return self._guidance_scale
 
     @property
     def num_timesteps(self) -> int:
-        """How many transitions the call makes."""
+        """The number of transitions of the call."""
         return self._num_timesteps
 
     @property
     def interrupt(self) -> bool:
-        """Whether the call is to stop after this step; a callback sets `_interrupt`."""
+        """Whether the call stops after this step; a callback may set it."""
         return self._interrupt
+
+    @interrupt.setter
+    def interrupt(self, value: bool) -> None:
+        self._interrupt = value
 
     @torch.no_grad()
     def __call__(
@@ -127,34 +149,27 @@ class TextToImagePipeline(HubFormat, DiffusionPipeline, StableDiffusionLoraLoade
         negative_prompt_embeds: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        cross_attention_kwargs: dict | None = None,
-        callback_on_step_end: Callable | None = None,
-        callback_on_step_end_tensor_inputs: tuple[str, ...] | list[str] = ("latents",),
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         *,
         w: Weight | None = None,
         seed: int | None = None,
         timesteps: list[int] | None = None,
-    ) -> ImagePipelineOutput | tuple:
-        """Draw images; see `denoise` for what decides them.
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Generate images; `denoise` documents what decides them.
 
-        output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W) in [0, 1], or "latent" (B, c, h, w), undecoded.
-        callback_on_step_end(pipe, i, t, tensors) is called after every step with the tensors that
-        callback_on_step_end_tensor_inputs names, or one of diffusers' own callbacks, and returns a dict of those it changed.
+        output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W) in [0, 1], or "latent" (B, c, h,
+        w), undecoded. callback_on_step_end(pipe, i, t, tensors), or one of diffusers' own
+        callbacks, runs after every step with the tensors that callback_on_step_end_tensor_inputs
+        names. It returns a dict of those it changed.
         """
-        if output_type not in OUTPUT_TYPES:
-            raise InputError(
-                f"output_type is {output_type!r}, expected one of {', '.join(OUTPUT_TYPES)}: pass one of them"
-            )
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        unknown = [
-            k for k in callback_on_step_end_tensor_inputs if k not in self._callback_tensor_inputs
-        ]
-        if unknown:
-            raise InputError(
-                f"callback_on_step_end_tensor_inputs names {', '.join(unknown)}, expected some of "
-                f"{', '.join(self._callback_tensor_inputs)}: leave the others out"
-            )
+        names = callback_on_step_end_tensor_inputs
+        self.check_inputs(
+            prompt, None, None, None, prompt_embeds, output_type=output_type, callback_tensors=names
+        )
         steps = self.denoise(
             prompt,
             height=height,
@@ -174,45 +189,41 @@ class TextToImagePipeline(HubFormat, DiffusionPipeline, StableDiffusionLoraLoade
             cross_attention_kwargs=cross_attention_kwargs,
         )
         try:
-            with self.progress_bar(total=self.num_timesteps) as bar:
+            step = None
+            with self.progress_bar(total=self.num_timesteps) as bar:  # pyright: ignore[reportCallIssue]
                 for i, step in enumerate(steps):
                     if callback_on_step_end is not None:
-                        self._report(
-                            step, i, callback_on_step_end, callback_on_step_end_tensor_inputs
-                        )
+                        self._run_callback(step, i, callback_on_step_end, names)
                     bar.update()
                     if self.interrupt:
                         break
-            x = step.x_t if output_type == "latent" else self.decode(step.x_t)
+            assert step is not None  # a plan has at least one timestep
+            images: Any = step.x_t if output_type == "latent" else self.decode(step.x_t)
         finally:
             self.maybe_free_model_hooks()
-        images = (
-            x
-            if output_type == "latent"
-            else self.image_processor.postprocess(x, output_type=output_type)
-        )
+        if output_type != "latent":
+            images = self.image_processor.postprocess(images, output_type=output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _report(
-        self, step: Step, i: int, callback: Callable, names: tuple[str, ...] | list[str]
+    def _run_callback(
+        self, step: Step, i: int, callback: Callable[..., dict[str, Any]], names: Sequence[str]
     ) -> None:
-        """Call diffusers' callback, and write what it changed to the step."""
-        fields = {"latents": "x_t", "prompt_embeds": "captions", "negative_prompt_embeds": "empty"}
+        """Call diffusers' callback, then write what it changed to the step."""
         scale = self._guidance_scale
-        before = scale.clone() if isinstance(scale, Tensor) else scale
-        changed = (
-            callback(self, i, step.t, {name: getattr(step, fields[name]) for name in names}) or {}
-        )
-        for name, field in fields.items():
-            had, new = getattr(step, field), changed.get(name, getattr(step, field))
-            if had is not None and new is not None and new.shape != had.shape:
+        before: Any = scale.clone() if isinstance(scale, Tensor) else None
+        tensors = {name: getattr(step, CALLBACK_TENSORS[name]) for name in names}
+        changed = callback(self, i, step.t, tensors) or {}
+        for name, field in CALLBACK_TENSORS.items():
+            old = getattr(step, field)
+            new = changed.get(name, old)
+            if old is not None and new is not None and new.shape != old.shape:
                 raise InputError(
-                    f"the callback gave {name} of shape {tuple(new.shape)}, expected {tuple(had.shape)}: a row an "
-                    "image here, and `_guidance_scale` alone switches guidance"
+                    f"the callback returned {name} of shape {tuple(new.shape)} for "
+                    f"{tuple(old.shape)}. Keep one row per image; `_guidance_scale` sets w."
                 )
             setattr(step, field, new)
-        in_place = isinstance(scale, Tensor) and not torch.equal(scale, before)  # by `+=`
-        if self._guidance_scale is not scale or in_place:
+        # `+=` changes a tensor in place.
+        if self._guidance_scale is not scale or not (before is None or before.equal(scale)):
             step.w = w_from_guidance_scale(self._guidance_scale)
 
     def denoise(
@@ -233,90 +244,97 @@ class TextToImagePipeline(HubFormat, DiffusionPipeline, StableDiffusionLoraLoade
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
-        cross_attention_kwargs: dict | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
     ) -> Iterator[Step]:
-        """The sampling loop (16), one `Step` at a time, once the request has been checked.
+        """The sampling loop (16), one `Step` at a time; a bad request raises InputError at once.
 
-        w: the weight of (17), a number, one per prompt or a function of the noise level; guidance_scale is 1 + w, and
-        neither means the pipeline's own. eta: from 0 (deterministic) to 1 (ancestral), for schedulers that take it (19).
-        seed: image i draws from its own seed + i on the CPU; a list of generators is one an image, a single one draws for
-        all of them jointly, as diffusers does. Without either each image's noise is new, whatever `torch.manual_seed` was
-        told. negative_prompt replaces the empty caption. latents: x_T (B, c, h, w) of
-        unit variance. prompt_embeds: caption states (B, L, D) instead of a prompt. cross_attention_kwargs: scale is that of
-        LoRA layers, in the network and in the text encoder. Bad requests raise InputError.
+        w: the weight of (17), a number, one per prompt or a function of the noise level.
+        guidance_scale is 1 + w; neither means the pipeline's own. eta: from 0 (deterministic) to 1
+        (ancestral), for schedulers that take it (19). seed: image i gets a CPU generator of seed +
+        i. generator: a list has one per image; a single one serves all images jointly, as in
+        diffusers. Without seed and generator the noise is new, whatever `torch.manual_seed` was
+        called with. negative_prompt replaces the empty caption. latents: x_T (B, c, h, w) of unit
+        variance. prompt_embeds: caption states (B, L, D) instead of a prompt.
+        cross_attention_kwargs: `scale` scales LoRA layers, in the network and in the text encoder.
         """
-        prompts = self._count(prompt, prompt_embeds)
-        if not is_int(num_images_per_prompt) or num_images_per_prompt < 1:
-            raise InputError(
-                f"num_images_per_prompt is {num_images_per_prompt!r}, expected a whole number from 1: pass 1"
-            )
-        w, device = self._weight(w, guidance_scale, prompts), self._execution_device
-        scheduler = self.prepare_scheduler(num_inference_steps, timesteps, device)
-        plan_w = [weights_at(w, prompts, scheduler, t) for t in scheduler.timesteps]
-        guided = any(bool((w_t != 0).any()) for w_t in plan_w)
+        self.check_inputs(
+            prompt,
+            height,
+            width,
+            negative_prompt,
+            prompt_embeds,
+            negative_prompt_embeds,
+            num_images_per_prompt,
+            guidance_scale,
+            w,
+        )
+        weight: Weight = self.config["w"] if w is None else w
+        if guidance_scale is not None:
+            weight = w_from_guidance_scale(guidance_scale)
+        prompts = count_prompts(prompt, prompt_embeds)
         B = prompts * num_images_per_prompt
+        device = self._execution_device
+        scheduler = self.prepare_scheduler(num_inference_steps, timesteps, device)
+        guided = any(weights_at(weight, prompts, scheduler, t).any() for t in scheduler.timesteps)
         generator = make_generators(B, seed, generator)
         step_kwargs = prepare_extra_step_kwargs(scheduler, generator, eta)
-        x_t = self._noise(B, height, width, generator, latents, device) * scheduler.init_noise_sigma
-        both = (
-            guided
-            or negative_prompt_embeds is not None
-            or (prompt_embeds is None and self.text_encoder is not None)
+        x_t = self.prepare_latents(B, height, width, device, generator, latents)
+        x_t = x_t * scheduler.init_noise_sigma
+        # A callback may start to guide later, so encode the empty caption wherever it is at hand.
+        has_empty = negative_prompt_embeds is not None or (
+            prompt_embeds is None and self.text_encoder is not None
         )
-        with scaled_lora(self.text_encoder, (cross_attention_kwargs or {}).get("scale")):
+        lora_scale = (cross_attention_kwargs or {}).get("scale")
+        with scaled_lora(self.text_encoder, lora_scale):
             captions, empty = self.encode_prompt(
                 prompt,
                 device,
                 num_images_per_prompt,
-                both,
+                guided or has_empty,
                 negative_prompt,
                 prompt_embeds=prompt_embeds,
                 negative_prompt_embeds=negative_prompt_embeds,
             )
-        if guided and self.config.caption_dropout == 0:
+        if guided and self.config["caption_dropout"] == 0:
             logger.warning(
-                "This model was trained without caption dropout, so its unconditional prediction means nothing: "
-                "w is best left at 0."
+                "This model was trained without caption dropout, so its unconditional prediction "
+                "is meaningless. Keep w at 0."
             )
-        self._guidance_scale, self._num_timesteps, self._interrupt = (
-            shift_weight(w, 1),
-            len(scheduler.timesteps),
-            False,
+        self._guidance_scale = shift_weight(weight, 1)
+        self._num_timesteps = len(scheduler.timesteps)
+        self._interrupt = False
+        unet_kwargs = {}
+        if cross_attention_kwargs is not None:
+            unet_kwargs["cross_attention_kwargs"] = cross_attention_kwargs
+        return self._steps(
+            scheduler, x_t, captions, empty, weight, prompts, step_kwargs, unet_kwargs
         )
-        unet_kwargs = (
-            {}
-            if cross_attention_kwargs is None
-            else {"cross_attention_kwargs": cross_attention_kwargs}
-        )
-        return self._steps(scheduler, x_t, captions, empty, w, prompts, step_kwargs, unet_kwargs)
 
     @torch.no_grad()
     def _steps(
-        self, scheduler, x_t, captions, empty, w, prompts, step_kwargs, unet_kwargs
+        self,
+        scheduler: Any,
+        x_t: Tensor,
+        captions: Tensor,
+        empty: Tensor | None,
+        w: Weight,
+        prompts: int,
+        step_kwargs: dict[str, Any],
+        unet_kwargs: dict[str, Any],
     ) -> Iterator[Step]:
-        """x_{t-1} = mean(x_t, x_0_hat) + sqrt(variance) z for every t of the plan, (16) under (17)."""
-        plan = zip(
-            scheduler.timesteps,
-            [*scheduler.timesteps[1:], scheduler.timesteps.new_tensor(-1)],
-            strict=True,
-        )
-        dtype = self.unet.dtype  # asked once: diffusers walks through every module to tell
+        """x_s = mean(x_t, x_0_hat) + sqrt(variance) z for every (t, s) of the plan, (16)."""
+        timesteps = scheduler.timesteps
+        plan = zip(timesteps, [*timesteps[1:], timesteps.new_tensor(-1)], strict=True)
+        dtype = self.unet.dtype  # read once: diffusers searches all modules for it
         for t, s in plan:
-            w_t = weights_at(w, prompts, scheduler, t)
-            w_t = w_t.repeat_interleave(len(x_t) // prompts).to(x_t)
-            eps_hat = self._predict(
-                scheduler.scale_model_input(x_t, t), t, captions, empty, w_t, dtype, unet_kwargs
-            )  # (17)
+            w_t = weights_at(w, prompts, scheduler, t).to(x_t)
+            w_t = w_t.repeat_interleave(len(x_t) // prompts)
+            x_in = scheduler.scale_model_input(x_t, t).to(dtype)
+            eps_c, eps_u = self._predict(x_in, t, captions, empty, w_t, unet_kwargs)
+            eps_hat = guide(eps_c.to(x_t.dtype), eps_u.to(x_t.dtype), w_t)  # (17)
             out = scheduler.step(eps_hat, t, x_t, **step_kwargs)  # (15), (8), (9), (16)
-            step = Step(
-                t,
-                s,
-                out.prev_sample,
-                getattr(out, "pred_original_sample", None),
-                captions,
-                empty,
-                w,
-            )
+            x_0_hat = getattr(out, "pred_original_sample", None)
+            step = Step(t, s, out.prev_sample, x_0_hat, captions, empty, w)
             yield step
             x_t, captions, empty, w = step.x_t, step.captions, step.empty, step.w
 
@@ -327,62 +345,60 @@ class TextToImagePipeline(HubFormat, DiffusionPipeline, StableDiffusionLoraLoade
         captions: Tensor,
         empty: Tensor | None,
         w: Tensor,
-        dtype: torch.dtype,
-        unet_kwargs: dict,
-    ) -> Tensor:
-        """The guided prediction (B, ...): one network call on the conditional rows (w != -1) and the unconditional (w != 0)."""
-        c, u = (w != -1).nonzero().flatten(), (w != 0).nonzero().flatten()
-        if len(u) and empty is None:
-            raise InputError(
-                "there are no states of the empty caption to guide by: pass negative_prompt_embeds, or w=0"
-            )
-        states = torch.cat([empty[u], captions[c]]) if len(u) else captions
-        out = self.unet(
-            x_t[torch.cat([u, c])].to(dtype),
-            t,
-            encoder_hidden_states=states.to(dtype),
-            return_dict=False,
-            **unet_kwargs,
-        )[0].to(x_t.dtype)
-        eps_c = eps_u = out.new_zeros(len(x_t), *out.shape[1:])  # zero where its factor in (17) is
-        return guide(
-            eps_c.index_copy(0, c, out[len(u) :]), eps_u.index_copy(0, u, out[: len(u)]), w
-        )
+        unet_kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor]:
+        """Predict (B, ...) with and without captions; zero where (17) multiplies it by zero.
+
+        One network call covers the conditional rows (w != -1) and the unconditional ones (w != 0).
+        """
+        c = (w != -1).nonzero().flatten()
+        u = (w != 0).nonzero().flatten()
+        states = captions
+        if len(u):
+            if empty is None:
+                raise InputError(
+                    "guidance needs the empty caption. Pass negative_prompt_embeds, or w=0."
+                )
+            states = torch.cat([empty[u], captions[c]])
+        rows = x_t[torch.cat([u, c])]
+        states = states.to(x_t.dtype)
+        out = self.unet(rows, t, encoder_hidden_states=states, return_dict=False, **unet_kwargs)[0]
+        zero = out.new_zeros(len(x_t), *out.shape[1:])
+        eps_u, eps_c = out.split([len(u), len(c)])
+        return zero.index_copy(0, c, eps_c), zero.index_copy(0, u, eps_u)
 
     @torch.no_grad()
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Latents (B, c, h, w) of images (B, 3, H, W) in [-1, 1], the inverse of `decode`; an AutoencoderKL's posterior's mode.
+        """Latents (B, c, h, w) of images (B, 3, H, W) in [-1, 1], the inverse of `decode`.
 
-        noise: (B, c, h, w), standard normal; with it they are drawn from that posterior. ENCODED images at a time, since a VAE's
-        activations are hundreds of times as large as its latents.
+        Those of an AutoencoderKL are its posterior's mode, or a sample of it by the standard normal
+        `noise` (B, c, h, w).
         """
         if self.vae is None:
             return images
-        found, config = (
-            [self.vae.encode(some) for some in images.to(self.vae.dtype).split(VAE_BATCH_SIZE)],
-            self.vae.config,
-        )
-        z = torch.cat(
-            [one.latents if hasattr(one, "latents") else one.latent_dist.mode() for one in found]
-        )
-        if noise is not None and hasattr(found[0], "latent_dist"):
-            z = z + torch.cat([one.latent_dist.std for one in found]) * noise.to(z)
-        return (
-            z.to(images.dtype) - (getattr(config, "shift_factor", None) or 0)
-        ) * config.scaling_factor
+        # A VAE's activations are hundreds of times as large as its latents, hence the batches.
+        batches = images.to(self.vae.dtype).split(VAE_BATCH_SIZE)
+        outputs = [self.vae.encode(batch) for batch in batches]
+        if hasattr(outputs[0], "latents"):
+            z = torch.cat([out.latents for out in outputs])
+        else:
+            z = torch.cat([out.latent_dist.mode() for out in outputs])
+            if noise is not None:
+                z = z + torch.cat([out.latent_dist.std for out in outputs]) * noise.to(z)
+        return (z.to(images.dtype) - self._vae_shift()) * self.vae.config.scaling_factor
 
+    @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in about [-1, 1] of latents (B, c, h, w); without a VAE they are the same."""
+        """Images (B, 3, H, W) in about [-1, 1] of latents (B, c, h, w), the same without a VAE."""
         if self.vae is None:
             return x
-        config = self.vae.config
-        z = x / config.scaling_factor + (getattr(config, "shift_factor", None) or 0)
-        with torch.no_grad():
-            parts = [
-                self.vae.decode(some, return_dict=False)[0]
-                for some in z.to(self.vae.dtype).split(VAE_BATCH_SIZE)
-            ]
-        return torch.cat(parts).to(x.dtype)
+        z = x / self.vae.config.scaling_factor + self._vae_shift()
+        batches = z.to(self.vae.dtype).split(VAE_BATCH_SIZE)
+        images = [self.vae.decode(batch, return_dict=False)[0] for batch in batches]
+        return torch.cat(images).to(x.dtype)
+
+    def _vae_shift(self) -> float:
+        return getattr(self.vae.config, "shift_factor", None) or 0
 
     def encode_prompt(
         self,
@@ -394,222 +410,239 @@ class TextToImagePipeline(HubFormat, DiffusionPipeline, StableDiffusionLoraLoade
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """States (B, L, D) of the captions and of what they are guided away from: negative_prompt, else the empty caption.
+        """States (B, L, D) of the captions, and of negative_prompt or the empty caption.
 
-        Each prompt has num_images_per_prompt rows, one after the other. The second is None without guidance.
+        Each prompt has num_images_per_prompt consecutive rows. The second tensor is None without
+        guidance.
         """
-        prompts, device = self._count(prompt, prompt_embeds), device or self._execution_device
-        if negative_prompt is not None and negative_prompt_embeds is not None:
-            raise InputError(
-                "negative_prompt and negative_prompt_embeds were both given, expected one: leave one out"
-            )
+        self.check_inputs(
+            prompt,
+            negative_prompt=negative_prompt,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            num_images_per_prompt=num_images_per_prompt,
+        )
+        prompts = count_prompts(prompt, prompt_embeds)
+        device = device or self._execution_device
         if prompt_embeds is None:
-            prompt_embeds = self._caption_states(
-                [prompt] if isinstance(prompt, str) else prompt, device
-            )
+            prompt_embeds = self._caption_states(as_list(prompt or ""), device)
         if not do_classifier_free_guidance:
             negative_prompt_embeds = None
         elif negative_prompt_embeds is None:
-            negative = "" if negative_prompt is None else negative_prompt
-            negative = [negative] * prompts if isinstance(negative, str) else negative
-            self._check_texts("negative_prompt", negative)
-            if len(negative) != prompts:
-                raise InputError(
-                    f"negative_prompt has {len(negative)} texts for {prompts} prompts, expected one for each: "
-                    f"pass {prompts} or a single text"
-                )
-            negative_prompt_embeds = self._caption_states(
-                negative, device, "negative_prompt_embeds", prompt_embeds.shape[1]
-            )
-        if (
-            negative_prompt_embeds is not None
-            and negative_prompt_embeds.shape != prompt_embeds.shape
-        ):
-            raise InputError(
-                f"negative_prompt_embeds is {tuple(negative_prompt_embeds.shape)}, expected the shape of "
-                f"prompt_embeds, {tuple(prompt_embeds.shape)}: encode both alike"
-            )
-        prompt_embeds = prompt_embeds.to(device).repeat_interleave(num_images_per_prompt, dim=0)
+            negatives = as_list(negative_prompt or "")
+            negatives = negatives * prompts if len(negatives) == 1 else negatives
+            length = prompt_embeds.shape[1]
+            negative_prompt_embeds = self._caption_states(negatives, device, length)
+        prompt_embeds = prompt_embeds.to(device)
         if negative_prompt_embeds is not None:
-            negative_prompt_embeds = negative_prompt_embeds.to(device).repeat_interleave(
+            if negative_prompt_embeds.shape != prompt_embeds.shape:
+                raise InputError(
+                    "negative_prompt_embeds must have the shape of prompt_embeds, "
+                    f"{tuple(prompt_embeds.shape)}, got "
+                    f"{tuple(negative_prompt_embeds.shape)}. Encode both with encode_prompt."
+                )
+            negative_prompt_embeds = negative_prompt_embeds.to(device)
+            negative_prompt_embeds = negative_prompt_embeds.repeat_interleave(
                 num_images_per_prompt, dim=0
             )
+        prompt_embeds = prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
         return prompt_embeds, negative_prompt_embeds
 
     @torch.no_grad()
     def _caption_states(
-        self,
-        captions: list[str],
-        device: torch.device,
-        instead: str = "prompt_embeds",
-        length: int | None = None,
+        self, captions: list[str], device: torch.device, length: int | None = None
     ) -> Tensor:
-        """The states (B, L, D) of captions at one length L, whitened if the model was trained so; `instead` is what to pass where
-        there is no text encoder.
-        """
+        """States (B, L, D) of captions, whitened where the model needs it; L <= length."""
         if self.tokenizer is None or self.text_encoder is None:
             raise InputError(
-                f"this pipeline has no text encoder to read {captions} with, expected one: load it with "
-                f"pipeline.load_pipeline, which supplies the one that config.yaml names, or pass {instead}"
+                f"this pipeline has no text encoder to read {captions} with. Load it with "
+                "pipeline.load_pipeline, or pass prompt_embeds and negative_prompt_embeds."
             )
         captions = [normalize(caption) for caption in captions]
         length = self._caption_length(captions, length)
         states = last_hidden_states(captions, self.tokenizer, self.text_encoder, length, device)
         return states if self.whitening is None else self.whitening(states)
 
-    def _caption_length(self, captions: list[str], other: int | None = None) -> int:
-        """L, having warned of every caption that is longer; `other`: that of the states that go with these, if any."""
-        most = self.tokenizer.model_max_length
-        length = self.config.caption_length or min(other or most, most)
+    def _caption_length(self, captions: list[str], limit: int | None = None) -> int:
+        """The number of tokens of each caption; a caption that is longer is cut, with a warning."""
+        longest = self.tokenizer.model_max_length
+        length = self.config["caption_length"] or min(limit or longest, longest)
         if length > 2**20:
             raise InputError(
-                "caption_length is None and the tokenizer names no length either: build the pipeline with one"
+                f"caption_length is None and the tokenizer's model_max_length is {length}. "
+                "Build the pipeline with a caption_length."
             )
-        room = length - self.tokenizer.num_special_tokens_to_add()
+        available = length - self.tokenizer.num_special_tokens_to_add()
         for ids in self.tokenizer(captions, add_special_tokens=False, verbose=False).input_ids:
-            if len(ids) > room:
+            if len(ids) > available:
                 logger.warning(
-                    f"A prompt has {len(ids)} tokens and {room} fit; left out: {self.tokenizer.decode(ids[room:])}"
+                    f"A prompt has {len(ids)} tokens, of which {available} fit. Left out: "
+                    f"{self.tokenizer.decode(ids[available:])}"
                 )
         return length
 
-    def _count(self, prompt: str | list[str] | None, prompt_embeds: Tensor | None) -> int:
-        """The number of prompts, of which there must be some, as texts or as states."""
+    def check_inputs(
+        self,
+        prompt: str | list[str] | None,
+        height: int | None = None,
+        width: int | None = None,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        num_images_per_prompt: int = 1,
+        guidance_scale: Weight | None = None,
+        w: Weight | None = None,
+        output_type: str = "pil",
+        callback_tensors: Sequence[str] = (),
+    ) -> None:
+        """Raise InputError for a request that no scheduler could fulfil."""
+        for first, second, a, b in [
+            ("negative_prompt", "negative_prompt_embeds", negative_prompt, negative_prompt_embeds),
+            ("w", "guidance_scale = 1 + w", w, guidance_scale),
+        ]:
+            if a is not None and b is not None:
+                raise InputError(f"{first} and {second} exclude each other. Leave one out.")
         if (prompt is None) == (prompt_embeds is None):
-            raise InputError(
-                f"prompt and prompt_embeds were {'both' if prompt_embeds is not None else 'not'} given, "
-                "expected exactly one of them: pass a text"
-            )
-        if prompt is None:
-            self._check_states(prompt_embeds)
-            return len(prompt_embeds)
-        self._check_texts("prompt", [prompt] if isinstance(prompt, str) else prompt)
-        return 1 if isinstance(prompt, str) else len(prompt)
-
-    def _check_texts(self, name: str, texts: list[str]) -> None:
-        """Refuse what is not a non-empty list of Unicode texts."""
-        if (
-            not isinstance(texts, list)
-            or not texts
-            or not all(isinstance(text, str) for text in texts)
+            raise InputError("Pass either a prompt or prompt_embeds.")
+        for name, texts in [("prompt", prompt), ("negative_prompt", negative_prompt)]:
+            if texts is not None:
+                check_texts(name, as_list(texts))
+        length = self.config["caption_length"]
+        if prompt_embeds is not None and (
+            prompt_embeds.ndim != 3
+            or len(prompt_embeds) == 0
+            or (length is not None and prompt_embeds.shape[1] != length)
         ):
             raise InputError(
-                f"{name} is {texts!r}, expected a text or a non-empty list of texts: pass 'a red heart', say"
+                f"prompt_embeds must be (prompts, {length or 'tokens'}, width), got "
+                f"{tuple(prompt_embeds.shape)}. Encode the captions with encode_prompt."
             )
-        broken = [text for text in texts if any("\ud800" <= letter <= "\udfff" for letter in text)]
-        if broken:
+        prompts = count_prompts(prompt, prompt_embeds)
+        if isinstance(negative_prompt, list) and len(negative_prompt) != prompts:
             raise InputError(
-                f"{name} {broken[0]!r} holds half a surrogate pair, expected Unicode text: decode it anew"
+                f"negative_prompt has {len(negative_prompt)} texts for {prompts} prompts. "
+                f"Pass {prompts} texts or a single one."
             )
-
-    def _check_states(self, states: Tensor) -> None:
-        """Refuse prompt_embeds that are not (B, L, D) at the length L that the model was trained with."""
-        length = self.config.caption_length
-        if (
-            states.ndim != 3
-            or not len(states)
-            or (length is not None and states.shape[1] != length)
-        ):
+        for name, weight in [("w", w), ("guidance_scale", guidance_scale)]:
+            if weight is not None and not callable(weight):
+                prompt_weights(weight, prompts, name=name)
+        if not is_int(num_images_per_prompt) or num_images_per_prompt < 1:
             raise InputError(
-                f"prompt_embeds is {tuple(states.shape)}, expected (prompts, {length or 'tokens'}, width): "
-                "encode the captions with encode_prompt"
+                "num_images_per_prompt must be a whole number from 1, got "
+                f"{num_images_per_prompt!r}."
             )
-
-    def _weight(self, w: Weight | None, guidance_scale: Weight | None, prompts: int) -> Weight:
-        """The lecture's w of a call, from w, from diffusers' guidance_scale = 1 + w, or from the pipeline."""
-        if w is not None and guidance_scale is not None:
+        f = self.vae_scale_factor
+        for name, side in [("height", height), ("width", width)]:
+            if side is not None and (not is_int(side) or side < 1 or side % f):
+                raise InputError(f"{name} must be a multiple of {f}, got {side!r}.")
+        if output_type not in OUTPUT_TYPES:
             raise InputError(
-                f"w={w} and guidance_scale={guidance_scale} were both given, expected one: they mean the same, "
-                "guidance_scale = 1 + w"
+                f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}."
             )
-        if guidance_scale is None:
-            return self.config.w if w is None else w
-        if not callable(guidance_scale):
-            prompt_weights(guidance_scale, prompts, name="guidance_scale")
-        return w_from_guidance_scale(guidance_scale)
+        unknown = set(callback_tensors) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise InputError(
+                f"callback_on_step_end_tensor_inputs knows {', '.join(CALLBACK_TENSORS)}, "
+                f"got {sorted(unknown)}."
+            )
 
     def prepare_scheduler(
-        self, n: int, timesteps: list[int] | None, device: torch.device
-    ) -> SchedulerMixin:
-        """A copy of the scheduler with its plan made, so that calls cannot disturb each other."""
+        self, num_inference_steps: int, timesteps: list[int] | None, device: torch.device
+    ) -> Any:
+        """A copy of the scheduler with its plan made: calls cannot disturb each other."""
         if not hasattr(self.scheduler, "init_noise_sigma"):
             raise InputError(
-                f"{type(self.scheduler).__name__} has no init_noise_sigma, expected a scheduler of noise as in (5), "
-                "not of flow matching: DDPM, DDIM, PNDM, DPMSolverMultistep, …"
+                f"{type(self.scheduler).__name__} has no init_noise_sigma: flow matching does not "
+                "fit. Use a scheduler of noise as in (5), such as DDPM, DDIM or DPMSolverMultistep."
             )
         scheduler = copy.deepcopy(self.scheduler)
-        T = (
-            len(scheduler)
-            if hasattr(scheduler, "__len__")
-            else scheduler.config.num_train_timesteps
-        )
-        if timesteps is None and not (is_int(n) and 1 <= n <= T):
-            raise InputError(
-                f"num_inference_steps is {n!r}, expected a whole number from 1 to {T}: 50 is a good start"
+        kind = type(scheduler).__name__
+        if timesteps is None:
+            # Our scheduler's length may be that of trained_betas.
+            T = (
+                len(scheduler)
+                if hasattr(scheduler, "__len__")
+                else scheduler.config.num_train_timesteps
             )
-        if (
-            timesteps is not None
-            and "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters
-        ):
-            raise InputError(
-                f"{type(scheduler).__name__} takes no timesteps, expected none: pass num_inference_steps"
-            )
-        name, value = ("num_inference_steps", n) if timesteps is None else ("timesteps", timesteps)
+            if not is_int(num_inference_steps) or not 1 <= num_inference_steps <= T:
+                raise InputError(
+                    f"num_inference_steps must be a whole number from 1 to {T}, "
+                    f"got {num_inference_steps!r}."
+                )
+            plan = {"num_inference_steps": num_inference_steps}
+        else:
+            if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
+                raise InputError(f"{kind} takes no timesteps. Pass num_inference_steps.")
+            plan = {"timesteps": timesteps}
         try:
-            scheduler.set_timesteps(**{name: value}, device=device)
+            scheduler.set_timesteps(**plan, device=device)
         except ValueError as error:
-            raise InputError(
-                f"{name} is {value}, expected what {type(scheduler).__name__} can plan: {error}"
-            ) from error
+            raise InputError(f"{kind} cannot plan {plan}: {error}") from error
         return scheduler
 
-    def _noise(
+    def prepare_latents(
         self,
-        B: int,
+        batch_size: int,
         height: int | None,
         width: int | None,
-        generator,
-        latents: Tensor | None,
-        device,
+        device: torch.device,
+        generator: Generator | list[Generator] | None,
+        latents: Tensor | None = None,
     ) -> Tensor:
-        """x_T (B, c, h, w) of unit variance, drawn or given, in at least float32."""
-        size, f = self.unet.config.sample_size, self.vae_scale_factor
+        """x_T (batch_size, c, h, w) of unit variance, sampled or given, in at least float32."""
+        size = self.unet.config.sample_size
         h, w = size if isinstance(size, tuple | list) else (size, size)
-        height, width = h * f if height is None else height, w * f if width is None else width
-        for name, side in (("height", height), ("width", width)):
-            if not is_int(side) or side < 1 or side % f:
-                raise InputError(
-                    f"{name} is {side!r}, expected a multiple of {f}: this model was trained at {h * f}x{w * f}"
-                )
-        shape = (B, self.unet.config.in_channels, height // f, width // f)
+        h = h if height is None else height // self.vae_scale_factor
+        w = w if width is None else width // self.vae_scale_factor
+        shape = (batch_size, self.unet.config.in_channels, h, w)
         dtype = torch.promote_types(self.unet.dtype, torch.float32)
         if latents is None:
-            return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32).to(
-                dtype
-            )
+            # Always sampled in float32: a seed gives the same x_T in every dtype.
+            latents = randn_tensor(shape, generator, device, torch.float32)
         if tuple(latents.shape) != shape:
-            raise InputError(
-                f"latents is {tuple(latents.shape)}, expected {shape}: draw them in that shape"
-            )
+            raise InputError(f"latents must have the shape {shape}, got {tuple(latents.shape)}.")
         return latents.to(device, dtype)
 
 
-def is_int(n) -> bool:
+def is_int(n: object) -> bool:
     """Whether n is an int and not a bool."""
     return isinstance(n, int) and not isinstance(n, bool)
 
 
-def noise_level(scheduler: SchedulerMixin, t: Tensor) -> float:
-    """sqrt(1 - abar_t), the standard deviation of the noise in x_t by (5), at the table's nearest timestep."""
+def as_list(texts: str | list[str]) -> list[str]:
+    """A single text as a list of one."""
+    return [texts] if isinstance(texts, str) else texts
+
+
+def count_prompts(prompt: str | list[str] | None, prompt_embeds: Tensor | None) -> int:
+    """The number of prompts, given as texts or as states."""
+    if prompt is None:
+        return 0 if prompt_embeds is None else len(prompt_embeds)
+    return len(as_list(prompt))
+
+
+def check_texts(name: str, texts: list[str]) -> None:
+    """Raise InputError for anything but a non-empty list of Unicode texts."""
+    if not isinstance(texts, list) or not texts or not all(isinstance(x, str) for x in texts):
+        raise InputError(f"{name} must be a text or a non-empty list of texts, got {texts!r}.")
+    for text in texts:
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise InputError(f"{name} {text!r} contains a lone surrogate. Pass valid Unicode text.")
+
+
+def noise_level(scheduler: Any, t: Tensor) -> float:
+    """Return the noise level sqrt(1 - abar_t) of x_t by (5), at the nearest timestep."""
     if not hasattr(scheduler, "alphas_cumprod"):
         raise InputError(
-            f"w is a function of the noise level, which {type(scheduler).__name__} does not tell: pass a number"
+            f"w is a function of the noise level, which {type(scheduler).__name__} does not "
+            "provide. Pass a number."
         )
     abar = scheduler.alphas_cumprod
-    return float((1 - abar[min(max(round(float(t)), 0), len(abar) - 1)]).sqrt())
+    nearest = min(max(round(float(t)), 0), len(abar) - 1)
+    return float((1 - abar[nearest]).sqrt())
 
 
-def weights_at(w: Weight, prompts: int, scheduler: SchedulerMixin, t: Tensor) -> Tensor:
+def weights_at(w: Weight, prompts: int, scheduler: Any, t: Tensor) -> Tensor:
     """The weight of each prompt (prompts,) at a timestep, float64."""
     return prompt_weights(w, prompts, noise_level(scheduler, t) if callable(w) else None)
 
@@ -617,28 +650,29 @@ def weights_at(w: Weight, prompts: int, scheduler: SchedulerMixin, t: Tensor) ->
 def make_generators(
     B: int, seed: int | None, generator: Generator | list[Generator] | None
 ) -> Generator | list[Generator]:
-    """Where B images draw their noise from: `generator` as it is, or one generator an image, seeded seed + i or afresh."""
+    """Return `generator` as it is, or one generator per image with seed + i or a fresh seed."""
     if seed is not None and generator is not None:
-        raise InputError("seed and generator were both given, expected one: leave one out")
-    if isinstance(generator, list | tuple) and len(generator) != B:
-        raise InputError(
-            f"generator has {len(generator)} generators for {B} images, expected one an image: pass {B}"
-        )
+        raise InputError("seed and generator exclude each other. Leave one out.")
+    if isinstance(generator, list | tuple):
+        if len(generator) != B:
+            raise InputError(f"{B} images need {B} generators, got {len(generator)}.")
+        return list(generator)
     if generator is not None:
-        return list(generator) if isinstance(generator, list | tuple) else generator
+        return generator
     if seed is not None and (not is_int(seed) or not 0 <= seed < 2**63 - B):
-        raise InputError(
-            f"seed is {seed!r}, expected a whole number from 0 to {2**63 - B - 1}: 0 is as good as any"
-        )
-    own = [Generator() for _ in range(B)]
-    for i, g in enumerate(own):
-        g.seed() if seed is None else g.manual_seed(seed + i)
-    return own
+        raise InputError(f"seed must be a whole number from 0 to {2**63 - B - 1}, got {seed!r}.")
+    generators = [Generator() for _ in range(B)]
+    for i, each in enumerate(generators):
+        if seed is None:
+            each.seed()
+        else:
+            each.manual_seed(seed + i)
+    return generators
 
 
 @contextlib.contextmanager
 def scaled_lora(encoder: PreTrainedModel | None, scale: float | None) -> Iterator[None]:
-    """A text encoder whose LoRA layers count `scale` as much, as Stable Diffusion's pipeline scales them."""
+    """Scale a text encoder's LoRA layers for a while, as Stable Diffusion's pipeline does."""
     if encoder is None or scale is None or not USE_PEFT_BACKEND:
         yield
         return
@@ -650,29 +684,30 @@ def scaled_lora(encoder: PreTrainedModel | None, scale: float | None) -> Iterato
 
 
 def prepare_extra_step_kwargs(
-    scheduler: SchedulerMixin, generator: Generator | list[Generator], eta: float | None
-) -> dict:
-    """What of generator and eta the scheduler's step takes, and what it needs; an eta that it does not take is refused."""
-    takes = inspect.signature(scheduler.step).parameters
-    options = {"generator": generator} if "generator" in takes else {}
-    if (
-        "use_clipped_model_output" in takes
-    ):  # diffusers' DDIM would step with the noise of the x_0 before it was clipped
-        options["use_clipped_model_output"] = True
+    scheduler: Any, generator: Generator | list[Generator] | None, eta: float | None
+) -> dict[str, Any]:
+    """Return the keyword arguments of the scheduler's step, or InputError for its eta."""
+    parameters = inspect.signature(scheduler.step).parameters
+    kwargs: dict[str, Any] = {}
+    if "generator" in parameters:
+        kwargs["generator"] = generator
+    if "use_clipped_model_output" in parameters:
+        # Otherwise diffusers' DDIM steps with the noise of the x_0 before it was clipped.
+        kwargs["use_clipped_model_output"] = True
     if eta is None:
-        return options
-    if "eta" not in takes:
-        raise InputError(f"{type(scheduler).__name__} takes no eta, expected none: leave it out")
+        return kwargs
+    kind = type(scheduler)
+    if "eta" not in parameters:
+        raise InputError(f"{kind.__name__} takes no eta, got {eta}. Leave it out.")
     if isinstance(eta, bool) or not isinstance(eta, int | float) or not 0 <= eta <= 1:
         raise InputError(
-            f"eta is {eta!r}, expected a number from 0 (deterministic) to 1 (ancestral): pass 1 for (16)"
+            f"eta must be a number from 0 (deterministic) to 1 (ancestral), got {eta!r}."
         )
-    reads = (
-        "variance_type" in inspect.signature(type(scheduler).__init__).parameters
-    )  # others keep what they do not read
-    variance = scheduler.config.variance_type if reads else ""
-    if eta != 1 and variance.startswith("fixed_large"):
+    # A scheduler keeps settings in its config that it does not read.
+    reads_variance = "variance_type" in inspect.signature(kind.__init__).parameters
+    if eta != 1 and reads_variance and scheduler.config.variance_type.startswith("fixed_large"):
         raise InputError(
-            f"eta is {eta}, expected 1 with the scheduler's variance_type {variance}: leave it out"
+            f"eta must be 1 with variance_type={scheduler.config.variance_type!r}, got {eta}. "
+            "Leave it out."
         )
-    return options | {"eta": eta}
+    return kwargs | {"eta": eta}

@@ -101,15 +101,15 @@ def test_model_store_follows_a_run_in_progress(finished, tmp_path):
     store = ModelStore(run)
     assert store.follows
     assert store.steps() == [2, 4, 6]
-    assert store.studio().name == "run at step 6"
-    assert store.studio(3).name in ("run at step 2", "run at step 4")
-    states = [store.studio(step).network.unet.state_dict() for step in (2, 6)]
+    assert store.session().name == "run at step 6"
+    assert store.session(3).name in ("run at step 2", "run at step 4")
+    states = [store.session(step).trained.unet.state_dict() for step in (2, 6)]
     assert not same(*states)
     shutil.rmtree(run / "checkpoints" / "6")
-    assert store.studio().name == "run at step 4"
+    assert store.session().name == "run at step 4"
     (run / "checkpoints" / "2" / "unet" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"config\.json"):
-        ModelStore(run).studio(2)
+        ModelStore(run).session(2)
 
 
 def test_model_store_follows_a_resumed_run(finished, tmp_path):
