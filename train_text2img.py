@@ -84,7 +84,7 @@ def train(config: Config, dry_run: bool = False) -> int:
     with StopSignals() as stop, run.lock() if is_main else contextlib.nullcontext():
         checkpoint, finished = find_start(run, config, accelerator, TRAINING_FACTS)
         try:
-            if finished:
+            if checkpoint and finished:
                 steps = f"step {checkpoint.name} of {config.train.steps}"
                 accelerator.print(f"{run.folder} is finished at {steps}.\n{usage(run, config)}")
             else:
@@ -140,7 +140,7 @@ def finish(config: Config, trainer: Trainer, run: RunFolder) -> None:
     with skip_on_out_of_memory(run.figures / "training.png"):
         plot_training(run, images, pipe)
     strips = run.figures / "strips.png"
-    with skip_on_out_of_memory(strips, ": give fewer sample.prompts"):
+    with skip_on_out_of_memory(strips, ". Use fewer sample.prompts."):
         plot_strips(
             pipe,
             list(sample.prompts),

@@ -44,7 +44,7 @@ from pipeline.runs.folder import RunFolder
 from pipeline.runs.results import Recall
 
 CONFIG = "configs/emoji-small.yaml"
-# The text-to-image example's recipe on our network's shape; captions are cached, as in our trainer.
+# The text-to-image example's recipe on our network's shape, with cached captions.
 DIFFUSERS = {
     "model.patch_size": "null",
     "model.whitening": "null",
@@ -93,7 +93,8 @@ PEER = "denoising-diffusion-pytorch"
 # Its example's width, and a quarter of its weights, for more steps.
 PEERS = {f"{PEER}-{width}": width for width in (64, 32)}
 START = (
-    "the example's recipe with --use_ema, captions cached; our caption dropout (0.1) and EMA warm-up"
+    "the example's recipe with --use_ema, captions cached; our caption dropout (0.1) and "
+    "EMA warm-up"
 )
 GOAL = 0.4  # recall@5 of training captions
 CHECKPOINTS = 8  # of a run

@@ -49,16 +49,18 @@ class TimedRun:
             found = validate(self.runner.network, task, stop=False)
         noisiest = max(found["train_x_0_error"])
         held_out = found.get("held_out_x_0_error", {}).get(noisiest)
-        self.curve[self.images] = (found["train_loss"], found["train_x_0_error"][noisiest], held_out)
+        self.curve[self.images] = (
+            found["train_loss"],
+            found["train_x_0_error"][noisiest],
+            held_out,
+        )
 
 
 def race(file: str, batch: int, seconds: float, every: int) -> dict[str, TimedRun]:
     """Train with both optimizers at one batch size, and measure every `every` images."""
     bf16 = hardware.has_bf16(torch.device("cpu"))
     schedule = {"lr_schedule": "constant", "warmup": 50, "steps": 100_000}
-    runs = {
-        name: TimedRun(load_config(file, batch, name, **schedule), bf16) for name in OPTIMIZERS
-    }
+    runs = {name: TimedRun(load_config(file, batch, name, **schedule), bf16) for name in OPTIMIZERS}
     unfinished = list(runs.values())
     while unfinished:
         for run in unfinished:

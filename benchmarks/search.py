@@ -80,11 +80,14 @@ class Study:
 
     def cached(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Return the result of `compute`, from the disk if it is there."""
-        contiguous = lambda: {key: value.contiguous() for key, value in compute().items()}
+
+        def contiguous() -> dict[str, Tensor]:
+            return {key: value.contiguous() for key, value in compute().items()}
+
         return cached_tensors(self.folder / f"{name}.safetensors", contiguous)
 
     def measure(self, x_0: Tensor) -> dict[str, Tensor]:
-        """Return images uint8 (P, 3, H, W) of x_0, their ranks, and similarity to their own image."""
+        """Return uint8 images (P, 3, H, W) of x_0, their ranks, and similarity to their own."""
         images = self.pipe.image_processor.postprocess(self.pipe.decode(x_0), output_type="pt")
         images = as_uint8(images.cpu())
         features = self.extractor.features(images)
@@ -221,8 +224,12 @@ def run_study(study: Study, candidates: int, pairs: int, multiples: list[int]) -
                     lambda hits, scores=scores, n=n: best_of(hits, scores, n),
                 )
         n = min(multiple, candidates)
-        oracle = lambda hits, n=n: best_of(hits, -ranks.double(), n)
-        add(ORACLE, multiple, n * study.calls, oracle)
+        add(
+            ORACLE,
+            multiple,
+            n * study.calls,
+            lambda hits, n=n: best_of(hits, -ranks.double(), n),
+        )
 
     # Does a verifier order the candidates as the measure does?
     level = (1 - scheduler.abar(t, torch.zeros(1, dtype=torch.float64))).sqrt()[:-1]

@@ -85,7 +85,7 @@ class StepRunner:
 
 
 def example_step(task: TrainingTask, bf16: bool, cached: bool) -> Callable[[], None]:
-    """Return a step of diffusers' train_text_to_image.py with --use_ema, on our network and data."""
+    """Return a step of diffusers' train_text_to_image.py with --use_ema on our network."""
     config = task.config
     batch = config.train.batch_size
     side = config.data.resolution
@@ -133,7 +133,7 @@ def example_step(task: TrainingTask, bf16: bool, cached: bool) -> Callable[[], N
 
 
 def encode_png(pixels: Tensor) -> bytes:
-    """Return an image (3, H, W) uint8 as a PNG file in memory: the disk costs the example nothing."""
+    """Return a uint8 image (3, H, W) as a PNG file in memory: the example pays for no disk."""
     file = io.BytesIO()
     Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, "PNG")
     return file.getvalue()

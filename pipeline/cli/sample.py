@@ -1,96 +1,62 @@
-"""Draw pictures from the command line: `direct-jump sample RUN_OR_ID "a green cat" --w 2 --seed 7 -o cat.png`."""
+"""Generate images: `direct-jump sample RUN_OR_ID "a green cat" --w 2 --seed 7 -o cat.png`."""
 
 import argparse
 import json
 import os
-import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pipeline.hardware import pick_device
-from pipeline.models.loading import load_pipeline
+from pipeline.cli.runner import run_cli
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from pipeline.diffusion.text_to_image import TextToImagePipeline
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line's arguments."""
-    arguments = argparse.ArgumentParser(
-        prog="direct-jump sample",
-        description="Draw pictures of a prompt.",
-        allow_abbrev=False,
+    """Return the command's arguments."""
+    parser = argparse.ArgumentParser(
+        prog="direct-jump sample", description="Generate images of a prompt.", allow_abbrev=False
     )
-    arguments.add_argument(
-        "model",
-        metavar="RUN_OR_ID",
-        help="a run's folder (runs/NAME), a saved pipeline's, or a model of the "
-        "Hub (user/name or user/name@revision)",
-    )
-    arguments.add_argument(
-        "prompt", help='what to draw, such as "a green cat"; "" is no prompt at all'
-    )
-    arguments.add_argument(
-        "--negative", default="", help="what to keep away from, instead of the empty prompt"
-    )
-    arguments.add_argument(
-        "--w",
-        type=float,
-        help="guidance: 0 none; guidance_scale is 1 + w (default: the model's own)",
-    )
-    arguments.add_argument(
-        "--seed", type=int, default=0, help="picture i draws its noise from seed + i (default: 0)"
-    )
-    arguments.add_argument("--steps", type=int, default=50, help="denoising steps (default: 50)")
-    arguments.add_argument(
-        "--eta",
-        type=float,
-        help="1 draws new noise at every step, 0 none (default: the scheduler's own)",
-    )
-    arguments.add_argument("--n", type=int, default=1, help="how many pictures (default: 1)")
-    arguments.add_argument(
-        "--batch",
-        type=int,
-        default=8,
-        help="how many are drawn at once, and then saved (default: 8)",
-    )
-    arguments.add_argument("--device", help="cpu, cuda or mps (default: the fastest there is)")
-    arguments.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        default=Path("out.png"),
-        help="the picture's file; several get -0, -1, … before its suffix (default: out.png)",
-    )
-    return arguments
+    add = parser.add_argument
+    model_help = "a run, a saved pipeline, or user/name[@revision] on the Hub"
+    add("model", metavar="RUN_OR_ID", help=model_help)
+    add("prompt", help='such as "a green cat"; "" is unconditional')
+    add("--negative", default="", help="negative prompt, what the images should not show")
+    add("--w", type=float, help="guidance; guidance_scale is 1 + w (default: the model's)")
+    add("--seed", type=int, default=0, help="image i uses seed + i (default: 0)")
+    add("--steps", type=int, default=50, help="denoising steps (default: 50)")
+    add("--eta", type=float, help="1 is ancestral, 0 is DDIM (default: the scheduler's)")
+    add("--n", type=int, default=1, help="number of images (default: 1)")
+    add("--batch", type=int, default=8, help="images generated at once (default: 8)")
+    add("--device", help="cpu, cuda or mps (default: the fastest)")
+    output_help = "image file; several get -0, -1, … before the suffix (default: out.png)"
+    add("-o", "--output", type=Path, default=Path("out.png"), help=output_help)
+    return parser
 
 
 def output_files(output: Path, n: int) -> list[Path]:
-    """Where n pictures go, checked before anything is drawn."""
+    """Return the files of n images; ValueError if one cannot be written."""
     if n < 1:
-        raise ValueError(f"--n is {n}, expected 1 or more: pass 1")
+        raise ValueError(f"--n must be 1 or more, got {n}.")
     if output.suffix.lower() not in IMAGE_SUFFIXES:
-        raise ValueError(
-            f"-o is {output}, expected a name that ends in one of {', '.join(IMAGE_SUFFIXES)}: pass out.png"
-        )
+        raise ValueError(f"-o must end in one of {', '.join(IMAGE_SUFFIXES)}, got {output}.")
     if not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
-        raise ValueError(
-            f"-o is {output}, expected a file in a folder that can be written: create {output.parent} first"
-        )
-    found = [output] if n == 1 else [output.with_stem(f"{output.stem}-{i}") for i in range(n)]
-    if taken := [
-        path
-        for path in found
-        if path.exists() and not (path.is_file() and os.access(path, os.W_OK))
-    ]:
-        raise ValueError(
-            f"-o is {taken[0]}, which is there and no file that can be written, expected one: pass another name"
-        )
-    return found
+        raise ValueError(f"{output.parent} is not a writable folder. Create it or change -o.")
+    files = [output] if n == 1 else [output.with_stem(f"{output.stem}-{i}") for i in range(n)]
+    for file in files:
+        if file.exists() and not (file.is_file() and os.access(file, os.W_OK)):
+            raise ValueError(f"{file} exists and is not a writable file. Change -o.")
+    return files
 
 
-def png_settings(pipe, model: str, arguments: argparse.Namespace) -> dict | None:
-    """What a picture of a command line carries, as the page's do, so that the page draws it again.
+def png_settings(pipe: "TextToImagePipeline", model: str, args: argparse.Namespace) -> dict | None:
+    """Return what a PNG stores to reproduce its image, as in the demo.
 
-    None where the pipeline has another library's scheduler: the page draws by ours.
+    None for another library's scheduler, because the demo samples with this project's own.
     """
     from pipeline.data.fingerprint import weights_digest
     from pipeline.diffusion.scheduler import DDPMScheduler
@@ -100,60 +66,63 @@ def png_settings(pipe, model: str, arguments: argparse.Namespace) -> dict | None
     if not isinstance(pipe.scheduler, DDPMScheduler):
         return None
     request = Request(
-        arguments.prompt,
-        arguments.negative,
-        pipe.config.w if arguments.w is None else arguments.w,
-        arguments.steps,
-        1.0 if arguments.eta is None else arguments.eta,
-        seed=arguments.seed,
+        prompt=args.prompt,
+        negative_prompt=args.negative,
+        w=pipe.config["w"] if args.w is None else args.w,
+        steps=args.steps,
+        eta=1.0 if args.eta is None else args.eta,
+        seed=args.seed,
     )
-    return png_parameters(
-        request,
-        "network",
-        model_identity(Path(model.partition("@")[0]).name, weights_digest(pipe.unet)),
-    )
+    name = Path(model.partition("@")[0]).name
+    return png_parameters(request, "network", model_identity(name, weights_digest(pipe.unet)))
 
 
-def save_image(image, path: Path, settings: dict | None = None) -> None:
-    """Save a picture, a PNG with the settings that draw it again; ValueError where it cannot be written."""
+def save_image(image: "Image", path: Path, settings: dict | None = None) -> None:
+    """Save an image, a PNG with its settings; ValueError if it cannot be written."""
     from PIL.PngImagePlugin import PngInfo
 
-    notes = PngInfo()
-    if settings is not None:
-        notes.add_itxt("parameters", json.dumps(settings, ensure_ascii=False))
+    options = {}
+    if path.suffix.lower() == ".png" and settings is not None:
+        options["pnginfo"] = PngInfo()
+        options["pnginfo"].add_itxt("parameters", json.dumps(settings, ensure_ascii=False))
     try:
-        image.save(path, **({"pnginfo": notes} if path.suffix.lower() == ".png" else {}))
+        image.save(path, **options)
     except OSError as error:
+        reason = error.strerror or error
         raise ValueError(
-            f"{path} cannot be written ({error.strerror or error}), expected room and leave to write: pass another "
-            "-o"
+            f"{path} cannot be written: {reason}. Free disk space or change -o."
         ) from error
 
 
+def generate(args: argparse.Namespace) -> None:
+    """Generate, save and print the images, one batch at a time."""
+    files = output_files(args.output, args.n)
+    if args.batch < 1:
+        raise ValueError(f"--batch must be 1 or more, got {args.batch}.")
+    # Imported here, because torch takes seconds and the mistakes above need no model.
+    from pipeline.hardware import pick_device
+    from pipeline.models.loading import load_pipeline
+
+    pipe = load_pipeline(args.model).to(pick_device(args.device))
+    settings = png_settings(pipe, args.model, args)
+    for start in range(0, args.n, args.batch):
+        batch = files[start : start + args.batch]
+        images = pipe(
+            args.prompt,
+            negative_prompt=args.negative or None,
+            w=args.w,
+            eta=args.eta,
+            seed=args.seed + start,
+            num_inference_steps=args.steps,
+            num_images_per_prompt=len(batch),
+            return_dict=False,
+        )[0]
+        for i, (image, file) in enumerate(zip(images, batch, strict=True), start):
+            save_image(image, file, settings and settings | {"seed": args.seed + i})
+            print(file, flush=True)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Draw, save and name the pictures, a batch after the other; 0 is done, 2 is bad input, told in one sentence."""
-    arguments = build_parser().parse_args(argv)
-    try:
-        outputs = output_files(arguments.output, arguments.n)
-        if arguments.batch < 1:
-            raise ValueError(f"--batch is {arguments.batch}, expected 1 or more: leave it out")
-        pipe = load_pipeline(arguments.model).to(pick_device(arguments.device))
-        settings = png_settings(pipe, arguments.model, arguments)
-        for start in range(0, arguments.n, arguments.batch):
-            some = outputs[start : start + arguments.batch]
-            images = pipe(
-                arguments.prompt,
-                negative_prompt=arguments.negative or None,
-                w=arguments.w,
-                eta=arguments.eta,
-                seed=arguments.seed + start,
-                num_inference_steps=arguments.steps,
-                num_images_per_prompt=len(some),
-            ).images
-            for i, (image, output) in enumerate(zip(images, some, strict=True), start):
-                save_image(image, output, settings and settings | {"seed": arguments.seed + i})
-                print(output, flush=True)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Generate images; 0 done, 2 bad input, 130 interrupted."""
+    args = build_parser().parse_args(argv)
+    return run_cli(lambda: generate(args), "finished batches are saved.")

@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -67,10 +68,10 @@ def search(args: argparse.Namespace) -> int:
             if best is None:
                 raise
     number, x_0 = best
-    image = pipe.image_processor.postprocess(pipe.decode(x_0[None]), output_type="pil")[0]
+    images: Any = pipe.image_processor.postprocess(pipe.decode(x_0[None]), output_type="pil")
     seed = args.seed + number
     settings = png_settings(pipe, args.model, args)
-    save_image(image, output, settings and settings | {"seed": seed})
+    save_image(images[0], output, settings and settings | {"seed": seed})
     for calls, score in state.curve:
         print(f"{calls} network calls: best score {score:.4g}")
     n = len(state.curve) or len(state.candidates)

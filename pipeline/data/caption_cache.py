@@ -9,114 +9,114 @@ import numpy as np
 import torch
 from datasets.fingerprint import Hasher
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.data.fingerprint import digest, weights_digest
 from pipeline.data.image_ops import DECODE_VERSION
-from pipeline.data.map_cache import cache_file, cached_map
+from pipeline.data.map_cache import cache_file, cached_map, read_arrays
 from pipeline.diffusion.captions import last_hidden_states, normalize
 
-ENCODER_BATCH = 16  # captions that the encoder reads at once while a stream runs
-COPY_BATCH = 1024  # captions' states that are copied at once
-CACHED_BYTES = 2**28  # of caption states that are kept while a stream runs
+# Captions in each call of the encoder while a stream is read.
+ENCODER_BATCH = 16
+# Captions whose states are copied at once.
+COPY_BATCH = 1024
+# Memory for the states that a CaptionCache holds.
+CACHED_BYTES = 2**28
 
 
-# ---- caption states
-
-
-def encode_batch(captions: list[str], tokenizer, text_encoder, length: int) -> Tensor:
-    """The states (B, length, D) of captions that are clean already, float32 on the CPU."""
-    return (
-        last_hidden_states(
-            captions, tokenizer, text_encoder, length, next(text_encoder.parameters()).device
-        )
-        .float()
-        .cpu()
-    )
+def encode_batch(
+    captions: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    text_encoder: PreTrainedModel,
+    length: int,
+) -> Tensor:
+    """Return the states (B, length, D) of normalized captions, float32 on the CPU."""
+    device = next(text_encoder.parameters()).device
+    states = last_hidden_states(captions, tokenizer, text_encoder, length, device)
+    return states.float().cpu()
 
 
 def encode_captions(
     captions: list[str],
-    tokenizer,
-    text_encoder,
+    tokenizer: PreTrainedTokenizerBase,
+    text_encoder: PreTrainedModel,
     length: int,
     cache_dir: str | Path | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
-    """The states (N, length, D) of captions, each distinct one encoded once and cached by encoder, length and caption.
+    """Return the states (N, length, D) of captions, cached by (encoder, length, captions).
 
-    Where any is new, the encoder goes to `device`, and stays there. What is longer than `length` tokens is cut, which
-    `CaptionedImages.measured` tells.
+    Each distinct caption is encoded once. Encoding moves the encoder to `device`. Captions are cut
+    at `length` tokens; `CaptionedImages.with_caption_lengths` reports how many.
     """
     captions = [normalize(caption) for caption in captions]
     distinct = sorted(set(captions))
+    vocabulary = Hasher.hash(tokenizer.get_vocab())
     key = digest(
-        "states",
-        DECODE_VERSION,
-        distinct,
-        length,
-        weights_digest(text_encoder),
-        Hasher.hash(tokenizer.get_vocab()),
+        "states", DECODE_VERSION, distinct, length, weights_digest(text_encoder), vocabulary
     )
 
-    def of_batch(batch: dict) -> dict:
-        states = encode_batch(
-            batch["caption"], tokenizer, text_encoder.to(device or text_encoder.device), length
-        )
+    def encode(batch: dict) -> dict:
+        if device is not None:
+            # A decorator of transformers hides the signature.
+            text_encoder.to(device)  # pyright: ignore[reportArgumentType]
+        states = encode_batch(batch["caption"], tokenizer, text_encoder, length)
         return {"states": [state.numpy().tobytes() for state in states]}
 
+    columns = {"caption": datasets.Value("string"), "states": datasets.Value("binary")}
     encoded = cached_map(
         cache_file(cache_dir, "states", key),
         datasets.Dataset.from_dict({"caption": distinct}),
-        of_batch,
+        encode,
         batch_size=64,
         new_fingerprint=key,
         desc="Encoding captions",
-        features=datasets.Features(
-            {"caption": datasets.Value("string"), "states": datasets.Value("binary")}
-        ),
+        features=datasets.Features(columns),
     )
-    row = {caption: i for i, caption in enumerate(distinct)}
-    rows, table = (
-        torch.tensor([row[caption] for caption in captions]),
-        encoded.select_columns("states").with_format("arrow"),
-    )
-    pieces = (rows[start : start + COPY_BATCH] for start in range(0, len(rows), COPY_BATCH))
-    states = None  # of 100,000 captions they are gigabytes: once, and no second time while they are gathered
-    for start, some in enumerate(pieces):
-        found = bytearray(b"".join(table[some.tolist()]["states"].to_pylist()))
-        piece = torch.from_numpy(np.frombuffer(found, np.float32).reshape(len(some), length, -1))
-        states = piece.new_empty(len(rows), *piece.shape[1:]) if states is None else states
-        states[start * COPY_BATCH : start * COPY_BATCH + len(some)] = piece
+    table = encoded.select_columns("states").with_format("arrow")
+    row_of = {caption: row for row, caption in enumerate(distinct)}
+    rows = [row_of[caption] for caption in captions]
+    width = read_arrays(table, "states", [0], np.float32, (length, -1)).shape[-1]
+    # The states of 100,000 captions are gigabytes: fill one tensor instead of concatenating.
+    states = torch.empty(len(rows), length, width)
+    for start in range(0, len(rows), COPY_BATCH):
+        batch = rows[start : start + COPY_BATCH]
+        states[start : start + len(batch)] = read_arrays(
+            table, "states", batch, np.float32, (length, width)
+        )
     return states
 
 
 class CaptionCache:
-    """The states (B, length, D) of captions as they are asked for; the latest KEPT_BYTES of them are kept.
+    """Encodes captions on demand and holds the most recent CACHED_BYTES of states.
 
-    The encoder always reads ENCODED captions at once, so that a caption's states do not depend on what else is asked for.
+    The encoder always reads ENCODER_BATCH captions at once, because its rounding depends on the
+    batch: the states of a caption do not depend on the others in a request.
     """
 
-    def __init__(self, tokenizer, text_encoder, length: int):
-        self.tokenizer, self.text_encoder, self.length = tokenizer, text_encoder, length
-        self.kept: OrderedDict[str, Tensor] = OrderedDict()
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        text_encoder: PreTrainedModel,
+        length: int,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.text_encoder = text_encoder
+        self.length = length
+        self.cached: OrderedDict[str, Tensor] = OrderedDict()
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
-        """(B, length, D) float32 on the CPU."""
-        found = {caption: self.kept[caption] for caption in captions if caption in self.kept}
-        new = [caption for caption in dict.fromkeys(captions) if caption not in found]
+        """Return the states (B, length, D) of captions, float32 on the CPU."""
+        new = [caption for caption in dict.fromkeys(captions) if caption not in self.cached]
         for start in range(0, len(new), ENCODER_BATCH):
-            some = new[start : start + ENCODER_BATCH]
-            states = encode_batch(
-                some + [""] * (ENCODER_BATCH - len(some)),
-                self.tokenizer,
-                self.text_encoder,
-                self.length,
-            )
-            found |= {caption: state.clone() for caption, state in zip(some, states, strict=False)}
+            batch = new[start : start + ENCODER_BATCH]
+            padding = [""] * (ENCODER_BATCH - len(batch))
+            states = encode_batch(batch + padding, self.tokenizer, self.text_encoder, self.length)
+            for caption, state in zip(batch, states, strict=False):
+                self.cached[caption] = state.clone()
         for caption in captions:
-            self.kept[caption] = found[caption]
-            self.kept.move_to_end(caption)
-        room = CACHED_BYTES // found[captions[0]].nbytes
-        while len(self.kept) > room:
-            self.kept.popitem(last=False)
-        return torch.stack([found[caption] for caption in captions])
+            self.cached.move_to_end(caption)
+        states = torch.stack([self.cached[caption] for caption in captions])
+        while len(self.cached) > CACHED_BYTES // states[0].nbytes:
+            self.cached.popitem(last=False)
+        return states

@@ -1,10 +1,12 @@
-"""Image files as pixels: decode, rotate, crop, flatten on white, scale."""
+"""Image files as pixels: decode, rotate, flatten on white, crop, resize."""
 
 import concurrent.futures
 import functools
 import hashlib
 import io
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -14,116 +16,131 @@ from torch import Tensor
 
 from pipeline.data.sources.rows import BrokenRow, printable, read_image_bytes
 
-DECODE_VERSION = (
-    2  # of the prepared pixels: raise it when `decode` changes, so that caches are not reused
-)
-MAX_PIXELS = 64_000_000  # a 48 KB file can claim 400 megapixels
-DECODER_THREADS = 8  # that prepare pictures, at most
+# Part of the key of prepared pixels: raise it when `decode` changes.
+DECODE_VERSION = 2
+# A file of 48 KB can claim 400 megapixels.
+MAX_PIXELS = 64_000_000
+DECODER_THREADS = 8
 
 
 def decoder_pool(threads: int) -> concurrent.futures.ThreadPoolExecutor:
-    """Threads that decode pictures. Pillow's list of formats is filled before: threads that fill it together may miss one."""
+    """Return threads that decode images."""
+    # Pillow fills its list of formats on first use; threads that do so together may miss one.
     PIL.Image.init()
     return concurrent.futures.ThreadPoolExecutor(threads, "decode")
 
 
 def prepare_rows(
-    examples: dict[str, list], numbers: list[int], pool: concurrent.futures.Executor, **how
+    examples: dict[str, list], numbers: list[int], pool: concurrent.futures.Executor, **options: Any
 ) -> dict[str, list]:
-    """`prepare_row` of some rows, several at a time: Pillow decodes and resizes beside Python's lock."""
-    singles = [
-        dict(zip(examples, values, strict=True)) for values in zip(*examples.values(), strict=True)
-    ]
-    rows = list(pool.map(functools.partial(prepare_row, **how), singles, numbers))
+    """Apply `prepare_row` to a batch of `Dataset.map`, in threads: Pillow releases the GIL."""
+    columns = zip(*examples.values(), strict=True)
+    singles = [dict(zip(examples, values, strict=True)) for values in columns]
+    rows = list(pool.map(functools.partial(prepare_row, **options), singles, numbers))
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
-def prepare_row(example: dict, number: int, read, resolution: int, crop: str = "center") -> dict:
-    """One row with its image as raw RGB bytes, (3, resolution, resolution), or with the problem that keeps it out.
+def prepare_row(
+    example: dict,
+    number: int,
+    read: Callable[[dict, int], dict],
+    resolution: int,
+    crop: str = "center",
+) -> dict:
+    """Return one row with its RGB bytes (3, resolution, resolution), or with its problem.
 
-    `side` is the shorter side of the picture as it was. Where a random crop lies is a function of the file's content, the same
-    at every start, in every order and in a stream.
+    `side` is the shorter side of the original. A random crop is a function of the file's content,
+    so it is the same at every start, in every order and in a stream.
     """
-    row, pixels, side = read(example, number), b"", 0
-    image, problem = row.pop("image"), row.pop("problem")
+    row = read(example, number)
+    image = row.pop("image")
+    problem = row.pop("problem")
+    pixels = b""
+    side = 0
     if not problem:
         try:
             content = read_image_bytes(image)
-            picture, place = load_rgb(content), 0.5 if crop == "center" else crop_offset(content)
-            side, pixels = min(picture.size), crop_square(picture, resolution, place).tobytes()
+            rgb = load_rgb(content)
+            offset = 0.5 if crop == "center" else crop_offset(content)
+            pixels = as_array(crop_square(rgb, resolution, offset)).tobytes()
+            side = min(rgb.size)
         except BrokenRow as error:
             problem = str(error)
-        except (
-            Exception
-        ) as error:  # broken files make Pillow's decoders raise every kind; all are reported
+        # Pillow's decoders raise errors of every kind for broken files; all are reported.
+        except Exception as error:
             problem = f"{type(error).__name__}: {error}".replace("\n", " ")
-    seen = hashlib.blake2b(pixels, digest_size=8).hexdigest()
-    return row | {"pixels": pixels, "problem": printable(problem), "side": side, "hash": seen}
+    content_hash = hashlib.blake2b(pixels, digest_size=8).hexdigest()
+    return row | {
+        "pixels": pixels,
+        "problem": printable(problem),
+        "side": side,
+        "hash": content_hash,
+    }
 
 
 def crop_offset(content: bytes) -> float:
-    """A number in [0, 1), uniform over contents."""
+    """Return a number in [0, 1) that is uniform over file contents."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=4).digest()) / 2**32
 
 
 def decode(content: bytes, resolution: int) -> np.ndarray:
-    """An image file as uint8 (3, resolution, resolution): upright, on white, its central square resized."""
-    return crop_square(load_rgb(content), resolution)
+    """Return the central square of an image file as uint8 (3, resolution, resolution)."""
+    return as_array(crop_square(load_rgb(content), resolution))
 
 
 def load_rgb(content: bytes) -> PIL.Image.Image:
-    """An image file as RGB, turned as its EXIF data says, on white."""
+    """Return an image file as RGB on white, rotated as its EXIF data says."""
     try:
         opened = PIL.Image.open(io.BytesIO(content))
-    except PIL.UnidentifiedImageError as error:  # which names an address in memory
+    except PIL.UnidentifiedImageError as error:
+        # Pillow's own message contains an address in memory.
         raise BrokenRow(
-            f"cannot identify it as a picture: {len(content)} bytes in no format that Pillow reads"
+            f"cannot identify it as an image: {len(content)} bytes in no format that Pillow reads"
         ) from error
-    with opened as picture:
-        if math.prod(picture.size) > MAX_PIXELS:
-            raise BrokenRow(
-                f"too large: {picture.width} x {picture.height} pixels are more than the limit of {MAX_PIXELS:,}"
-            )
-        picture.load()
-        return flatten_on_white(PIL.ImageOps.exif_transpose(picture))
+    with opened as image:
+        if math.prod(image.size) > MAX_PIXELS:
+            size = f"{image.width} x {image.height}"
+            raise BrokenRow(f"too large: {size} pixels exceed the limit of {MAX_PIXELS:,}")
+        image.load()
+        return flatten_on_white(PIL.ImageOps.exif_transpose(image))
 
 
-def crop_square(picture: PIL.Image.Image, resolution: int, place: float = 0.5) -> np.ndarray:
-    """A square of a picture as uint8 (3, resolution, resolution), from the left or upper end (place 0) to the other."""
-    side = min(picture.size)
-    left, top = int((picture.width - side) * place), int((picture.height - side) * place)
-    cut = picture.crop(
-        (left, top, left + side, top + side)
-    )  # resize(box=...) would read beyond the box
-    return np.asarray(cut.resize((resolution, resolution), PIL.Image.Resampling.LANCZOS)).transpose(
-        2, 0, 1
-    )
-
-
-def flatten_on_white(picture: PIL.Image.Image) -> PIL.Image.Image:
-    """Any picture as 8-bit RGB: what is transparent becomes white, 16-bit greys are scaled."""
-    if picture.mode.startswith("I"):  # convert() would clip at 255
-        grey = np.asarray(picture).astype(np.float64).clip(0, 65535) / 257
+def flatten_on_white(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Return any image as 8-bit RGB: transparency becomes white, 16-bit greys are scaled."""
+    if image.mode.startswith("I"):
+        # convert() would clip at 255.
+        grey = np.asarray(image).astype(np.float64).clip(0, 65535) / 257
         return PIL.Image.fromarray(np.rint(grey).astype(np.uint8)).convert("RGB")
-    if picture.mode == "F":
-        raise BrokenRow(
-            "floating-point pixels have no agreed range: save the picture with 8 or 16 bits"
-        )
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        return PIL.Image.alpha_composite(
-            PIL.Image.new("RGBA", picture.size, "white"), picture
-        ).convert("RGB")
-    return picture.convert("RGB")
+    if image.mode == "F":
+        raise BrokenRow("floating-point pixels have no agreed range: save it with 8 or 16 bits")
+    if image.has_transparency_data:
+        white = PIL.Image.new("RGBA", image.size, "white")
+        image = PIL.Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def crop_square(image: PIL.Image.Image, size: int, offset: float = 0.5) -> PIL.Image.Image:
+    """Return a square of an image, resized to size x size; offset 0 is its left or upper end."""
+    side = min(image.size)
+    left = int((image.width - side) * offset)
+    top = int((image.height - side) * offset)
+    # resize(box=...) would read beyond the box.
+    square = image.crop((left, top, left + side, top + side))
+    return square.resize((size, size), PIL.Image.Resampling.LANCZOS)
+
+
+def as_array(image: PIL.Image.Image) -> np.ndarray:
+    """Return an RGB image as uint8 (3, H, W)."""
+    return np.asarray(image).transpose(2, 0, 1)
 
 
 def as_float(images: Tensor) -> Tensor:
-    """Images as floats in [-1, 1]: uint8 are scaled, floats are clipped."""
-    return (
-        images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images.float().clamp(-1, 1)
-    )
+    """Return images as floats in [-1, 1]: uint8 are scaled, floats are clipped."""
+    if images.dtype == torch.uint8:
+        return images.float() / 127.5 - 1
+    return images.float().clamp(-1, 1)
 
 
 def as_uint8(images: Tensor) -> Tensor:
-    """Images in [0, 1] as uint8, rounded."""
+    """Return images in [0, 1] as uint8, rounded."""
     return (images * 255).round().to(torch.uint8)

@@ -1,7 +1,8 @@
-"""Images as an autoencoder's latents, encoded once and kept on disk: the posterior's mean and standard deviation."""
+"""Latents of images, encoded once: mean and standard deviation of the autoencoder's posterior."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -11,80 +12,78 @@ from torch import Tensor
 from pipeline.data.dataset import CaptionedImages
 from pipeline.data.fingerprint import digest, weights_digest
 from pipeline.data.image_ops import as_float
-from pipeline.data.map_cache import cache_file, cached_map
+from pipeline.data.map_cache import cache_file, cached_map, read_arrays
 
-ENCODE_BATCH = 8  # images that are encoded together
+# Images that are encoded together.
+ENCODE_BATCH = 8
 
 
 class LatentCache:
-    """The latents of a data set's images, each as it is and, where that is asked for, mirrored; drawn anew at every use.
+    """The cached posteriors of a dataset's images and, if views is 2, of their mirror images.
 
-    An AutoencoderKL says N(mean, std²) of an image, and training on the mean alone would never show what is beside it;
-    an AutoencoderTiny says one latent, its std is 0. Kept in float16, 3 digits of values near 1.
+    An AutoencoderKL gives N(mean, std²) for an image; training on the mean alone would never show
+    the values around it. An AutoencoderTiny gives one latent, so its std is 0. Stored in float16.
     """
 
-    def __init__(self, table: datasets.Dataset, shape: tuple[int, int, int], config, ways: int):
-        self.table, self.shape, self.ways = table.with_format("arrow"), shape, ways
-        self.shift, self.scale = getattr(config, "shift_factor", None) or 0.0, config.scaling_factor
+    def __init__(
+        self, table: datasets.Dataset, shape: tuple[int, ...], config: Mapping, views: int
+    ) -> None:
+        self.table = table.with_format("arrow")
+        self.shape = shape
+        self.views = views
+        self.shift = config.get("shift_factor") or 0.0
+        self.scale = config["scaling_factor"]
 
     def __len__(self) -> int:
         return self.table.num_rows
 
     def sample(self, rows: Sequence[int] | Tensor, mirrored: Tensor, z: Tensor) -> Tensor:
-        """What the network sees of images by row (B, c, h, w): (mean + std z - shift) scale, of the mirrored where so (B,)."""
-        stored = b"".join(self.table[[int(row) for row in rows]]["latents"].to_pylist())
-        ways = torch.from_numpy(
-            np.frombuffer(bytearray(stored), np.float16).reshape(
-                len(rows), self.ways, 2, *self.shape
-            )
-        )
-        mean, std = ways[torch.arange(len(rows)), mirrored.long()].float().unbind(1)
+        """Return (mean + std z - shift) scale by row, (B, c, h, w); of the mirrored where (B,)."""
+        index = [int(row) for row in rows]
+        shape = (self.views, 2, *self.shape)
+        posteriors = read_arrays(self.table, "latents", index, np.float16, shape)
+        chosen = posteriors[torch.arange(len(index)), mirrored.long()].float()
+        mean, std = chosen.unbind(1)
         return (mean + std * z.to(mean) - self.shift) * self.scale
 
 
-def posterior_moments(vae: torch.nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (B, c, h, w) of what an autoencoder of diffusers says of images (B, 3, H, W) in [-1, 1]."""
-    found = vae.encode(pixels.to(vae.dtype))
-    if hasattr(found, "latent_dist"):
-        return found.latent_dist.mean.float(), found.latent_dist.std.float()
-    return found.latents.float(), torch.zeros_like(found.latents, dtype=torch.float32)
+def posterior_moments(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation (B, c, h, w) of diffusers' q(z | pixels in [-1, 1])."""
+    encoded = vae.encode(pixels.to(vae.dtype))
+    if hasattr(encoded, "latent_dist"):
+        return encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
+    mean = encoded.latents.float()
+    return mean, torch.zeros_like(mean)
 
 
 @torch.no_grad()
 def cache_latents(
     images: CaptionedImages,
-    vae: torch.nn.Module,
+    vae: Any,
     cache_dir: str | Path | None = None,
     mirrored: bool = True,
 ) -> LatentCache:
-    """The latents of all images, `mirrored` ones too, from the cache under (images, autoencoder) or computed now."""
-    key = digest(
-        "latents",
-        images.pixels,
-        weights_digest(vae),
-        *([] if mirrored else ["as they are"]),
-    )
+    """Return the latents of all images, cached by (pixels, autoencoder, mirrored or not)."""
+    options = [] if mirrored else ["as they are"]
+    key = digest("latents", images.pixels, weights_digest(vae), *options)
     device = next(vae.parameters()).device
 
-    def ways(rows: dict) -> dict:
-        pixels = as_float(images.images[rows["row"]].to(device))
-        each = [
-            torch.stack(posterior_moments(vae, x), 1)
-            for x in (pixels, pixels.flip(3))[: 1 + mirrored]
-        ]  # (B, 2, c, h, w)
-        return {"latents": [one.tobytes() for one in torch.stack(each, 1).half().cpu().numpy()]}
+    def encode(batch: dict) -> dict:
+        pixels = as_float(images.images[batch["row"]].to(device))
+        views = [pixels, pixels.flip(3)] if mirrored else [pixels]
+        # (B, views, 2, c, h, w)
+        moments = torch.stack([torch.stack(posterior_moments(vae, x), 1) for x in views], 1)
+        return {"latents": [array.tobytes() for array in moments.half().cpu().numpy()]}
 
     table = cached_map(
         cache_file(cache_dir, "latents", key),
         datasets.Dataset.from_dict({"row": range(len(images))}),
-        ways,
+        encode,
         batch_size=ENCODE_BATCH,
         remove_columns=["row"],
         new_fingerprint=key,
         desc="Encoding images",
         features=datasets.Features({"latents": datasets.Value("binary")}),
     )
-    pixels = as_float(images.images[[0]].to(device))
-    return LatentCache(
-        table, tuple(posterior_moments(vae, pixels)[0].shape[1:]), vae.config, 1 + mirrored
-    )
+    mean, _ = posterior_moments(vae, as_float(images.images[[0]].to(device)))
+    return LatentCache(table, tuple(mean.shape[1:]), vae.config, 1 + mirrored)

@@ -1,40 +1,36 @@
-"""The order in which epochs show a dataset's rows."""
+"""The order in which epochs show the rows of a dataset."""
 
 import functools
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from pipeline.data.sources.rows import DataError
-from pipeline.randomness import generator
+from pipeline.randomness import Slots, generator
 
 
 def evenly_spaced(n: int, stop: int, start: int = 0) -> Tensor:
-    """n of the rows start … stop - 1 at even distances, the first and the last among them; all where there are no more."""
+    """Return n evenly spaced rows of start … stop - 1 with both ends, or all if there are fewer."""
     return torch.linspace(start, stop - 1, min(n, stop - start)).long()
-
-
-# ---- the order of an epoch
 
 
 @functools.lru_cache(maxsize=4)
 def epoch_order(seed: int, epoch: int, n: int) -> Tensor:
-    """The order of one epoch, (n,)."""
+    """Return the order of one epoch, (n,)."""
     return torch.randperm(n, generator=generator(seed, epoch, 0, "order"))
 
 
 def batch_indices(
-    seed: int, step: int, batch_size: int, n: int, slots: Sequence[int] | Tensor | None = None
+    seed: int, step: int, batch_size: int, n: int, slots: Slots | None = None
 ) -> Tensor:
-    """The rows of the examples at `slots` (None: all) of a step's batch, (B,); every epoch is a new order of n.
+    """Return the rows of the examples at `slots` (None: all) of a step's batch, (B,).
 
-    Batches run on across the ends of epochs, so n may be smaller than the batch. Raises DataError for n < 1.
+    Batches continue across epochs, so n may be smaller than the batch. Raises DataError for n < 1.
     """
     if n < 1:
-        raise DataError(f"a batch needs at least one image, got {n}")
-    slots = range(batch_size) if slots is None else slots
-    places = [divmod(step * batch_size + int(slot), n) for slot in slots]
-    return torch.tensor(
-        [int(epoch_order(seed, epoch, n)[place]) for epoch, place in places], dtype=torch.long
-    )
+        raise DataError(f"A batch needs at least one image, got {n}.")
+    rows = []
+    for slot in range(batch_size) if slots is None else slots:
+        epoch, position = divmod(step * batch_size + int(slot), n)
+        rows.append(int(epoch_order(seed, epoch, n)[position]))
+    return torch.tensor(rows, dtype=torch.long)

@@ -1,4 +1,4 @@
-"""A stream of captioned images: a table that is read while a network trains on it, too long to be prepared before."""
+"""A stream of captioned images: a table that is read during training, too long to be prepared."""
 
 import concurrent.futures
 import functools
@@ -26,191 +26,203 @@ from pipeline.data.sources.rows import (
 )
 from pipeline.randomness import generator
 
-READ_AHEAD = 32  # examples that are decoded while the network computes, and no fewer than a batch
-STREAM_DECODERS = 4  # threads
-MIN_ROWS_FOR_SHARE = 100  # rows before a share of broken ones means anything
+# Examples that are decoded while the network computes; at least one batch.
+READ_AHEAD = 32
+STREAM_DECODERS = 4
+# Rows before the share of broken ones is meaningful.
+MIN_ROWS_FOR_SHARE = 100
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class StreamPosition:
-    """Where a stream is: before row `position` of a block, as it is mixed; `source` is where the block begins."""
+    """Position in a stream: before row `position` of a shuffled block, and the rows so far.
+
+    `source` is the state of the IterableDataset at the block's start, None at an epoch's start.
+    """
 
     epoch: int = 0
     block: int = 0
     position: int = 0
-    source: dict | None = None  # IterableDataset.state_dict(), None at an epoch's beginning
+    source: dict | None = None
     seen: int = 0
     broken: int = 0
-    used: int = 0  # in this epoch
+    used: int = 0
+    """usable rows in this epoch"""
 
 
 @dataclass(frozen=True)
 class StreamBatch:
-    """Pixels (B, 3, H, W) uint8, with the captions of each."""
+    """Pixels (B, 3, H, W) uint8 with the captions of each image."""
 
     images: Tensor
     alternatives: Sequence[Sequence[str]]
 
 
+Example = tuple[np.ndarray, list[str], StreamPosition]
+
+
 class Stream:
-    """The examples of one process, without end: `take(n)` gives the next n.
+    """The endless examples of one process: `take(n)` returns the next n.
 
-    What is promised:
-
-    - Each epoch reads the shards in an order of its own and mixes `shuffle_buffer` rows at a time, by (seed, epoch, block).
-    - The processes share an epoch (`split_dataset_by_node`): each has shards of its own where their number allows, else one
-      row in so many. None waits for another; the one with the fewest rows begins its next epoch first.
-    - The examples are a function of (data, seed, process, number of processes). `load_state_dict(state_dict())` gives just
-      those that would have come next, whatever was read ahead: mixing whole blocks, unlike IterableDataset's shuffle
-      buffer, loses none. It reads anew what lies before them in their shard.
-    - A row that cannot be used is logged and counted, and the next one takes its place. More than a share `max_broken` of
-      them is a DataError, and so is an epoch without one usable row.
-    - A network that fails is asked again (`sources.retried`), from the beginning of the block; then it is a DataError.
+    - Each epoch reads the shards in a new order and shuffles blocks of `shuffle_buffer` rows, both
+      as functions of (seed, epoch, block).
+    - Processes share an epoch (`split_dataset_by_node`): by shards if their number allows, else by
+      rows. None waits for another; the one with the fewest rows starts its next epoch first.
+    - The examples are a function of (data, seed, process, number of processes).
+      `load_state_dict(state_dict())` continues with exactly the next ones, whatever was read ahead.
+      Shuffling whole blocks, unlike the shuffle buffer of IterableDataset, loses none. It reads the
+      rows before them in their shard again.
+    - Unusable rows are logged, counted and replaced by the next. More than `max_broken` of them are
+      a DataError, and so is an epoch without a usable row.
+    - Network errors are retried from the start of the block, then become a DataError.
     """
 
-    def __init__(self, config: DataConfig, seed: int, process: int = 0, processes: int = 1):
-        rows = open_rows(config, config.split)
-        shards = rows.table.shuffle(
-            seed=seed, buffer_size=1, max_buffer_input_shards=1
-        )  # their order; the rows: `mixed`
+    def __init__(self, config: DataConfig, seed: int, process: int = 0, processes: int = 1) -> None:
+        self.config = config
+        self.seed = seed
+        self.process = process
+        self.processes = processes
+        self.rows = open_rows(config, config.split)
+        # Shuffles the shards only; `read` shuffles the rows.
+        shards = self.rows.table.shuffle(seed=seed, buffer_size=1, max_buffer_input_shards=1)
         self.dataset = split_dataset_by_node(shards, process, processes)
-        self.config, self.seed, self.process, self.processes, self.rows = (
-            config,
-            seed,
-            process,
-            processes,
-            rows,
-        )
         self.closed = threading.Event()
         self.reader = concurrent.futures.ThreadPoolExecutor(1, "stream")
         self.decoders = decoder_pool(STREAM_DECODERS)
-        self.begin(StreamPosition())
+        self.seek(StreamPosition())
 
-    def begin(self, place: StreamPosition) -> None:
-        """Go on from a place."""
-        self.place, self.ready, self.coming = place, deque(), None
+    def seek(self, place: StreamPosition) -> None:
+        """Continue from a position."""
+        self.place = place
+        self.ready: deque[Example] = deque()
+        self.pending: concurrent.futures.Future[list[Example]] | None = None
         self.examples = self.read(place)
 
     def take(self, n: int) -> StreamBatch:
-        """The next n examples; DataError where there are none to be had."""
+        """Return the next n examples; DataError if they cannot be read."""
         while len(self.ready) < n:
-            self.coming = self.coming or self.reader.submit(self.some, n)
-            self.ready.extend(self.coming.result())
-            self.coming = self.reader.submit(self.some, n)
-        images, alternatives, places = zip(*(self.ready.popleft() for _ in range(n)), strict=True)
+            self.pending = self.pending or self.reader.submit(self.read_ahead, n)
+            self.ready.extend(self.pending.result())
+            self.pending = self.reader.submit(self.read_ahead, n)
+        batch = [self.ready.popleft() for _ in range(n)]
+        images, alternatives, places = zip(*batch, strict=True)
         self.place = places[-1]
         return StreamBatch(torch.from_numpy(np.stack(images)), alternatives)
 
     def state_dict(self) -> dict:
-        """Where this process is, after the last example that was taken: plain values."""
+        """Return the position after the last example taken, as plain values."""
         return asdict(self.place) | {"process": self.process, "processes": self.processes}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on after the example that was the last one taken; DataError for another process's state."""
+        """Continue from a saved position; DataError if another process saved it."""
         state = dict(state)
-        saved, mine = (state.pop("process"), state.pop("processes")), (self.process, self.processes)
-        if saved != mine:
+        saved_by = (state.pop("process"), state.pop("processes"))
+        if saved_by != (self.process, self.processes):
             raise DataError(
-                f"the stream was saved by process {saved[0]} of {saved[1]} and is read by process {mine[0]} of "
-                f"{mine[1]}: go on with as many processes as before"
+                f"Process {saved_by[0]} of {saved_by[1]} saved this stream, but process "
+                f"{self.process} of {self.processes} reads it. Resume with {saved_by[1]} processes."
             )
-        if self.coming is not None:
-            concurrent.futures.wait([self.coming])
-        self.begin(StreamPosition(**state))
+        if self.pending is not None:
+            concurrent.futures.wait([self.pending])
+        self.seek(StreamPosition(**state))
 
     def close(self) -> None:
-        """Stop reading ahead, also where the network is being waited for."""
+        """Stop reading ahead, even while waiting for the network."""
         self.closed.set()
         self.reader.shutdown(cancel_futures=True)
         self.decoders.shutdown()
 
-    # -- in the reader's thread
+    # What follows runs in the reader's thread.
 
-    def some(self, n: int) -> list[tuple[np.ndarray, list[str], StreamPosition]]:
-        """The next n examples, AHEAD at the least, each with the place after it."""
+    def read_ahead(self, n: int) -> list[Example]:
+        """Return the next n examples, at least READ_AHEAD, each with the position after it."""
         return list(itertools.islice(self.examples, max(READ_AHEAD, n)))
 
-    def read(self, place: StreamPosition) -> Iterator[tuple[np.ndarray, list[str], StreamPosition]]:
-        """The usable rows from a place on, decoded, each with the place after it."""
-        size, shape = (
-            self.config.shuffle_buffer,
-            (3, self.config.resolution, self.config.resolution),
-        )
-        decode = functools.partial(
+    def read(self, place: StreamPosition) -> Iterator[Example]:
+        """Yield the usable rows from a position on, decoded, each with the position after it."""
+        shape = (3, self.config.resolution, self.config.resolution)
+        self.iterator = None
+        while True:
+            read_block = functools.partial(self.read_block, place)
+            rows = retry_on_network_error(read_block, self.rows.name, self.closed.wait)
+            mixed = generator(self.seed, place.epoch, place.block, "mixed")
+            order = torch.randperm(len(rows), generator=mixed).tolist()
+            for row in self.decode([rows[i] for i in order[place.position :]]):
+                broken = bool(row["problem"])
+                skipped = not row["captions"] and self.config.missing_caption == "skip"
+                usable = not broken and not skipped
+                place = replace(
+                    place,
+                    position=place.position + 1,
+                    seen=place.seen + 1,
+                    used=place.used + usable,
+                    broken=place.broken + broken,
+                )
+                if broken:
+                    self.report_broken(row, place)
+                if usable:
+                    pixels = np.frombuffer(row["pixels"], np.uint8).reshape(shape)
+                    yield pixels, row["captions"] or [""], place
+            place = self.next_block(place, len(rows))
+
+    def decode(self, rows: list[dict]) -> Iterator[dict]:
+        """Yield prepared rows, READ_AHEAD decoded at a time."""
+        prepare = functools.partial(
             prepare_row,
             number=0,
             read=identity_row,
             resolution=self.config.resolution,
             crop=self.config.crop,
         )
-        self.iterator = None
-        while True:
-            rows = retry_on_network_error(
-                functools.partial(self.block, place), self.rows.name, self.closed.wait
-            )
-            mixed = torch.randperm(
-                len(rows),
-                generator=generator(self.seed, place.epoch, place.block, "mixed"),
-            )
-            for some in mixed[place.position :].split(READ_AHEAD):
-                for row in self.decoders.map(decode, [rows[i] for i in some.tolist()]):
-                    usable = not row["problem"] and (
-                        row["captions"] or self.config.missing_caption == "empty"
-                    )
-                    place = replace(
-                        place,
-                        position=place.position + 1,
-                        seen=place.seen + 1,
-                        used=place.used + bool(usable),
-                        broken=place.broken + bool(row["problem"]),
-                    )
-                    if row["problem"]:
-                        self.skipped(row, place)
-                    if usable:
-                        yield (
-                            np.frombuffer(row["pixels"], np.uint8).reshape(shape),
-                            row["captions"] or [""],
-                            place,
-                        )
-            if len(rows) == size:
-                place = replace(
-                    place, block=place.block + 1, position=0, source=self.dataset.state_dict()
-                )
-            elif place.used:
-                place = StreamPosition(place.epoch + 1, seen=place.seen, broken=place.broken)
-            else:
-                raise DataError(
-                    f"{self.rows.name} has no usable row for process {self.process} of {self.processes} in a whole "
-                    f"epoch: {place.broken} of {place.seen} rows were broken"
-                )
+        for start in range(0, len(rows), READ_AHEAD):
+            yield from self.decoders.map(prepare, rows[start : start + READ_AHEAD])
 
-    def block(self, place: StreamPosition) -> list[dict]:
-        """The rows of the block that begins at a place, all of them read; fewer than `shuffle_buffer` at an epoch's end."""
-        if self.closed.is_set():
-            raise DataError(f"{self.rows.name} is closed")
+    def next_block(self, place: StreamPosition, rows: int) -> StreamPosition:
+        """Return the position after a block; DataError if no row of an epoch was usable."""
+        if rows == self.config.shuffle_buffer:
+            source = self.dataset.state_dict()
+            return replace(place, block=place.block + 1, position=0, source=source)
+        if place.used:
+            return StreamPosition(place.epoch + 1, seen=place.seen, broken=place.broken)
+        raise DataError(
+            f"{self.rows.name} has no usable row for process {self.process} of {self.processes}: "
+            f"{place.broken} of {place.seen} rows were broken in a whole epoch. Repair the data."
+        )
+
+    def read_block(self, place: StreamPosition) -> list[dict]:
+        """Return the rows of a position's block: `shuffle_buffer`, or fewer at an epoch's end."""
+        self.require_open()
         if self.iterator is None:
             self.dataset.set_epoch(place.epoch)
             self.dataset.load_state_dict(place.source)
             self.iterator = iter(self.dataset)
-        iterator, self.iterator = self.iterator, None  # one that fails is not used again
-        size, before = self.config.shuffle_buffer, place.block * self.config.shuffle_buffer
+        # An iterator that fails is not used again.
+        iterator = self.iterator
+        self.iterator = None
+        size = self.config.shuffle_buffer
+        first = place.block * size
         rows = []
-        for i, example in enumerate(itertools.islice(iterator, size)):
-            if self.closed.is_set():
-                raise DataError(f"{self.rows.name} is closed")
-            rows.append(with_image_bytes(self.rows.read(example, before + i)))
-        self.iterator = iterator if len(rows) == size else None
+        for number, example in enumerate(itertools.islice(iterator, size), first):
+            self.require_open()
+            rows.append(with_image_bytes(self.rows.read(example, number)))
+        if len(rows) == size:
+            self.iterator = iterator
         return rows
 
-    def skipped(self, row: dict, place: StreamPosition) -> None:
-        """Log one of the first broken rows; DataError where there are too many."""
+    def require_open(self) -> None:
+        """Raise DataError for a closed stream, which ends its retries."""
+        if self.closed.is_set():
+            raise DataError(f"{self.rows.name} is closed.")
+
+    def report_broken(self, row: dict, place: StreamPosition) -> None:
+        """Log one of the first broken rows; DataError if there are too many."""
         if place.broken <= REPORTED_ROWS:
             logger.warning("%s: skipped %s: %s", self.rows.name, row["name"], row["problem"])
         if place.broken > self.config.max_broken * max(place.seen, MIN_ROWS_FOR_SHARE):
             raise DataError(
-                f"{place.broken} of the first {place.seen} rows of {self.rows.name} are broken, at most "
-                f"{self.config.max_broken:.0%} may be, the last one {row['name']} ({row['problem']}): repair the "
-                "data, or raise data.max_broken"
+                f"{place.broken} of the first {place.seen} rows of {self.rows.name} are broken, "
+                f"most recently {row['name']} ({row['problem']}), more than data.max_broken "
+                f"allows ({self.config.max_broken:.0%}). Repair the data or raise data.max_broken."
             )

@@ -282,7 +282,7 @@ def evaluate_from_real(
         raise EvaluationError(f"--from-real takes one --w, got {len(ws)}.")
     _config, extractor, references, pipe = load_run(folder)
     rows = evenly_spaced(choose_on, references.n_train)
-    w = ws[0] if ws else pipe.config.w
+    w = ws[0] if ws else pipe.config["w"]
     call = {"w": w, "seed": choose_seed, "steps": steps, "batch": batch}
     for t in timesteps:
         yield denoise_real_images(extractor, references, pipe, rows, t, **call)

@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -26,8 +27,8 @@ FLOAT32_SUFFIX = "-float32"  # of an identity, where samples are not computed in
 def generate_batch(pipe: TextToImagePipeline, prompts: list[str], **call) -> Tensor:
     """Return uint8 images (B, 3, H, W) of one call, in bf16 where training would use it."""
     with torch.autocast(pipe.device.type, torch.bfloat16, enabled=has_bf16(pipe.device)):
-        images = pipe(prompts, output_type="pt", **call).images
-    return as_uint8(images.cpu())
+        output: Any = pipe(prompts, output_type="pt", **call)
+    return as_uint8(output.images.cpu())
 
 
 def generate_samples(
@@ -98,7 +99,7 @@ def samples_identity(pipe: TextToImagePipeline, references: ReferenceSet) -> str
     config = pipe.scheduler.config.items()
     process = sorted((name, str(value)) for name, value in config if not name.startswith("_"))
     scheduler = type(pipe.scheduler).__name__
-    model = digest(sorted(networks.items()), scheduler, process, pipe.config.caption_length)
+    model = digest(sorted(networks.items()), scheduler, process, pipe.config["caption_length"])
     precision = "" if has_bf16(pipe.device) else FLOAT32_SUFFIX
     return f"{model[:8]}-{digest(references.captions)[:8]}{precision}"
 

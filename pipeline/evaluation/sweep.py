@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -105,12 +106,13 @@ def point_label(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def raw_weights(folder: Path) -> UNet2DConditionModel:
+def raw_weights(folder: Path, device: torch.device) -> UNet2DConditionModel:
     """Load the network of the newest checkpoint, whose weights are not averaged."""
     newest = RunFolder(folder).newest()
     if newest is None or not (newest / "unet").is_dir():
         raise EvaluationError(f"{folder} has no checkpoint of a network. Leave weights=raw out.")
-    return UNet2DConditionModel.from_pretrained(newest / "unet", use_safetensors=True).eval()
+    network: Any = UNet2DConditionModel.from_pretrained(newest / "unet", use_safetensors=True)
+    return network.eval().to(device)
 
 
 def sweep(
@@ -130,7 +132,7 @@ def sweep(
     values = parse_sweep(words)
     _config, extractor, references, pipe = load_run(folder)
     eta = 1.0 if isinstance(pipe.scheduler, DDPMScheduler) else None
-    base = Point(pipe.config.w if w is None else w, steps, eta)
+    base = Point(pipe.config["w"] if w is None else w, steps, eta)
     if "interval" in values and base.w in (0, -1):
         raise EvaluationError(f"interval has no effect at w = {base.w:g}. Pass --w 2.")
     curves = {
@@ -148,7 +150,7 @@ def sweep(
     what = "all" if len(rows) == captions else f"sweep{len(rows)}"
     unets = {"averaged": pipe.unet}
     if any(point.weights == "raw" for point in points):
-        unets["raw"] = raw_weights(folder).to(pipe.device)
+        unets["raw"] = raw_weights(folder, pipe.device)
     models = {}
     for name, unet in unets.items():
         pipe.unet = unet
@@ -159,7 +161,7 @@ def sweep(
         model = models[point.weights]
         files[point] = samples_file(folder, model, point.steps, what + point.name, point.w, seed)
         # It raises, before the first sample, for an eta that the scheduler does not take.
-        prepare_extra_step_kwargs(pipe.scheduler, None, point.eta)
+        prepare_extra_step_kwargs(pipe.scheduler, torch.Generator(), point.eta)
         calls[point] = calls_of_sample(pipe, point.guidance, point.steps)
     left = sum(calls[point] * len(rows) for point in points if not files[point].is_file())
     measured = {}

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -24,35 +25,6 @@ from pipeline.runs.results import Metrics
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 ATTRIBUTION = "Emoji images: Twemoji, (c) Twitter, Inc and other contributors, CC-BY 4.0."
 TRAINING_FACTS = "training.json"  # what only the end of a training knows
-# An adapter on a base model that stock diffusers loads.
-STOCK_ADAPTER_USAGE = """\
-```python
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained({base!r}{revision}, use_safetensors=True)
-pipe.load_lora_weights({adapter!r}, use_safetensors=True)
-image = pipe({prompt!r}, guidance_scale={guidance_scale:g}).images[0]
-```"""
-ADAPTER_USAGE = """\
-```python
-from pipeline import load_pipeline
-
-pipe = load_pipeline({base!r})
-pipe.load_lora_weights({adapter!r}, use_safetensors=True)
-image = pipe({prompt!r}, w={w:g}, seed=0).images[0]
-```
-
-`pipeline` is Direct Jump. Without it, load the base model as its own card says. Then continue as
-above."""
-# A model in a git repository of this project, without its text encoder.
-LOCAL_USAGE = """\
-```python
-from pipeline import load_pipeline
-
-# Adds the text encoder that config.yaml names, from its pip package.
-pipe = load_pipeline({model!r})
-image = pipe({prompt!r}, w={w:g}, seed=0).images[0]
-```"""
 
 
 def git_commit() -> str:
@@ -107,7 +79,7 @@ def write_card(
     pipe: TextToImagePipeline,
     images: CaptionedImages,
     seconds: float,
-    **base: str | None,
+    **base: Any,
 ) -> None:
     """Write the card of a finished run, its images and its training.json.
 
@@ -207,24 +179,32 @@ def build_card(
         model_name=config.name,
         eval_results=eval_results(config, metrics or {}) or None,
     )
+    is_adapter = facts.get("base_model_relation") == "adapter"
+    is_shipped = facts.get("shipped") and model == facts["model"]
+    prompt = config.sample.prompts[0]
+    w = config.sample.default_w
+    repo_id, revision = parse_repo_id(base or "") or (base, None)
     return ModelCard.from_template(
         data,
         str(TEMPLATE),
-        name=config.name,
+        config=config,
+        facts=facts,
+        model=model,
         base=base,
+        base_repo_id=repo_id,
+        base_revision=revision,
+        is_adapter=is_adapter,
+        is_shipped=is_shipped,
+        usage="" if is_adapter or is_shipped else usage_snippet(model, facts["stock"], prompt, w),
         gallery=gallery,
         images=images,
         folder=IMAGES_FOLDER,
-        prompts=config.sample.prompts,
-        ws=config.sample.w,
-        usage=usage(config, facts, model),
-        facts=facts,
-        config=config,
         results=metrics_section(metrics) if metrics else "",
         notes=notes,
         attribution=ATTRIBUTION if source in SETS else "",
         inline_code=inline_code,
         code_block=code_block,
+        repr=repr,
     )
 
 
@@ -250,34 +230,6 @@ def license_of(model: str) -> str | None:
     if isinstance(found, list):
         return ", ".join(map(str, found))
     return None if found is None else str(found)
-
-
-def usage(config: Config, facts: dict, model: str) -> str:
-    """Return how to load the model and sample with it, as Markdown."""
-    prompt = config.sample.prompts[0]
-    w = config.sample.default_w
-    if facts.get("base_model_relation") == "adapter":
-        return adapter_usage(facts["base_model"], model, prompt, w, facts["stock"])
-    if facts.get("shipped") and model == facts["model"]:
-        return LOCAL_USAGE.format(model=model, prompt=prompt, w=w)
-    return usage_snippet(model, facts["stock"], prompt, w).strip()
-
-
-def adapter_usage(base: str, adapter: str, prompt: str, w: float, stock: bool) -> str:
-    """Return how to sample with an adapter on its base model, as Markdown.
-
-    stock: whether stock diffusers loads the base model.
-    """
-    if not stock:
-        return ADAPTER_USAGE.format(base=base, adapter=adapter, prompt=prompt, w=w)
-    name, revision = parse_repo_id(base) or (base, None)
-    return STOCK_ADAPTER_USAGE.format(
-        base=name,
-        revision="" if revision is None else f", revision={revision!r}",
-        adapter=adapter,
-        prompt=prompt,
-        guidance_scale=1 + w,
-    )
 
 
 def is_hub_id(name: str, noted: list[str] | None = None) -> bool:

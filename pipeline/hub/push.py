@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -154,7 +155,8 @@ def check_adapter_shapes(run: RunFolder, base: str, token: str | None = None) ->
     trained_on = str(load_file(run.config).model.pretrained)
     config, hub_hashes = trusted.unet_on_hub(base, token)
     with torch.device("meta"):
-        layers = dict(UNet2DConditionModel.from_config(config).named_modules())
+        unet = cast("UNet2DConditionModel", UNet2DConditionModel.from_config(config))
+    layers = dict(unet.named_modules())
     tensors = load_tensors(run.adapter / ADAPTER_FILE)
     for name, up in tensors.items():
         if ".lora_B." not in name:

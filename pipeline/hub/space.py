@@ -79,4 +79,5 @@ def space_readme(model: str, revision: str) -> str:
 def required_gradio() -> str:
     """Return the version of Gradio that requirements.txt pins."""
     requirements = (PROJECT_ROOT / "requirements.txt").read_text(encoding="utf-8")
-    return re.search(r"^gradio==(\S+)", requirements, re.MULTILINE)[1]
+    (version,) = re.findall(r"^gradio==(\S+)", requirements, re.MULTILINE)
+    return version

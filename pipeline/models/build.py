@@ -3,7 +3,7 @@
 import inspect
 
 import torch
-from diffusers import SchedulerMixin, UNet2DConditionModel
+from diffusers import ConfigMixin, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -46,7 +46,7 @@ def build_unet(config: Config, caption_width: int) -> UNet2DConditionModel:
 
 
 def build_scheduler(
-    diffusion: DiffusionConfig, pretrained: SchedulerMixin | None = None
+    diffusion: DiffusionConfig, pretrained: ConfigMixin | None = None
 ) -> DDPMScheduler:
     """Build the scheduler of a run: the settings over the values of a pretrained scheduler.
 
@@ -90,7 +90,7 @@ def build_pipeline(
     else:
         scheduler = build_scheduler(config.diffusion, pretrained.scheduler)
         vae = pretrained.vae
-        caption_length = pretrained.config.caption_length
+        caption_length = pretrained.config["caption_length"]
     return TextToImagePipeline(
         unet,
         scheduler,
@@ -114,7 +114,7 @@ def prepare_for_training(
     """
     if device.type == "cpu":
         network.set_attn_processor(AttnProcessor())
-    return network.train().to(memory_format=torch.channels_last)
+    return network.train().to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
 def trainable_parameters(network: torch.nn.Module) -> list[torch.nn.Parameter]:

@@ -1,6 +1,7 @@
 """LoRA adapters: add, save, load."""
 
 from pathlib import Path
+from typing import Any
 
 import peft
 from diffusers import UNet2DConditionModel
@@ -30,11 +31,11 @@ def add_adapter(network: UNet2DConditionModel, lora: LoraConfig) -> UNet2DCondit
             f"lora.targets has {', '.join(unknown)}, but no layer has such a name. "
             f"Choose from {', '.join(known)}."
         )
-    settings = peft.LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha or lora.rank, target_modules=list(lora.targets)
-    )
+    alpha: Any = lora.alpha or lora.rank  # peft takes floats too
     try:
-        network.add_adapter(settings)
+        network.add_adapter(
+            peft.LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=list(lora.targets))
+        )
     except ValueError as error:  # peft cannot adapt layers of this kind
         reason = str(error).splitlines()[0]
         raise ConfigError(
@@ -47,7 +48,7 @@ def save_adapter(network: UNet2DConditionModel, folder: Path) -> None:
     """Save the adapters with rank and alpha as diffusers does: pytorch_lora_weights.safetensors."""
     state = peft.get_peft_model_state_dict(network)
     # Weights that trained channels last are stored in the usual order.
-    layers = {name: weight.contiguous() for name, weight in state.items()}
+    layers: dict[str, Any] = {name: weight.contiguous() for name, weight in state.items()}
     metadata = network.peft_config["default"].to_dict()
     TextToImagePipeline.save_lora_weights(
         folder, unet_lora_layers=layers, unet_lora_adapter_metadata=metadata

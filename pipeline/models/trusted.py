@@ -45,11 +45,7 @@ REVISION_PATTERN = re.compile(r"\w[\w./-]*")
 # What an error of the Hub's client means; the first that matches counts.
 DOWNLOAD_PROBLEMS = (
     (GatedRepoError, "is gated. Accept its conditions on its page, then run `hf auth login`."),
-    (
-        RepositoryNotFoundError,
-        "is neither a folder here nor a model on the Hub that you can read. "
-        "Check the name, or run `hf auth login`.",
-    ),
+    (RepositoryNotFoundError, "is not on the Hub, or private. Check it or run `hf auth login`."),
     (RevisionNotFoundError, "has no such revision. Pass a branch, a tag or a commit."),
     (
         LocalEntryNotFoundError,
@@ -91,12 +87,11 @@ def parse_repo_id(model: str) -> tuple[str, str | None] | None:
 
 
 def require_repo_id(model: str) -> tuple[str, str | None]:
-    """Return `parse_repo_id(model)`; ModelError for anything that is not on the Hub."""
+    """Return `parse_repo_id(model)`; ModelError if there is no such name."""
     parsed = parse_repo_id(model)
     if parsed is None:
         raise ModelError(
-            f"{model} does not exist. "
-            "Pass the folder of a run or of a saved pipeline, or USER/NAME[@REVISION] on the Hub."
+            f"{model} does not exist. Pass a run, a saved pipeline, or USER/NAME[@REVISION]."
         )
     return parsed
 

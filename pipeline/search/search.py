@@ -8,6 +8,7 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,9 +64,10 @@ def search_steps(
     The budget of one sample gives `pipe(prompt, seed=seed)`, bit for bit, without a score.
     InputError for a smaller budget.
     """
-    w = pipe.config.w if w is None else w
-    w = w if callable(w) else float(prompt_weights(w, 1))
-    calls = calls_of_sample(pipe, w, steps)
+    weight: Weight = pipe.config["w"] if w is None else w
+    if not callable(weight):
+        weight = float(prompt_weights(weight, 1))
+    calls = calls_of_sample(pipe, weight, steps)
     if budget < calls:
         raise InputError(
             f"A budget of {budget} network calls is too small: one image of {steps} steps takes "
@@ -74,13 +76,18 @@ def search_steps(
     # A scheduler that the verifier cannot score is refused before the first sample.
     if isinstance(verifier, LikelihoodVerifier) and budget // (calls + verifier.calls) > 1:
         verifier.plan(pipe.scheduler, (1,))
-    call = {"w": w, "num_inference_steps": steps, "eta": eta, "negative_prompt": negative_prompt}
+    call = {
+        "w": weight,
+        "num_inference_steps": steps,
+        "eta": eta,
+        "negative_prompt": negative_prompt,
+    }
     return random_search(pipe, prompt, budget, verifier, seed, call)
 
 
 def calls_of_steps(pipe: TextToImagePipeline, w: Weight, steps: int) -> list[int]:
     """Return the network calls of each step of one image: one without guidance, else two."""
-    scheduler = pipe.prepare_scheduler(steps, None, pipe.device)
+    scheduler: Any = pipe.prepare_scheduler(steps, None, pipe.device)
     weights = [weights_at(w, 1, scheduler, t) for t in scheduler.timesteps]
     return [int((w_t != -1).any()) + int((w_t != 0).any()) for w_t in weights]
 

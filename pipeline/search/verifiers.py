@@ -1,7 +1,7 @@
 """Verifiers score the candidates of a search: the model's own likelihood, or a CLIP model."""
 
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -111,7 +111,7 @@ class LikelihoodVerifier:
     ) -> Tensor:
         """Return |eps - eps(x_t, t, 0)|^2 - |eps - eps(x_t, t, c)|^2, (M, N) in float64."""
         timesteps, noises, _ = self.plan(pipe.scheduler, x_0.shape[1:])
-        states = pipe.encode_prompt(prompt, negative_prompt="")
+        states: Any = pipe.encode_prompt(prompt, negative_prompt="")
         captions, empty = (of_prompt.expand(len(x_0), -1, -1) for of_prompt in states)
         parts = []
         for start in range(0, len(x_0), CANDIDATE_BATCH):
@@ -152,7 +152,7 @@ class ClipVerifier:
         try:
             kind = AutoConfig.from_pretrained(model, trust_remote_code=False).model_type
             if kind == "clip":
-                self.model = CLIPModel.from_pretrained(model, use_safetensors=True).eval()
+                self.model: Any = CLIPModel.from_pretrained(model, use_safetensors=True).eval()
                 self.tokenizer = CLIPTokenizer.from_pretrained(model)
                 # The default processor needs torchvision.
                 self.processor = CLIPImageProcessorPil.from_pretrained(model)
@@ -174,7 +174,9 @@ class ClipVerifier:
         scores = []
         for start in range(0, len(x_0), CANDIDATE_BATCH):
             rows = slice(start, start + CANDIDATE_BATCH)
-            images = pipe.image_processor.postprocess(pipe.decode(x_0[rows]), output_type="pil")
+            images: Any = pipe.image_processor.postprocess(
+                pipe.decode(x_0[rows]), output_type="pil"
+            )
             texts = [prompt] if isinstance(prompt, str) else prompt[rows]
             scores.append(self.cosines(images, texts))
         return torch.cat(scores)

@@ -1,6 +1,7 @@
 """Load the models and checkpoints that the demo offers."""
 
 import logging
+import re
 import threading
 from pathlib import Path
 
@@ -10,144 +11,138 @@ from pipeline.config import DataConfig, DiffusionConfig, load_file, setting_in
 from pipeline.data.emoji.catalogue import SETS
 from pipeline.diffusion.guidance import InputError
 from pipeline.diffusion.scheduler import DDPMScheduler
+from pipeline.diffusion.text_to_image import TextToImagePipeline
 from pipeline.hardware import pick_device
-from pipeline.models import trusted
+from pipeline.hub.model_card import ATTRIBUTION
 from pipeline.models.build import build_scheduler
 from pipeline.models.loading import load_checkpoint, load_pipeline
-from pipeline.models.trusted import parse_repo_id
+from pipeline.models.trusted import download_model, parse_repo_id
 from pipeline.runs.folder import MODEL_INDEX, SHARED_CONFIG_FILE, RunFolder
-from pipeline.serving.requests import MAX_SEED, parse_number
+from pipeline.serving.requests import MAX_SEED, parse_integer
 from pipeline.serving.session import InferenceSession
 
+FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
+CARD_IMAGE = re.compile(
+    r"!\[[^\]]*\](\([^)]*\)|\[[^\]]*\])?|<img\b[^>]*>|<Gallery />", re.IGNORECASE
+)
 log = logging.getLogger(__name__)
 
 
 class ModelStore:
-    """The models that a page offers: one, the checkpoints of a run in progress, or (None) the exact denoiser alone.
+    """The models of a demo: one model, the checkpoints of a running training, or none.
 
-    model: the folder of a run or of a saved pipeline, or the Hub's `user/name[@revision]`. device: None is the fastest.
+    model: the folder of a run or of a saved pipeline, or `user/name[@revision]` on the Hub; None
+    leaves the exact denoiser. device: None is the fastest.
     """
 
     def __init__(self, model: str | Path | None, device: str | None = None):
         self.device = pick_device(device, double=True)
-        self.name = (
-            "the exact denoiser" if model is None else Path(str(model).partition("@")[0]).name
-        )
-        if model is not None and not Path(model).exists() and parse_repo_id(str(model)):
-            model = trusted.download_model(str(model))
-        self.model, self.run, self._kept, self._loading = model, None, {}, threading.Lock()
-        if (
-            model is not None
-            and (Path(model) / "config.yaml").is_file()
-            and not (Path(model) / MODEL_INDEX).is_file()
-        ):
-            self.run = RunFolder(model)
-            self.follows = not self.run.finished and bool(
-                self.run.steps() or not self.run.has_model
-            )  # one may be trained on
-        else:
-            self.follows = False
+        self.name = "the exact denoiser"
+        self.model: Path | None = None
+        self.run: RunFolder | None = None
+        self.follows = False  # whether the model is the newest checkpoint of a running training
+        self._loading = threading.Lock()
+        self._loaded: tuple[int | None, InferenceSession] | None = None
+        if model is None:
+            return
+        self.name = Path(str(model).partition("@")[0]).name
+        if not Path(model).exists() and parse_repo_id(str(model)):
+            model = download_model(str(model))
+        self.model = Path(model)
+        has_config = (self.model / "config.yaml").is_file()
+        if has_config and not (self.model / MODEL_INDEX).is_file():
+            self.run = RunFolder(self.model)
+            # A run that is trained further has both a model and newer checkpoints.
+            is_training = not self.run.finished
+            self.follows = is_training and bool(self.run.steps() or not self.run.has_model)
         if self.follows and not self.steps():
-            raise ValueError(
-                f"{model} has no checkpoint yet, expected one at the least: wait until it has saved its first"
-            )
+            raise ValueError(f"{model} has no checkpoint yet. Wait until its training saves one.")
 
     def steps(self) -> list[int]:
-        """The checkpoints of the run that is followed, oldest first."""
-        return self.run.steps() if self.follows else []
+        """Return the checkpoints of a running training, oldest first."""
+        return self.run.steps() if self.run is not None and self.follows else []
 
-    def studio(self, step: int | None = None) -> InferenceSession:
-        """What draws: the one model, or the checkpoint nearest to a step (None is the newest).
+    def session(self, step: int | None = None) -> InferenceSession:
+        """Return the model's session, or that of the checkpoint nearest to a step, else the newest.
 
-        The one before a newest that is torn takes its place, as in training; InputError where no checkpoint can be read.
+        A corrupt newest checkpoint is replaced by the previous one, as in training. InputError if
+        no checkpoint can be read.
         """
         if not self.follows:
-            return self._studio(None)
-        wanted = (
-            MAX_SEED
-            if step is None
-            else parse_number("checkpoint", step, 0, MAX_SEED, True, problems := [])
-        )
-        if step is not None and problems:
-            raise InputError(problems[0])
-        torn, why = None, f"{self.name} has no checkpoint any more"
-        for _ in range(2):  # training may delete one while it is read
-            steps = [s for s in self.steps() if s != torn]
+            return self._cached_session(None)
+        wanted = MAX_SEED
+        if step is not None:
+            wanted = parse_integer("checkpoint", step, 0, MAX_SEED)
+        corrupt = None
+        reason = f"{self.name} has no checkpoint any more"
+        for _ in range(2):  # training may delete a checkpoint while it is read
+            steps = [s for s in self.steps() if s != corrupt]
             if not steps:
                 break
             nearest = min(steps, key=lambda s: abs(s - wanted))
             try:
-                return self._studio(nearest)
+                return self._cached_session(nearest)
             except (OSError, ValueError, SafetensorError) as error:
                 log.warning("step %d of %s: %s", nearest, self.name, error)
-                torn, why = (
-                    nearest if nearest == steps[-1] else None,
-                    str(error).replace(str(self.run.folder), self.name),
-                )
-        raise InputError(
-            f"{why}, expected one that is whole: choose another, or wait until the next is saved"
-        )
+                corrupt = nearest if nearest == steps[-1] else None
+                reason = str(error).replace(str(self.model), self.name)
+        raise InputError(f"{reason.rstrip('.')}. Choose another one or wait for the next.")
 
-    def _studio(self, step: int | None) -> InferenceSession:
-        """The studio of a checkpoint, or (None) of the one model; it is kept until another is asked for, as there may be room
-        for one network alone.
-        """
+    def _cached_session(self, step: int | None) -> InferenceSession:
+        """Return the session of a checkpoint, or (None) of the one model."""
         with self._loading:
-            if step not in self._kept:
-                self._kept.clear()
-                self._kept[step] = self._loaded(step)
-            return self._kept[step]
+            if self._loaded is None or self._loaded[0] != step:
+                self._loaded = None  # first, because memory may only hold one network
+                self._loaded = (step, self._load(step))
+            return self._loaded[1]
 
-    def _loaded(self, step: int | None) -> InferenceSession:
+    def _load(self, step: int | None) -> InferenceSession:
         if self.model is None:
             return InferenceSession(None, self.name, DataConfig())
-        if step is not None:
+        if self.run is not None and step is not None:
             pipe = load_checkpoint(self.run, step).to(self.device)
-            return InferenceSession(
-                pipe, f"{self.name} at step {step}", load_file(self.run.config).data
-            )
+            data = load_file(self.run.config).data
+            return InferenceSession(pipe, f"{self.name} at step {step}", data)
         pipe = load_pipeline(self.model).to(self.device)
-        if not isinstance(
-            pipe.scheduler, DDPMScheduler
-        ):  # the page shows the lecture's equations, and a stock one has none
+        if not isinstance(pipe.scheduler, DDPMScheduler):
+            # The demo shows equations that stock schedulers do not have.
             pipe.register_modules(scheduler=build_scheduler(DiffusionConfig(), pipe.scheduler))
         pipe.set_progress_bar_config(disable=True)
-        places = (
-            [self.run.config]
-            if self.run
-            else [Path(self.model) / "config.yaml", Path(self.model).parent / "config.yaml"]
-        )
-        known = [load_file(path).data for path in places if path.is_file()]
-        known = [
-            config for config in known if config.source in SETS or Path(config.source).is_dir()
-        ]
+        return InferenceSession(pipe, self.name, self._dataset_of(pipe, self.model))
+
+    def _dataset_of(self, pipe: TextToImagePipeline, model: Path) -> DataConfig:
+        """Return the model's own dataset if it is here, else an embedded one of its resolution."""
+        folders = [model] if self.run else [model, model.parent]
+        for config in (folder / "config.yaml" for folder in folders):
+            if config.is_file():
+                data = load_file(config).data
+                if data.source in SETS or Path(data.source).is_dir():
+                    return data
         size = pipe.unet.config.sample_size
-        resolution = (size if isinstance(size, int) else size[0]) * pipe.vae_scale_factor
-        return InferenceSession(
-            pipe,
-            self.name,
-            known[0]
-            if known
-            else DataConfig(dataset_of_shared_model(Path(self.model)), resolution=resolution),
-        )
+        height = size if isinstance(size, int) else size[0]
+        source = dataset_of_shared_model(model)
+        return DataConfig(source=source, resolution=height * pipe.vae_scale_factor)
 
     def card(self) -> str:
-        """The model card, Markdown; a word on the exact denoiser where there is none."""
+        """Return the model card without front matter and images, and the data's attribution."""
+        text = f"# {self.name}\n\nThere is no model card."
         if self.model is not None:
-            folder = Path(self.model)
-            of_run = (
-                folder.parent / "config.yaml"
-            ).is_file()  # any other folder above is somebody else's
-            for path in (folder / "README.md", *([folder.parent / "README.md"] if of_run else [])):
-                if path.is_file():
-                    return path.read_text(encoding="utf-8")
-        return f"# {self.name}\n\nThere is no model card."
+            # Without a config.yaml the folder above belongs to something else.
+            of_run = (self.model.parent / "config.yaml").is_file()
+            folders = [self.model, self.model.parent] if of_run else [self.model]
+            cards = [folder / "README.md" for folder in folders]
+            found = next((path for path in cards if path.is_file()), None)
+            if found is not None:
+                text = found.read_text(encoding="utf-8")
+        # Images could be loaded from other servers.
+        text = CARD_IMAGE.sub("", FRONT_MATTER.sub("", text))
+        return f"{text}\n\n---\nDirect Jump is Apache-2.0. {ATTRIBUTION}"
 
 
 def dataset_of_shared_model(folder: Path) -> str:
-    """The embedded set that a shared model was trained on, by the settings that came with it; the default one if on none.
+    """Return the embedded dataset that a shared model's settings name, or the default one.
 
-    A stranger's settings choose nothing else here, least of all a folder of this machine.
+    Settings from other users choose nothing else, in particular no folder of this machine.
     """
     source = setting_in(folder / SHARED_CONFIG_FILE, "data", "source")
     return source if isinstance(source, str) and source in SETS else DataConfig().source

@@ -1,24 +1,25 @@
-"""What is asked of the page or a command line for one picture: checked, and carried by the PNG, so that it is drawn again."""
+"""A validated generation request, stored in the PNG so that the image can be reproduced."""
 
 import dataclasses
 from dataclasses import dataclass
-from numbers import Real
+from typing import Any
 
 from pipeline.diffusion.guidance import InputError, Weight, interval
 
 DENOISERS = ("network", "exact")
-MAX_PROMPT_CHARACTERS = 500  # of a prompt
+MAX_PROMPT_CHARACTERS = 500
 MAX_IMAGES = 4
-MAX_SEARCH_BUDGET = 16  # samples' worth of network calls that one picture may take
-MAX_STEPS_PER_REQUEST = 1024  # pictures x steps of one request
-MAX_SEED = 2**53 - 1  # the largest whole number that every reader of JSON keeps
+MAX_SEARCH_BUDGET = 16  # in samples
+MAX_STEPS_PER_REQUEST = 1024  # images x steps
+MAX_SEED = 2**53 - 1  # the largest integer that every JSON reader preserves
 
 
 @dataclass(frozen=True)
 class Request:
-    """What one click asks for; `low` and `high` are the noise levels between which guidance acts.
+    """Everything that determines the images of one request, in the order the demo shows it.
 
-    think: how many samples' network calls a search spends on the one picture; 1 is none.
+    low, high: the noise levels between which guidance acts.
+    think: the budget of a search for the best image, in samples; 1 is no search.
     """
 
     prompt: str = ""
@@ -34,9 +35,9 @@ class Request:
 
     @classmethod
     def read(cls, raw: dict, T: int, rows: int | None = None) -> "Request":
-        """The request in `raw`, values as they came; InputError names all that is wrong with them.
+        """Return the request in `raw`, values as they were sent; InputError lists all problems.
 
-        T is the scheduler's number of timesteps, `rows` how many pictures it draws where that is not `images`.
+        T: the scheduler's number of timesteps. rows: the number of images, `images` by default.
         """
         ranges = {
             "w": (-10, 30),
@@ -48,80 +49,80 @@ class Request:
             "high": (0, 1),
             "think": (1, MAX_SEARCH_BUDGET),
         }
-        known, found, problems = {f.name: f.default for f in dataclasses.fields(cls)}, {}, []
+        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+        values: dict[str, Any] = {}
+        problems = []
         for name, value in raw.items():
-            if name not in known:
-                problems.append(f"{name} is not a setting, expected {', '.join(known)}")
-            elif name in ranges:
-                found[name] = parse_number(
-                    name, value, *ranges[name], isinstance(known[name], int), problems
-                )
-            else:
-                found[name] = parse_text(name, value, problems)
-        if not problems:
-            request = cls(**found)
-            problems = request.problems(rows or request.images)
+            try:
+                if name in ranges:
+                    whole = isinstance(defaults[name], int)
+                    values[name] = parse_number(name, value, *ranges[name], whole=whole)
+                elif name in defaults:
+                    values[name] = parse_text(name, value)
+                else:
+                    problems.append(f"{name} is not a setting. Use {', '.join(defaults)}.")
+            except InputError as error:
+                problems.append(str(error))
         if problems:
-            raise InputError("; ".join(problems))
+            raise InputError(" ".join(problems))
+        request = cls(**values)
+        request._check_combinations(rows or request.images)
         return request
 
-    def problems(self, rows: int) -> list[str]:
-        """What is wrong with settings that are each in range."""
-        found = []
+    def _check_combinations(self, rows: int) -> None:
+        """Raise InputError if values that are each in range do not fit together."""
+        problems = []
         if self.low > self.high:
-            found.append(
-                f"the guidance interval is {self.low:g} to {self.high:g}, expected its start below its end: swap them"
-            )
+            interval_text = f"{self.low:g} to {self.high:g}"
+            problems.append(f"The guidance interval {interval_text} is empty. Swap low and high.")
         if self.think > 1 and rows > 1:
-            found.append(
-                f"images is {rows} and think is {self.think}, expected 1 of either: a search ends in one picture"
+            problems.append(
+                f"A search returns one image, got think {self.think} and images {rows}. "
+                "Set one of them to 1."
             )
-        if (spent := rows * self.think * self.steps) > MAX_STEPS_PER_REQUEST:
-            what = (
-                f"{rows} pictures of {self.steps} steps"
-                if self.think == 1
-                else f"{self.think} times {self.steps} steps"
+        steps = rows * self.think * self.steps
+        if steps > MAX_STEPS_PER_REQUEST:
+            problems.append(
+                f"One request may take {MAX_STEPS_PER_REQUEST} denoising steps in total, "
+                f"got {steps}. Reduce steps, images or think."
             )
-            found.append(
-                f"{what} are {spent} network steps, and one request may take {MAX_STEPS_PER_REQUEST}: ask for fewer of either"
-            )
-        return found
+        if problems:
+            raise InputError(" ".join(problems))
 
     @property
     def weight(self) -> Weight:
-        """w as the pipeline takes it."""
-        return self.w if (self.low, self.high) == (0, 1) else interval(self.w, self.low, self.high)
+        """The guidance weight w as the pipeline takes it."""
+        everywhere = (self.low, self.high) == (0, 1)
+        return self.w if everywhere else interval(self.w, self.low, self.high)
 
 
-def parse_number(
-    name: str, value, low: float, high: float, whole: bool, problems: list[str]
-) -> float | int | None:
-    """A number in [low, high]; anything else is one more of `problems`."""
-    kind = "a whole number" if whole else "a number"
-    good = (
-        isinstance(value, Real) and not isinstance(value, bool) and low <= value <= high
-    )  # nan is not
-    if not good or (whole and value != int(value)):
-        problems.append(f"{name} is {quoted(value)}, expected {kind} from {low} to {high}")
-        return None
+def parse_number(name: str, value: Any, low: float, high: float, *, whole: bool = False) -> float:
+    """Return a number in [low, high]; InputError for anything else, such as nan or True."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high or (whole and value % 1):
+        kind = "a whole number" if whole else "a number"
+        raise InputError(f"{name} must be {kind} from {low} to {high}, got {quoted(value)}.")
     return int(value) if whole else float(value)
 
 
-def parse_text(name: str, value, problems: list[str]) -> str | None:
-    """A text that is not too long and can be encoded; anything else is one more of `problems`."""
+def parse_integer(name: str, value: Any, low: int, high: int) -> int:
+    """Return a whole number in [low, high], which may arrive as a float; InputError otherwise."""
+    return int(parse_number(name, value, low, high, whole=True))
+
+
+def parse_text(name: str, value: Any) -> str:
+    """Return a text; InputError if it is too long, not a string or not valid Unicode."""
     if not isinstance(value, str):
-        problems.append(f"{name} is {quoted(value)}, expected a text")
-    elif len(value) > MAX_PROMPT_CHARACTERS:
-        problems.append(
-            f"{name} has {len(value)} characters, expected {MAX_PROMPT_CHARACTERS} at most: shorten it"
+        raise InputError(f"{name} must be a text, got {quoted(value)}.")
+    if len(value) > MAX_PROMPT_CHARACTERS:
+        raise InputError(
+            f"{name} may have {MAX_PROMPT_CHARACTERS} characters, got {len(value)}. Shorten it."
         )
-    elif any("\ud800" <= letter <= "\udfff" for letter in value):
-        problems.append(f"{name} holds half a surrogate pair, expected Unicode text")
-    else:
-        return value
-    return None
+    if any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise InputError(f"{name} contains half a surrogate pair. Send valid Unicode.")
+    return value
 
 
-def quoted(value) -> str:
-    """A value as a message may quote it."""
+def quoted(value: Any) -> str:
+    """Return a short repr of a value for a message."""
     return f"{value!r:.40}"

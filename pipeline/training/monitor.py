@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
@@ -40,7 +41,7 @@ class Monitor:
         self.busy_seconds = 0.0  # since the last log line, as steps_since_log
         self.steps_since_log = 0
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         """Open the progress bar; run the validation and sampling that an interruption skipped."""
         self.bar = tqdm(
             total=self.config.train.steps,
@@ -54,7 +55,7 @@ class Monitor:
             self.validate_and_sample()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.bar.close()
 
     def is_due(self, every: int) -> bool:
@@ -153,7 +154,7 @@ class Monitor:
                 self.trackers.log(step, record)
         path = sample_path(self.run, step)
         if self.is_due(self.config.sample.every) and not path.is_file() and not self.stop:
-            advice = ": give fewer sample.prompts"
+            advice = ". Use fewer sample.prompts."
             with ema_weights(network, self.trainer.ema), skip_on_out_of_memory(path, advice):
                 sample_images(self.task.pipe, self.config.sample, path, self.stop)
             self.trackers.log_image(step, path)
@@ -181,15 +182,13 @@ class Monitor:
         step, train = self.trainer.global_step, self.config.train
         examples = gather_object(self.nonfinite_examples(result))
         if self.accelerator.is_main_process:
-            reason = (
-                f"no finite loss for {'; '.join(examples)}" if examples else "no finite gradient"
-            )
-            tqdm.write(f"step {step} is skipped: {reason}")
+            cause = f"loss for {'; '.join(examples)}" if examples else "gradient"
+            tqdm.write(f"step {step} is skipped: no finite {cause}")
             self.run.log(step=step, no_finite_loss=examples)
         if self.trainer.consecutive_skips >= train.max_skipped:
             raise Diverged(
-                f"{self.trainer.consecutive_skips} steps in a row, up to step {step}, had no finite "
-                f"gradient. Lower train.lr (now {train.lr:g}) in a run of another --name. "
+                f"{self.trainer.consecutive_skips} steps in a row, up to step {step}, had no "
+                f"finite gradient. Lower train.lr (now {train.lr:g}) in a run of another --name. "
                 "The last checkpoint is retained."
             )
 

@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from datasets_on_disk import render_emoji
 from tiny import tiny_text
 
-from pipeline.data.emoji import catalogue, styles
+from pipeline.data.emoji import catalogue
 from pipeline.diffusion.exact_denoiser import (
     ExactDenoiser,
     expected_x_0,
@@ -35,7 +36,7 @@ NAMES = (
 def faces() -> torch.Tensor:
     """32 different real emoji, (32, 3, 16, 16) in [-1, 1]."""
     entries = [e for e in catalogue.select_split("emoji-small")["train"] if e.grid is None][:64:2]
-    pixels = np.stack([np.array(styles.render(e.path, SIZE)) for e in entries])
+    pixels = np.stack([np.array(render_emoji(e.path, SIZE)) for e in entries])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 

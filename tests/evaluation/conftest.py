@@ -3,9 +3,9 @@
 import shutil
 
 import pytest
+from datasets_on_disk import load_images
 from tiny_run import shapes_dataset, untrained_run
 
-from pipeline.data.dataset import load_images
 from pipeline.evaluation.feature_extractor import FeatureExtractor
 from pipeline.evaluation.reference_set import ReferenceSet
 

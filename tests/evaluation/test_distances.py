@@ -62,7 +62,7 @@ def test_kid_leaves_the_global_generator_alone():
 
 
 def gaussian(n, mean, deviation, seed):
-    """n points whose sample mean and covariance are exactly these."""
+    """Return n points whose sample mean and covariance are exactly these."""
     x = normal(n, len(mean), seed=seed)
     x = x - x.mean(0)
     x = torch.linalg.solve_triangular(torch.linalg.cholesky(x.T.cov()), x.T, upper=False).T
@@ -78,7 +78,7 @@ def test_frechet_distance_of_known_gaussians():
 
 
 def test_frechet_distance_of_fewer_points_than_dimensions():
-    """tr (S S')^(1/2) is the nuclear norm of the product of the centred points."""
+    """The trace of (S S')^(1/2) is the nuclear norm of the product of the centred points."""
     x = normal(20, 64)
     y = 0.5 + normal(20, 64, seed=1)
     a = (x - x.mean(0)) / 19**0.5

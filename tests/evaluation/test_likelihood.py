@@ -96,7 +96,7 @@ def test_likelihood_bound_sums_the_whole_chain_from_a_part():
 
 @pytest.mark.parametrize("patch_size", [None, 2])
 def test_likelihood_bound_of_a_known_image_is_its_last_bin(patch_size):
-    """With one image there is no divergence; the decoder has the Gaussian's mass in half a level."""
+    """One image has no divergence; the decoder has the Gaussian's mass within half a level."""
     image = torch.full((1, 3, 8, 8), 100, dtype=torch.uint8)
     vae = None if patch_size is None else PatchAutoencoder(patch_size)
     x_0 = as_float(image) if vae is None else vae.encode(as_float(image)).latents

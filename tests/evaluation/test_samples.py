@@ -76,7 +76,7 @@ def test_samples_file_depends_on_sampler_and_open_prompts(run, monkeypatch):
 
 
 def test_samples_identity_is_the_same_in_another_process(references):
-    """diffusers notes which settings are defaults, in an order that differs between processes."""
+    """A scheduler notes which settings are defaults, in an order that differs between processes."""
     found = []
     for noted in (["beta_start", "beta_end"], ["beta_end", "beta_start"]):
         pipe = tiny_pipeline(caption_length=8)

@@ -169,6 +169,7 @@ def test_hub_config_refuses_impossible_names(name):
 # ---- the Hub refuses, is busy, or is left in the middle
 
 
+@pytest.mark.slow
 def test_push_survives_a_busy_hub_and_a_lost_answer(hub, owner, run):
     hub.faults += [
         ("PUT", "/_lfs/", 503),
@@ -208,6 +209,7 @@ def test_push_reports_a_file_that_does_not_get_through(hub, owner, run):
     assert hub.files("models", "tester/stuck") == {}
 
 
+@pytest.mark.slow
 def test_push_that_is_killed_is_complete_after_the_next(hub, owner, place, run, pushed):
     hub.lfs.clear()
     process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Muon against torch's own on 2-D weights, and against what an orthogonal matrix is."""
+"""Muon against torch's own on 2-D weights, and against the definition of orthogonality."""
 
 import pytest
 import torch
@@ -15,20 +15,19 @@ def gradients(*shapes, seed=0):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", [(3, 32, 128), (2, 128, 32), (1, 64, 64)])
-def test_singular_values_come_near_one_and_directions_stay(shape, dtype):
+def test_orthogonalize_keeps_directions_and_equalizes_values(shape, dtype):
     (stack,) = gradients(shape)
     found = orthogonalize(stack, dtype)
     assert found.dtype == dtype
     found = found.double()
     u, _, vh = torch.linalg.svd(stack.double(), full_matrices=False)
-    along = (u.mT @ found @ vh.mT).diagonal(
-        dim1=1, dim2=2
-    )  # the singular values of `found` along those of the stack
+    # The singular values of `found` along those of the stack.
+    along = (u.mT @ found @ vh.mT).diagonal(dim1=1, dim2=2)
     assert along.quantile(0.1) > 0.6 and along.max() < 1.3
     assert (found - (u * along[:, None]) @ vh).norm() < 0.05 * found.norm()
 
 
-def test_a_gradient_of_zeros_moves_nothing():
+def test_orthogonalize_of_zeros_is_zero():
     assert not orthogonalize(torch.zeros(2, 4, 8)).any()
 
 
@@ -40,8 +39,8 @@ def test_a_gradient_of_zeros_moves_nothing():
         (torch.channels_last, torch.float32),
     ],
 )
-def test_steps_are_those_of_torchs_muon_on_the_flattened_weights(layout, dtype):
-    """torch.optim.Muon takes matrices only: a convolution's weight is handed to it as (out, in h w)."""
+def test_muon_steps_as_torchs_on_flattened_weights(layout, dtype):
+    """torch.optim.Muon takes matrices only: it gets a convolution as (out, in h w)."""
     shapes = [(16, 24), (32, 8), (16, 8, 3, 3), (16, 8, 3, 3)]
     ours = [
         nn.Parameter(w.contiguous(memory_format=layout) if w.ndim == 4 else w)
@@ -61,13 +60,12 @@ def test_steps_are_those_of_torchs_muon_on_the_flattened_weights(layout, dtype):
         assert all(weight.grad is None for weight in ours)
     for a, b, first in zip(ours, theirs, start, strict=True):
         moved = (a - first).flatten(1)
-        assert (
-            moved - (b - first.flatten(1))
-        ).norm() < 0.03 * moved.norm()  # bf16, in another order of summation
+        # In bf16 and another order of summation.
+        assert (moved - (b - first.flatten(1))).norm() < 0.03 * moved.norm()
         assert moved.norm() > 0.1
 
 
-def test_what_is_no_matrix_is_stepped_as_adamw_does():
+def test_muon_steps_vectors_as_adamw():
     start, gradient = gradients((7,), (7,))
     weights = [nn.Parameter(start.clone()) for _ in range(2)]
     both = [
@@ -81,7 +79,7 @@ def test_what_is_no_matrix_is_stepped_as_adamw_does():
     assert torch.equal(*weights) and not torch.equal(weights[0], start)
 
 
-def test_hidden_matrices_are_chosen_and_the_edges_and_vectors_are_not():
+def test_muon_parameters_are_hidden_matrices():
     network = tiny_unet()
     chosen = {id(weight) for weight in muon_parameters(network)}
     named = {name: id(weight) in chosen for name, weight in network.named_parameters()}
@@ -96,17 +94,17 @@ def test_hidden_matrices_are_chosen_and_the_edges_and_vectors_are_not():
     assert all(weight.requires_grad for weight in muon_parameters(network))
 
 
-def test_a_flat_weight_is_a_view_of_it():
+def test_as_matrix_is_a_view():
     for layout in (torch.contiguous_format, torch.channels_last):
         weight = torch.randn(4, 3, 2, 2).contiguous(memory_format=layout)
         as_matrix(weight).zero_()
         assert not weight.any()
 
 
-def test_a_scalers_overflow_moves_nothing_and_what_follows_is_as_if_it_had_not_been():
-    """Training in fp16: GradScaler skips a step whose unscaled gradients are not finite, of matrices as of the rest."""
+def test_muon_skips_an_overflow_of_the_scaler():
+    """In fp16 GradScaler skips a step with a gradient that is not finite, also of matrices."""
 
-    def trained(spoilt):
+    def trained(overflow):
         torch.manual_seed(0)
         network = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8))
         optimizer = Muon(
@@ -116,7 +114,7 @@ def test_a_scalers_overflow_moves_nothing_and_what_follows_is_as_if_it_had_not_b
         for step in range(3):
             scaler.scale(network(torch.ones(2, 8)).square().sum()).backward()
             if step == 1:
-                if not spoilt:
+                if not overflow:
                     optimizer.zero_grad()
                     continue
                 network[1].weight.grad[0, 0] = torch.inf
@@ -127,8 +125,9 @@ def test_a_scalers_overflow_moves_nothing_and_what_follows_is_as_if_it_had_not_b
             optimizer.zero_grad()
         return list(network.parameters()), scaler.get_scale()
 
-    (ours, lowered), (wanted, kept) = trained(True), trained(False)
-    assert lowered == 2.0 and kept == 4.0
+    (ours, lowered), (wanted, unchanged) = trained(True), trained(False)
+    assert lowered == 2.0
+    assert unchanged == 4.0
     assert all(
         a.isfinite().all() and torch.allclose(a, b, atol=1e-6)
         for a, b in zip(ours, wanted, strict=True)

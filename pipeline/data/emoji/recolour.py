@@ -1,8 +1,7 @@
-"""More to learn from a few pictures: other names of an emoji, the same thing in other colours, and several of it.
+"""Recolour and repeat emoji, so that a model sees one thing in several colours and numbers.
 
-1,528 pictures are soon known by heart, and none of them says that "green" means the same of a frog and of a car. So things
-of mostly one colour are painted in others and drawn two and three at a time, and captions have synonyms. None of it shows
-a held-out combination or one of the prompts that a model is asked at the end (`FREE`).
+A model soon memorizes 1,528 images, and none shows that "green" means the same for a frog and a
+car. Nothing made here shows a held-out combination or an open prompt.
 """
 
 import re
@@ -12,31 +11,21 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from PIL import Image
 
-RECOLOUR_VERSION = (
-    3  # raise it when the pictures or captions change, so that written sets are replaced
-)
-OPEN_PROMPTS = (
-    "green cat",
-    "blue dog",
-    "purple banana",
-    "red tree",
-    "yellow frog",
-    "pink lion",
-    "blue strawberry",
-    "green rocket",
-    "orange whale",
-    "red snowman",
-    "purple bus",
-    "blue house",
-    "golden fish",
-    "cat astronaut",
-    "white pizza",
-    "rainbow heart",
-    "a happy puppy",
-    "blue cow",
-    "three stars",
-    "yellow car",
-)  # of no picture in any set
+# Raise it when images or captions change, so that written datasets are replaced.
+RECOLOUR_VERSION = 3
+
+
+def split_names(text: str) -> tuple[str, ...]:
+    """Return the names in a text that are separated by commas."""
+    return tuple(" ".join(name.split()) for name in text.split(","))
+
+
+# Prompts that no image of any dataset shows.
+OPEN_PROMPTS = split_names("""
+    green cat, blue dog, purple banana, red tree, yellow frog, pink lion, blue strawberry,
+    green rocket, orange whale, red snowman, purple bus, blue house, golden fish, cat astronaut,
+    white pizza, rainbow heart, a happy puppy, blue cow, three stars, yellow car
+""")
 PALETTE = {
     "red": (221, 46, 68),
     "pink": (244, 154, 193),
@@ -52,19 +41,23 @@ PALETTE = {
     "white": (241, 245, 248),
 }
 COUNTS = {"two": 2, "three": 3}
-COUNT_POSITIONS = {
-    2: ((0, 0.25), (0.5, 0.25)),
-    3: ((0.25, 0), (0, 0.5), (0.5, 0.5)),
-}  # left, top; each half as wide as the picture
-HUE_TOLERANCE = 30 / 360  # hues of one colour and its shades
-SATURATED, DARK = 0.2, 0.35  # from which a colour has a hue; below which it is an outline
-MIN_MAIN_SHARE = 0.35  # of a picture must be of one colour to be painted in another
-MIN_COLOUR_DISTANCE = 0.25  # root mean square, from which two colours are called by two names
+# Left and top of each copy, which is half as wide as the image.
+COUNT_POSITIONS = {2: ((0, 0.25), (0.5, 0.25)), 3: ((0.25, 0), (0, 0.5), (0.5, 0.5))}
+# Hues within this distance are one colour and its shades.
+HUE_TOLERANCE = 30 / 360
+# The saturation above which a colour has a hue, and the brightness below which it is an outline.
+SATURATED = 0.2
+DARK = 0.35
+# The share of the main colour in an image that can be recoloured.
+MIN_MAIN_SHARE = 0.35
+# The root mean square distance between colours with different names.
+MIN_COLOUR_DISTANCE = 0.25
 
 
 def hue_saturation_lightness(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Hue in [0, 1), saturation (of HSV) and lightness in [0, 1] of colours (..., 3) in [0, 1]."""
-    high, low = rgb.max(-1), rgb.min(-1)
+    """Return hue in [0, 1), HSV saturation and lightness in [0, 1] of RGB (..., 3) in [0, 1]."""
+    high = rgb.max(-1)
+    low = rgb.min(-1)
     spread = high - low
     red, green, blue = np.moveaxis(rgb, -1, 0)
     safe = np.where(spread > 0, spread, 1)
@@ -77,61 +70,68 @@ def hue_saturation_lightness(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray, n
 
 
 def main_color(rgb: np.ndarray, solid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(the most frequent colour (3,) of the solid pixels, outlines aside; which pixels are it or a shade of it)."""
+    """Return the most frequent colour (3,) of the solid pixels and the mask of its shades.
+
+    Outlines do not count.
+    """
     hue, saturation, lightness = hue_saturation_lightness(rgb)
     bright = rgb[solid & (rgb.max(-1) > DARK)]
     if not len(bright):
         return np.zeros(3), np.zeros_like(solid)
-    _, places, counts = np.unique(
-        (bright * 15).round(), axis=0, return_inverse=True, return_counts=True
-    )
-    found = bright[places.ravel() == counts.argmax()].mean(0)
-    h, s, _ = hue_saturation_lightness(found)
-    if s < SATURATED:
-        return found, solid & (saturation < SATURATED) & (lightness > DARK)
-    apart = np.abs((hue - h + 0.5) % 1 - 0.5)
-    return found, solid & (apart < HUE_TOLERANCE) & (saturation > SATURATED)
+    rounded = (bright * 15).round()
+    _, bins, counts = np.unique(rounded, axis=0, return_inverse=True, return_counts=True)
+    color = bright[bins.ravel() == counts.argmax()].mean(0)
+    color_hue, color_saturation, _ = hue_saturation_lightness(color)
+    if color_saturation < SATURATED:
+        return color, solid & (saturation < SATURATED) & (lightness > DARK)
+    distance = np.abs((hue - color_hue + 0.5) % 1 - 0.5)
+    return color, solid & (distance < HUE_TOLERANCE) & (saturation > SATURATED)
 
 
-def recoloured(picture: Image.Image, colors: Iterable[str]) -> Iterator[tuple[str, Image.Image]]:
-    """An RGBA picture with its main colour and that colour's shades in others, one by one; without those that it has.
+def recoloured(image: Image.Image, colors: Iterable[str]) -> Iterator[tuple[str, Image.Image]]:
+    """Yield an RGBA image with its main colour and its shades in each other colour.
 
-    Nothing where a picture is not mostly of one colour.
+    Yields nothing for an image without a main colour, and no colour close to the main one.
     """
-    rgba = np.asarray(picture.convert("RGBA")).astype(np.float64) / 255
-    rgb, solid = rgba[..., :3], rgba[..., 3] > 0.1
-    found, where = main_color(rgb, solid)
-    light, middle = rgb.mean(-1, keepdims=True), found.mean()
-    for color in colors if where.sum() > MIN_MAIN_SHARE * solid.sum() else ():
+    rgba = np.asarray(image.convert("RGBA")).astype(np.float64) / 255
+    rgb = rgba[..., :3]
+    solid = rgba[..., 3] > 0.1
+    main, mask = main_color(rgb, solid)
+    if mask.sum() <= MIN_MAIN_SHARE * solid.sum():
+        return
+    light = rgb.mean(-1, keepdims=True)
+    middle = main.mean()
+    for color in colors:
         paint = np.array(PALETTE[color]) / 255
-        if np.sqrt(((found - paint) ** 2).mean()) > MIN_COLOUR_DISTANCE:
+        if np.sqrt(((main - paint) ** 2).mean()) > MIN_COLOUR_DISTANCE:
             shade = paint * np.minimum(light / middle, 1)
             tint = shade + (1 - shade) * np.clip((light - middle) / max(1 - middle, 1e-3), 0, 1)
-            new = np.concatenate([np.where(where[..., None], tint, rgb), rgba[..., 3:]], -1)
+            new = np.concatenate([np.where(mask[..., None], tint, rgb), rgba[..., 3:]], -1)
             yield color, Image.fromarray(np.rint(new * 255).astype(np.uint8), "RGBA")
 
 
-def repeated(picture: Image.Image, count: int) -> Image.Image:
-    """Two or three of an RGBA picture in one of the same size."""
-    canvas, size = Image.new("RGBA", picture.size, (255, 255, 255, 0)), picture.width
-    small = picture.resize((size // 2, size // 2), Image.Resampling.LANCZOS)
+def repeated(image: Image.Image, count: int) -> Image.Image:
+    """Return two or three copies of an RGBA image in one of the same size."""
+    canvas = Image.new("RGBA", image.size, (255, 255, 255, 0))
+    size = image.width
+    small = image.resize((size // 2, size // 2), Image.Resampling.LANCZOS)
     for left, top in COUNT_POSITIONS[count]:
         canvas.alpha_composite(small, (round(left * size), round(top * size)))
     return canvas
 
 
 def plural(name: str) -> str:
-    """The usual English plural of a name's last word."""
+    """Return the usual English plural of a name's last word."""
     if re.search("[^aeiou]y$", name):
         return name[:-1] + "ies"
     return name + ("es" if re.search("(s|x|z|ch|sh)$", name) else "s")
 
 
 def mentions_open_prompt(caption: str) -> bool:
-    """Would a caption tell what one of the FREE prompts asks for?"""
+    """Return whether a caption has all words of an open prompt."""
     return any(set(prompt.split()) - {"a"} <= set(caption.split()) for prompt in OPEN_PROMPTS)
 
 
 def shuffled_by_name(name: str, values: tuple) -> list:
-    """Some values in an order that the name alone decides."""
+    """Return values in an order that the name alone decides."""
     return sorted(values, key=lambda value: zlib.crc32(f"{name} {value}".encode()))

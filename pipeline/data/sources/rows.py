@@ -1,7 +1,7 @@
-"""Where captioned rows come from: a folder of images, or a table (parquet, WebDataset) on disk, on the Hub or as a stream.
+"""Captioned rows, whatever source they come from: an image, captions, and what is wrong with them.
 
-Each source becomes `Rows`. A row is a dict: image ({"bytes", "path"} or None), name, captions (a list), problem ("" for a
-good row) and metadata (JSON).
+A row is a dict: image ({"bytes", "path"} or None), name, captions (a list), problem ("" for a
+usable row) and metadata (JSON).
 """
 
 import errno
@@ -10,28 +10,21 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import fsspec
 from datasets.exceptions import DatasetsError
-from huggingface_hub.errors import (  # HTTPError: the client's own, of refused connections too
-    HfHubHTTPError,
-    HTTPError,
-)
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 from pipeline.diffusion.captions import normalize
 
 CAPTION_COLUMNS = ("caption", "text")
+# HTTPError is the client's own, also for refused connections.
 NETWORK_ERRORS = (ConnectionError, TimeoutError, HTTPError)
-TRANSIENT_STATUS = frozenset(
-    {408, 429, 500, 502, 503, 504}
-)  # answers of a Hub that may say something else later
-READ_WAITS = (
-    2,
-    8,
-    30,
-    60,
-)  # seconds before each new attempt; the client has made six of its own in the 23 seconds before
+TRANSIENT_STATUS = frozenset({408, 429, 500, 502, 503, 504})
+# Seconds before each new attempt; the Hub's client has already retried for 23 seconds.
+READ_WAITS = (2, 8, 30, 60)
 UNREADABLE = "its file cannot be read"
 ROW_FEATURES = datasets.Features(
     {
@@ -45,31 +38,32 @@ ROW_FEATURES = datasets.Features(
 
 
 class DataError(ValueError):
-    """Data that cannot be trained on, with what was found and what to do."""
+    """Data that cannot be trained on; the message says what to do."""
 
 
 class Unreachable(DataError):
-    """Data that a network does not give now; the same command may find it later."""
+    """Data that the network does not provide now; the same command may succeed later."""
 
     exit_code = 1
 
 
 class Unavailable(OSError):
-    """A file that will not be had, however often it is asked for."""
+    """A file that cannot be read, however often it is requested."""
 
 
 class BrokenRow(ValueError):
-    """Why one row cannot be used."""
+    """The reason why one row cannot be used."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A source's table, with the function that makes a row of one of its examples and of the example's number.
+    """A source's table with `read(example, number)`, which returns a row.
 
-    `stamp` changes with the content. `notes` are what was noticed, a sentence each.
+    `stamp` changes with the content; `notes` are sentences for the report.
     """
 
-    table: datasets.Dataset | datasets.IterableDataset
+    table: Any
+    """Dataset or IterableDataset"""
     read: Callable[[dict, int], dict]
     stamp: str
     name: str
@@ -77,26 +71,25 @@ class Rows:
 
 
 def printable(name: str) -> str:
-    """A file name that can be printed and stored, whatever bytes it has."""
+    """Return a file name that can be printed and stored, whatever bytes it has."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, on one line."""
+    """Return an error's message on one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
-# ---- captions
-
-
-def read_captions(values: Iterable[object]) -> list[str]:
-    """The captions that a row's caption columns hold, without empty ones; [] where none says anything.
+def read_captions(values: Iterable[Any]) -> list[str]:
+    """Return the captions in a row's caption columns, normalized, without empty ones.
 
     Raises BrokenRow for anything but text, lists of texts and None.
     """
     captions = []
     for value in values:
-        texts = value if isinstance(value, list) and value else [] if value is None else [value]
+        if value is None:
+            continue
+        texts: list[Any] = value if isinstance(value, list) and value else [value]
         if not all(isinstance(text, str) for text in texts):
             raise BrokenRow(f"its caption must be text or a list of texts, got {value!r:.60}")
         captions += [normalize(text) for text in texts]
@@ -106,38 +99,41 @@ def read_captions(values: Iterable[object]) -> list[str]:
 def find_columns(
     where: object, known: Iterable[str], wanted: str | Sequence[str] | None
 ) -> tuple[str, ...]:
-    """The names of the caption columns; DataError lists the columns if one is not among them."""
+    """Return the names of the caption columns; DataError lists the columns if one is missing."""
     known = sorted(known)
     if wanted is None:
-        found = tuple(name for name in CAPTION_COLUMNS if name in known)[:1]
-        lacking = [] if found else list(CAPTION_COLUMNS)
+        columns = tuple(name for name in CAPTION_COLUMNS if name in known)[:1]
+        missing = [] if columns else list(CAPTION_COLUMNS)
     else:
-        found = (wanted,) if isinstance(wanted, str) else tuple(wanted)
-        lacking = [name for name in found if name not in known]
-    if lacking:
-        expected = " or ".join(map(repr, lacking))
+        columns = (wanted,) if isinstance(wanted, str) else tuple(wanted)
+        missing = [name for name in columns if name not in known]
+    if missing:
         raise DataError(
-            f"{where} has no caption column {expected}: it has {', '.join(known) or 'none'}; "
-            "name one of them with data.caption_column"
+            f"{where} has no caption column {' or '.join(map(repr, missing))}. Choose "
+            f"data.caption_column from its columns: {', '.join(known) or 'none'}."
         )
-    return found
+    return columns
 
 
 def as_row(
     name: str,
     image: dict | None,
-    captions: Iterable[object],
+    captions: Iterable[Any],
     problem: str = "",
     metadata: dict | None = None,
 ) -> dict:
-    """A row; what cannot be used of it becomes its problem."""
+    """Return a row; what is wrong with its captions or file name becomes its problem."""
+    texts = []
     try:
         texts = read_captions(captions)
-        ((image or {}).get("path") or "").encode()
-    except UnicodeEncodeError:
-        texts, image, problem = [], None, "its file name is not valid UTF-8"
     except BrokenRow as error:
-        texts, problem = [], str(error)
+        problem = str(error)
+    else:
+        path = (image or {}).get("path") or ""
+        if printable(path) != path:
+            texts = []
+            image = None
+            problem = "its file name is not valid UTF-8"
     return {
         "image": image,
         "name": printable(name),
@@ -148,32 +144,38 @@ def as_row(
 
 
 def identity_row(row: dict, number: int) -> dict:
-    """A row that is one already, as a dict of its own."""
+    """Return a copy of an example that is already a row."""
     return {**row}
 
 
 def fetch_image_bytes(image: dict) -> bytes:
-    """The file of an image, wherever it is; ConnectionError where a network may have it later, Unavailable where it will not."""
+    """Return the file of an image, wherever it is.
+
+    Raises ConnectionError if the network may provide it later, Unavailable if it will not.
+    """
     if image["bytes"] is not None:
         return image["bytes"]
     if "://" not in image["path"]:
         return Path(image["path"]).read_bytes()
     try:
-        with fsspec.open(image["path"], "rb") as file:
+        opened: Any = fsspec.open(image["path"], "rb")
+        with opened as file:
             return file.read()
     except (FileNotFoundError, *NETWORK_ERRORS):
         raise
-    except Exception as error:  # every file system has errors of its own; some of aiohttp's have the answer's status
-        answer = getattr(error, "status", None)
-        broke_off = type(error).__module__.startswith("aiohttp") or (
+    # Every file system raises errors of its own; some of aiohttp's have an HTTP status.
+    except Exception as error:
+        status = getattr(error, "status", None)
+        connection_failed = type(error).__module__.startswith("aiohttp") or (
             isinstance(error, OSError) and error.errno != errno.EACCES
         )
-        later = broke_off if answer is None else answer in TRANSIENT_STATUS
-        raise (ConnectionError if later else Unavailable)(one_line(error)) from error
+        transient = connection_failed if status is None else status in TRANSIENT_STATUS
+        kind = ConnectionError if transient else Unavailable
+        raise kind(one_line(error)) from error
 
 
 def read_image_bytes(image: dict) -> bytes:
-    """The file of an image; BrokenRow, which begins with UNREAD, where it cannot be read now: that says nothing about it."""
+    """Return the file of an image; BrokenRow starting with UNREADABLE if it cannot be read now."""
     try:
         return fetch_image_bytes(image)
     except (OSError, *NETWORK_ERRORS) as error:
@@ -181,7 +183,7 @@ def read_image_bytes(image: dict) -> bytes:
 
 
 def with_image_bytes(row: dict) -> dict:
-    """A row whose image's file is read; one that is not there, or not for us, is the row's problem."""
+    """Return a row with its image's file; one that is missing or unavailable is its problem."""
     if row["problem"] or row["image"]["bytes"] is not None:
         return row
     try:
@@ -193,33 +195,32 @@ def with_image_bytes(row: dict) -> dict:
 
 
 def explain_missing_split(source: str, split: str, known: str) -> str:
-    """What to say where a split that `data.split` or `data.held_out` names is not there."""
+    """Return the message for a split of `data.split` or `data.held_out` that does not exist."""
     return (
-        f"{source} has no split {split!r}: it has {known}. Name the splits by --data.split and --data.held_out; "
-        "--data.held_out null trains without a held-out one"
+        f"{source} has no split {split!r}, only {known}. Set --data.split and --data.held_out; "
+        "--data.held_out null trains without a held-out split."
     )
 
 
 def file_stat(path: str | None) -> tuple[int, int] | None:
-    """Size and time of a file, None for what is none."""
+    """Return size and modification time of a file, None if there is none."""
     if not path:
         return None
     try:
-        found = Path(path).stat()
-    except (OSError, ValueError):  # ValueError: a name that no file can have
+        stat = Path(path).stat()
+    # ValueError: a name that no file can have.
+    except (OSError, ValueError):
         return None
-    return found.st_size, found.st_mtime_ns
-
-
-# ---- what a network does
+    return stat.st_size, stat.st_mtime_ns
 
 
 def retry_on_network_error(
-    attempt: Callable[[], list], what: str, wait: Callable[[float], object] = time.sleep
+    attempt: Callable[[], list], source: str, wait: Callable[[float], object] = time.sleep
 ) -> list:
-    """What `attempt()` returns, called anew after each of WAITS while the network fails; then DataError.
+    """Return `attempt()`, called again after each of READ_WAITS while the network fails.
 
-    A Hub that says no (a file that is gone, no access) and files that cannot be read are a DataError at once.
+    Raises Unreachable after the last attempt. Rejected requests (missing files, no access) and
+    unreadable files are a DataError at once.
     """
     waits = iter(READ_WAITS)
     while True:
@@ -228,18 +229,15 @@ def retry_on_network_error(
         except DataError:
             raise
         except NETWORK_ERRORS as error:
-            refused = (
-                isinstance(error, HfHubHTTPError)
-                and error.response.status_code not in TRANSIENT_STATUS
-            )
-            seconds = None if refused else next(waits, None)
+            status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+            if status is not None and status not in TRANSIENT_STATUS:
+                raise DataError(f"Cannot read {source}: {one_line(error)}") from error
+            seconds = next(waits, None)
             if seconds is None:
-                tries = "" if refused else f" in {len(READ_WAITS) + 1} attempts"
-                kind = DataError if refused else Unreachable
-                raise kind(
-                    f"cannot read {what}{tries} ({one_line(error)}): run the same command again when that is mended, it "
-                    "goes on from the newest checkpoint"
+                raise Unreachable(
+                    f"Cannot read {source} in {len(READ_WAITS) + 1} attempts ({one_line(error)}). "
+                    "Run the same command later; it resumes from the latest checkpoint."
                 ) from error
             wait(seconds)
         except (OSError, ValueError, DatasetsError) as error:
-            raise DataError(f"cannot read {what}: {one_line(error)}") from error
+            raise DataError(f"Cannot read {source}: {one_line(error)}") from error
