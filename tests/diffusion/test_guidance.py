@@ -157,3 +157,11 @@ def test_shift_weight_shifts_every_kind_of_weight(w):
             prompt_weights(shift_weight(shift_weight(w, 1), -1), 2, level),
             prompt_weights(w, 2, level),
         )
+
+
+def test_semantic_breaks_are_noticed(monkeypatch):
+    """A weight of the wrong sign."""
+    right = guide
+    monkeypatch.setitem(globals(), "guide", lambda eps_c, eps_u, w: right(eps_c, eps_u, -w))
+    with pytest.raises(AssertionError):
+        test_guide_at_minus_one_is_unconditional()

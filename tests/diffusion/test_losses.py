@@ -234,3 +234,15 @@ def test_bits_per_dimension_belong_to_pixels():
     assert torch.allclose(bits_per_dimension(nats, 12, "patches"), torch.tensor([8.0]))
     with pytest.raises(ValueError, match="'latents'"):
         bits_per_dimension(torch.ones(1), 12, "latents")
+
+
+def test_semantic_breaks_are_noticed(monkeypatch):
+    """min_snr that clips from below, and a KL without its factor 1/2."""
+    with monkeypatch.context() as broken:
+        broken.setitem(LOSS_WEIGHTS, "min_snr", lambda snr, gamma: snr.clamp(min=gamma))
+        with pytest.raises(AssertionError):
+            test_training_loss_agrees_for_all_prediction_types("min_snr", 5.0)
+    right = posterior_kl
+    monkeypatch.setitem(globals(), "posterior_kl", lambda *arguments: 2 * right(*arguments))
+    with pytest.raises(AssertionError):
+        test_posterior_kl_matches_torch(500, 400, "fixed_large")

@@ -97,3 +97,16 @@ def test_add_noise_in_bfloat16_has_the_right_noise_level():
     sigma = scheduler.add_noise(0 * ones, ones, torch.arange(1000)).double().flatten()
     exact = (1 - np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))) ** 0.5
     assert np.abs(sigma.numpy() / exact - 1).max() < 1e-2
+
+
+def test_semantic_breaks_are_noticed(monkeypatch):
+    """The slide's brace, abar = sqrt(product), and a direct jump with signal and noise exchanged."""
+    scheduler = DDPMScheduler
+    abar, add_noise = scheduler.abar, scheduler.add_noise
+    with monkeypatch.context() as broken:
+        broken.setattr(scheduler, "abar", lambda self, t, like: abar(self, t, like).sqrt())
+        with pytest.raises(AssertionError):
+            test_abar_is_the_product_of_alphas(500)
+    monkeypatch.setattr(scheduler, "add_noise", lambda self, x, eps, t: add_noise(self, eps, x, t))
+    with pytest.raises(AssertionError):
+        test_add_noise_step_chain_has_the_moments_of_add_noise()

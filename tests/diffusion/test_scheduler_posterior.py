@@ -117,3 +117,20 @@ def test_clip_thresholding_rescales_and_warns_at_one():
         assert torch.equal(
             make(thresholding=True, sample_max_value=0.5).clip(x_0), x_0.clamp(-0.5, 0.5) / 0.5
         )
+
+
+def posterior_with_exchanged_factors(posterior, self, x_0, x_t, t, s):
+    return posterior(self, x_t, x_0, t, s)
+
+
+def posterior_with_variance_beta(posterior, self, x_0, x_t, t, s):
+    mean, _ = posterior(self, x_0, x_t, t, s)
+    return mean, 1 - self.abar(t, x_t) / self.abar(s, x_t)
+
+
+@pytest.mark.parametrize("wrong", [posterior_with_exchanged_factors, posterior_with_variance_beta])
+def test_semantic_breaks_are_noticed(monkeypatch, wrong):
+    posterior = DDPMScheduler.posterior
+    monkeypatch.setattr(DDPMScheduler, "posterior", lambda *a: wrong(posterior, *a))
+    with pytest.raises(AssertionError):
+        test_posterior_matches_bayes_rule(500, 250)

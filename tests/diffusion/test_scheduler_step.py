@@ -272,3 +272,29 @@ def test_step_refuses_to_go_backwards_unless_deterministic():
 def test_step_refuses_learned_variances():
     with pytest.raises(ValueError, match=r"\(4, 3, 8, 8\).*\(4, 6, 8, 8\)"):
         make().step(torch.cat([ramp(), ramp()], 1), 5, ramp())
+
+
+def transition_that_ignores_eta(transition, self, x_0, x_t, t, s, eta=1.0):
+    return transition(self, x_0, x_t, t, s)
+
+
+def transition_with_a_deviation_for_variance(transition, self, x_0, x_t, t, s, eta=1.0):
+    """The slide's slip: beta~ z in place of sqrt(beta~) z."""
+    mean, variance = transition(self, x_0, x_t, t, s, eta)
+    return mean, variance**2
+
+
+@pytest.mark.parametrize(
+    "wrong", [transition_that_ignores_eta, transition_with_a_deviation_for_variance]
+)
+def test_semantic_breaks_of_transition_are_noticed(monkeypatch, wrong):
+    transition = DDPMScheduler.transition
+    monkeypatch.setattr(DDPMScheduler, "transition", lambda *a: wrong(transition, *a))
+    with pytest.raises(AssertionError):
+        test_step_with_eta_matches_diffusers_ddim(8, "trailing", "epsilon", True, 0.4)
+
+
+def test_semantic_breaks_of_clip_are_noticed(monkeypatch):
+    monkeypatch.setattr(DDPMScheduler, "clip", lambda self, x_0: x_0)
+    with pytest.raises(AssertionError):
+        test_clip_matches_diffusers({"clip_sample_range": 0.5})

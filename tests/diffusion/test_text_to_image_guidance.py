@@ -6,6 +6,7 @@ import torch
 from generation import STEPS, assert_close, generate, plan, rows_per_call
 from tiny import tiny_pipeline
 
+from pipeline.diffusion import text_to_image
 from pipeline.diffusion.guidance import interval
 from pipeline.diffusion.scheduler import DDPMScheduler
 from pipeline.diffusion.text_to_image import noise_level
@@ -114,3 +115,10 @@ def test_call_puts_negative_prompt_for_the_empty_caption(pipe):
 def test_denoise_warns_of_guidance_without_caption_dropout(caplog, dropout, w, warned):
     generate(tiny_pipeline(caption_dropout=dropout), w=w)
     assert ("trained without caption dropout" in caplog.text) == warned
+
+
+def test_semantic_breaks_are_noticed(pipe, monkeypatch):
+    """guidance_scale taken for w."""
+    monkeypatch.setattr(text_to_image, "w_from_guidance_scale", lambda scale: scale)
+    with pytest.raises(AssertionError):
+        test_call_keeps_diffusers_guidance_scale(pipe)

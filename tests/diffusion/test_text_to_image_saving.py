@@ -16,27 +16,30 @@ from pipeline.diffusion.captions import CaptionWhitening
 from pipeline.diffusion.scheduler import DDPMScheduler
 
 
-@pytest.mark.parametrize("safe", [True, False])
-@pytest.mark.parametrize("patch_size", [None, 2])
-def test_from_pretrained_generates_the_same(tmp_path, safe, patch_size, caplog):
-    pipe = tiny_pipeline(patch_size=patch_size, w=1.5, caption_length=8, caption_dropout=0.1)
-    pipe.save_pretrained(tmp_path, safe_serialization=safe)
+@pytest.fixture
+def diffusers_log(caplog):
+    """diffusers' INFO messages."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_info()
     logging.enable_propagation()
-    again = TextToImagePipeline.from_pretrained(tmp_path)
+    yield caplog
     logging.disable_propagation()
     logging.set_verbosity(verbosity)
+
+
+@pytest.mark.parametrize("safe", [True, False])
+@pytest.mark.parametrize("patch_size", [None, 2])
+def test_from_pretrained_generates_the_same(tmp_path, safe, patch_size, diffusers_log):
+    pipe = tiny_pipeline(patch_size=patch_size, w=1.5, caption_length=8, caption_dropout=0.1)
+    pipe.save_pretrained(tmp_path, safe_serialization=safe)
+    again = TextToImagePipeline.from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
     assert np.array_equal(generate(again), generate(pipe))
-    assert (again.config.w, again.config.caption_length, again.config.caption_dropout) == (
-        1.5,
-        8,
-        0.1,
-    )
+    config = again.config
+    assert (config.w, config.caption_length, config.caption_dropout) == (1.5, 8, 0.1)
     assert type(again.scheduler) is DDPMScheduler
     for name, component in pipe.components.items():
-        assert component is None or name in caplog.text
+        assert component is None or name in diffusers_log.text
 
 
 @pytest.mark.slow
