@@ -1,5 +1,6 @@
 """From a prompt to an image: captions, the sampling loop (16) under guidance (17), decoding."""
 
+import collections.abc
 import contextlib
 import copy
 import inspect
@@ -671,7 +672,9 @@ def make_generators(
 
 
 @contextlib.contextmanager
-def scaled_lora(encoder: PreTrainedModel | None, scale: float | None) -> Iterator[None]:
+def scaled_lora(
+    encoder: PreTrainedModel | None, scale: float | None
+) -> collections.abc.Generator[None]:
     """Scale a text encoder's LoRA layers for a while, as Stable Diffusion's pipeline does."""
     if encoder is None or scale is None or not USE_PEFT_BACKEND:
         yield
