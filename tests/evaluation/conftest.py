@@ -5,7 +5,8 @@ import shutil
 import pytest
 from tiny_run import shapes_dataset, untrained_run
 
-from pipeline.data.dataset import load_images
+from pipeline.config import DataConfig
+from pipeline.data.dataset import load_splits
 from pipeline.evaluation.feature_extractor import FeatureExtractor
 from pipeline.evaluation.reference_set import ReferenceSet
 
@@ -23,12 +24,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def references(feature_extractor, folder):
-    cache = folder.parent / "cache"
-    splits = [
-        load_images(folder, split=split, resolution=16, cache_dir=cache)
-        for split in ("train", "test")
-    ]
-    return ReferenceSet.from_splits(feature_extractor.features, splits)
+    cache = str(folder.parent / "cache")
+    splits = load_splits(DataConfig(source=str(folder), resolution=16, cache=cache))
+    return ReferenceSet.from_splits(feature_extractor.features, list(splits))
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from tiny import tiny_pipeline
 
 from pipeline.config import Config, DataConfig
 from pipeline.data.emoji import catalogue, styles, writer
+from pipeline.data.image_ops import crop_square, flatten_on_white
 
 
 def shapes_dataset(folder: Path) -> Path:
@@ -27,7 +28,10 @@ def untrained_run(folder: Path, dataset: Path) -> Path:
 def emoji_images(captions: list[str], size: int = 72) -> torch.Tensor:
     """Return emoji by their captions, uint8 (N, 3, size, size)."""
     paths = {emoji.caption: emoji.path for emoji in catalogue.catalogue()}
-    images = [np.array(styles.render(paths[caption], size)) for caption in captions]
+    images = [
+        np.array(crop_square(flatten_on_white(styles.load_rgba(paths[caption])), size))
+        for caption in captions
+    ]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 
