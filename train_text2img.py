@@ -84,7 +84,7 @@ def train(config: Config, dry_run: bool = False) -> int:
     with StopSignals() as stop, run.lock() if is_main else contextlib.nullcontext():
         checkpoint, finished = find_start(run, config, accelerator, TRAINING_FACTS)
         try:
-            if finished:
+            if checkpoint and finished:
                 steps = f"step {checkpoint.name} of {config.train.steps}"
                 accelerator.print(f"{run.folder} is finished at {steps}.\n{usage(run, config)}")
             else:

@@ -7,8 +7,8 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import pytest  # noqa: E402
-from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
+import pytest
+from accelerate.state import AcceleratorState, GradientState, PartialState
 
 # What tests skip themselves for (the word in their reason) -> the Debian package that brings it.
 SYSTEM_PACKAGES = {"Chromium": "chromium", "Noto Color Emoji": "fonts-noto-color-emoji"}

@@ -231,7 +231,7 @@ def test_train_config_accepts_positive_finite_learning_rates(lr):
     try:
         TrainConfig(lr=lr)
     except ValueError:
-        assert not (math.isfinite(lr) and lr > 0)  # noqa: PT017
+        assert not (math.isfinite(lr) and lr > 0)
     else:
         assert math.isfinite(lr) and lr > 0
 
@@ -273,7 +273,7 @@ def test_load_accepts_or_refuses_any_value_of_any_setting(tmp_path, key, value):
     try:
         config, _ = load(["--config", str(path)])
     except ConfigError as refused:
-        assert str(refused)  # noqa: PT017  # that it is refused is one of two good ends
+        assert str(refused)  # that it is refused is one of two good ends  # noqa: PT017
     else:
         assert config.problems() == []
         assert load(["--config", yaml_file(tmp_path, config.to_yaml())])[0] == config

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from datasets.fingerprint import Hasher
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.data.fingerprint import digest, weights_digest
 from pipeline.data.image_ops import DECODE_VERSION
@@ -27,7 +27,7 @@ CACHED_BYTES = 2**28
 def encode_batch(
     captions: list[str],
     tokenizer: PreTrainedTokenizerBase,
-    text_encoder: torch.nn.Module,
+    text_encoder: PreTrainedModel,
     length: int,
 ) -> Tensor:
     """Return the states (B, length, D) of normalized captions, float32 on the CPU."""
@@ -39,7 +39,7 @@ def encode_batch(
 def encode_captions(
     captions: list[str],
     tokenizer: PreTrainedTokenizerBase,
-    text_encoder: torch.nn.Module,
+    text_encoder: PreTrainedModel,
     length: int,
     cache_dir: str | Path | None = None,
     device: torch.device | None = None,
@@ -58,7 +58,8 @@ def encode_captions(
 
     def encode(batch: dict) -> dict:
         if device is not None:
-            text_encoder.to(device)
+            # A decorator of transformers hides the signature.
+            text_encoder.to(device)  # pyright: ignore[reportArgumentType]
         states = encode_batch(batch["caption"], tokenizer, text_encoder, length)
         return {"states": [state.numpy().tobytes() for state in states]}
 
@@ -96,7 +97,7 @@ class CaptionCache:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        text_encoder: torch.nn.Module,
+        text_encoder: PreTrainedModel,
         length: int,
     ) -> None:
         self.tokenizer = tokenizer

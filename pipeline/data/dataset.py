@@ -50,10 +50,7 @@ REPORTED_ROWS = 5
 PREVIEW_ROWS = 512
 PREPARED_FEATURES = datasets.Features(
     {
-        "name": datasets.Value("string"),
-        "captions": datasets.List(datasets.Value("string")),
-        "problem": datasets.Value("string"),
-        "metadata": datasets.Value("string"),
+        **{name: feature for name, feature in ROW_FEATURES.items() if name != "image"},
         "pixels": datasets.Value("binary"),
         "side": datasets.Value("int32"),
         "hash": datasets.Value("string"),

@@ -17,8 +17,8 @@ class StopSignals:
     """Record requests to stop: SIGTERM, SIGINT, SIGUSR1, SIGHUP, or the death of the launcher.
 
     As a context manager it installs its handlers and restores the previous ones. `bool(stop)` polls
-    for a request; `stop.exit_code` is then 143 or 130, otherwise 0. Inside `raise_on_stop` a request
-    raises Stopped at once. A second SIGINT ends the process immediately. SIGHUP is ignored under
+    for a request; `stop.exit_code` is then 143 or 130, otherwise 0. Inside `raise_on_stop`, a
+    request raises Stopped at once. A second SIGINT ends the process immediately. SIGHUP is ignored under
     nohup; after one, output to the closed terminal goes to the null device.
     """
 

@@ -74,7 +74,7 @@ class ModelStore:
         if step is not None:
             wanted = parse_integer("checkpoint", step, 0, MAX_SEED)
         corrupt = None
-        reason = f"{self.name} has no checkpoint any more."
+        reason = f"{self.name} has no checkpoint any more"
         for _ in range(2):  # training may delete a checkpoint while it is read
             steps = [s for s in self.steps() if s != corrupt]
             if not steps:
@@ -86,7 +86,7 @@ class ModelStore:
                 log.warning("step %d of %s: %s", nearest, self.name, error)
                 corrupt = nearest if nearest == steps[-1] else None
                 reason = str(error).replace(str(self.model), self.name)
-        raise InputError(f"{reason} Choose another checkpoint or wait for the next one.")
+        raise InputError(f"{reason.rstrip('.')}. Choose another one or wait for the next.")
 
     def _cached_session(self, step: int | None) -> InferenceSession:
         """Return the session of a checkpoint, or (None) of the one model."""

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -28,7 +28,7 @@ def start_accelerator(config: Config) -> Accelerator:
     """
     # A CPU must be requested explicitly, or torchrun's ranks do not find each other.
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    device = PartialState(cpu=cpu, timeout=SAMPLE_TIMEOUT).device
+    device: Any = PartialState(cpu=cpu, timeout=SAMPLE_TIMEOUT).device
     precision = mixed_precision(config.train.precision, device)
     if precision == "fp16" and device.type == "cpu":
         raise ConfigError("train.precision must be auto, no or bf16 on a CPU, got fp16.")
@@ -61,7 +61,7 @@ def local_main_first(accelerator: Accelerator) -> Iterator[None]:
     if accelerator.num_processes == 1:
         yield
         return
-    group = torch.distributed.new_group(backend="gloo", timeout=PREPARE_TIMEOUT)
+    group: Any = torch.distributed.new_group(backend="gloo", timeout=PREPARE_TIMEOUT)
     if not accelerator.is_local_main_process:
         torch.distributed.barrier(group)
     yield
@@ -79,7 +79,8 @@ def any_rank_stopped(stop: StopSignals, accelerator: Accelerator) -> bool:
     if accelerator.num_processes == 1:
         return bool(stop)
     mine = torch.tensor([stop.exit_code], device=accelerator.device)
-    code = int(accelerator.gather(mine).max())
+    codes: Any = accelerator.gather(mine)
+    code = int(codes.max())
     if code:
         stop.reason = stop.reason or "as another process"
         stop.exit_code = code

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
@@ -40,7 +41,7 @@ class Monitor:
         self.busy_seconds = 0.0  # since the last log line, as steps_since_log
         self.steps_since_log = 0
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         """Open the progress bar; run the validation and sampling that an interruption skipped."""
         self.bar = tqdm(
             total=self.config.train.steps,
@@ -54,7 +55,7 @@ class Monitor:
             self.validate_and_sample()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.bar.close()
 
     def is_due(self, every: int) -> bool:

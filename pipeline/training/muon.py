@@ -7,6 +7,7 @@ processor only emulates bf16.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -114,8 +115,9 @@ class Muon(torch.optim.AdamW):
             state["momentum"] = torch.zeros_like(weight)
         state["step"] += 1
         momentum = state["momentum"]
-        momentum.lerp_(weight.grad, 1 - beta)
+        gradient: Any = weight.grad
+        momentum.lerp_(gradient, 1 - beta)
         # In the memory format of the weight, whatever the gradient's is.
-        ahead = torch.lerp(weight.grad, momentum, beta, out=torch.empty_like(weight))
+        ahead = torch.lerp(gradient, momentum, beta, out=torch.empty_like(weight))
         weight.grad = None
         return as_matrix(ahead)

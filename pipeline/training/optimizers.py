@@ -57,7 +57,7 @@ def resume_lr_schedule(schedule: LambdaLR, state: dict) -> tuple[float, float]:
     for group, lr in zip(schedule.optimizer.param_groups, now, strict=True):
         group["lr"] = lr
     schedule._last_lr = now
-    return before[-1], now[-1]  # the last group; Muon's matrices come first
+    return float(before[-1]), float(now[-1])  # the last group; Muon's matrices come first
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:

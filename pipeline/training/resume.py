@@ -1,6 +1,7 @@
 """Find where a run resumes, refuse what would lose or mix results, and prepare its folder."""
 
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
@@ -30,7 +31,7 @@ def find_start(
 
     The main process decides for all. facts_file: what a run writes beside its card.
     """
-    decision = [None, None]
+    decision: list[Any] = [None, None]
     if accelerator.is_main_process:
         decision = [newest_checkpoint(run, config, facts_file), run.finished]
     checkpoint, finished = broadcast_object_list(decision)

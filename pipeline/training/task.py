@@ -1,7 +1,7 @@
 """What the loop trains on and with: the data of a run, its frozen models and its network."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline import randomness
 from pipeline.config import Config, ConfigError, ModelConfig, zero_snr_problems
@@ -42,8 +43,8 @@ class Batch(NamedTuple):
 class Text(NamedTuple):
     """What reads captions: a tokenizer, a frozen encoder, and the number of tokens it reads."""
 
-    tokenizer: Callable
-    encoder: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    encoder: PreTrainedModel
     length: int
 
 
@@ -78,7 +79,7 @@ class TrainingTask:
         check_adapter_scheduler(config, checkpoint)
         base = load_base_pipeline(config.model.pretrained, config.data.resolution)
         text = build_text(config, base)
-        if config.train.method == "lora":
+        if base and config.train.method == "lora":
             torch.manual_seed(config.seed)  # the adapter's initial weights
             add_adapter(base.unet, config.lora)
         images, held_out = load_splits(config.data, retry_failed)
@@ -143,7 +144,7 @@ class TrainingTask:
         if self.config.data.flip:
             flip = randomness.flips(self.config.seed, step, slots)
         if self.stream is not None:
-            x_0, captions = self._read_stream(step, slots, flip)
+            x_0, captions = self._read_stream(self.stream, step, slots, flip)
         else:
             rows = self.rows(step, slots)
             states = self.images.caption_rows(self.config.seed, step, slots, rows)
@@ -155,19 +156,23 @@ class TrainingTask:
                 x_0 = self.latents.sample(rows, flip, z).to(self.device)
         return Batch(step, slots, x_0, captions.to(self.device))
 
-    def _read_stream(self, step: int, slots: Tensor, flip: Tensor) -> tuple[Tensor, Tensor]:
+    def _read_stream(
+        self, stream: Stream, step: int, slots: Tensor, flip: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Return x_0 and caption states of the stream's next images."""
-        images = self.stream.take(len(slots))
+        images = stream.take(len(slots))
         counts = [len(captions) for captions in images.alternatives]
-        choices = randomness.caption_choice(self.config.seed, step, slots, counts).tolist()
+        choices: list[int] = randomness.caption_choice(
+            self.config.seed, step, slots, counts
+        ).tolist()
         chosen = [texts[i] for texts, i in zip(images.alternatives, choices, strict=True)]
         states = self.caption_cache(chosen).to(self.device)
         if self.pipe.whitening is not None:
             states = self.pipe.whitening(states)
         z = None
         if is_learned_autoencoder(self.pipe.vae):
-            side = self.unet.config.sample_size
-            z = self._posterior_noise(step, slots, (self.unet.config.in_channels, side, side))
+            side = self.unet.config["sample_size"]
+            z = self._posterior_noise(step, slots, (self.unet.config["in_channels"], side, side))
         return self.encode_images(images, slice(None), flip, z), states
 
     def _posterior_noise(self, step: int, slots: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -290,7 +295,7 @@ def build_text(config: Config, base: TextToImagePipeline | None) -> Text:
         length, setting = config.data.caption_length, "data.caption_length"
     else:
         tokenizer, encoder = base.tokenizer, base.text_encoder
-        length = base.config.caption_length or tokenizer.model_max_length
+        length = base.config["caption_length"] or tokenizer.model_max_length
         setting = f"the tokenizer's model_max_length of {config.model.pretrained}"
     limit = getattr(encoder.config, "max_position_embeddings", None)
     if limit and length > limit:
@@ -319,7 +324,7 @@ def build_network(
     """
     if checkpoint is None:
         network = base.unet if base else build_unet(config, caption_width)
-    elif config.train.method == "lora":
+    elif base and config.train.method == "lora":
         network = base.unet
         load_adapter_weights(network, checkpoint / "lora")
     else:

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 from accelerate import Accelerator
-from accelerate.tracking import GeneralTracker, get_available_trackers
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 from PIL import Image
 from tqdm.auto import tqdm
@@ -54,7 +55,7 @@ class Trackers:
         if not path.is_file():
             return
 
-        def send(tracker: GeneralTracker) -> None:
+        def send(tracker: Any) -> None:
             pixels = np.asarray(Image.open(path).convert("RGB"))[None]
             options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({"samples": pixels}, step=step, **options)
@@ -63,10 +64,10 @@ class Trackers:
             if tracker.name in IMAGE_TRACKERS:
                 self._try(lambda tracker=tracker: send(tracker))
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind, *_):
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Flush the trackers and leave the process group when training ends or is stopped."""
         if kind is not None and not issubclass(kind, Stopped):
             return

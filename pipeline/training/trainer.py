@@ -3,7 +3,7 @@
 import math
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -72,7 +72,7 @@ class Trainer:
 
     def optimizer_step(self) -> StepResult:
         """Apply the clipped gradient, or skip one that is not finite; step the EMA and schedule."""
-        norm = self.accelerator.clip_grad_norm_(self.weights, self.config.train.clip)
+        norm: Any = self.accelerator.clip_grad_norm_(self.weights, self.config.train.clip)
         # One transfer for all values: each would wait for the GPU.
         means = [losses.mean() for _, losses in self.micro_losses]
         grad_norm, *means = torch.stack([norm, *means]).tolist()
@@ -96,7 +96,8 @@ class Trainer:
         """Return the mean loss of all ranks since the last call, nan if none was finite."""
         losses = torch.tensor(self.losses, device=self.accelerator.device)
         self.losses = []
-        return self.accelerator.reduce(losses.mean(), "mean").item()
+        mean: Any = self.accelerator.reduce(losses.mean(), "mean")
+        return mean.item()
 
     def state_dict(self) -> dict:
         """Return the state that `resume` restores, for all ranks: each must call it."""

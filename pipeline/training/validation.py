@@ -1,6 +1,7 @@
 """Validation losses on a fixed grid, and sample images."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.utils import make_image_grid
@@ -21,7 +22,7 @@ VAL_IMAGES = 16  # of each split
 def validate(network: nn.Module, task: TrainingTask, stop: StopSignals) -> dict:
     """Return losses and x_0 errors of the training and held-out splits; {} after a stop request."""
     record = validate_split("train", network, task, task.images, task.caption_states, stop)
-    if task.held_out is not None:
+    if task.held_out is not None and task.held_out_states is not None:
         split = task.held_out, task.held_out_states
         record |= validate_split("held_out", network, task, *split, stop)
     return {} if stop else record
@@ -78,16 +79,16 @@ def sample_images(
         pipe._interrupt = bool(stop)
         return {}
 
+    settings: dict[str, Any] = {
+        "seed": sample.seed,
+        "num_inference_steps": sample.steps,
+        "eta": sample.eta,
+        "callback_on_step_end": interrupt_on_stop,
+    }
     images = []
     for w in sample.w:
-        images += pipe(
-            list(sample.prompts),
-            w=w,
-            seed=sample.seed,
-            num_inference_steps=sample.steps,
-            eta=sample.eta,
-            callback_on_step_end=interrupt_on_stop,
-        ).images
+        output: Any = pipe(list(sample.prompts), **settings | {"w": w})
+        images += output.images
         if stop:
             return
     make_image_grid(images, rows=len(sample.w), cols=len(sample.prompts)).save(path)

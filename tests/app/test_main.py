@@ -91,11 +91,11 @@ def test_card_loads_no_images_from_other_servers(tmp_path):
 
 # ---- a process of its own
 
-# Hides the packages of requirements-dev.txt, except those that the runtime has as well.
+# Hides the packages of requirements-dev.txt, except those that runtime packages need as well.
 RUNTIME_ONLY = """
 import importlib.machinery, re, sys
 names = re.findall(r"^([\\w-]+)==", open("requirements-dev.txt").read(), re.M)
-dev = {name.lower() for name in names} - {"httpx"}
+dev = {name.lower() for name in names} - {"gradio_client", "httpx", "packaging", "pyarrow"}
 class Others(importlib.machinery.PathFinder):
     @classmethod
     def find_spec(cls, name, path=None, target=None):

@@ -1,8 +1,10 @@
 """Fixtures of the data tests: sources on disk, and a tokenizer of a few words."""
 
 import pytest
-from datasets_on_disk import load_images, squares, write_parquet
-from tiny import tiny_text
+from datasets_on_disk import encode_image, load_images, squares, write_parquet
+from diffusers import AutoencoderKL
+from PIL import Image
+from tiny import seeded, tiny_text
 
 from pipeline.config import DataConfig
 from pipeline.data.streaming import Stream
@@ -49,3 +51,19 @@ def stream(table, tmp_path):
     yield call
     for one in opened:
         one.close()
+
+
+@pytest.fixture
+def ramps(load, tmp_path):
+    """Three images of 16 x 16 that get darker from one side to the other."""
+    ramp = Image.linear_gradient("L").transpose(Image.Transpose.ROTATE_90).resize((16, 16))
+    for i in range(3):
+        shade = ramp.point(lambda value, i=i: min(255, value + 40 * i))
+        (tmp_path / "set" / f"{i}.png").write_bytes(encode_image(shade))
+    return load(resolution=16)
+
+
+@pytest.fixture
+def vae():
+    """A small AutoencoderKL of random weights."""
+    return seeded(lambda: AutoencoderKL(block_out_channels=(8,), norm_num_groups=4))

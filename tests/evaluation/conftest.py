@@ -3,10 +3,9 @@
 import shutil
 
 import pytest
+from datasets_on_disk import load_images
 from tiny_run import shapes_dataset, untrained_run
 
-from pipeline.config import DataConfig
-from pipeline.data.dataset import load_splits
 from pipeline.evaluation.feature_extractor import FeatureExtractor
 from pipeline.evaluation.reference_set import ReferenceSet
 
@@ -24,9 +23,12 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def references(feature_extractor, folder):
-    cache = str(folder.parent / "cache")
-    splits = load_splits(DataConfig(source=str(folder), resolution=16, cache=cache))
-    return ReferenceSet.from_splits(feature_extractor.features, list(splits))
+    cache = folder.parent / "cache"
+    splits = [
+        load_images(folder, split=split, resolution=16, cache_dir=cache)
+        for split in ("train", "test")
+    ]
+    return ReferenceSet.from_splits(feature_extractor.features, splits)
 
 
 @pytest.fixture(scope="session")

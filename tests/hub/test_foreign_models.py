@@ -31,8 +31,7 @@ def test_load_pipeline_neither_downloads_nor_runs_code(hub, owner, pushed):
 
 
 def test_pull_copies_no_code_and_no_pickles(hub, owner, pushed):
-    check_no_pickle_is_requested(hub, owner, pushed)
-    mallory = "mallory/same"
+    mallory = check_no_pickle_is_requested(hub, owner, pushed)
     assert owner.command("pull", mallory, "pulled")[0] == 0
     pulled = folder_files(owner.cwd / "pulled")
     assert not [path for path in pulled if path.endswith((".py", ".bin"))]

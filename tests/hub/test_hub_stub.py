@@ -126,6 +126,7 @@ raises(errors.HfHubHTTPError, upload_file, repo_id=repo, **stale)
     )
 
 
+@pytest.mark.slow
 def test_push_to_hub_of_a_dataset_loads_again(hub, tmp_path):
     client(
         hub,

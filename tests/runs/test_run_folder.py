@@ -142,7 +142,7 @@ def test_save_deletes_old_steps_but_no_other_entries(run):
 
 
 def test_save_survives_undeletable_checkpoints(run, tmp_path, monkeypatch):
-    """Another program reads an old checkpoint; or somebody has moved it to a larger disk, and linked it."""
+    """One is in use by another program; one was moved to a larger disk and linked."""
     for step in (1, 2):
         run.save(step, write(), keep=2)
     (run.checkpoints / "1").rename(tmp_path / "moved")
@@ -221,7 +221,8 @@ def test_sample_files_are_sorted_by_step(run):
 
 
 def test_lock_refuses_a_second_process(run):
-    code = f"from pipeline.runs.folder import RunFolder\nwith RunFolder({str(run.folder)!r}).lock(): pass"
+    code = "from pipeline.runs.folder import RunFolder\n"
+    code += f"with RunFolder({str(run.folder)!r}).lock(): pass"
     with run.lock():
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode != 0 and str(os.getpid()) in done.stderr

@@ -127,7 +127,8 @@ def test_stop_signals_notice_a_dead_launcher(launched):
             " print(stop.reason, stop.exit_code, flush=True)",
         ]
     )
-    launcher = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}]); sys.stdin.readline()"
+    launcher = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}]); "
+    launcher += "sys.stdin.readline()"
     env = {
         name: value
         for name, value in os.environ.items()

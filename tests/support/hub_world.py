@@ -160,19 +160,21 @@ def make_adapter_run(base: str, pipe: TextToImagePipeline, folder: Path) -> RunF
 # ---- promises of sharing, each checked in a test of its own and again with the code broken
 
 
-def check_no_pickle_is_requested(hub: HubStub, owner: Process, pushed: str) -> None:
-    """Loading a model that has code and a pickle requests neither."""
+def check_no_pickle_is_requested(hub: HubStub, owner: Process, pushed: str) -> str:
+    """Loading a model that has code and a pickle requests neither; return the model's name."""
+    name = f"mallory/same-{len(hub.repos)}"  # a new one, of which nothing is cached
     harmful = f"open({str(owner.cwd / 'ran')!r}, 'w')\n".encode()
     files = {
         path: harmful if path.endswith(".py") else content
         for path, content in hub.files("models", pushed).items()
     }
-    hub.add("mallory/same", files | {"unet/extra.bin": PICKLE})
+    hub.add(name, files | {"unet/extra.bin": PICKLE})
     hub.requests.clear()
-    owner("pipe = load_pipeline('mallory/same')")
+    owner(f"pipe = load_pipeline({name!r})")
     owner("assert type(pipe.scheduler).__module__ == 'pipeline.diffusion.scheduler'")
     assert not [path for _, path in hub.requests if path.endswith((".py", ".bin"))]
     assert not (owner.cwd / "ran").exists()
+    return name
 
 
 def check_revision_is_kept(hub: HubStub, owner: Process, pushed: str) -> None:

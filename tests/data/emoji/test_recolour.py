@@ -1,5 +1,7 @@
 """Other colours, several of a thing, and plurals."""
 
+import colorsys
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -8,60 +10,57 @@ from pipeline.data.emoji import recolour
 
 
 def flat(*colors):
-    """A image of stripes of equal height in some colours, RGBA."""
-    return Image.fromarray(
-        np.repeat(np.array(colors, np.uint8), 4, 0)[:, None].repeat(8, 1), "RGBA"
-    )
+    """Return an RGBA image of stripes, four pixels high and eight wide."""
+    stripes = np.repeat(np.array(colors, np.uint8), 4, 0)
+    return Image.fromarray(stripes[:, None].repeat(8, 1), "RGBA")
 
 
 def only(image, color):
-    """A image in another colour."""
-    ((named, found),) = recolour.recoloured(image, [color])
-    assert named == color
-    return found
+    """Return the pixels of an image in another colour."""
+    ((name, result),) = recolour.recoloured(image, [color])
+    assert name == color
+    return np.asarray(result).astype(int)
 
 
 def test_recoloured_paints_the_main_colour_and_its_shades():
-    yellow, shade, blue, clear = (
-        (250, 200, 40, 255),
-        (200, 160, 32, 255),
-        (40, 40, 200, 255),
-        (250, 200, 40, 0),
-    )
-    found = np.asarray(only(flat(yellow, yellow, yellow, shade, blue, clear), "red")).astype(int)
-    assert found[0, 0].tolist() == [*recolour.PALETTE["red"], 255]
-    assert found[12, 0, :3] == pytest.approx(
-        np.array(recolour.PALETTE["red"]) * 0.8, abs=1
-    )  # four fifths as light
-    assert tuple(found[16, 0]) == blue
-    assert found[-1, 0, 3] == 0
+    yellow = (250, 200, 40, 255)
+    # Four fifths as light.
+    shade = (200, 160, 32, 255)
+    blue = (40, 40, 200, 255)
+    clear = (250, 200, 40, 0)
+    pixels = only(flat(yellow, yellow, yellow, shade, blue, clear), "red")
+    red = np.array(recolour.PALETTE["red"])
+    assert pixels[0, 0].tolist() == [*red, 255]
+    assert pixels[12, 0, :3] == pytest.approx(red * 0.8, abs=1)
+    assert tuple(pixels[16, 0]) == blue
+    assert pixels[-1, 0, 3] == 0
 
 
 def test_main_color_ignores_outlines():
-    black, white = (20, 20, 20, 255), (240, 240, 240, 255)
-    found = np.asarray(only(flat(black, black, white, white), "green"))
-    assert tuple(found[0, 0]) == black
-    assert found[-1, 0, 1] > found[-1, 0, 0] + 40
+    black = (20, 20, 20, 255)
+    white = (240, 240, 240, 255)
+    pixels = only(flat(black, black, white, white), "green")
+    assert tuple(pixels[0, 0]) == black
+    assert pixels[-1, 0, 1] > pixels[-1, 0, 0] + 40
 
 
 @pytest.mark.parametrize(
     "colors",
     [
-        [(200, 30, 30, 255)] * 2,  # red already
-        [(250, 200, 40, 255), (40, 40, 200, 255), (30, 180, 30, 255)],  # of no one colour
-        [(0, 0, 0, 255)] * 2,  # nothing but outline
+        [(200, 30, 30, 255)] * 2,
+        [(250, 200, 40, 255), (40, 40, 200, 255), (30, 180, 30, 255)],
+        [(0, 0, 0, 255)] * 2,
     ],
+    ids=["red", "three colours", "outline"],
 )
 def test_recoloured_skips_red_or_mixed_images_for_red(colors):
     assert list(recolour.recoloured(flat(*colors), ["red"])) == []
 
 
 def test_hue_saturation_lightness_matches_colorsys():
-    import colorsys
-
-    some = np.random.default_rng(0).random((50, 3))
-    hue, saturation, lightness = recolour.hue_saturation_lightness(some)
-    for color, h, s, light in zip(some, hue, saturation, lightness, strict=True):
+    colors = np.random.default_rng(0).random((50, 3))
+    hue, saturation, lightness = recolour.hue_saturation_lightness(colors)
+    for color, h, s, light in zip(colors, hue, saturation, lightness, strict=True):
         assert h == pytest.approx(colorsys.rgb_to_hsv(*color)[0])
         assert s == pytest.approx(colorsys.rgb_to_hsv(*color)[1])
         assert light == pytest.approx(colorsys.rgb_to_hls(*color)[1])

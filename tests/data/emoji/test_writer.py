@@ -18,10 +18,11 @@ def small(tmp_path_factory):
 
 
 def test_write_emoji_lists_every_image_it_writes(small):
-    for split, least in [("train", 400), ("test", 40)]:
+    for split, at_least in [("train", 400), ("test", 40)]:
         listed = read_rows(small, split)
         names = [row["file_name"] for row in listed]
-        assert len(listed) >= least and len(set(names)) == len(names)
+        assert len(listed) >= at_least
+        assert len(set(names)) == len(names)
         assert set(names) == {p.name for p in (small / split).glob("*.png")}
     row = next(row for row in read_rows(small, "test") if row["caption"] == "green heart")
     assert row == {
@@ -41,48 +42,45 @@ def test_write_emoji_flattens_on_white(small):
         pixels = np.asarray(image)
     assert pixels.shape == (64, 64, 3)
     assert (pixels[0, 0] == 255).all() and (pixels[-1, -1] == 255).all()
-    assert np.abs(pixels[32, 32].astype(int) - (221, 46, 68)).max() <= 2  # Twemoji's red, #DD2E44
+    # Twemoji's red is #DD2E44.
+    assert np.abs(pixels[32, 32].astype(int) - (221, 46, 68)).max() <= 2
 
 
 def test_write_emoji_is_an_imagefolder_of_datasets(small, tmp_path):
     loaded = datasets.load_dataset("imagefolder", data_dir=str(small), cache_dir=str(tmp_path))
-    assert {split: len(part) for split, part in loaded.items()} == {
-        s: len(read_rows(small, s)) for s in ("train", "test")
-    }
+    assert loaded.keys() == {"train", "test"}
+    for split in loaded:
+        assert len(loaded[split]) == len(read_rows(small, split))
     assert loaded["test"][0]["caption"] == read_rows(small, "test")[0]["caption"]
     assert loaded["train"][0]["image"].size == (64, 64)
 
 
 def test_write_splits_records_duplicate_images(tmp_path):
-    """All but the first of the families that Twemoji draws alike name the first."""
-    folder = writer.write_emoji(
-        tmp_path / "people", "emoji", size=16, categories=("People & Body",)
-    )
-    images, listed = defaultdict(list), read_rows(folder, "train")
-    for row in listed:
+    """Twemoji has one image for several families; all but the first name the first."""
+    people = ("People & Body",)
+    folder = writer.write_emoji(tmp_path / "people", "emoji", size=16, categories=people)
+    images = defaultdict(list)
+    for row in read_rows(folder, "train"):
         with Image.open(folder / "train" / row["file_name"]) as image:
             images[image.tobytes()].append(row)
     groups = [group for group in images.values() if len(group) > 1]
-    assert len(groups) >= 4 and all(
-        row["caption"].startswith("family") for group in groups for row in group
-    )
-    for group in images.values():
-        assert [row["duplicate_of"] for row in group] == [None] + [group[0]["emoji"]] * (
-            len(group) - 1
-        )
+    assert len(groups) >= 4
+    assert all(row["caption"].startswith("family") for group in groups for row in group)
+    for first, *others in images.values():
+        assert first["duplicate_of"] is None
+        assert all(row["duplicate_of"] == first["emoji"] for row in others)
 
 
 def test_write_emoji_twice_changes_nothing(tmp_path):
     folder = writer.write_emoji(tmp_path / "a", "shapes", size=16)
-    before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()}
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    before = [(path.stat().st_mtime_ns, path.read_bytes()) for path in files]
     writer.write_emoji(folder, "shapes", size=16)
-    assert before == {
-        p: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()
-    }
+    assert [path for path in folder.rglob("*") if path.is_file()] == files
+    assert [(path.stat().st_mtime_ns, path.read_bytes()) for path in files] == before
     again = writer.write_emoji(tmp_path / "b", "shapes", size=16)
-    assert [c for _, c in before.values()] == [
-        (again / p.relative_to(folder)).read_bytes() for p in before
-    ]
+    for path in files:
+        assert (again / path.relative_to(folder)).read_bytes() == path.read_bytes()
 
 
 def test_write_emoji_replaces_another_selection(tmp_path):
@@ -106,7 +104,7 @@ def test_write_emoji_leaves_nothing_after_a_failure(tmp_path, monkeypatch):
 
 def test_write_emoji_refuses_a_folder_with_other_files(tmp_path):
     (tmp_path / "photo.txt").write_text("mine")
-    with pytest.raises(EmojiError, match="holds something else"):
+    with pytest.raises(EmojiError, match="not an emoji dataset"):
         writer.write_emoji(tmp_path, "shapes")
     assert (tmp_path / "photo.txt").read_text() == "mine"
 
@@ -114,17 +112,11 @@ def test_write_emoji_refuses_a_folder_with_other_files(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            {"name": "emojis"},
-            "unknown emoji set 'emojis': choose from emoji; emoji-varied; emoji-small; shapes",
-        ),
-        (
-            {"categories": ("Animal",)},
-            "unknown emoji category 'Animal': choose from .*Animals & Nature",
-        ),
-        ({"name": "shapes", "categories": ("Flags",)}, "'shapes' has no emoji in Flags"),
-        ({"size": 0}, "from 8 to 1024, got 0"),
-        ({"size": 64.0}, "from 8 to 1024, got 64.0"),
+        ({"name": "emojis"}, "'emojis'.* emoji; emoji-varied; emoji-small; shapes"),
+        ({"categories": ("Animal",)}, "'Animal'.*Animals & Nature"),
+        ({"name": "shapes", "categories": ("Flags",)}, "'shapes'.*Flags"),
+        ({"size": 0}, "8 to 1024, got 0"),
+        ({"size": 64.0}, "8 to 1024, got 64.0"),
     ],
 )
 def test_write_emoji_refuses_invalid_requests(arguments, message, tmp_path):
