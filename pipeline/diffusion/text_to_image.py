@@ -1,6 +1,5 @@
 """From a prompt to an image: captions, the sampling loop (16) under guidance (17), decoding."""
 
-import collections.abc
 import contextlib
 import copy
 import inspect
@@ -190,7 +189,7 @@ class TextToImagePipeline(HubFormat, DiffusionPipeline, StableDiffusionLoraLoade
             cross_attention_kwargs=cross_attention_kwargs,
         )
         try:
-            step = None
+            step: Any = None  # a plan has at least one timestep
             with self.progress_bar(total=self.num_timesteps) as bar:  # pyright: ignore[reportCallIssue]
                 for i, step in enumerate(steps):
                     if callback_on_step_end is not None:
@@ -198,7 +197,6 @@ class TextToImagePipeline(HubFormat, DiffusionPipeline, StableDiffusionLoraLoade
                     bar.update()
                     if self.interrupt:
                         break
-            assert step is not None  # a plan has at least one timestep
             images: Any = step.x_t if output_type == "latent" else self.decode(step.x_t)
         finally:
             self.maybe_free_model_hooks()
@@ -276,7 +274,9 @@ class TextToImagePipeline(HubFormat, DiffusionPipeline, StableDiffusionLoraLoade
         B = prompts * num_images_per_prompt
         device = self._execution_device
         scheduler = self.prepare_scheduler(num_inference_steps, timesteps, device)
-        guided = any(weights_at(weight, prompts, scheduler, t).any() for t in scheduler.timesteps)
+        # Every noise level now: a function that fails at a later one is a bad request too.
+        weights = [weights_at(weight, prompts, scheduler, t) for t in scheduler.timesteps]
+        guided = any(w_t.any() for w_t in weights)
         generator = make_generators(B, seed, generator)
         step_kwargs = prepare_extra_step_kwargs(scheduler, generator, eta)
         x_t = self.prepare_latents(B, height, width, device, generator, latents)
@@ -610,6 +610,11 @@ def is_int(n: object) -> bool:
     return isinstance(n, int) and not isinstance(n, bool)
 
 
+def is_number(x: object) -> bool:
+    """Whether x is an int or a float and not a bool."""
+    return isinstance(x, int | float) and not isinstance(x, bool)
+
+
 def as_list(texts: str | list[str]) -> list[str]:
     """A single text as a list of one."""
     return [texts] if isinstance(texts, str) else texts
@@ -622,7 +627,7 @@ def count_prompts(prompt: str | list[str] | None, prompt_embeds: Tensor | None) 
     return len(as_list(prompt))
 
 
-def check_texts(name: str, texts: list[str]) -> None:
+def check_texts(name: str, texts: object) -> None:
     """Raise InputError for anything but a non-empty list of Unicode texts."""
     if not isinstance(texts, list) or not texts or not all(isinstance(x, str) for x in texts):
         raise InputError(f"{name} must be a text or a non-empty list of texts, got {texts!r}.")
@@ -671,19 +676,13 @@ def make_generators(
     return generators
 
 
-@contextlib.contextmanager
-def scaled_lora(
-    encoder: PreTrainedModel | None, scale: float | None
-) -> collections.abc.Generator[None]:
-    """Scale a text encoder's LoRA layers for a while, as Stable Diffusion's pipeline does."""
-    if encoder is None or scale is None or not USE_PEFT_BACKEND:
-        yield
-        return
-    scale_lora_layers(encoder, scale)
-    try:
-        yield
-    finally:
-        unscale_lora_layers(encoder, scale)
+def scaled_lora(encoder: PreTrainedModel | None, scale: float | None) -> contextlib.ExitStack:
+    """Scale a text encoder's LoRA layers until the context ends, as Stable Diffusion does."""
+    stack = contextlib.ExitStack()
+    if encoder is not None and scale is not None and USE_PEFT_BACKEND:
+        scale_lora_layers(encoder, scale)
+        stack.callback(unscale_lora_layers, encoder, scale)
+    return stack
 
 
 def prepare_extra_step_kwargs(
@@ -702,7 +701,7 @@ def prepare_extra_step_kwargs(
     kind = type(scheduler)
     if "eta" not in parameters:
         raise InputError(f"{kind.__name__} takes no eta, got {eta}. Leave it out.")
-    if isinstance(eta, bool) or not isinstance(eta, int | float) or not 0 <= eta <= 1:
+    if not is_number(eta) or not 0 <= eta <= 1:
         raise InputError(
             f"eta must be a number from 0 (deterministic) to 1 (ancestral), got {eta!r}."
         )

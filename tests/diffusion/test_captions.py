@@ -11,7 +11,7 @@ RIDGE = 0.02
 
 @pytest.fixture
 def states():
-    """40 captions of 6 states of width 5, far from their origin and correlated; the last two positions are padding."""
+    """40 captions of 6 correlated states far from the origin; the last two are padding."""
     generator = torch.Generator().manual_seed(0)
     mix = torch.randn(5, 5, generator=generator)
     out = torch.randn(40, 6, 5, generator=generator) @ mix + torch.tensor([9.0, -3, 0, 1, 20])

@@ -1,4 +1,4 @@
-"""The perfect denoiser is Bayes' rule, and through the whole pipeline it draws its own images and no others."""
+"""The perfect denoiser is Bayes' rule; the pipeline over it samples its own images alone."""
 
 import math
 
@@ -50,7 +50,7 @@ def pipeline_of(
     captions: list[str] | None = None,
     patch_size: int | None = None,
 ) -> TextToImagePipeline:
-    """The pipeline with the exact denoiser of images in its network's place, and a tiny text encoder."""
+    """The pipeline over the exact denoiser of images, with a tiny text encoder."""
     tokenizer, encoder = tiny_text("bert")
     vae = None if patch_size is None else PatchAutoencoder(patch_size)
     noise = scheduler(prediction_type)
@@ -67,7 +67,7 @@ def pipeline_of(
 
 
 def which(drawn: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """The image of the set that each drawing in [0, 1] is, (B,); every drawing must be one."""
+    """The index (B,) of the dataset's image that each sample in [0, 1] is; each must be one."""
     distance = torch.cdist((drawn * 2 - 1).flatten(1), images.flatten(1)) / math.sqrt(
         images[0].numel()
     )
@@ -77,7 +77,7 @@ def which(drawn: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("t", [0, 10, 300, 999])
 def test_posterior_weights_match_brute_force(faces, t):
-    """p(i | x_t) = N(x_t; sqrt(abar) x_i, (1 - abar) I) / sum over j, each density summed pixel by pixel in float64."""
+    """p(i | x_t) = N(x_t; sqrt(abar) x_i, (1 - abar) I) / sum over j, pixel by pixel in float64."""
     noise, images = scheduler(), faces.double()
     generator = torch.Generator().manual_seed(t)
     x_t = noise.add_noise(
@@ -123,7 +123,7 @@ def test_exact_denoiser_predicts_its_prediction_type(faces):
 
 
 def test_expected_x_0_has_the_lowest_error(faces):
-    """E[x_0 | x_t] minimises the mean squared error: scaling it or mixing in the data's mean makes it worse."""
+    """E[x_0 | x_t] has the least squared error: scaling it or mixing in the mean makes it worse."""
     noise, t = scheduler(), 700
     x_0 = faces.repeat(16, 1, 1, 1)
     x_t = noise.add_noise(
@@ -148,7 +148,7 @@ def test_irreducible_loss_grows_to_the_data_variance(faces):
 
 
 def test_irreducible_loss_of_two_points_is_the_integral():
-    """For x_0 = +-1 in one dimension E[x_0 | x_t] = tanh(sqrt(abar) x_t / (1 - abar)); the error by quadrature."""
+    """For x_0 = +-1, E[x_0 | x_t] = tanh(sqrt(abar) x_t / (1 - abar)); the error by quadrature."""
     noise, t, n = scheduler(), 200, 8_000
     abar = float(noise.abar(t, torch.zeros(1, dtype=torch.float64)))
     x_0 = torch.tensor([1.0, -1.0], dtype=torch.float64).reshape(2, 1, 1, 1)
@@ -174,7 +174,7 @@ def test_irreducible_loss_of_two_points_is_the_integral():
     ("prediction_type", "patch_size"), [("epsilon", None), ("sample", 4), ("v_prediction", None)]
 )
 def test_exact_denoiser_samples_images_equally_often(faces, prediction_type, patch_size):
-    """Chi-square on 640 draws: ancestral sampling with the exact score is exact in the number of steps' limit."""
+    """Chi-square on 640 samples: ancestral sampling with the exact score is exact in the limit."""
     pipe = pipeline_of(faces, prediction_type, patch_size=patch_size)
     drawn = pipe([""] * 640, seed=0, num_inference_steps=40, output_type="pt", w=0).images
     counts = torch.bincount(which(drawn, faces), minlength=len(faces)).double()

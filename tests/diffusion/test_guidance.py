@@ -55,7 +55,7 @@ def test_guide_takes_a_weight_per_image():
 @settings(deadline=None)  # the machine may be busy
 @given(FINITE, FINITE)
 def test_guide_on_x_0_equals_guide_on_eps(w, abar):
-    """eps = (x_t - sqrt(abar) x_0) / sqrt(1 - abar) is affine in x_0 at one x_t, so (17) may be applied to either."""
+    """By (5) eps is affine in x_0 at one x_t, so (17) may be applied to either."""
     abar = 0.02 + 0.96 / (1 + 2.0**-abar)
     x_c, x_u = two()
     x_t = torch.randn(x_c.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -69,7 +69,7 @@ def test_guide_on_x_0_equals_guide_on_eps(w, abar):
 
 
 def test_guide_extrapolates_the_mean_of_two_gaussians():
-    """Scores (mu - x) of two unit Gaussians, guided, are the score of a unit Gaussian at (1 + w) mu_c - w mu_u."""
+    """Guided scores (mu - x) of two unit Gaussians are that of one at (1 + w) mu_c - w mu_u."""
     mu_c, mu_u = two()
     x = torch.zeros_like(mu_c) + 0.3
     torch.testing.assert_close(guide(mu_c - x, mu_u - x, 1.5), 2.5 * mu_c - 1.5 * mu_u - x)

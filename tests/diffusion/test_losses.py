@@ -105,7 +105,7 @@ def test_loss_weight_refuses_meaningless_settings(name, gamma, offence):
         loss_weight(DDPMScheduler(), torch.tensor([5]), name, gamma)
 
 
-# -- the bound -------------------------------------------------------------------------------------------------------
+# -- the bound ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
@@ -197,7 +197,7 @@ def test_decoder_nll_of_continuous_data_is_a_density():
 
 
 def gaussian_bound(scheduler, abar, var, x_0, generator):
-    """The bound on -log p(x_0) (N,) of data N(0, var) by its exact noise: prior, every step, decoder."""
+    """The bound on -log p(x_0) (N,) of data N(0, var): prior, every step and decoder."""
     plan = scheduler.timesteps.tolist()
     bound = prior_kl(scheduler, x_0, plan[0])
     for t, s in itertools.pairwise([*plan, -1]):

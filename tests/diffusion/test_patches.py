@@ -32,7 +32,7 @@ def test_encode_puts_each_patch_into_one_position():
 
 
 def test_encode_only_permutes_the_values():
-    """A permutation of the dimensions: the norm of every image is kept, so (2) and bits per dimension are those of pixels."""
+    """A permutation keeps every norm, so (2) and bits per dimension are those of pixels."""
     x = images(2, 3, 16, 16)
     z = PatchAutoencoder(4).encode(x).latents
     assert torch.equal(z.flatten(1).sort().values, x.flatten(1).sort().values)

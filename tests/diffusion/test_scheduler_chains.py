@@ -28,7 +28,7 @@ def sample(scheduler, eps_hat, x, generator, **options):
 
 
 def gaussian_recursion(plan, var, eta=1.0):
-    """Variance of the samples of data N(0, var): V <- m² V + variance, each step from (5) and Bayes by hand."""
+    """Variance of samples of data N(0, var): V <- m² V + variance, from (5) and Bayes by hand."""
     V = 1.0
     for t, s in zip(plan, [*plan[1:], -1], strict=True):
         abar_t, abar_s = (
@@ -95,7 +95,7 @@ def test_guide_between_two_gaussians_moves_the_mean(w):
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 def test_step_survives_abar_below_float32(prediction_type):
-    """abar = 1e-47 at its end: 0 in float32, where the ratio of two neighbours would be no number."""
+    """At abar = 1e-47, 0 in float32, the ratio of two neighbours would be no number."""
     scheduler = DDPMScheduler(beta_end=0.2, prediction_type=prediction_type)
     x, T = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)), len(scheduler)
     assert float((1 - scheduler.betas.double()).prod()) < 1e-40
@@ -109,7 +109,7 @@ def test_step_survives_abar_below_float32(prediction_type):
 
 
 def test_step_chain_samples_a_gaussian_mixture():
-    """The exact noise of a Gaussian mixture through (16), within three standard errors plus the chain's own bias."""
+    """Exact noise of a mixture through (16), within three standard errors plus the chain's bias."""
     weights, means = (
         torch.tensor([0.5, 0.3, 0.2], dtype=F64),
         torch.tensor([[2.0, 0], [-2, 2], [-1, -3]], dtype=F64),

@@ -1,4 +1,4 @@
-"""The assertions of diffusers' own scheduler tests (S1-S27), and warnings about unusable settings."""
+"""The assertions of diffusers' own scheduler tests (S1-S27), and refused settings."""
 
 import inspect
 import re
@@ -17,7 +17,7 @@ from pipeline.diffusion.scheduler import (
 
 
 def assert_survives_saving(folder, t=None, **changes):
-    """At t, or at the last step and at one in the middle, where every setting has its influence; the outputs are out of range."""
+    """Compare at t, or at the last step and in the middle, where every setting matters."""
     ours, x = make(**changes), torch.rand(4, 3, 8, 8, generator=rng(1))
     ours.save_config(folder)
     loaded = DDPMScheduler.from_pretrained(folder)
@@ -132,7 +132,7 @@ def test_from_config_round_trips_through_stock_schedulers():
 
 @pytest.mark.parametrize("rescaled", [False, True])
 def test_save_pretrained_sigmoid_loads_in_stock_schedulers(tmp_path, rescaled):
-    """diffusers computes `sigmoid` in its DDPMScheduler alone; the others raise where the configuration has no betas."""
+    """Only diffusers' DDPMScheduler computes `sigmoid`; the others need the betas."""
     ours = make(
         beta_schedule="sigmoid", prediction_type="v_prediction", rescale_betas_zero_snr=rescaled
     )

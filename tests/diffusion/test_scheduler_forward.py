@@ -28,7 +28,7 @@ def test_betas_match_diffusers_schedules(schedule, T, zero):
 
 @pytest.mark.parametrize("t", [0, 1, 500, 999])
 def test_abar_is_the_product_of_alphas(t):
-    """(4), and the slide's brace: abar is the product, not its root. The clean image has abar = 1."""
+    """(4): abar is the product, not its root as in the slide's brace. At t = -1 it is 1."""
     abar = DDPMScheduler().abar(t, normal(1))
     assert abs(float(abar) / linear_abar(t) - 1) < 1e-12
     assert abs(float(abar) / linear_abar(t) ** 0.5 - 1) > 4e-5
@@ -36,7 +36,7 @@ def test_abar_is_the_product_of_alphas(t):
 
 
 def test_add_noise_step_chain_has_the_moments_of_add_noise():
-    """(1)-(5): mean sqrt(abar) x_0 and variance 1 - abar (not its root, the slide's slip), by Monte-Carlo."""
+    """(1)-(5) by Monte-Carlo: mean sqrt(abar) x_0, variance 1 - abar (the slide has its root)."""
     scheduler, N, x_0, generator = DDPMScheduler(), 40_000, 1.5, rng()
     x = torch.full((N,), x_0, dtype=F64)
     for t in range(300):
@@ -50,7 +50,7 @@ def test_add_noise_step_chain_has_the_moments_of_add_noise():
 
 
 def test_add_noise_step_preserves_variance_per_dimension():
-    """(2): E‖x_t‖² / d stays 1 along the chain; the slide's E‖eps‖² = 1 would be off by the factor d."""
+    """(2): E‖x_t‖² / d stays 1; the slide's E‖eps‖² = 1 would be off by the factor d."""
     scheduler, d, x, generator = DDPMScheduler(), 100_000, normal(1, 100_000).sign(), rng(1)
     for t in range(0, 1000, 50):
         x = scheduler.add_noise_step(x, torch.randn(x.shape, generator=generator, dtype=F64), t)
@@ -100,7 +100,7 @@ def test_add_noise_in_bfloat16_has_the_right_noise_level():
 
 
 def test_semantic_breaks_are_noticed(monkeypatch):
-    """The slide's brace, abar = sqrt(product), and a direct jump with signal and noise exchanged."""
+    """abar as the root of the product, and a direct jump with signal and noise exchanged."""
     scheduler = DDPMScheduler
     abar, add_noise = scheduler.abar, scheduler.add_noise
     with monkeypatch.context() as broken:

@@ -92,7 +92,7 @@ def test_posterior_and_step_compute_bfloat16_in_float32():
 
 @pytest.mark.parametrize("variance", VARIANCE_TYPES)
 def test_transition_to_the_clean_image_has_no_variance(variance):
-    """B2, as the bound and any other reader of `transition` see it, for one timestep and for one per example."""
+    """B2, for a single timestep and for one per example."""
     scheduler, x_0 = make(variance_type=variance), 2 * ramp() - 1
     x_t = scheduler.add_noise(x_0, torch.randn(x_0.shape, generator=rng()), 19)
     for t, s in ((19, -1), (torch.full((len(x_0),), 19), torch.full((len(x_0),), -1))):

@@ -18,7 +18,7 @@ from pipeline.diffusion.scheduler import (
 
 
 def round_off(t):
-    """What float32 leaves of 1 - abar, whose relative error is 2^-24 / (1 - abar), on samples of up to 4."""
+    """The float32 error of samples up to 4: 1 - abar has a relative error of 2^-24 / (1 - abar)."""
     return 2e-5 + 4 * 2**-24 / (1 - linear_abar(t))
 
 

@@ -16,7 +16,7 @@ from pipeline.diffusion.scheduler import (
 @pytest.mark.filterwarnings("ignore:.*is no pure noise")
 @pytest.mark.parametrize("spacing", TIMESTEP_SPACINGS)
 def test_set_timesteps_matches_diffusers(spacing):
-    """To the last half; but theirs has a timestep -1 too many in 62 of the trailing ones, and begins a single step at 0."""
+    """Except that theirs ends 62 trailing plans with an extra -1 and begins one step at 0."""
     ours, theirs = (
         DDPMScheduler(timestep_spacing=spacing),
         diffusers.DDPMScheduler(timestep_spacing=spacing),

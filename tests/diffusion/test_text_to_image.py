@@ -146,7 +146,7 @@ def test_call_works_with_every_stock_scheduler(pipe, name):
 
 
 def test_call_with_stock_ddim_matches_ours_at_eta_zero(pipe):
-    """Left to its default it takes the noise from the x_0 before it was clipped, which leaves halos."""
+    """By default it takes the noise from the x_0 before clipping, which leaves halos."""
     pipe.scheduler = DDPMScheduler(
         beta_schedule="sigmoid", prediction_type="sample", timestep_spacing="trailing"
     )

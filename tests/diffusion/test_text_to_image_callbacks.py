@@ -77,7 +77,7 @@ def test_callback_of_diffusers_stops_the_guidance(pipe):
 
 
 def test_callback_that_drops_a_row_is_refused(pipe):
-    """As diffusers' documentation cuts the guidance: there the rows are the unconditional and the conditional ones."""
+    """diffusers' documentation stops guidance this way: there the rows are u and c."""
 
     def halve(pipe, i, t, tensors):
         return {"prompt_embeds": tensors["prompt_embeds"].chunk(2)[-1]}

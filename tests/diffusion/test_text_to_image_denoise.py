@@ -45,7 +45,10 @@ def test_denoise_has_no_x_0_hat_where_the_scheduler_has_none(pipe):
 
 
 def test_denoise_calls_may_interleave(pipe):
-    start = lambda n, w: pipe.denoise("red heart", w=w, seed=0, num_inference_steps=n)
+
+    def start(n, w):
+        return pipe.denoise("red heart", w=w, seed=0, num_inference_steps=n)
+
     alone = [list(start(4, 2.0))[-1], list(start(3, 0.0))[-1]]
     first, second = start(4, 2.0), start(3, 0.0)
     for _ in range(3):

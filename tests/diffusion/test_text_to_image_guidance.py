@@ -83,7 +83,7 @@ def test_call_with_an_empty_prompt_ignores_w(pipe, w):
 
 
 def test_call_with_a_huge_w_is_still_linear():
-    """One step is affine in the prediction where nothing is clipped: x_0(w) = x_0(0) + w (x_0(0) - x_0(-1))."""
+    """Without clipping one step is affine: x_0(w) = x_0(0) + w (x_0(0) - x_0(-1))."""
     pipe = tiny_pipeline(
         scheduler=DDPMScheduler(
             timestep_spacing="trailing", clip_sample=False, prediction_type="sample"

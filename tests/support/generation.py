@@ -9,7 +9,7 @@ STEPS = 3
 
 
 def generate(pipe, prompt="red heart", **request):
-    """Images (B, H, W, 3) in [0, 1], from seed 0 in a few steps unless the request says otherwise."""
+    """Images (B, H, W, 3) in [0, 1], from seed 0 in a few steps unless requested otherwise."""
     request = {"seed": 0, "num_inference_steps": STEPS, "output_type": "np"} | request
     if "generator" in request:
         request["seed"] = None
