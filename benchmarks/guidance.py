@@ -75,21 +75,21 @@ RULES: dict[str, Callable[[], Rule]] = {"plain": lambda: plain, "rescale": Resca
 
 
 class Guided(TextToImagePipeline):
-    """The pipeline with another rule than (17); it makes the two predictions in two calls."""
+    """The pipeline with another rule than (17), which passes equal predictions unchanged."""
 
     rule: Rule = staticmethod(plain)
 
-    def _predict(self, x_t, t, captions, empty, w, *rest) -> Tensor:
-        predict = super()._predict
-        out_c = predict(x_t, t, captions, empty, torch.full_like(w, 0.0), *rest)
-        out_u = predict(x_t, t, captions, empty, torch.full_like(w, -1.0), *rest)
+    def _predict(self, x_t, t, captions, empty, w, unet_kwargs) -> tuple[Tensor, Tensor]:
+        # At w = 1 no prediction is skipped.
+        predictions = super()._predict(x_t, t, captions, empty, torch.ones_like(w), unet_kwargs)
         if not isinstance(self.rule, Apg):
-            return self.rule(out_c, out_u, w)
+            guided = self.rule(*predictions, w)
+            return guided, guided
         scheduler = self.scheduler
-        x_0_c = scheduler.predict_x_0(out_c, t, x_t)
-        x_0_u = scheduler.predict_x_0(out_u, t, x_t)
+        x_0_c, x_0_u = (scheduler.predict_x_0(out, t, x_t) for out in predictions)
         x_0 = self.rule(x_0_c, x_0_u, w)
-        return network_target(scheduler, x_0, scheduler.predict_eps(x_0, x_t, t), t)
+        guided = network_target(scheduler, x_0, scheduler.predict_eps(x_0, x_t, t), t)
+        return guided, guided
 
 
 def measure_ranks(

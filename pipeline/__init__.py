@@ -24,7 +24,15 @@ _MOVED = {
     "text_to_image": "diffusion.text_to_image",
     "loading": "models.loading",
 }
-__all__ = list(_MODULES)
+__all__ = [  # noqa: F822
+    "CaptionWhitening",
+    "DDPMScheduler",
+    "ExactDenoiser",
+    "PatchAutoencoder",
+    "TextToImagePipeline",
+    "interval",
+    "load_pipeline",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -12,6 +12,7 @@ def test_public_names_are_imported_on_first_use(name):
     module = importlib.import_module(f"pipeline.{pipeline._MODULES[name]}")
     assert getattr(pipeline, name) is getattr(module, name)
     assert name in dir(pipeline)
+    assert pipeline.__all__ == list(pipeline._MODULES)
 
 
 @pytest.mark.parametrize("name", pipeline._MOVED)

@@ -149,16 +149,17 @@ def test_every_import_of_tests_and_benchmarks_is_declared():
 
 def test_every_dependency_is_used():
     text = "\n".join(path.read_text() for path in SOURCES)
-    for name in set(RUNTIME) - set(imported_packages(SOURCES)):
+    # huggingface_hub imports Jinja2 for ModelCard.from_template.
+    for name in set(RUNTIME) - set(imported_packages(SOURCES)) - {"jinja2"}:
         assert f'"{DATA_PACKAGES[name]}"' in text, name
 
 
 def test_every_module_imports_without_the_extras():
-    """A core installation can import the whole package; extras are imported where they are used."""
+    """A core installation can import everything but the demo's back end, which needs [app]."""
     names = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts)
         for path in sorted((ROOT / "pipeline").rglob("*.py"))
-        if path.name != "__init__.py"
+        if path.name != "__init__.py" and path.parent.name != "serving"
     ]
     code = f"""
 import importlib, importlib.abc, sys

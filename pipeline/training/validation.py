@@ -76,7 +76,7 @@ def sample_images(
     pipe.set_progress_bar_config(disable=True)
 
     def interrupt_on_stop(pipe: TextToImagePipeline, *_) -> dict:
-        pipe._interrupt = bool(stop)
+        pipe.interrupt = bool(stop)
         return {}
 
     settings: dict[str, Any] = {
@@ -87,7 +87,8 @@ def sample_images(
     }
     images = []
     for w in sample.w:
-        output: Any = pipe(list(sample.prompts), **settings | {"w": w})
+        settings["w"] = w
+        output: Any = pipe(list(sample.prompts), **settings)
         images += output.images
         if stop:
             return
