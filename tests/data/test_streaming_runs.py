@@ -39,7 +39,7 @@ def ramp(i):
 
 @pytest.fixture(scope="module")
 def config(encoder, tmp_path_factory):
-    """A run on a stream with everything that is chosen anew at each step; two captions a row."""
+    """A run on a stream with everything that is chosen at each step; two captions a row."""
     folder = tmp_path_factory.mktemp("run")
     rows = [
         {"image": ramp(i), "text": f"square {i}", "other": "red" if i % 2 else None}

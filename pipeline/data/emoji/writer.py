@@ -97,7 +97,7 @@ def write_emoji(
 
     With `font`, a colour emoji font draws the images it has instead of Twemoji; `style` ends every
     caption ("in noto style"). The folder appears complete or not at all. A folder with the same
-    selection is kept, one with another is replaced, and any other is refused with an EmojiError.
+    selection stays, one with another is replaced, and any other folder is refused (EmojiError).
     """
     folder = Path(folder)
     if isinstance(size, bool) or not isinstance(size, int) or not 8 <= size <= 1024:
