@@ -24,7 +24,7 @@ _MOVED = {
     "text_to_image": "diffusion.text_to_image",
     "loading": "models.loading",
 }
-__all__ = [  # noqa: F822
+__all__ = [
     "CaptionWhitening",
     "DDPMScheduler",
     "ExactDenoiser",

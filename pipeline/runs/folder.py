@@ -126,8 +126,8 @@ class RunFolder:
         """Save a checkpoint and return its folder; afterwards delete all but the last `keep`.
 
         `write(folder)` fills a temporary folder, which gets its name once all files and their
-        hashes are on disk. facts: more values for its manifest. SaveError if it cannot be written; nothing
-        has changed then.
+        hashes are on disk. facts: more values for its manifest. SaveError if it cannot be written;
+        nothing has changed then.
         """
         target = self.checkpoints / str(step)
         new = self.checkpoints / f".tmp-{step}"

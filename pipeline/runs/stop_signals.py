@@ -18,8 +18,8 @@ class StopSignals:
 
     As a context manager it installs its handlers and restores the previous ones. `bool(stop)` polls
     for a request; `stop.exit_code` is then 143 or 130, otherwise 0. Inside `raise_on_stop`, a
-    request raises Stopped at once. A second SIGINT ends the process immediately. SIGHUP is ignored under
-    nohup; after one, output to the closed terminal goes to the null device.
+    request raises Stopped at once. A second SIGINT ends the process immediately. SIGHUP is ignored
+    under nohup; after one, output to the closed terminal goes to the null device.
     """
 
     # Windows has neither SIGUSR1 nor SIGHUP.
@@ -32,7 +32,7 @@ class StopSignals:
     # without them the parent is a shell, which may exit first.
     LAUNCHERS = ("ACCELERATE_", "TORCHELASTIC_")
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.reason = ""
         self.exit_code = 0
         self.parent = os.getppid()
