@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from pipeline.diffusion.text_to_image import TextToImagePipeline
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+OUTPUT_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -42,8 +42,8 @@ def output_files(output: Path, n: int) -> list[Path]:
     """Return the files of n images; ValueError if one cannot be written."""
     if n < 1:
         raise ValueError(f"--n must be 1 or more, got {n}.")
-    if output.suffix.lower() not in IMAGE_SUFFIXES:
-        raise ValueError(f"-o must end in one of {', '.join(IMAGE_SUFFIXES)}, got {output}.")
+    if output.suffix.lower() not in OUTPUT_SUFFIXES:
+        raise ValueError(f"-o must end in one of {', '.join(OUTPUT_SUFFIXES)}, got {output}.")
     if not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
         raise ValueError(f"{output.parent} is not a writable folder. Create it or change -o.")
     files = [output] if n == 1 else [output.with_stem(f"{output.stem}-{i}") for i in range(n)]

@@ -190,7 +190,8 @@ class TextToImagePipeline(HubFormat, DiffusionPipeline, StableDiffusionLoraLoade
         )
         try:
             step: Any = None  # a plan has at least one timestep
-            with self.progress_bar(total=self.num_timesteps) as bar:  # pyright: ignore[reportCallIssue]
+            progress: Any = self.progress_bar  # whose arguments diffusers does not annotate
+            with progress(total=self.num_timesteps) as bar:
                 for i, step in enumerate(steps):
                     if callback_on_step_end is not None:
                         self._run_callback(step, i, callback_on_step_end, names)

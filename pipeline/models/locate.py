@@ -34,9 +34,10 @@ def resolve_model_folder(model: str | Path) -> Path:
             fix = "Pass the folder of a run or of a saved pipeline."
         raise ValueError(f"{model} has no pipeline/{MODEL_INDEX}. {fix}")
     if path.is_file():
+        convert = f"StableDiffusionPipeline.from_single_file({str(model)!r})"
         raise ValueError(
             f"{model} is a file, not the folder of a saved pipeline. Convert a checkpoint with "
-            f"diffusers.StableDiffusionPipeline.from_single_file({str(model)!r}).save_pretrained(FOLDER)."
+            f"diffusers.{convert}.save_pretrained(FOLDER)."
         )
     return trusted.download_model(str(model))
 

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from pipeline.data.emoji.recolour import PALETTE, mentions_open_prompt, split_names
 
-T = TypeVar("T")
+Value = TypeVar("Value")
 COLORS = tuple(PALETTE)
 # Factor value -> grid.
 SHAPES = {"heart": "hearts", "circle": "circles", "square": "squares"}
@@ -124,7 +124,7 @@ def held_genders(role: str) -> set[str]:
     return {first, choose_by_name(f"other {role}", others)}
 
 
-def choose_by_name(name: str, values: Sequence[T]) -> T:
+def choose_by_name(name: str, values: Sequence[Value]) -> Value:
     """Return one of `values`, chosen by the name alone."""
     return values[zlib.crc32(name.encode()) % len(values)]
 
