@@ -1,5 +1,6 @@
 """`direct-jump emoji` writes a dataset and reports what it wrote."""
 
+import re
 from pathlib import Path
 
 from datasets_on_disk import read_rows
@@ -10,7 +11,7 @@ from pipeline.cli import emoji
 def test_emoji_main_reports_what_it_wrote(tmp_path, capsys):
     target = str(tmp_path / "a")
     assert emoji.main([target, "--set", "shapes", "--size", "32"]) == 0
-    assert capsys.readouterr().out == f"{target}: 22 emoji to train on, 6 held-out combinations\n"
+    assert re.findall(r" (\d+) ", capsys.readouterr().out.removeprefix(target)) == ["22", "6"]
     assert emoji.main([target, "--set", "shape"]) == 2
     assert "emoji; emoji-varied; emoji-small; shapes" in capsys.readouterr().err
     assert emoji.main([target, "--categories", "People & Body", "--skin-tones", "--size", "8"]) == 0
