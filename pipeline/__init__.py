@@ -2,6 +2,15 @@
 
 import importlib
 import warnings
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipeline.diffusion.captions import CaptionWhitening
+    from pipeline.diffusion.exact_denoiser import ExactDenoiser
+    from pipeline.diffusion.guidance import interval
+    from pipeline.diffusion.patches import PatchAutoencoder
+    from pipeline.diffusion.scheduler import DDPMScheduler
+    from pipeline.models.loading import TextToImagePipeline, load_pipeline
 
 _MODULES = {
     "CaptionWhitening": "diffusion.captions",
