@@ -141,6 +141,10 @@ def outsider(hub, place, pushed):
     process(f"""
 import importlib.util, sys, diffusers, numpy as np, torch
 from diffusers import DiffusionPipeline
+# An editable installation finds this package from anywhere.
+editable = [f for f in sys.meta_path if getattr(f, "__module__", "").startswith("__editable__")]
+sys.meta_path[:] = [finder for finder in sys.meta_path if finder not in editable]
+sys.path[:] = [path for path in sys.path if path != {str(ROOT)!r}]
 assert importlib.util.find_spec("pipeline") is None
 try:
     DiffusionPipeline.from_pretrained({pushed!r})
