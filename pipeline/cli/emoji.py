@@ -4,11 +4,13 @@ import argparse
 
 from pipeline.cli.runner import run_cli
 from pipeline.data.emoji.catalogue import CATEGORIES, SETS
-from pipeline.data.emoji.writer import read_manifest, write_emoji
 
 
 def write(args: argparse.Namespace) -> None:
     """Write the dataset and print how many emoji it has."""
+    # Imported here, because torch takes seconds and --help needs none of it.
+    from pipeline.data.emoji.writer import read_manifest, write_emoji
+
     categories = tuple(args.categories) if args.categories else None
     folder = write_emoji(
         args.folder, args.set, args.size, categories, args.skin_tones, args.font, args.style

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.cli.runner import run_cli
+from pipeline.models.locate import resolve_model_folder
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -99,11 +100,12 @@ def generate(args: argparse.Namespace) -> None:
     files = output_files(args.output, args.n)
     if args.batch < 1:
         raise ValueError(f"--batch must be 1 or more, got {args.batch}.")
+    folder = resolve_model_folder(args.model)
     # Imported here, because torch takes seconds and the mistakes above need no model.
     from pipeline.hardware import pick_device
-    from pipeline.models.loading import load_pipeline
+    from pipeline.models.loading import load_from_folder
 
-    pipe = load_pipeline(args.model).to(pick_device(args.device))
+    pipe = load_from_folder(folder).to(pick_device(args.device))
     settings = png_settings(pipe, args.model, args)
     for start in range(0, args.n, args.batch):
         batch = files[start : start + args.batch]

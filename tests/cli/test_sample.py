@@ -1,5 +1,6 @@
 """`direct-jump sample`: the images it saves, and one line for each mistake."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -203,3 +204,23 @@ def test_sample_leaves_misspelt_options_to_argparse(run, capsys):
     with pytest.raises(SystemExit, match="2"):
         sample.main([str(run), "cat", "--stepz", "3"])
     assert "--stepz" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(["sample", "nowhere", "cat"], 2), (["sample", "--help"], 0), (["emoji", "--help"], 0)],
+)
+def test_main_answers_without_importing_torch(tmp_path, arguments, code):
+    """A mistyped path and a question for help are answered at once."""
+    program = f"""
+import sys
+from pipeline.__main__ import main
+try:
+    code = main({arguments!r})
+except SystemExit as end:
+    code = end.code
+print(code, "torch" in sys.modules)"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout.endswith(f"{code} False\n"), done.stdout + done.stderr
