@@ -41,6 +41,11 @@ def push_space(repo_id: str, model: str, *, private: bool = False, token: str | 
     problems = repository_problems("the Space", repo_id)
     if problems:
         raise HubError("; ".join(problems))
+    if not (PROJECT_ROOT / "requirements.txt").is_file():
+        raise HubError(
+            f"a Space is built from a checkout of Direct Jump, and {PROJECT_ROOT} is none. Run the "
+            "command from an editable installation: pip install -e ."
+        )
     name, revision, is_restricted = resolve_revision(model, token)
     api = HfApi(token=token)
     options = {"repo_type": "space", "space_sdk": "gradio", "private": private, "exist_ok": True}

@@ -13,7 +13,9 @@ import yaml
 from hub_world import ROOT
 from torch.distributed.elastic.utils.distributed import get_free_port
 
-from pipeline.hub.space import required_gradio, space_readme
+from pipeline.hub import space
+from pipeline.hub.client import HubError
+from pipeline.hub.space import push_space, required_gradio, space_readme
 
 COLOURS = {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}
 
@@ -35,6 +37,12 @@ def test_space_readme_pins_the_gradio_that_is_required():
     pinned = re.search(r"^gradio==(\S+)", (ROOT / "requirements.txt").read_text(), re.M)[1]
     assert required_gradio() == pinned
     assert f"sdk_version: {pinned}\n" in space_readme("a/b", "0" * 40)
+
+
+def test_push_space_refuses_to_run_outside_a_checkout(tmp_path, monkeypatch):
+    monkeypatch.setattr(space, "PROJECT_ROOT", tmp_path)
+    with pytest.raises(HubError, match=str(tmp_path)):
+        push_space("tester/space", "tester/tiny")
 
 
 def test_push_space_refuses_what_could_not_start(hub, owner, pushed):
