@@ -9,12 +9,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
-from diffusers import AutoencoderKL
 from hub_stub import HubStub
 from hub_world import CANARY, REQUEST, ROOT, Process, folder_files, make_adapter_run
 from PIL import Image
-from tiny import WIDTH, tiny_pipeline, tiny_text, tiny_unet
+from tiny import WIDTH, tiny_autoencoder, tiny_pipeline, tiny_text, tiny_unet
 
 from pipeline import TextToImagePipeline
 from pipeline.config import Config, DataConfig, ModelConfig, SampleConfig
@@ -161,18 +159,9 @@ pipe = DiffusionPipeline.from_pretrained({pushed!r}, **options)""")
 def stable(owner, place):
     """The name on the Hub of a tiny Stable Diffusion; its folder is `stable`."""
     tokenizer, encoder = tiny_text("clip")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        vae = AutoencoderKL(
-            block_out_channels=(4, 8),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            norm_num_groups=4,
-            scaling_factor=0.5,
-        ).eval()
     scheduler = DDPMScheduler(clip_sample=False, steps_offset=1)
     unet = tiny_unet(4, text=False)
-    pipe = TextToImagePipeline(unet, scheduler, encoder, tokenizer, vae, w=3.0)
+    pipe = TextToImagePipeline(unet, scheduler, encoder, tokenizer, tiny_autoencoder(), w=3.0)
     pipe.save_pretrained(place / "stable")
     owner(f"push({str(place / 'stable')!r}, 'tester/stable')")
     return "tester/stable"

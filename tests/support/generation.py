@@ -2,8 +2,8 @@
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
-from tiny import tiny_text, tiny_unet
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from tiny import tiny_autoencoder, tiny_text, tiny_unet
 
 STEPS = 3
 
@@ -49,18 +49,9 @@ def plan(scheduler, n):
 def stable_diffusion():
     """diffusers' own pipeline over tiny parts, with a real autoencoder and a stock scheduler."""
     tokenizer, encoder = tiny_text("clip")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        vae = AutoencoderKL(
-            block_out_channels=(4, 8),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            norm_num_groups=4,
-            scaling_factor=0.5,
-        ).eval()
     scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     pipe = StableDiffusionPipeline(
-        vae,
+        tiny_autoencoder(),
         encoder,
         tokenizer,
         tiny_unet(4, text=False),

@@ -3,7 +3,7 @@
 import string
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import (
     BertConfig,
     BertModel,
@@ -66,6 +66,19 @@ def tiny_unet(
             addition_embed_type_num_heads=2,
         ),
         seed,
+    )
+
+
+def tiny_autoencoder() -> AutoencoderKL:
+    """Return an autoencoder of 16x16 images into 4 channels of 8x8."""
+    return seeded(
+        lambda: AutoencoderKL(
+            block_out_channels=(4, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            norm_num_groups=4,
+            scaling_factor=0.5,
+        )
     )
 
 
