@@ -52,7 +52,7 @@ def sample_point(config: str, batch: int, side: int, steps: int, repeats: int) -
     bench.prepare()
     chosen, _ = load(["--config", config, f"--data.resolution={side}"])
     torch.manual_seed(0)
-    network = build.build_unet(chosen, CAPTION_WIDTH).eval()
+    network = build.build_unet(chosen, CAPTION_WIDTH, build.build_autoencoder(chosen.model)).eval()
     scheduler = build.build_scheduler(chosen.diffusion)
     vae = build.build_autoencoder(chosen.model)
     pipe = TextToImagePipeline(network, scheduler, vae=vae, caption_dropout=0.1)

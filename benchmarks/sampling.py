@@ -39,7 +39,12 @@ from pipeline.diffusion.text_to_image import noise_level
 from pipeline.evaluation.evaluate import load_run
 from pipeline.evaluation.retrieval import recall_summary
 from pipeline.hardware import has_bf16
-from pipeline.models.build import build_pipeline, build_unet, parameter_count
+from pipeline.models.build import (
+    build_autoencoder,
+    build_pipeline,
+    build_unet,
+    parameter_count,
+)
 from pipeline.models.loading import load_pipeline
 from pipeline.models.locate import default_model
 from pipeline.models.text_encoders import load_text_encoder
@@ -61,8 +66,9 @@ def load_or_build(model: str | None, config: str) -> tuple[TextToImagePipeline, 
         chosen = load_file(config)
         tokenizer, encoder = load_text_encoder(chosen.model.text_encoder)
         torch.manual_seed(0)
-        unet = build_unet(chosen, encoder.config.hidden_size).eval()
-        pipe = build_pipeline(chosen, unet, tokenizer, encoder, None)
+        vae = build_autoencoder(chosen.model)
+        unet = build_unet(chosen, encoder.config.hidden_size, vae).eval()
+        pipe = build_pipeline(chosen, unet, tokenizer, encoder, None, vae)
         name = f"random weights in the shape of `{config}`"
     pipe.set_progress_bar_config(disable=True)
     side = pipe.unet.config.sample_size

@@ -35,7 +35,8 @@ def build_step(
 ) -> tuple[Callable[[], None], int]:
     """Return a training step on random latents and captions, and the number of weights."""
     torch.manual_seed(0)
-    unet = build.prepare_for_training(build.build_unet(config, CAPTION_WIDTH), torch.device("cpu"))
+    unet = build.build_unet(config, CAPTION_WIDTH, build.build_autoencoder(config.model))
+    build.prepare_for_training(unet, torch.device("cpu"))
     if fused_attention:
         unet.set_attn_processor(AttnProcessor2_0())
     train = config.train

@@ -5,6 +5,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pipeline.diffusion.autoencoder import ConvAutoencoder
     from pipeline.diffusion.captions import CaptionWhitening
     from pipeline.diffusion.exact_denoiser import ExactDenoiser
     from pipeline.diffusion.guidance import interval
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "CaptionWhitening": "diffusion.captions",
+    "ConvAutoencoder": "diffusion.autoencoder",
     "DDPMScheduler": "diffusion.scheduler",
     "ExactDenoiser": "diffusion.exact_denoiser",
     "PatchAutoencoder": "diffusion.patches",
@@ -35,6 +37,7 @@ _MOVED = {
 }
 __all__ = [
     "CaptionWhitening",
+    "ConvAutoencoder",
     "DDPMScheduler",
     "ExactDenoiser",
     "PatchAutoencoder",

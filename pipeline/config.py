@@ -86,6 +86,9 @@ class ModelConfig:
     """base model: a folder or Hub id in Stable Diffusion's format or ours; it brings all below"""
     patch_size: PositiveInt | None = None
     """p: lossless p x p patches (PatchAutoencoder); null: pixels"""
+    autoencoder: str | None = None
+    """latents of a trained autoencoder, instead of patches: a run of train-autoencoder, or an
+    AutoencoderKL or AutoencoderTiny of diffusers, as a folder or Hub id"""
     channels: tuple[PositiveInt, ...] = (64, 128, 256)
     """channels of each UNet level; each level halves the resolution"""
     layers: PositiveInt = 1
@@ -113,6 +116,8 @@ class ModelConfig:
             for field in dataclasses.fields(self)[1:]:
                 if getattr(self, field.name) != field.default:
                     yield f"model.{field.name} comes from model.pretrained. Remove it."
+        if self.patch_size is not None and self.autoencoder is not None:
+            yield "model.patch_size and model.autoencoder exclude each other. Remove one."
         if self.patch_size is not None and self.patch_size & (self.patch_size - 1):
             yield f"model.patch_size must be a power of two, got {self.patch_size}"
         if not self.channels:
@@ -361,6 +366,7 @@ class Config:
 
     def _problems_of_new_model(self, noise: dict) -> list[str]:
         found = zero_snr_problems(noise, self.train.weighting)
+        # The stride of a trained autoencoder is only known once it is loaded.
         factor = 2 ** (len(self.model.channels) - 1) * (self.model.patch_size or 1)
         if self.data.resolution % factor:
             found.append(

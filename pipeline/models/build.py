@@ -1,37 +1,85 @@
 """Build the networks of a run and its pipeline from the settings."""
 
 import inspect
+from typing import Any
 
 import torch
-from diffusers import ConfigMixin, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, ConfigMixin, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
+from safetensors import SafetensorError
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.config import Config, ConfigError, DiffusionConfig, ModelConfig
+from pipeline.diffusion.autoencoder import ConvAutoencoder
 from pipeline.diffusion.captions import CaptionWhitening
 from pipeline.diffusion.patches import PatchAutoencoder
 from pipeline.diffusion.scheduler import DDPMScheduler
 from pipeline.diffusion.text_to_image import TextToImagePipeline
+from pipeline.runs.folder import RunFolder
+
+# The classes that `model.autoencoder` may name.
+AUTOENCODERS = {kind.__name__: kind for kind in (ConvAutoencoder, AutoencoderKL, AutoencoderTiny)}
 
 
-def build_autoencoder(model: ModelConfig) -> PatchAutoencoder | None:
-    """Return the lossless patch autoencoder; None for diffusion of pixels."""
+def build_autoencoder(model: ModelConfig) -> nn.Module | None:
+    """Return the trained autoencoder or the lossless patches of a new model; None for pixels."""
+    if model.autoencoder is not None:
+        return load_autoencoder(model.autoencoder)
     return None if model.patch_size is None else PatchAutoencoder(patch_size=model.patch_size)
 
 
-def build_unet(config: Config, caption_width: int) -> UNet2DConditionModel:
-    """Build the denoiser for caption states (B, L, caption_width).
+def load_autoencoder(name: str) -> nn.Module:
+    """Load a frozen autoencoder in float32: ours, or diffusers' AutoencoderKL or AutoencoderTiny.
+
+    name: a run of `direct-jump train-autoencoder`, a saved autoencoder, or `USER/NAME[@REVISION]`
+    on the Hub. ConfigError if it cannot be loaded.
+    """
+    source, _, revision = name.partition("@")
+    trained = RunFolder(source).autoencoder
+    options: dict[str, Any] = {"revision": revision} if revision else {}
+    if trained.is_dir():
+        source = trained
+    try:
+        settings: Any = ConvAutoencoder.load_config(source, **options)
+        kind = AUTOENCODERS.get(settings["_class_name"])
+        if kind is None:
+            raise ValueError(
+                f"it is a {settings['_class_name']}, not one of {', '.join(AUTOENCODERS)}"
+            )
+        vae = kind.from_pretrained(source, use_safetensors=True, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"model.autoencoder {name!r} cannot be loaded: {reason}") from error
+    return vae.requires_grad_(False).eval()
+
+
+def is_learned_autoencoder(vae: nn.Module | None) -> bool:
+    """Return whether an autoencoder is a network, whose latents are worth caching."""
+    return vae is not None and not isinstance(vae, PatchAutoencoder)
+
+
+def latent_geometry(vae: Any | None) -> tuple[int, int]:
+    """Return the channels of an autoencoder's latents, and its pixels per position."""
+    if vae is None:
+        return 3, 1
+    stride = 2 ** (len(vae.config.block_out_channels) - 1)
+    return vae.config.get("latent_channels", 3 * stride**2), stride
+
+
+def build_unet(config: Config, caption_width: int, vae: Any | None) -> UNet2DConditionModel:
+    """Build the denoiser for caption states (B, L, caption_width) and an autoencoder's latents.
 
     Its weights come from torch's global generator.
     """
     model = config.model
-    patch_size = model.patch_size or 1
+    channels, stride = latent_geometry(vae)
     down = tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in model.attention)
     up = tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(model.attention))
     return UNet2DConditionModel(
-        sample_size=config.data.resolution // patch_size,
-        in_channels=3 * patch_size**2,
-        out_channels=3 * patch_size**2,
+        sample_size=config.data.resolution // stride,
+        in_channels=channels,
+        out_channels=channels,
         block_out_channels=model.channels,
         layers_per_block=model.layers,
         down_block_types=down,
@@ -46,13 +94,14 @@ def build_unet(config: Config, caption_width: int) -> UNet2DConditionModel:
 
 
 def build_scheduler(
-    diffusion: DiffusionConfig, pretrained: ConfigMixin | None = None
+    diffusion: DiffusionConfig, pretrained: ConfigMixin | None = None, latents: bool = False
 ) -> DDPMScheduler:
     """Build the scheduler of a run: the settings over the values of a pretrained scheduler.
 
+    latents: of a new model, which are not clipped, since they have no bounds.
     ConfigError if the values do not define a noise process.
     """
-    theirs = {}
+    theirs: dict[str, Any] = {"clip_sample": False} if latents else {}
     if pretrained is not None:
         parameters = inspect.signature(DDPMScheduler.__init__).parameters
         theirs = {name: value for name, value in pretrained.config.items() if name in parameters}
@@ -76,20 +125,19 @@ def build_pipeline(
     tokenizer: PreTrainedTokenizerBase,
     encoder: PreTrainedModel,
     whitening: CaptionWhitening | None,
+    vae: nn.Module | None,
     pretrained: TextToImagePipeline | None = None,
 ) -> TextToImagePipeline:
     """Build the pipeline of a run.
 
-    pretrained: the model that the run started from, which brings its autoencoder, caption length
-    and scheduler values.
+    pretrained: the model that the run started from, which brings its caption length and scheduler
+    values.
     """
     if pretrained is None:
-        scheduler = build_scheduler(config.diffusion)
-        vae = build_autoencoder(config.model)
+        scheduler = build_scheduler(config.diffusion, latents=is_learned_autoencoder(vae))
         caption_length = config.data.caption_length
     else:
         scheduler = build_scheduler(config.diffusion, pretrained.scheduler)
-        vae = pretrained.vae
         caption_length = pretrained.config["caption_length"]
     return TextToImagePipeline(
         unet,

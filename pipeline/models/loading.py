@@ -10,7 +10,7 @@ from transformers.utils import logging as transformers_logging
 from pipeline.config import load_file, setting_in
 from pipeline.diffusion.text_to_image import TextToImagePipeline
 from pipeline.models import trusted
-from pipeline.models.build import build_pipeline, trainable_parameters
+from pipeline.models.build import build_autoencoder, build_pipeline, trainable_parameters
 from pipeline.models.ema import build_ema
 from pipeline.models.locate import resolve_model_folder
 from pipeline.models.lora import add_adapter
@@ -110,4 +110,5 @@ def load_checkpoint(run: RunFolder, step: int) -> TextToImagePipeline:
     ema = build_ema(unet, config.train.ema)
     ema.load_state_dict(load_state(folder, "trainer")["ema"])
     ema.copy_to(trainable_parameters(unet))
-    return build_pipeline(config, unet.eval(), tokenizer, encoder, whitening, base)
+    vae = base.vae if base else build_autoencoder(config.model)
+    return build_pipeline(config, unet.eval(), tokenizer, encoder, whitening, vae, base)

@@ -26,6 +26,7 @@ from pipeline.runs.folder import ADAPTER_FILE, IMAGES_FOLDER, MODEL_INDEX, SHARE
 # The classes of this package that an index may name, and their modules in pipeline/diffusion/.
 OUR_CLASSES = {
     "DDPMScheduler": "scheduler",
+    "ConvAutoencoder": "autoencoder",
     "PatchAutoencoder": "patches",
     "CaptionWhitening": "captions",
 }

@@ -50,7 +50,7 @@ class RunFolder:
     """The files of one run, `runs/NAME`.
 
     config.yaml, metrics.jsonl, samples/, checkpoints/, figures/, README.md (the model card), and
-    pipeline/ or, for an adapter, lora/.
+    pipeline/, lora/ (an adapter) or autoencoder/.
     """
 
     def __init__(self, folder: str | Path):
@@ -63,17 +63,23 @@ class RunFolder:
         self.figures = self.folder / "figures"
         self.pipeline = self.folder / "pipeline"
         self.adapter = self.folder / "lora"
+        self.autoencoder = self.folder / "autoencoder"
         self.corrupt_steps: set[int] = set()
 
     @property
     def finished(self) -> bool:
         """Whether training has ended: the card is the last file it writes."""
-        return self.card.is_file() and self.has_model
+        return self.card.is_file() and self.has_result
 
     @property
     def has_model(self) -> bool:
         """Whether there is a pipeline or an adapter to sample from."""
         return self.has_adapter or (self.pipeline / MODEL_INDEX).is_file()
+
+    @property
+    def has_result(self) -> bool:
+        """Whether training has left a model to sample from, or an autoencoder."""
+        return self.has_model or (self.autoencoder / "config.json").is_file()
 
     @property
     def has_adapter(self) -> bool:

@@ -57,8 +57,8 @@ def newest_checkpoint(run: RunFolder, config: Config, facts_file: str) -> Path |
     checkpoint = run.newest()
     if checkpoint is None:
         foreign_card = run.card.is_file() and not (run.folder / facts_file).is_file()
-        if run.has_model or foreign_card:
-            found = "a model but no checkpoint" if run.has_model else f"another {run.card.name}"
+        if run.has_result or foreign_card:
+            found = "a model but no checkpoint" if run.has_result else f"another {run.card.name}"
             raise RunError(
                 f"{run.folder} holds {found}. Choose another --name, or move the folder."
             )

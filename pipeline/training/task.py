@@ -22,10 +22,16 @@ from pipeline.data.sampler import batch_indices
 from pipeline.data.streaming import Stream, StreamBatch
 from pipeline.diffusion.captions import CaptionWhitening
 from pipeline.diffusion.losses import training_loss
-from pipeline.diffusion.patches import PatchAutoencoder
 from pipeline.diffusion.scheduler import DDPMScheduler
 from pipeline.diffusion.text_to_image import TextToImagePipeline
-from pipeline.models.build import build_pipeline, build_unet, prepare_for_training
+from pipeline.models.build import (
+    build_autoencoder,
+    build_pipeline,
+    build_unet,
+    is_learned_autoencoder,
+    latent_geometry,
+    prepare_for_training,
+)
 from pipeline.models.loading import load_pipeline
 from pipeline.models.lora import add_adapter, load_adapter_weights, save_adapter
 from pipeline.models.text_encoders import fit_whitening, load_text_encoder, load_whitening
@@ -94,10 +100,17 @@ class TrainingTask:
         held_out_states = whiten(encode(held_out.all_captions)) if held_out else None
         states = whiten(states)
         empty = whiten(encode([""]))
+        if base:
+            vae = base.vae
+        else:
+            vae = build_autoencoder(config.model)
+            _, stride = latent_geometry(vae)
+            levels = len(config.model.channels)
+            check_resolution(config.data.resolution, stride, levels, config.model.autoencoder)
         torch.manual_seed(config.seed)  # the network's initial weights
-        network = build_network(config, empty.shape[-1], base, checkpoint)
+        network = build_network(config, empty.shape[-1], vae, base, checkpoint)
         prepare_for_training(network, device)
-        pipe = build_pipeline(config, network, text.tokenizer, text.encoder, whitening, base)
+        pipe = build_pipeline(config, network, text.tokenizer, text.encoder, whitening, vae, base)
         pipe.to(device)
         problems = zero_snr_problems(pipe.scheduler.config, config.train.weighting)
         if problems:
@@ -277,15 +290,22 @@ def load_base_pipeline(model: str | None, resolution: int) -> TextToImagePipelin
         raise ConfigError(
             f"model.pretrained {model} has no {' and no '.join(missing)}. Save it with them."
         )
-    side, rest = divmod(resolution, pipe.vae_scale_factor)
-    halvings = 2 ** (len(pipe.unet.config.block_out_channels) - 1)
-    if rest or side % halvings:
-        divisor = pipe.vae_scale_factor * halvings
+    levels = len(pipe.unet.config.block_out_channels)
+    check_resolution(resolution, pipe.vae_scale_factor, levels, model)
+    pipe.unet.register_to_config(sample_size=resolution // pipe.vae_scale_factor)
+    return pipe
+
+
+def check_resolution(resolution: int, stride: int, levels: int, model: str | None) -> None:
+    """Raise ConfigError unless a UNet of some levels can halve an image's latents.
+
+    stride: pixels per position of the latents. model: where the stride comes from.
+    """
+    divisor = stride * 2 ** (levels - 1)
+    if resolution % divisor:
         raise ConfigError(
             f"data.resolution must be a multiple of {divisor} for {model}, got {resolution}."
         )
-    pipe.unet.register_to_config(sample_size=side)
-    return pipe
 
 
 def build_text(config: Config, base: TextToImagePipeline | None) -> Text:
@@ -316,14 +336,18 @@ def build_whitening(
 
 
 def build_network(
-    config: Config, caption_width: int, base: TextToImagePipeline | None, checkpoint: Path | None
+    config: Config,
+    caption_width: int,
+    vae: nn.Module | None,
+    base: TextToImagePipeline | None,
+    checkpoint: Path | None,
 ) -> UNet2DConditionModel:
     """Return the network to train: the checkpoint's, the base model's or a new one.
 
     New weights come from torch's global generator.
     """
     if checkpoint is None:
-        network = base.unet if base else build_unet(config, caption_width)
+        network = base.unet if base else build_unet(config, caption_width, vae)
     elif base and config.train.method == "lora":
         network = base.unet
         load_adapter_weights(network, checkpoint / "lora")
@@ -332,11 +356,6 @@ def build_network(
     if config.train.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     return network
-
-
-def is_learned_autoencoder(vae: nn.Module | None) -> bool:
-    """Return whether an autoencoder is a network, whose latents are worth caching."""
-    return vae is not None and not isinstance(vae, PatchAutoencoder)
 
 
 def open_stream(

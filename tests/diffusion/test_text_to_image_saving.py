@@ -12,6 +12,7 @@ from generation import assert_close, generate, stable_diffusion
 from tiny import WIDTH, WORDS, tiny_pipeline
 
 from pipeline import TextToImagePipeline
+from pipeline.diffusion.autoencoder import ConvAutoencoder
 from pipeline.diffusion.captions import CaptionWhitening
 from pipeline.diffusion.scheduler import DDPMScheduler
 
@@ -59,6 +60,20 @@ def test_from_pretrained_works_in_a_fresh_process(tmp_path):
         check=False,
     )
     assert done.stdout == "PatchAutoencoder CaptionWhitening\n", done.stderr
+
+
+def test_from_pretrained_keeps_a_trained_autoencoder(tmp_path):
+    vae = ConvAutoencoder((3, 4, 8, 16), 1, 1, latent_channels=12).eval()
+    parts = tiny_pipeline(patch_size=2, sample_size=2).components | {"vae": vae}
+    pipe = TextToImagePipeline(**parts)
+    pipe.save_pretrained(tmp_path)
+    assert (tmp_path / "vae" / "autoencoder.py").is_file()
+    again = TextToImagePipeline.from_pretrained(tmp_path)
+    assert type(again.vae) is ConvAutoencoder
+    for each in (pipe, again):
+        each.set_progress_bar_config(disable=True)
+    assert generate(pipe).shape[1:] == (16, 16, 3)
+    assert_close(generate(again), generate(pipe))
 
 
 def test_from_pretrained_keeps_whitening(tmp_path, pipe):

@@ -7,8 +7,11 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
 from diffusers.models.attention_processor import AttnProcessor
+from finetuning import tiny_vae
 
 from pipeline.config import Config, ConfigError, DataConfig, DiffusionConfig, ModelConfig
+from pipeline.data.latent_cache import posterior_moments
+from pipeline.diffusion.autoencoder import ConvAutoencoder
 from pipeline.diffusion.scheduler import DDPMScheduler
 from pipeline.models import build
 
@@ -21,7 +24,7 @@ SMALL = Config(
 def small_unet(**model):
     """Build the denoiser of SMALL with other settings of the model."""
     config = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, **model))
-    return build.build_unet(config, caption_width=384)
+    return build.build_unet(config, 384, build.build_autoencoder(config.model))
 
 
 @pytest.mark.parametrize(("patch_size", "shape"), [(None, (3, 16, 16)), (2, (12, 8, 8))])
@@ -34,6 +37,40 @@ def test_build_unet_takes_latents_and_captions(patch_size, shape, text_in_time):
     out = unet(z, torch.tensor([3, 7]), torch.randn(2, 5, 384), return_dict=False)[0]
     assert out.shape == z.shape == (2, *shape)
     assert unet.config.sample_size == z.shape[-1]
+
+
+def test_build_unet_fits_the_latents_of_a_trained_autoencoder(tmp_path):
+    ConvAutoencoder((3, 4, 8, 16), 1, 1, latent_channels=6).save_pretrained(tmp_path)
+    unet = small_unet(autoencoder=str(tmp_path))
+    assert (unet.config.in_channels, unet.config.out_channels) == (6, 6)
+    assert unet.config.sample_size == SMALL.data.resolution // 8
+
+
+@pytest.mark.parametrize("kind", ["kl", "tiny"])
+def test_build_autoencoder_loads_those_of_diffusers(kind, tmp_path):
+    saved = tiny_vae(kind)
+    saved.save_pretrained(tmp_path)
+    vae = build.build_autoencoder(ModelConfig(autoencoder=str(tmp_path)))
+    assert type(vae) is type(saved)
+    assert not any(weight.requires_grad for weight in vae.parameters())
+    x = torch.randn(1, 3, 16, 16)
+    moments = [posterior_moments(which.eval(), x) for which in (vae, saved)]
+    assert torch.equal(moments[0][0], moments[1][0])
+    assert build.latent_geometry(vae) == (4, x.shape[-1] // moments[0][0].shape[-1])
+
+
+def test_build_autoencoder_refuses_other_models(tmp_path):
+    small_unet().save_pretrained(tmp_path / "unet")
+    for folder in (tmp_path / "unet", tmp_path / "missing"):
+        with pytest.raises(ConfigError, match="model.autoencoder"):
+            build.build_autoencoder(ModelConfig(autoencoder=str(folder)))
+
+
+def test_build_scheduler_clips_pixels_but_not_latents():
+    assert build.build_scheduler(DiffusionConfig()).config.clip_sample
+    assert not build.build_scheduler(DiffusionConfig(), latents=True).config.clip_sample
+    chosen = build.build_scheduler(DiffusionConfig(clip_sample=True), latents=True)
+    assert chosen.config.clip_sample
 
 
 def test_prepare_for_training_uses_two_products_on_a_cpu():

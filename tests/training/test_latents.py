@@ -8,10 +8,13 @@ import torch
 from accelerate import Accelerator
 from datasets_on_disk import load_images
 from finetuning import tiny_vae
+from training_runs import check_refused, train
 
 from pipeline import randomness
 from pipeline.config import load, load_file
 from pipeline.data import latent_cache, sampler
+from pipeline.diffusion.autoencoder import ConvAutoencoder
+from pipeline.models.loading import load_pipeline
 from pipeline.training.task import TrainingTask, open_stream
 
 CPU = torch.device("cpu")
@@ -64,6 +67,27 @@ def test_cache_latents_encodes_once(edged, tmp_path):
     assert len(calls) == 5
     assert torch.equal(latents(images, mirrored=False), first)
     assert len(calls) == 7
+
+
+def test_a_new_model_trains_in_the_latents_of_a_trained_autoencoder(config, tmp_path):
+    vae = ConvAutoencoder((3, 4, 8, 16), 1, 1, latent_channels=4)
+    vae.train()(torch.randn(8, 3, 16, 16))  # moves its averages
+    vae.save_pretrained(tmp_path / "vae")
+    chosen = ("--model.patch_size", "null", "--model.autoencoder", str(tmp_path / "vae"))
+    train(config, tmp_path, *chosen, "--train.steps", "2")
+    pipe = load_pipeline(tmp_path / "tiny")
+    assert (pipe.unet.config.in_channels, pipe.unet.config.sample_size) == (4, 2)
+    assert not pipe.scheduler.config.clip_sample
+    for name, weight in vae.state_dict().items():
+        assert torch.equal(pipe.vae.state_dict()[name], weight)
+    assert pipe("red", num_inference_steps=2).images[0].size == (16, 16)
+
+
+def test_training_in_latents_refuses_sizes_that_do_not_fit(config, tmp_path):
+    ConvAutoencoder((3, 4, 8, 16), 1, 1).save_pretrained(tmp_path / "vae")
+    chosen = ("--model.patch_size", "null", "--model.autoencoder", str(tmp_path / "vae"))
+    done = train(config, tmp_path, *chosen, "--data.resolution", "24", check=False)
+    check_refused(done, "data.resolution", 16, 24)
 
 
 def test_get_batch_samples_another_latent_at_every_step(tuning):
