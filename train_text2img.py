@@ -19,7 +19,7 @@ from pipeline.config import Config, ConfigError, load
 from pipeline.data.emoji.catalogue import EmojiError
 from pipeline.data.sources.rows import DataError
 from pipeline.data.streaming import Stream
-from pipeline.hardware import is_out_of_memory, skip_on_out_of_memory
+from pipeline.hardware import is_out_of_memory, skip_on_failure
 from pipeline.hub.client import HubError
 from pipeline.hub.figures import plot_strips, plot_training
 from pipeline.hub.model_card import (
@@ -128,6 +128,7 @@ def run_training(
         place = f"after step {trainer.global_step} of {config.train.steps}"
         raise Stopped(f"Stopped ({stop.reason}) {place}")
     if accelerator.is_main_process:
+        monitor.require_finite_validation()
         with stop.raise_on_stop("after the last step"):
             finish(config, trainer, run)
 
@@ -137,10 +138,10 @@ def finish(config: Config, trainer: Trainer, run: RunFolder) -> None:
     pipe, images = trainer.task.pipe, trainer.task.images
     sample, seconds = config.sample, trainer.seconds
     trainer.save_model(run)
-    with skip_on_out_of_memory(run.figures / "training.png"):
+    with skip_on_failure(run.figures / "training.png"):
         plot_training(run, images, pipe)
     strips = run.figures / "strips.png"
-    with skip_on_out_of_memory(strips, ". Use fewer sample.prompts."):
+    with skip_on_failure(strips, ". Use fewer sample.prompts."):
         plot_strips(
             pipe,
             list(sample.prompts),
