@@ -7,7 +7,11 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    ProjectConfiguration,
+    parse_flag_from_env,
+)
 
 from pipeline.config import Config, ConfigError
 from pipeline.hardware import keep_freed_memory, mixed_precision, set_threads
@@ -37,7 +41,8 @@ def start_accelerator(config: Config) -> Accelerator:
         mixed_precision=precision,
         log_with=config.report_to,
         gradient_accumulation_steps=config.train.accumulation,
-        project_dir=config.folder,
+        # Trackers write to a folder of their own: a run may be called like another of its folders.
+        project_config=ProjectConfiguration(str(config.folder), str(config.folder / "logs")),
         # Gradients live in DDP's buckets, without a second copy.
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
