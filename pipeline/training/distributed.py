@@ -1,6 +1,7 @@
 """Start the processes of a training run and keep them in step."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -47,6 +48,12 @@ def start_accelerator(config: Config) -> Accelerator:
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     set_threads(config.train.threads, accelerator)
+    # Without the option accelerate exports "no".
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launcher not in ("no", precision):
+        accelerator.print(
+            f"accelerate's --mixed_precision {launcher} has no effect. Set train.precision instead."
+        )
     keep_freed_memory()
     micro_batch = config.train.batch_size // config.train.accumulation
     if micro_batch % accelerator.num_processes:

@@ -81,6 +81,17 @@ def test_start_accelerator_uses_the_cpu_on_request(flag, config, tmp_path, monke
     check_refused(train(config, tmp_path, check=False), f"cpu {flag == 'true'}")
 
 
+@pytest.mark.parametrize(("launcher", "reported"), [("fp16", True), ("bf16", False), ("no", False)])
+def test_start_accelerator_reports_an_ignored_precision(
+    launcher, reported, config, tmp_path, monkeypatch
+):
+    """`accelerate launch` exports its --mixed_precision; train.precision decides."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
+    done = train(config, tmp_path, "--train.precision", "bf16", "--dry_run")
+    assert "mixed precision: bf16" in done.stdout
+    assert ("--mixed_precision fp16" in done.stdout) == reported
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's malloc")
 def test_keep_freed_memory_avoids_page_faults(config, started, tmp_path):
