@@ -33,7 +33,7 @@ from pipeline.hub.push import check_push, publish
 from pipeline.runs.folder import RunError, RunFolder
 from pipeline.runs.stop_signals import Stopped, StopSignals
 from pipeline.training.distributed import local_main_first, start_accelerator
-from pipeline.training.dry_run import StepTimer, describe_run
+from pipeline.training.dry_run import TIMED_STEPS, StepTimer, describe_run
 from pipeline.training.monitor import Monitor
 from pipeline.training.resume import check_data, find_start, prepare_run_folder, sample_path
 from pipeline.training.task import TrainingTask, open_stream, predict
@@ -177,17 +177,17 @@ def usage(run: RunFolder, config: Config) -> str:
 
 
 def print_plan(config: Config, accelerator: Accelerator) -> int:
-    """Print what a run would do, from one timed step, and save nothing but the prepared data."""
+    """Print what a run would do, from a few timed steps, and save nothing but the prepared data."""
     with local_main_first(accelerator):
         task = TrainingTask.build(config, accelerator.device)
     check_sampling(task.pipe, config.sample)
     trainer = Trainer(config, accelerator, task)
     timer = StepTimer()
     with open_stream(config, accelerator) as task.stream:
-        training_loop(trainer, timer, steps=2)
+        training_loop(trainer, timer, steps=1 + TIMED_STEPS)
     facts = training_facts(str(task.images.report), 0.0, **base_model_facts(config))
     build_card(config, facts)  # a card that cannot be written is an error now, not after the run
-    accelerator.print(describe_run(trainer, timer.seconds))
+    accelerator.print(describe_run(trainer, timer.seconds[1:]))
     return 0
 
 

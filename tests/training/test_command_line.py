@@ -2,7 +2,9 @@
 
 import os
 import platform
+import re
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from training_runs import arguments, check_refused, command, page_faults, train
 import train_text2img
 from pipeline.config import ConfigError
 from pipeline.training import distributed
+from pipeline.training.dry_run import describe_run
 
 
 @pytest.mark.parametrize(
@@ -51,8 +54,21 @@ def test_dry_run_prints_the_plan_and_saves_nothing(config, tmp_path):
     more = ("--dry_run", "--model.text_encoder", "minilm")
     done = train(config, tmp_path / "dry", *more)
     assert "weights to train" in done.stdout
-    assert "6 steps of 4 images" in done.stdout
+    pattern = r"6 steps of 4 images, [\d.]+ s each: about ([\d.]+) minutes \(([\d.]+) to ([\d.]+)"
+    (found,) = re.findall(pattern, done.stdout)
+    about, low, high = map(float, found)
+    assert low <= about <= high
     assert not (tmp_path / "dry").exists()
+
+
+def test_describe_run_gives_the_spread_of_the_steps():
+    """A step of 1 s among steps of 3 s, in 60 steps."""
+    train = SimpleNamespace(steps=60, batch_size=4)
+    config = SimpleNamespace(train=train, to_yaml=str)
+    task = SimpleNamespace(images=SimpleNamespace(report="60 images"))
+    trainer = SimpleNamespace(config=config, task=task, weights=[])
+    text = describe_run(trainer, [3.0, 1.0, 3.0])
+    assert "about 3.0 minutes (1.0 to 3.0" in text
 
 
 def test_set_threads_uses_every_core(config, tmp_path, monkeypatch):
