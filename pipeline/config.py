@@ -408,9 +408,15 @@ class Config:
         return tree
 
     def to_yaml(self) -> str:
-        """Return the whole configuration except the token, as `load` reads it."""
+        """Return the configuration, as `load` reads it, without the token.
+
+        Settings that a base model brings are left out, since their values here do not hold.
+        """
         tree = TypeAdapter(Config).dump_python(self, mode="json")
         tree["hub"]["token"] = None
+        if self.model.pretrained is not None:
+            tree["model"] = {"pretrained": self.model.pretrained}
+            del tree["data"]["caption_length"]
         return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
@@ -507,7 +513,7 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", action="append", metavar="FILE", help="a YAML file")
     parser.add_argument(
-        "--dry_run", action="store_true", help="time one step, print the plan and stop"
+        "--dry_run", action="store_true", help="time a few steps, print the plan and stop"
     )
     parser.add_argument("--print_config", action="store_true", help="print all settings and stop")
     groups = {

@@ -90,6 +90,14 @@ def test_to_yaml_is_read_back_by_load(tmp_path):
     assert config.model.channels == (64, 96)
 
 
+def test_to_yaml_leaves_out_what_a_base_model_brings(tmp_path):
+    config = load(["--config", "configs/sd15-lora.yaml"])[0]
+    text = config.to_yaml()
+    assert config.model.pretrained in text
+    assert not any(name in text for name in ("text_encoder", "channels", "caption_length"))
+    assert load(["--config", yaml_file(tmp_path, text)])[0] == config
+
+
 @pytest.mark.parametrize(
     ("written", "read"), [("text", "text"), ("[short, long]", ("short", "long")), ("null", None)]
 )
