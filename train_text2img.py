@@ -19,7 +19,7 @@ from pipeline.config import Config, ConfigError, load
 from pipeline.data.emoji.catalogue import EmojiError
 from pipeline.data.sources.rows import DataError
 from pipeline.data.streaming import Stream
-from pipeline.hardware import is_out_of_memory, skip_on_out_of_memory
+from pipeline.hardware import is_out_of_memory, skip_on_failure
 from pipeline.hub.client import HubError
 from pipeline.hub.figures import plot_strips, plot_training
 from pipeline.hub.model_card import (
@@ -33,7 +33,7 @@ from pipeline.hub.push import check_push, publish
 from pipeline.runs.folder import RunError, RunFolder
 from pipeline.runs.stop_signals import Stopped, StopSignals
 from pipeline.training.distributed import local_main_first, start_accelerator
-from pipeline.training.dry_run import StepTimer, describe_run
+from pipeline.training.dry_run import TIMED_STEPS, StepTimer, describe_run
 from pipeline.training.monitor import Monitor
 from pipeline.training.resume import check_data, find_start, prepare_run_folder, sample_path
 from pipeline.training.task import TrainingTask, open_stream, predict
@@ -128,6 +128,7 @@ def run_training(
         place = f"after step {trainer.global_step} of {config.train.steps}"
         raise Stopped(f"Stopped ({stop.reason}) {place}")
     if accelerator.is_main_process:
+        monitor.require_finite_validation()
         with stop.raise_on_stop("after the last step"):
             finish(config, trainer, run)
 
@@ -137,10 +138,10 @@ def finish(config: Config, trainer: Trainer, run: RunFolder) -> None:
     pipe, images = trainer.task.pipe, trainer.task.images
     sample, seconds = config.sample, trainer.seconds
     trainer.save_model(run)
-    with skip_on_out_of_memory(run.figures / "training.png"):
+    with skip_on_failure(run.figures / "training.png"):
         plot_training(run, images, pipe)
     strips = run.figures / "strips.png"
-    with skip_on_out_of_memory(strips, ". Use fewer sample.prompts."):
+    with skip_on_failure(strips, ". Use fewer sample.prompts."):
         plot_strips(
             pipe,
             list(sample.prompts),
@@ -176,17 +177,17 @@ def usage(run: RunFolder, config: Config) -> str:
 
 
 def print_plan(config: Config, accelerator: Accelerator) -> int:
-    """Print what a run would do, from one timed step, and save nothing but the prepared data."""
+    """Print what a run would do, from a few timed steps, and save nothing but the prepared data."""
     with local_main_first(accelerator):
         task = TrainingTask.build(config, accelerator.device)
     check_sampling(task.pipe, config.sample)
     trainer = Trainer(config, accelerator, task)
     timer = StepTimer()
     with open_stream(config, accelerator) as task.stream:
-        training_loop(trainer, timer, steps=2)
+        training_loop(trainer, timer, steps=1 + TIMED_STEPS)
     facts = training_facts(str(task.images.report), 0.0, **base_model_facts(config))
     build_card(config, facts)  # a card that cannot be written is an error now, not after the run
-    accelerator.print(describe_run(trainer, timer.seconds))
+    accelerator.print(describe_run(trainer, timer.seconds[1:]))
     return 0
 
 

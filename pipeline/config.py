@@ -11,13 +11,23 @@ from typing import Annotated, ClassVar, Literal, NoReturn, get_args
 
 import yaml
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+)
 from pydantic.dataclasses import dataclass
 
 DEFAULT = "configs/emoji-small.yaml"
 Share = Annotated[float, Field(ge=0, le=1)]
 FinitePositive = Annotated[PositiveFloat, Field(allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+# A single value is taken as a list of one.
+ONE_OR_MORE = BeforeValidator(lambda x: x if isinstance(x, list | tuple) else (x,))
 # Attribute docstrings become the help texts; numbers in text settings may stand without quotes.
 SECTION = ConfigDict(extra="forbid", use_attribute_docstrings=True, coerce_numbers_to_str=True)
 
@@ -89,11 +99,11 @@ class ModelConfig:
     autoencoder: str | None = None
     """latents of a trained autoencoder, instead of patches: a run of train-autoencoder, or an
     AutoencoderKL or AutoencoderTiny of diffusers, as a folder or Hub id"""
-    channels: tuple[PositiveInt, ...] = (64, 128, 256)
+    channels: Annotated[tuple[PositiveInt, ...], ONE_OR_MORE] = (64, 128, 256)
     """channels of each UNet level; each level halves the resolution"""
     layers: PositiveInt = 1
     """residual blocks per level on the way down; one more on the way up"""
-    attention: tuple[bool, ...] = (False, False, True)
+    attention: Annotated[tuple[bool, ...], ONE_OR_MORE] = (False, False, True)
     """levels with self-attention and cross-attention to the caption"""
     heads: PositiveInt = 8
     """attention heads"""
@@ -271,7 +281,12 @@ class LoraConfig:
     """rank of the two factors"""
     alpha: FinitePositive | None = None
     """scale; null: rank"""
-    targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("to_q", "to_k", "to_v", "to_out.0")
+    targets: Annotated[tuple[str, ...], ONE_OR_MORE, Field(min_length=1)] = (
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+    )
     """layers of the denoiser, by the end of their names"""
 
 
@@ -279,14 +294,14 @@ class LoraConfig:
 class SampleConfig:
     """Images sampled during training and at its end: each prompt at each w, from the same noise."""
 
-    prompts: Annotated[tuple[str, ...], Field(min_length=1)] = (
+    prompts: Annotated[tuple[str, ...], ONE_OR_MORE, Field(min_length=1)] = (
         "red heart",
         "cat face",
         "hot dog",
         "green cat",
     )
-    """columns of the image grid"""
-    w: Annotated[tuple[Finite, ...], Field(min_length=1)] = (0.0, 2.0)
+    """columns of the image grid; in a list, quote a prompt that has a comma: ["cat, red", dog]"""
+    w: Annotated[tuple[Finite, ...], ONE_OR_MORE, Field(min_length=1)] = (0.0, 2.0)
     """rows of the image grid: guidance as in (17); guidance_scale is 1 + w"""
     steps: PositiveInt = 50
     """denoising steps"""
@@ -399,9 +414,15 @@ class Config:
         return tree
 
     def to_yaml(self) -> str:
-        """Return the whole configuration except the token, as `load` reads it."""
+        """Return the configuration, as `load` reads it, without the token.
+
+        Settings that a base model brings are left out, since their values here do not hold.
+        """
         tree = TypeAdapter(Config).dump_python(self, mode="json")
         tree["hub"]["token"] = None
+        if self.model.pretrained is not None:
+            tree["model"] = {"pretrained": self.model.pretrained}
+            del tree["data"]["caption_length"]
         return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
@@ -498,7 +519,7 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", action="append", metavar="FILE", help="a YAML file")
     parser.add_argument(
-        "--dry_run", action="store_true", help="time one step, print the plan and stop"
+        "--dry_run", action="store_true", help="time a few steps, print the plan and stop"
     )
     parser.add_argument("--print_config", action="store_true", help="print all settings and stop")
     groups = {
@@ -582,8 +603,57 @@ def _describe(error: Mapping) -> str:
     return f"{name}: {message}, got {error['input']!r}"
 
 
+# The flags of diffusers' training scripts under another name here; docs/migrating.md lists them.
+DIFFUSERS_FLAGS = {
+    "pretrained_model_name_or_path": "`model.pretrained`",
+    "revision": "`model.pretrained` as `USER/NAME@REVISION`",
+    "dataset_name": "`data.source`",
+    "train_data_dir": "`data.source`",
+    "dataset_config_name": "`data.subset`",
+    "instance_data_dir": "`data.source`",
+    "instance_prompt": "the prompt as the caption of every image in `data.source`",
+    "max_train_samples": "`data.split`, such as `train[:1000]` of a table",
+    "tokenizer_max_length": "`data.caption_length`",
+    "proportion_empty_prompts": "`data.caption_dropout`",
+    "center_crop": "`data.crop center`",
+    "random_flip": "`data.flip true`",
+    "cache_dir": "`data.cache`",
+    "output_dir": "`output` and `name`",
+    "tracker_project_name": "`name`",
+    "train_batch_size": "`train.batch_size`, of all processes and micro-batches together",
+    "gradient_accumulation_steps": "`train.accumulation`",
+    "max_train_steps": "`train.steps`",
+    "num_train_epochs": "`train.steps`, which is epochs × images / `train.batch_size`",
+    "learning_rate": "`train.lr`",
+    "lr_scheduler": "`train.lr_schedule`",
+    "lr_warmup_steps": "`train.warmup`",
+    "snr_gamma": "`train.weighting min_snr` (`min_velocity` if SNR ends at 0) and `train.gamma`",
+    "use_ema": "`train.ema`",
+    "adam_beta1": "`train.betas`",
+    "adam_beta2": "`train.betas`",
+    "adam_weight_decay": "`train.weight_decay`",
+    "max_grad_norm": "`train.clip`",
+    "mixed_precision": "`train.precision`",
+    "checkpointing_steps": "`train.save_every`",
+    "checkpoints_total_limit": "`train.keep`",
+    "resume_from_checkpoint": "the same command again, which resumes",
+    "rank": "`train.method lora` and `lora.rank`",
+    "lora_alpha": "`lora.alpha`",
+    "validation_prompt": "`sample.prompts`",
+    "validation_prompts": "`sample.prompts`",
+    "validation_epochs": "`sample.every`, in steps",
+    "validation_steps": "`sample.every`",
+    "push_to_hub": "`hub.repo_id`",
+    "hub_model_id": "`hub.repo_id`",
+    "hub_token": "`hub.token`",
+}
+
+
 def _unknown_setting(name: str) -> str:
     known = list(help_texts())
+    hint = DIFFUSERS_FLAGS.get(name.rpartition(".")[2])
+    if hint is not None:
+        return f"unknown setting {name!r}. Use {hint.replace('`', '')}."
     near = difflib.get_close_matches(name, known, 1)
     near = near or [key for key in known if key.endswith(f".{name}")][:1]
     return f"unknown setting {name!r}" + (f". Did you mean {near[0]!r}?" if near else "")

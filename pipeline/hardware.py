@@ -5,7 +5,7 @@ import ctypes
 import os
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import psutil
 import torch
@@ -73,11 +73,23 @@ def is_out_of_memory(error: Exception) -> bool:
 @contextlib.contextmanager
 def skip_on_out_of_memory(what: object, advice: str = "") -> Iterator[None]:
     """Skip optional work that does not fit in memory or on disk, with a message."""
+    with skip_on_failure(what, advice, lambda error: isinstance(error, OSError)):
+        yield
+
+
+@contextlib.contextmanager
+def skip_on_failure(
+    what: object, advice: str = "", expected: Callable[[Exception], bool] = lambda error: True
+) -> Iterator[None]:
+    """Skip optional work that fails, with a message: a figure must not end a run.
+
+    advice: for want of memory. expected: which other errors are skipped.
+    """
     try:
         yield
-    except (RuntimeError, OSError) as error:
+    except Exception as error:
         out_of_memory = is_out_of_memory(error)
-        if not out_of_memory and not isinstance(error, OSError):
+        if not out_of_memory and not expected(error):
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         tqdm.write(f"Skipped {what}: {reason}{advice if out_of_memory else ''}")

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from pipeline.config import (
     DEFAULT,
+    DIFFUSERS_FLAGS,
     Config,
     ConfigError,
     TrainConfig,
@@ -89,6 +90,14 @@ def test_to_yaml_is_read_back_by_load(tmp_path):
     assert config.model.channels == (64, 96)
 
 
+def test_to_yaml_leaves_out_what_a_base_model_brings(tmp_path):
+    config = load(["--config", "configs/sd15-lora.yaml"])[0]
+    text = config.to_yaml()
+    assert config.model.pretrained in text
+    assert not any(name in text for name in ("text_encoder", "channels", "caption_length"))
+    assert load(["--config", yaml_file(tmp_path, text)])[0] == config
+
+
 @pytest.mark.parametrize(
     ("written", "read"), [("text", "text"), ("[short, long]", ("short", "long")), ("null", None)]
 )
@@ -162,6 +171,29 @@ def test_load_suggests_the_nearest_setting(tmp_path, wrong, nearest):
             load(argv)
         assert repr(wrong) in str(error.value)
         assert repr(nearest) in str(error.value)
+
+
+@pytest.mark.parametrize("flag", DIFFUSERS_FLAGS)
+def test_load_names_the_counterpart_of_a_diffusers_flag(flag):
+    settings = {name for name in help_texts() if f"`{name}" in DIFFUSERS_FLAGS[flag]}
+    assert settings or flag == "resume_from_checkpoint"
+    for argv in ([f"--{flag}", "3"], [f"--train.{flag}", "3"], [f"--{flag}"]):
+        with pytest.raises(ConfigError) as error:
+            load(argv)
+        assert all(name in str(error.value) for name in settings)
+
+
+@pytest.mark.parametrize(
+    ("flag", "text", "taken"),
+    [
+        ("sample.prompts", "a red circle, landscape", ("a red circle, landscape",)),
+        ("sample.w", "7.5", (7.5,)),
+        ("lora.targets", "to_q", ("to_q",)),
+    ],
+)
+def test_load_takes_one_value_as_a_list_of_one(flag, text, taken):
+    more = ["--config", "configs/sd15-lora.yaml", f"--{flag}", text]
+    assert flatten(load(more)[0].to_dict())[flag] == taken
 
 
 ZERO_SNR = ["--diffusion.rescale_betas_zero_snr", "true"]

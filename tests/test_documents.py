@@ -11,6 +11,7 @@ import pytest
 from tiny import tiny_pipeline
 
 from pipeline.__main__ import COMMANDS, main
+from pipeline.config import DIFFUSERS_FLAGS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -54,6 +55,11 @@ def test_reliability_table_names_every_case_and_existing_tests():
     for row in re.findall(r"^\| (?:\d+|[a-e]) \|.*$", text, re.M):
         proof = row.split("|")[-2].strip()
         assert {name.strip("`") for name in proof.split(", ")} <= tests, row
+
+
+def test_migrating_lists_the_flags_of_diffusers():
+    rows = re.findall(r"^\| `--(\w+)` \| (.*) \|$", (ROOT / "docs/migrating.md").read_text(), re.M)
+    assert dict(rows) == DIFFUSERS_FLAGS
 
 
 def heading_anchors(document: Path) -> set[str]:

@@ -285,6 +285,7 @@ class HubFormat(Base):
         return (
             unet.config["addition_embed_type"] is None
             and unet.config["class_embed_type"] is None
+            and unet.config["time_cond_proj_dim"] is None
             and not vae.config["shift_factor"]
             and self.config["caption_length"] in (None, tokenizer.model_max_length)
         )

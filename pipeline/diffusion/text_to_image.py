@@ -257,6 +257,7 @@ class TextToImagePipeline(HubFormat, DiffusionPipeline, StableDiffusionLoraLoade
         variance. prompt_embeds: caption states (B, L, D) instead of a prompt.
         cross_attention_kwargs: `scale` scales LoRA layers, in the network and in the text encoder.
         """
+        self.check_unet()
         self.check_inputs(
             prompt,
             height,
@@ -482,6 +483,21 @@ class TextToImagePipeline(HubFormat, DiffusionPipeline, StableDiffusionLoraLoade
                     f"{self.tokenizer.decode(ids[available:])}"
                 )
         return length
+
+    def check_unet(self) -> None:
+        """Raise InputError for a UNet that takes more than latents, a timestep and captions."""
+        unet = self.unet.config
+        if unet.get("time_cond_proj_dim") is not None:
+            raise InputError(
+                "the UNet takes its guidance with the timestep (time_cond_proj_dim), as LCM's "
+                "distillation makes it. Use diffusers' own pipeline."
+            )
+        channels = getattr(self.vae and self.vae.config, "latent_channels", unet["out_channels"])
+        if unet["in_channels"] != channels:
+            raise InputError(
+                f"the UNet takes {unet['in_channels']} channels and the latents have {channels}, "
+                "as in inpainting, depth and InstructPix2Pix models. Use diffusers' own pipeline."
+            )
 
     def check_inputs(
         self,

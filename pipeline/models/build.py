@@ -1,6 +1,7 @@
 """Build the networks of a run and its pipeline from the settings."""
 
 import inspect
+import warnings
 from typing import Any
 
 import torch
@@ -111,10 +112,15 @@ def build_scheduler(
         if theirs.get("variance_type", "") is None:
             del theirs["variance_type"]
     schedule = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")
-    if any(getattr(diffusion, name) is not None for name in schedule):
+    is_changed = any(getattr(diffusion, name) is not None for name in schedule)
+    if is_changed:
         theirs["trained_betas"] = None  # their list of betas would win over the new schedule
     try:
-        return DDPMScheduler(**diffusion.values(theirs))
+        with warnings.catch_warnings():
+            if pretrained is not None and not is_changed:
+                # The network was trained on this chain, so its end is no choice of this run.
+                warnings.filterwarnings("ignore", "the chain ends at abar")
+            return DDPMScheduler(**diffusion.values(theirs))
     except ValueError as error:
         raise ConfigError(f"diffusion: {error}") from error
 

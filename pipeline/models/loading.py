@@ -49,6 +49,10 @@ def load_from_folder(path: Path) -> TextToImagePipeline:
     except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise ValueError(f"{path} cannot be loaded: {reason}. Save the pipeline again.") from error
+    try:
+        pipe.check_unet()
+    except ValueError as error:
+        raise ModelError(f"{path} cannot be used here: {error}") from error
     if pipe.text_encoder is None and (path / "config.yaml").is_file():
         tokenizer, encoder = load_text_encoder(load_file(path / "config.yaml").model.text_encoder)
         pipe.register_modules(tokenizer=tokenizer, text_encoder=encoder)

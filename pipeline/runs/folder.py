@@ -202,16 +202,17 @@ class RunFolder:
         return None
 
     def log(self, **record: object) -> None:
-        """Append a line to metrics.jsonl."""
+        """Append a line to metrics.jsonl; a number that is not finite becomes null."""
+        line = json.dumps(_read_line(json.dumps(record)))
         with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(line + "\n")
 
     def history(self) -> list[dict]:
         """Return the lines of metrics.jsonl, without a last one that was cut short."""
         if not self.metrics.exists():
             return []
         *lines, _incomplete = self.metrics.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines if line]
+        return [_read_line(line) for line in lines if line]
 
     def sample_files(self) -> list[tuple[int, Path]]:
         """Return (step, image grid) of all samples, the newest last; other files are ignored."""
@@ -225,3 +226,8 @@ class RunFolder:
         for sampled, path in self.sample_files():
             if sampled > step:
                 path.unlink()
+
+
+def _read_line(line: str) -> dict:
+    """Return a JSON object, with None for NaN and infinities, which are not JSON."""
+    return json.loads(line, parse_constant=lambda _: None)

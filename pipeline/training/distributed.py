@@ -1,13 +1,18 @@
 """Start the processes of a training run and keep them in step."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    ProjectConfiguration,
+    parse_flag_from_env,
+)
 
 from pipeline.config import Config, ConfigError
 from pipeline.hardware import keep_freed_memory, mixed_precision, set_threads
@@ -37,11 +42,18 @@ def start_accelerator(config: Config) -> Accelerator:
         mixed_precision=precision,
         log_with=config.report_to,
         gradient_accumulation_steps=config.train.accumulation,
-        project_dir=config.folder,
+        # Trackers write to a folder of their own: a run may be called like another of its folders.
+        project_config=ProjectConfiguration(str(config.folder), str(config.folder / "logs")),
         # Gradients live in DDP's buckets, without a second copy.
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     set_threads(config.train.threads, accelerator)
+    # Without the option accelerate exports "no".
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launcher not in ("no", precision):
+        accelerator.print(
+            f"accelerate's --mixed_precision {launcher} has no effect. Set train.precision instead."
+        )
     keep_freed_memory()
     micro_batch = config.train.batch_size // config.train.accumulation
     if micro_batch % accelerator.num_processes:

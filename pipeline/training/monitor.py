@@ -1,7 +1,6 @@
 """Around the training steps: log, validate, sample and save when due, and stop when asked."""
 
 import contextlib
-import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -124,8 +123,8 @@ class Monitor:
         images = self.config.train.batch_size * self.steps_since_log
         record = {
             "step": self.trainer.global_step,
-            "loss": loss if math.isfinite(loss) else None,
-            "grad_norm": result.grad_norm if result.is_finite else None,
+            "loss": loss,
+            "grad_norm": result.grad_norm,
             "lr": result.lr,
             "skipped": self.trainer.skipped,
             "images_per_s": images / self.busy_seconds,
@@ -190,6 +189,16 @@ class Monitor:
                 f"{self.trainer.consecutive_skips} steps in a row, up to step {step}, had no "
                 f"finite gradient. Lower train.lr (now {train.lr:g}) in a run of another --name. "
                 "The last checkpoint is retained."
+            )
+
+    def require_finite_validation(self) -> None:
+        """Raise Diverged if the last validation loss is not finite: the result would be useless."""
+        losses = ("train_loss", "held_out_loss")
+        checks = [line for line in self.run.history() if "train_loss" in line]
+        if any(line.get(loss, 0) is None for line in checks[-1:] for loss in losses):
+            raise Diverged(
+                f"The validation of step {checks[-1]['step']} has no finite loss, so no result is "
+                f"saved. Lower train.lr (now {self.config.train.lr:g}) in a run of another --name."
             )
 
     def nonfinite_examples(self, result: StepResult) -> list[str]:

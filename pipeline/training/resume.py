@@ -106,7 +106,7 @@ def prepare_run_folder(trainer: Trainer, run: RunFolder, checkpoint: Path | None
     replace_text(run.config, trainer.config.to_yaml())
     start = f"resuming from step {trainer.global_step}" if checkpoint else "a new run"
     print(trainer.task.images.report)
-    print(f"{parameter_count(trainer.weights) / 1e6:.1f} M weights to train; {start}")
+    print(f"{parameter_count(trainer.weights):,} weights to train; {start}")
     if not checkpoint:
         return
     before = read_checkpoint_manifest(checkpoint)["processes"]

@@ -250,9 +250,12 @@ class TrainingTask:
         if self.config.train.method == "lora":
             save_adapter(self.unet, folder / "lora")
             return
-        self.unet.save_pretrained(folder / "unet", safe_serialization=True)
-        if self.pipe.whitening is not None:
-            self.pipe.whitening.save_pretrained(folder / "whitening", safe_serialization=True)
+        parts = {"unet": self.unet, "whitening": self.pipe.whitening}
+        for name, part in parts.items():
+            if part is not None:
+                # Not the folder that it was loaded from: a resumed run writes the same bytes.
+                part.register_to_config(_name_or_path="")
+                part.save_pretrained(folder / name, safe_serialization=True)
 
 
 def predict(network: nn.Module, x_t: Tensor, t: Tensor, captions: Tensor) -> Tensor:

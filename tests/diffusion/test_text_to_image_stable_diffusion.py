@@ -9,11 +9,12 @@ from generation import STEPS, assert_close, generate, generate_jointly, stable_d
 from peft import LoraConfig
 from tiny import WIDTH, tiny_pipeline, tiny_text
 
-from pipeline import TextToImagePipeline
+from pipeline import TextToImagePipeline, load_pipeline
 from pipeline.diffusion import text_to_image
 from pipeline.diffusion.captions import CaptionWhitening
 from pipeline.diffusion.guidance import InputError
 from pipeline.diffusion.scheduler import DDPMScheduler
+from pipeline.models.trusted import ModelError
 
 
 def test_from_pipe_generates_like_stable_diffusion():
@@ -74,6 +75,33 @@ def test_extract_init_dict_defaults_to_stable_diffusions_w():
             {"_class_name": ["pipeline", "TextToImagePipeline"]}
         )[0]
     )
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"time_cond_proj_dim": 8}, "time_cond_proj_dim"),
+        ({"in_channels": 9}, "takes 9 channels"),
+        ({"in_channels": 8, "out_channels": 8}, "takes 8 channels and the latents have 4"),
+    ],
+)
+def test_check_unet_refuses_inputs_that_nobody_passes(change, named, tmp_path):
+    """A consistency model, an inpainting model, and a UNet of another autoencoder."""
+    theirs = stable_diffusion()
+    theirs.register_modules(unet=type(theirs.unet).from_config(theirs.unet.config, **change))
+    theirs.save_pretrained(tmp_path)
+    ours = TextToImagePipeline.from_pipe(theirs)
+    with pytest.raises(InputError, match=named):
+        ours("red heart", num_inference_steps=1)
+    with pytest.raises(ModelError, match=named):
+        load_pipeline(tmp_path)
+
+
+def test_is_stable_diffusion_refuses_distilled_guidance():
+    ours = TextToImagePipeline.from_pipe(stable_diffusion())
+    assert ours.is_stable_diffusion()
+    ours.unet.register_to_config(time_cond_proj_dim=8)
+    assert not ours.is_stable_diffusion()
 
 
 def test_from_pipe_restores_w_from_stable_diffusion():

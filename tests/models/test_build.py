@@ -5,7 +5,7 @@ import dataclasses
 import diffusers
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler, PNDMScheduler
 from diffusers.models.attention_processor import AttnProcessor
 from finetuning import tiny_vae
 
@@ -102,6 +102,16 @@ def test_build_scheduler_keeps_a_pretrained_schedule():
     found = build.build_scheduler(DiffusionConfig(timestep_spacing="leading"), theirs)
     assert torch.equal(found.betas, theirs.betas)
     assert found.config.timestep_spacing == "leading"
+
+
+def test_build_scheduler_warns_only_of_what_can_be_changed(recwarn):
+    """The chain of Stable Diffusion ends at abar = 0.0047; its network was trained on it."""
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    theirs = PNDMScheduler(**betas)
+    build.build_scheduler(DiffusionConfig(), theirs)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="the chain ends"):
+        build.build_scheduler(DiffusionConfig(beta_end=0.011), theirs)
 
 
 @pytest.mark.parametrize(

@@ -210,6 +210,20 @@ def test_rewind_drops_later_steps_and_incomplete_lines(run):
     assert sorted(path.name for path in run.samples.iterdir()) == ["000002.png", "mine.png"]
 
 
+def test_log_writes_null_for_what_is_no_number(run):
+    """Bare NaN is not JSON. An older log may have one."""
+    run.metrics.write_text('{"step": 1, "train_loss": NaN}\n')
+    run.log(step=2, loss=float("inf"), errors={6: float("nan")})
+    expected = [
+        {"step": 1, "train_loss": None},
+        {"step": 2, "loss": None, "errors": {"6": None}},
+    ]
+    assert run.history() == expected
+    run.rewind(2)
+    assert "NaN" not in run.metrics.read_text()
+    assert [json.loads(line) for line in run.metrics.read_text().splitlines()] == expected
+
+
 def test_sample_files_are_sorted_by_step(run):
     for name in ("999500.png", "1000000.png", "mine.png", "000002.png"):
         (run.samples / name).touch()

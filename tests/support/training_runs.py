@@ -189,6 +189,7 @@ class Recorder(StepTimer):
     """A monitor that remembers the result of each step."""
 
     def __init__(self):
+        super().__init__()
         self.results = []
 
     def after_step(self, result):

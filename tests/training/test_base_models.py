@@ -137,6 +137,15 @@ def test_load_base_pipeline_refuses_an_adapter(tuning, adapted, tmp_path):
     check_refused(done, "model.pretrained", adapted, "adapter")
 
 
+def test_load_base_pipeline_refuses_an_inpainting_model(tuning, tmp_path):
+    theirs = stable_diffusion()
+    nine = type(theirs.unet).from_config(theirs.unet.config, in_channels=9)
+    theirs.register_modules(unet=nine)
+    theirs.save_pretrained(tmp_path / "inpaint")
+    done = train(tuning, tmp_path, "--model.pretrained", str(tmp_path / "inpaint"), check=False)
+    check_refused(done, "model.pretrained", tmp_path / "inpaint", "9 channels")
+
+
 def test_load_base_pipeline_refuses_a_model_without_text(tuning, base, tmp_path):
     pipe = loading.load_pipeline(base)
     pipe.register_modules(text_encoder=None, tokenizer=None)

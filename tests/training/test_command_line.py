@@ -2,7 +2,9 @@
 
 import os
 import platform
+import re
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from training_runs import arguments, check_refused, command, page_faults, train
 import train_text2img
 from pipeline.config import ConfigError
 from pipeline.training import distributed
+from pipeline.training.dry_run import describe_run
 
 
 @pytest.mark.parametrize(
@@ -51,8 +54,21 @@ def test_dry_run_prints_the_plan_and_saves_nothing(config, tmp_path):
     more = ("--dry_run", "--model.text_encoder", "minilm")
     done = train(config, tmp_path / "dry", *more)
     assert "weights to train" in done.stdout
-    assert "6 steps of 4 images" in done.stdout
+    pattern = r"6 steps of 4 images, [\d.]+ s each: about ([\d.]+) minutes \(([\d.]+) to ([\d.]+)"
+    (found,) = re.findall(pattern, done.stdout)
+    about, low, high = map(float, found)
+    assert low <= about <= high
     assert not (tmp_path / "dry").exists()
+
+
+def test_describe_run_gives_the_spread_of_the_steps():
+    """A step of 1 s among steps of 3 s, in 60 steps."""
+    train = SimpleNamespace(steps=60, batch_size=4)
+    config = SimpleNamespace(train=train, to_yaml=str)
+    task = SimpleNamespace(images=SimpleNamespace(report="60 images"))
+    trainer = SimpleNamespace(config=config, task=task, weights=[])
+    text = describe_run(trainer, [3.0, 1.0, 3.0])
+    assert "about 3.0 minutes (1.0 to 3.0" in text
 
 
 def test_set_threads_uses_every_core(config, tmp_path, monkeypatch):
@@ -79,6 +95,17 @@ def test_start_accelerator_uses_the_cpu_on_request(flag, config, tmp_path, monke
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(distributed, "PartialState", state)
     check_refused(train(config, tmp_path, check=False), f"cpu {flag == 'true'}")
+
+
+@pytest.mark.parametrize(("launcher", "reported"), [("fp16", True), ("bf16", False), ("no", False)])
+def test_start_accelerator_reports_an_ignored_precision(
+    launcher, reported, config, tmp_path, monkeypatch
+):
+    """`accelerate launch` exports its --mixed_precision; train.precision decides."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
+    done = train(config, tmp_path, "--train.precision", "bf16", "--dry_run")
+    assert "mixed precision: bf16" in done.stdout
+    assert ("--mixed_precision fp16" in done.stdout) == reported
 
 
 @pytest.mark.slow

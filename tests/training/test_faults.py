@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tqdm.auto import tqdm
 from training_runs import (
     UNET_FILE,
     Broken,
@@ -26,10 +27,12 @@ from training_runs import (
 from pipeline import randomness
 from pipeline.config import load_file
 from pipeline.data import dataset, sampler
+from pipeline.hub import figures
 from pipeline.runs import checkpoints
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.state_files import load_state
 from pipeline.training.task import TrainingTask
+from pipeline.training.trainer import Trainer
 
 KILLS = int(os.environ.get("KILLS", "3"))  # 25 for the whole loop
 # A run that is nearly always in a save.
@@ -165,6 +168,48 @@ def test_too_many_skipped_steps_end_the_run(config, tmp_path, monkeypatch):
     done = train(config, tmp_path, "--train.max_skipped", "2", check=False)
     check_refused(done, "2 steps in a row", "step 5", "train.lr (now 0.001)", code=1)
     assert RunFolder(tmp_path / "tiny").newest().name == "4"
+
+
+def test_validation_of_nan_replaces_no_result(config, tmp_path, monkeypatch):
+    """The same command again ends in the same way."""
+    train(config, tmp_path, "--train.steps", "2")
+    run = RunFolder(tmp_path / "tiny")
+    before, real = weights(run.folder), Trainer.optimizer_step
+
+    def step(trainer):
+        trainer.ema.shadow_params[0].fill_(torch.nan)
+        return real(trainer)
+
+    monkeypatch.setattr(Trainer, "optimizer_step", step)
+    for _ in range(2):
+        done = train(config, tmp_path, check=False)
+        check_refused(done, "step 6", "train.lr (now 0.001)", code=1)
+        assert same(weights(run.folder), before)
+        assert not run.finished
+    assert "NaN" not in run.metrics.read_text()
+
+
+def test_exploded_run_of_a_few_steps_ends_as_diverged(config, tmp_path):
+    """Fewer bad steps than train.max_skipped, whose weights are finite."""
+    more = ("--train.lr", "1e30", "--train.lr_schedule", "constant", "--train.steps", "5")
+    done = train(config, tmp_path, *more, check=False)
+    check_refused(done, "step 5", "train.lr (now 1e+30)", code=1)
+    assert not RunFolder(tmp_path / "tiny").has_model
+
+
+def test_finish_survives_a_figure_that_fails(config, tmp_path, monkeypatch):
+    messages = []
+
+    def fail(*_args, **_more):
+        raise ValueError("Axis limits cannot be NaN or Inf")
+
+    monkeypatch.setattr(figures, "irreducible_loss", fail)
+    monkeypatch.setattr(tqdm, "write", messages.append)
+    train(config, tmp_path, "--train.steps", "1")
+    (message,) = messages
+    assert "training.png" in message
+    assert "Axis limits" in message
+    assert RunFolder(tmp_path / "tiny").finished
 
 
 # ---- memory and disks

@@ -31,6 +31,9 @@ def test_resume_ends_in_the_same_bytes(finished, tmp_path, step):
     assert f"resuming from step {step}" in done.stdout
     assert same(weights(run), weights(finished[0]))
     assert log(run) == log(finished[0])
+    for saved in (run / "checkpoints" / "6").glob("*/*"):
+        place = saved.relative_to(run)
+        assert saved.read_bytes() == (finished[0] / place).read_bytes(), place
 
 
 def test_resume_with_muon_ends_in_the_same_bytes(config, tmp_path):

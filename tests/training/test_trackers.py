@@ -29,6 +29,15 @@ def test_trackers_send_curves_and_settings_without_token(config, tmp_path):
     assert "train.lr: 0.001" in "".join(settings)
 
 
+def test_tensorboard_log_survives_a_run_named_like_its_result(config, tmp_path):
+    """The result replaces runs/NAME/pipeline."""
+    train(config, tmp_path, "--report_to", "tensorboard", "--name", "pipeline")
+    run = tmp_path / "pipeline"
+    events = list(run.rglob("*tfevents*"))
+    assert events
+    assert all(path.is_relative_to(run / "logs") for path in events)
+
+
 @pytest.mark.parametrize("method", ["init_trackers", "log"])
 def test_trackers_report_a_failure_once(method, config, tmp_path, monkeypatch):
     def fail(*_args, **_more):
