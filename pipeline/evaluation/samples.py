@@ -28,7 +28,8 @@ def generate_batch(pipe: TextToImagePipeline, prompts: list[str], **call) -> Ten
     """Return uint8 images (B, 3, H, W) of one call, in bf16 where training would use it."""
     with torch.autocast(pipe.device.type, torch.bfloat16, enabled=has_bf16(pipe.device)):
         output: Any = pipe(prompts, output_type="pt", **call)
-    return as_uint8(output.images.cpu())
+    # The decoder of an AutoencoderKL returns them channels last.
+    return as_uint8(output.images.cpu()).contiguous()
 
 
 def generate_samples(

@@ -1,6 +1,8 @@
 """Copy models into plain folders: from a run for a git repository, or from the Hub."""
 
 import contextlib
+import dataclasses
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -9,7 +11,12 @@ from pathlib import Path
 import torch
 
 from pipeline.hub.client import HubError, disk_errors
-from pipeline.hub.model_card import TRAINING_FACTS, refresh_card
+from pipeline.hub.model_card import (
+    TRAINING_FACTS,
+    read_settings,
+    refresh_card,
+    without_local_paths,
+)
 from pipeline.hub.push import require_finished
 from pipeline.models import trusted
 from pipeline.models.loading import load_pipeline
@@ -35,8 +42,13 @@ def export(source: str | Path, folder: Path) -> Path:
         pipe.save_pretrained(new, safe_serialization=True, max_shard_size=SHARD_SIZE)
         for code in new.rglob("*.py"):
             code.unlink()
-        for path in (run.config, run.folder / TRAINING_FACTS):
-            shutil.copyfile(path, new / path.name)
+        local, facts = read_settings(run.folder)
+        config, facts = without_local_paths(local, facts)
+        # The export is loaded with its encoder.
+        model = dataclasses.replace(config.model, text_encoder=local.model.text_encoder)
+        config = dataclasses.replace(config, model=model)
+        (new / run.config.name).write_text(config.to_yaml(), encoding="utf-8")
+        (new / TRAINING_FACTS).write_text(json.dumps(facts), encoding="utf-8")
         shutil.copytree(run.folder / IMAGES_FOLDER, new / IMAGES_FOLDER)
         refresh_card(new, str(folder), shipped=True)
     return folder

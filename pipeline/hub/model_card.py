@@ -11,7 +11,7 @@ import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from pipeline.config import Config, load_file
+from pipeline.config import Config, DataConfig, load_file
 from pipeline.data.dataset import CaptionedImages
 from pipeline.data.emoji.catalogue import SETS
 from pipeline.diffusion.hub_format import MODEL_TAGS, usage_snippet
@@ -25,6 +25,7 @@ from pipeline.runs.results import Metrics
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 ATTRIBUTION = "Emoji images: Twemoji, (c) Twitter, Inc and other contributors, CC-BY 4.0."
 TRAINING_FACTS = "training.json"  # what only the end of a training knows
+LOCAL_NAME = "local-folder"  # in the place of a path of this machine
 
 
 def git_commit() -> str:
@@ -87,8 +88,9 @@ def write_card(
     """
     facts = training_facts(str(images.report), seconds, stock=pipe.is_stable_diffusion(), **base)
     # A folder with the name of a repository may come and go later, so note now what is on the Hub.
-    names = {config.data.source, (base.get("base_model") or "").partition("@")[0]}
-    facts["of_hub"] = sorted(name for name in names if is_hub_id(name))
+    names = (config.data.source, base.get("base_model") or "", config.model.text_encoder)
+    repositories = {name.partition("@")[0] for name in names}
+    facts["of_hub"] = sorted(name for name in repositories if is_hub_id(name))
     logged = [record for record in run.history() if record.get("loss") is not None]
     if logged:
         facts |= {"loss": logged[-1]["loss"], "step": logged[-1]["step"]}
@@ -112,24 +114,63 @@ def refresh_card(folder: Path, model: str | None = None, **more: object) -> None
     replace_text(folder / "README.md", str(read_card(folder, facts["model"])))
 
 
-def with_base(config: Config, base: str) -> Config:
-    """Return the settings of an adapter's run with the name of its base model on the Hub."""
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, pretrained=base))
+def read_settings(folder: Path, base: str | None = None) -> tuple[Config, dict]:
+    """Return the settings in a folder's config.yaml and, if there is one, its training.json.
+
+    base: the name on the Hub of an adapter's base model, if its settings name a folder.
+    """
+    config = load_file(folder / "config.yaml")
+    path = folder / TRAINING_FACTS
+    facts = read_json(path) if path.is_file() else {}
+    if base is not None:
+        model = dataclasses.replace(config.model, pretrained=base)
+        config = dataclasses.replace(config, model=model)
+        hub_names = [*facts.get("of_hub", []), base.partition("@")[0]]
+        facts |= {"base_model": base, "of_hub": hub_names}
+    return config, facts
 
 
-def read_card(folder: Path, model: str, base: str | None = None) -> ModelCard:
+def without_local_paths(config: Config, facts: dict) -> tuple[Config, dict]:
+    """Return settings and facts that do not tell where anything lay on this machine.
+
+    Names of included datasets and models and of repositories on the Hub stay. The dataset report
+    loses the names of skipped files.
+    """
+    data = config.data
+    model = config.model
+
+    def public(name: str) -> str:
+        repository = name.partition("@")[0]
+        is_public = name in (*SETS, "minilm") or is_hub_id(repository, facts.get("of_hub"))
+        return name if is_public else LOCAL_NAME
+
+    report = facts.get("images", "").splitlines()
+    report = "\n".join(line for line in report if not line.startswith("  skipped "))
+    for name, known in ((data.source, public(data.source)), (data.cache, DataConfig.cache)):
+        if name == known or name == ".":
+            continue
+        for path in (str(Path(name).absolute()), name, str(Path(name))):
+            report = re.sub(rf"(?<![\w./-]){re.escape(path)}(?![\w.-])", LOCAL_NAME, report)
+    facts = facts | {"images": report}
+    if facts.get("base_model"):
+        facts["base_model"] = public(facts["base_model"])
+    data = dataclasses.replace(data, source=public(data.source), cache=DataConfig.cache)
+    model = dataclasses.replace(
+        model,
+        pretrained=model.pretrained and public(model.pretrained),
+        text_encoder=public(model.text_encoder),
+    )
+    return dataclasses.replace(config, output=Config.output, data=data, model=model), facts
+
+
+def read_card(folder: Path, model: str, settings: tuple[Config, dict] | None = None) -> ModelCard:
     """Build the card of a folder from its config.yaml, training.json, images/ and metrics.json.
 
     Its notes.md, if there is one, becomes a part of the card.
     model: the folder or repository that the card loads the model from.
-    base: the name on the Hub of an adapter's base model, if its settings name a folder.
+    settings: in the place of `read_settings(folder)`.
     """
-    config = load_file(folder / "config.yaml")
-    facts = read_json(folder / TRAINING_FACTS)
-    if base is not None:
-        config = with_base(config, base)
-        hub_names = [*facts.get("of_hub", []), base.partition("@")[0]]
-        facts |= {"base_model": base, "of_hub": hub_names}
+    config, facts = settings or read_settings(folder)
     images = sorted(path.name for path in (folder / IMAGES_FOLDER).glob("*.png"))
     metrics = folder / "metrics.json"
     notes = folder / "notes.md"

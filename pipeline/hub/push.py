@@ -52,7 +52,8 @@ def check_push(config: Config) -> None:
 
 def _try_repository(config: Config, repo_id: str) -> None:
     """Raise HubError if the account, the repository or the card is not fit for a push."""
-    card = model_card.build_card(config, model_card.training_facts("", 0.0))
+    facts = model_card.training_facts("", 0.0)
+    card = model_card.build_card(*model_card.without_local_paths(config, facts))
     is_adapter = config.train.method == "lora"
     if is_adapter:
         require_public_base(str(config.model.pretrained))
@@ -213,21 +214,17 @@ def assemble_repository(
     notes = folder if (folder / "config.yaml").is_file() else folder.parent
     if not (notes / "config.yaml").is_file():
         notes = folder
-    for path, name in (
-        (folder / SHARED_CONFIG_FILE, SHARED_CONFIG_FILE),
-        (notes / "config.yaml", SHARED_CONFIG_FILE),
-        (notes / "metrics.json", "metrics.json"),
-    ):
+    for path in (folder / SHARED_CONFIG_FILE, notes / "metrics.json"):
         if path.is_file():
-            shutil.copyfile(path, target / name)
-    if base is not None:
-        settings = model_card.with_base(load_file(run.config), base).to_yaml()
-        (target / SHARED_CONFIG_FILE).write_text(settings, encoding="utf-8")
+            shutil.copyfile(path, target / path.name)
     for path in (notes / IMAGES_FOLDER).glob("*.png"):
         (target / IMAGES_FOLDER).mkdir(exist_ok=True)
         shutil.copyfile(path, target / IMAGES_FOLDER / path.name)
-    if (notes / model_card.TRAINING_FACTS).is_file() and (notes / "config.yaml").is_file():
-        return lambda repo: str(model_card.read_card(notes, repo, base))
+    if (notes / "config.yaml").is_file():
+        settings = model_card.without_local_paths(*model_card.read_settings(notes, base))
+        (target / SHARED_CONFIG_FILE).write_text(settings[0].to_yaml(), encoding="utf-8")
+        if (notes / model_card.TRAINING_FACTS).is_file():
+            return lambda repo: str(model_card.read_card(notes, repo, settings))
     if (folder / "README.md").is_file():
         text = (folder / "README.md").read_text(encoding="utf-8")
         return lambda repo: text

@@ -59,7 +59,7 @@ def ramps(load, tmp_path):
     ramp = Image.linear_gradient("L").transpose(Image.Transpose.ROTATE_90).resize((16, 16))
     for i in range(3):
         shade = ramp.point(lambda value, i=i: min(255, value + 40 * i))
-        (tmp_path / "set" / f"{i}.png").write_bytes(encode_image(shade))
+        (tmp_path / "set" / f"ramp {i}.png").write_bytes(encode_image(shade))
     return load(resolution=16)
 
 

@@ -45,7 +45,7 @@ def test_prepare_images_skips_and_names_broken_files(load, tmp_path):
 def test_prepare_images_refuses_too_many_broken_rows(load, tmp_path):
     folder = tmp_path / "set"
     for i in range(19):
-        save_image(folder / f"{i}.png")
+        save_image(folder / f"square {i}.png")
     (folder / "bad.png").write_bytes(b"")
     assert len(load(max_broken=0.05)) == 19
     (folder / "worse.png").write_bytes(b"")
@@ -135,7 +135,7 @@ def test_any_failure_readable_reads_a_file_that_came_back(load, tmp_path):
 
 def test_images_are_read_in_any_order_by_any_index(load, tmp_path):
     for i in range(5):
-        save_image(tmp_path / "set" / f"{i}.png", (i, 0, 0))
+        save_image(tmp_path / "set" / f"square {i}.png", (i, 0, 0))
     images = load().images
 
     def red(batch):
@@ -175,10 +175,10 @@ def test_prepare_images_decodes_again_when_a_file_changes(load, tmp_path, monkey
 def test_prepare_rows_keeps_order_across_threads(load, tmp_path, monkeypatch):
     monkeypatch.setattr(dataset, "available_cores", lambda: 5)
     for i in range(150):
-        save_image(tmp_path / "set" / f"{i:03d}.png", (i, 0, 0), size=(8, 8 + 40 * (i % 3)))
+        save_image(tmp_path / "set" / f"square {i:03d}.png", (i, 0, 0), size=(8, 8 + 40 * (i % 3)))
     images = load()
     assert reds(images) == [*range(150)]
-    assert images.captions == [f"{i:03d}" for i in range(150)]
+    assert images.captions == [f"square {i:03d}" for i in range(150)]
 
 
 def test_fingerprint_is_of_pixels_and_captions_not_paths(load, tmp_path):

@@ -47,7 +47,7 @@ def test_cached_map_removes_what_a_killed_process_left(load, tmp_path):
 def test_load_cached_table_replaces_a_corrupt_file(load, tmp_path, damage):
     """A power failure or an interrupted copy may end a file between two of its rows."""
     for i in range(3):
-        save_image(tmp_path / "set" / f"{i}.png", (i, 0, 0))
+        save_image(tmp_path / "set" / f"square {i}.png", (i, 0, 0))
     fingerprint = load().fingerprint
     (path,) = (tmp_path / "cache" / "direct-jump").glob("images-*.arrow")
     if damage == "fewer rows":

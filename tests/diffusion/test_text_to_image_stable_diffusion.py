@@ -7,6 +7,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from generation import STEPS, assert_close, generate, generate_jointly, stable_diffusion
 from peft import LoraConfig
+from PIL import Image
 from tiny import WIDTH, tiny_pipeline, tiny_text
 
 from pipeline import TextToImagePipeline, load_pipeline
@@ -113,6 +114,44 @@ def test_from_pipe_restores_w_from_stable_diffusion():
         TextToImagePipeline.from_pipe(stock).config.w == 2.0
         and TextToImagePipeline.from_pipe(stock, w=0.5).config.w == 0.5
     )
+
+
+# What the pipelines of Stable Diffusion have beyond ours.
+NONE = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
+
+
+@pytest.mark.parametrize(
+    ("auto", "stock", "inputs"),
+    [
+        ("AutoPipelineForImage2Image", "StableDiffusionImg2ImgPipeline", ["image"]),
+        ("AutoPipelineForInpainting", "StableDiffusionInpaintPipeline", ["image", "mask_image"]),
+    ],
+)
+def test_save_pretrained_gives_img2img_and_inpainting(auto, stock, inputs, tmp_path):
+    """From the saved folder, and from the pipeline itself."""
+    ours = TextToImagePipeline.from_pipe(stable_diffusion())
+    ours.save_pretrained(tmp_path)
+    size = {"height": 16, "width": 16} if "mask_image" in inputs else {}
+    images = {name: Image.new("RGB", (16, 16), "white") for name in inputs}
+    saved = getattr(diffusers, auto).from_pretrained(tmp_path)
+    shared = getattr(diffusers, stock).from_pipe(ours, **NONE)
+    assert type(saved) is type(shared)
+    first, second = (generate_jointly(pipe, **images, **size) for pipe in (saved, shared))
+    assert first.shape == (2, 16, 16, 3)
+    assert_close(first, second)
+
+
+def test_from_pipe_gives_controlnet():
+    ours = TextToImagePipeline.from_pipe(stable_diffusion())
+    controlnet = diffusers.ControlNetModel.from_unet(
+        ours.unet, conditioning_embedding_out_channels=(4, 8)
+    )
+    pipe = diffusers.StableDiffusionControlNetPipeline.from_pipe(
+        ours, controlnet=controlnet, **NONE
+    )
+    assert pipe.unet is ours.unet and pipe.vae is ours.vae
+    images = [Image.new("RGB", (16, 16))] * 2
+    assert generate_jointly(pipe, image=images, height=16, width=16).shape == (2, 16, 16, 3)
 
 
 def test_call_takes_states_of_another_length():

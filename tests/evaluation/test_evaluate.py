@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+from tiny import tiny_autoencoder, tiny_unet
 
 from pipeline.cli import evaluate as command
 from pipeline.data.image_ops import as_float
@@ -14,6 +15,7 @@ from pipeline.diffusion.text_to_image import TextToImagePipeline
 from pipeline.evaluation import evaluate, samples
 from pipeline.evaluation.feature_extractor import FEATURE_NETWORK
 from pipeline.evaluation.retrieval import EvaluationError
+from pipeline.models.loading import load_pipeline
 from pipeline.runs.folder import RunFolder
 
 SAMPLING = ["--steps", "2", "--batch", "16"]
@@ -77,6 +79,15 @@ def test_evaluate_resumes_and_chooses_the_best_w(run, references, monkeypatch, c
 def test_evaluate_lets_a_seed_report_that_chooses_nothing(run):
     assert command.main([str(run), "--w", "1", *SAMPLING, "--seeds", "1000"]) == 0
     assert list(json.loads((run / "metrics.json").read_text())["by_seed"]) == ["1000"]
+
+
+def test_evaluate_measures_a_model_with_an_autoencoder(run):
+    """Its decoder returns images channels last, which safetensors does not save."""
+    pipe = load_pipeline(run)
+    pipe.register_modules(vae=tiny_autoencoder(), unet=tiny_unet(channels=4))
+    pipe.save_pretrained(run / "pipeline")
+    assert command.main([str(run), "--w", "1", *SAMPLING]) == 0
+    assert json.loads((run / "metrics.json").read_text())["by_seed"]["0"]["train"]
 
 
 @pytest.mark.parametrize(

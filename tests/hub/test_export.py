@@ -25,6 +25,9 @@ def test_atomic_folder_leaves_nothing_behind(command, run, tmp_path, monkeypatch
         make(tmp_path / "new")
     assert sorted(tmp_path.iterdir()) == [tmp_path / "file"]
     assert make(tmp_path / "new").is_dir()
+    told = [path for path in (tmp_path / "new").rglob("*.*") if path.is_file()]
+    leaks = [path for path in told if str(run.folder.parent).encode() in path.read_bytes()]
+    assert not leaks
 
 
 def test_require_new_folder_refuses_a_taken_name(tmp_path):

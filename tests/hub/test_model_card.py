@@ -8,7 +8,7 @@ import yaml
 from hub_world import ROOT
 from huggingface_hub import ModelCard
 
-from pipeline.config import Config, DataConfig, SampleConfig, load_file
+from pipeline.config import Config, DataConfig, ModelConfig, SampleConfig, load_file
 from pipeline.hub import model_card
 from pipeline.hub.model_card import build_card, training_facts
 from pipeline.models import loading
@@ -104,6 +104,43 @@ def test_write_card_notes_what_was_on_the_hub(run, tmp_path, monkeypatch):
     assert data.datasets is None and data.base_model is None
     unnoted = build_card(config, training_facts("", 1.0))
     assert unnoted.data.datasets == ["data/mine"]
+
+
+def test_without_local_paths_keeps_public_names_only(tmp_path):
+    folder = tmp_path / "ann" / "photos"
+    config = Config(
+        name="x",
+        output=str(tmp_path / "runs"),
+        data=DataConfig(f"{folder}/", cache=str(tmp_path / "cache")),
+        model=ModelConfig(pretrained=str(tmp_path / "sd"), text_encoder="someone/bert@v1"),
+    )
+    report = (
+        f"{folder}/train: 58 of 60 images usable\n"
+        f"2 images have no row in {folder}/train/metadata.csv, e.g. ann.png\n"
+        f"2 broken rows: 2 x its file cannot be read\n"
+        f"  skipped ann.png: its file cannot be read: '{tmp_path}/elsewhere'"
+    )
+    facts = training_facts(report, 1.0, base_model=str(tmp_path / "sd"))
+    public, facts = model_card.without_local_paths(config, facts)
+    told = f"{public.to_yaml()}{facts}{build_card(public, facts)}"
+    assert str(tmp_path) not in told and "photos" not in told and "skipped ann" not in told
+    assert public.model.text_encoder == "someone/bert@v1"
+    assert "58 of 60 images usable\n2 images have no row in " in facts["images"]
+    assert "2 x its file cannot be read" in facts["images"]
+
+
+@pytest.mark.parametrize("source", ["emoji-small", "user/dataset"])
+def test_without_local_paths_keeps_relative_names_in_texts(source):
+    """`data`, the default folder of the cache, is also an ordinary word."""
+    config = Config(data=DataConfig(source))
+    facts = training_facts(f"data/{source}-64/train: 9 of 9 images usable, e.g. data", 1.0)
+    assert model_card.without_local_paths(config, facts) == (config, facts)
+    relative = Config(data=DataConfig("photos"))
+    facts = training_facts("photos: 1 image, no-photos, photos/a.txt", 1.0)
+    public, facts = model_card.without_local_paths(relative, facts)
+    hidden = model_card.LOCAL_NAME
+    assert public.data.source == hidden
+    assert facts["images"] == f"{hidden}: 1 image, no-photos, {hidden}/a.txt"
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,16 @@ def test_save_pretrained_hides_where_the_model_was(run, tmp_path):
     assert "local" not in (tmp_path / "tokenizer" / "tokenizer_config.json").read_text()
 
 
+def test_push_hides_where_things_lay_here(hub, owner, pushed, adapter, local_adapter, place):
+    """The settings of these runs have absolute paths, in `output` at least."""
+    owner(f"push({str(adapter.folder)!r}, 'tester/hiding')")
+    owner(f"push({str(local_adapter.folder)!r}, 'tester/hiding-base', base={pushed!r})")
+    for name in (pushed, "tester/hiding", "tester/hiding-base"):
+        for path, content in hub.files("models", name).items():
+            assert str(place).encode() not in content, (name, path)
+        assert b"emoji-small" in hub.files("models", name)["training_config.yaml"]
+
+
 def test_push_refuses_pickled_weights(hub, owner, place):
     source = place / "pickled"
     tiny_pipeline(w=1.0).save_pretrained(source, safe_serialization=False)

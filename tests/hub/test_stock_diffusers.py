@@ -92,7 +92,8 @@ def test_push_to_hub_of_a_loaded_pipeline_loads_again(hub, place, outsider, push
     loading.load_from_folder(place / "other" / "saved")
 
 
-def test_from_pretrained_fails_where_the_docs_say_so(outsider, pushed):
+def test_from_pretrained_fails_where_the_docs_say_so(hub, outsider, pushed):
+    hub.add("tester/offline", hub.files("models", pushed))
     outsider(f"""
 from huggingface_hub import constants, snapshot_download
 def outcome(model, **options):
@@ -102,12 +103,21 @@ def outcome(model, **options):
         return type(error).__name__
     return type(pipe).__name__
 assert outcome({pushed!r}, scheduler=diffusers.DDIMScheduler()) == "ValueError"
-folder, constants.HF_HUB_OFFLINE = snapshot_download({pushed!r}), True
-try:
-    offline = outcome({pushed!r}), outcome(folder)
-finally:
-    constants.HF_HUB_OFFLINE = False
-assert offline == ("OfflineModeIsEnabled", "TextToImagePipeline"), offline""")
+def offline_outcome(model, load=outcome):
+    constants.HF_HUB_OFFLINE = True
+    try:
+        return load(model)
+    except Exception as error:
+        return type(error).__name__
+    finally:
+        constants.HF_HUB_OFFLINE = False
+name = "tester/offline"
+assert outcome(name) == "TextToImagePipeline"
+assert offline_outcome(name) == "OfflineModeIsEnabled"
+assert offline_outcome(name, snapshot_download) == "IncompleteSnapshotError"
+folder = snapshot_download(name)
+assert offline_outcome(folder) == "TextToImagePipeline"
+assert offline_outcome(name, snapshot_download) == folder""")
 
 
 def test_from_pretrained_cannot_import_names_with_a_dot(hub, outsider, pushed):

@@ -59,7 +59,7 @@ def test_cache_latents_encodes_once(edged, tmp_path):
     renamed = tmp_path / "renamed"
     renamed.mkdir()
     for i, path in enumerate(sorted((edged / "train").iterdir())):
-        shutil.copy(path, renamed / f"{i}.png")
+        shutil.copy(path, renamed / f"square {i}.png")
     others = load_images(renamed, resolution=16, cache_dir=tmp_path)
     assert others.fingerprint != images.fingerprint
     assert others.captions != images.captions

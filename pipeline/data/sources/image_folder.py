@@ -3,11 +3,12 @@
 import csv
 import json
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import datasets
 
 from pipeline.data.fingerprint import digest
+from pipeline.data.sources.names import REPEATS_FOLDER, class_captions, name_caption
 from pipeline.data.sources.rows import (
     ROW_FEATURES,
     BrokenRow,
@@ -24,6 +25,12 @@ from pipeline.data.sources.rows import (
 IMAGE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff"}
 )
+# Images that Pillow cannot read without a plugin.
+UNREADABLE_SUFFIXES = frozenset(
+    {".heic", ".heif", ".jxl", ".svg", ".psd", ".dng", ".raw", ".cr2", ".cr3", ".nef", ".arw"}
+)
+# Keys of a listing under which an image's file may be.
+FILE_KEYS = ("file_name", "file", "image")
 # Endings of a caption's file beside its image.
 CAPTION_SUFFIXES = (".txt", ".caption")
 
@@ -33,11 +40,12 @@ def open_image_folder(
 ) -> Rows:
     """Return the images of one split of a folder, with their captions.
 
-    Captions come from `metadata.jsonl` or `metadata.csv` (`caption` or `text`, or
-    `caption_column`), else from `name.txt` or `name.caption` beside `name.png`, else from file
-    names.
+    Captions come from `metadata.jsonl`, `metadata.csv` or `captions.json` (`caption` or `text`, or
+    `caption_column`), else from `name.txt` or `name.caption` beside `name.png`, else from class
+    folders, else from file names.
     """
     folder = split_folder(source, split, held_out)
+    files = visible_files(folder)
     listing = find_listing(folder)
     above = find_listing(source)
     if above and not listing:
@@ -46,19 +54,25 @@ def open_image_folder(
             "relative to that folder."
         )
     if listing:
-        rows, notes = listed_rows(folder, listing, caption_column)
+        rows, notes = listed_rows(files, listing, caption_column)
     elif caption_column is None:
-        rows, notes = unlisted_rows(folder)
+        rows, notes = unlisted_rows(folder, files)
     else:
         raise DataError(
             f"caption_column {caption_column!r} needs {' or '.join(LISTINGS)} in {folder}. "
             "Add one, or leave caption_column out."
         )
+    unreadable = with_suffix(files, UNREADABLE_SUFFIXES).keys() - {row["name"] for row in rows}
+    fact = "images are of kinds that cannot be read here (convert them to JPEG or PNG)"
+    notes += count_note(unreadable, fact)
     if not rows:
         suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise DataError(f"{folder} has no images. Give a folder with files ending in {suffixes}.")
-    files = [row["image"]["path"] if row["image"] else None for row in rows]
-    stamp = digest([(row, file_stat(path)) for row, path in zip(rows, files, strict=True)])
+        found = "".join(f" {note}." for note in notes)
+        raise DataError(
+            f"{folder} has no images. Give a folder with files ending in {suffixes}.{found}"
+        )
+    paths = [row["image"]["path"] if row["image"] else None for row in rows]
+    stamp = digest([(row, file_stat(path)) for row, path in zip(rows, paths, strict=True)])
     table = datasets.Dataset.from_list(rows, features=ROW_FEATURES)
     return Rows(table, identity_row, stamp, str(folder), tuple(notes))
 
@@ -67,14 +81,17 @@ def split_folder(source: Path, split: str, held_out: str | None) -> Path:
     """Return the folder of a split: `source/split`, or for train `source` if it has no splits."""
     if not source.is_dir():
         raise DataError(
-            f"No image folder at {source}. Give a folder of captioned images, a .parquet file, a "
-            "folder of them, or a Hub id like user/name."
+            f"No image folder at {source}. Give a folder or .zip of captioned images, a .parquet "
+            "file, a folder of them, or a Hub id like user/name."
         )
     if (source / split).is_dir():
         return source / split
-    children = list(source.iterdir())
-    known = sorted(p.name for p in children if p.is_dir() and not p.name.startswith("."))
-    has_images = any(p.suffix.lower() in IMAGE_SUFFIXES or p.name in LISTINGS for p in children)
+    children = [path for path in source.iterdir() if not path.name.startswith(".")]
+    known = sorted(path.name for path in children if path.is_dir())
+    # Class folders may lie at the top level.
+    candidates = [*children, *(path for name in known for path in (source / name).iterdir())]
+    kinds = IMAGE_SUFFIXES | UNREADABLE_SUFFIXES
+    has_images = any(p.suffix.lower() in kinds or p.name in LISTINGS for p in candidates)
     if split == "train" and has_images and not {"test", "validation", held_out} & set(known):
         return source
     raise DataError(explain_missing_split(str(source), split, ", ".join(known) or "no folders"))
@@ -92,29 +109,28 @@ def visible_files(folder: Path) -> dict[str, Path]:
     return {name: path for name, path in files.items() if "/." not in f"/{name}"}
 
 
-def image_files(files: dict[str, Path]) -> dict[str, Path]:
-    """Return those files that are images by their ending."""
-    return {name: path for name, path in files.items() if path.suffix.lower() in IMAGE_SUFFIXES}
+def with_suffix(files: dict[str, Path], suffixes: frozenset[str]) -> dict[str, Path]:
+    """Return those files that have one of some endings, in lower or upper case."""
+    return {name: path for name, path in files.items() if path.suffix.lower() in suffixes}
 
 
 def listed_rows(
-    folder: Path, listing: Path, caption_column: str | Sequence[str] | None
+    files: dict[str, Path], listing: Path, caption_column: str | Sequence[str] | None
 ) -> tuple[list[dict], list[str]]:
-    """Return (rows, notes) of a folder in the order of its listing."""
+    """Return (rows, notes) of a folder's files in the order of its listing."""
     entries = LISTINGS[listing.name](listing)
     if not entries:
         return [], []
     known = {key for entry in entries if isinstance(entry, dict) for key in entry}
     columns = find_columns(listing, known, caption_column)
     rows = [listed_row(listing, line, entry, columns) for line, entry in enumerate(entries, 1)]
-    unlisted = image_files(visible_files(folder)).keys() - {row["name"] for row in rows}
+    unlisted = with_suffix(files, IMAGE_SUFFIXES).keys() - {row["name"] for row in rows}
     return rows, count_note(unlisted, f"images have no row in {listing}")
 
 
-def unlisted_rows(folder: Path) -> tuple[list[dict], list[str]]:
-    """Return (rows, notes) of a folder, captions from text files or, without any, file names."""
-    files = visible_files(folder)
-    images = image_files(files)
+def unlisted_rows(folder: Path, files: dict[str, Path]) -> tuple[list[dict], list[str]]:
+    """Return (rows, notes) of a folder, captions from text files or, without any, from names."""
+    images = with_suffix(files, IMAGE_SUFFIXES)
     texts = {}
     for name, path in images.items():
         candidates = [path.with_suffix(suffix) for suffix in CAPTION_SUFFIXES]
@@ -132,13 +148,35 @@ def unlisted_rows(folder: Path) -> tuple[list[dict], list[str]]:
             f"{below} is below {folder}, where listings are not read. Move it to {folder}, with "
             "file names relative to that folder."
         )
-    rows = [
-        as_row(name, image_on_disk(path), [path.stem.replace("_", " ")])
-        for name, path in images.items()
-    ]
-    example = next((row["captions"][0] for row in rows if row["captions"]), "")
+    return named_rows(folder, images) if images else ([], [])
+
+
+def named_rows(folder: Path, images: dict[str, Path]) -> tuple[list[dict], list[str]]:
+    """Return (rows, notes) of images with the names of class folders or of files as captions.
+
+    DataError if names such as IMG_0001 carry no caption.
+    """
+    captions = class_captions(images)
+    kind = "folder" if captions else "file"
+    captions = captions or {name: name_caption(path.stem) for name, path in images.items()}
+    nameless = [name for name, caption in captions.items() if not caption]
+    if nameless:
+        example = Path(nameless[0]).name
+        fix = json.dumps({example: "a caption"})
+        raise DataError(
+            f"{len(nameless)} of {len(images)} images in {folder} have no caption: file names such "
+            f"as {printable(example)} carry none. Write captions.json there ({fix}), or put a .txt "
+            "file beside each image, or sort the images into folders named by what they show."
+        )
+    example = printable(next(iter(captions.values())))
     absent = f"no {' or '.join(LISTINGS)} and no {' or '.join(CAPTION_SUFFIXES)} files"
-    return rows, [f"{absent}: captions are the file names, e.g. {example!r}"]
+    notes = [f"{absent}: captions are the {kind} names, e.g. {example!r}"]
+    parents = (PurePosixPath(name).parent.name for name in images)
+    repeated = next(filter(REPEATS_FOLDER.fullmatch, parents), None)
+    if repeated and kind == "folder":
+        notes.append(f"folders such as {repeated} ask for repeats: each image is used once instead")
+    rows = [as_row(name, image_on_disk(path), [captions[name]]) for name, path in images.items()]
+    return rows, notes
 
 
 def count_note(names: Iterable[str], fact: str) -> list[str]:
@@ -183,8 +221,30 @@ def read_csv(path: Path) -> list[dict | BrokenRow]:
     ]
 
 
-# The names are those of Hugging Face's image folders.
-LISTINGS = {"metadata.jsonl": read_jsonl, "metadata.csv": read_csv}
+def read_captions_json(path: Path) -> list[dict | BrokenRow]:
+    """Return the entries of {file: caption} or of a list of {"file_name": ..., "caption": ...}."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        if not isinstance(content, dict | list):
+            raise ValueError(f"got {content!r:.60}")
+    # The file is not JSON, or not UTF-8.
+    except ValueError as error:
+        fix = 'Write {"a.png": "a caption"}, in UTF-8.'
+        raise DataError(f"Cannot read {path}: {error}. {fix}") from error
+    if isinstance(content, dict):
+        return [{"file_name": name, "caption": caption} for name, caption in content.items()]
+    return [
+        entry if isinstance(entry, dict) else BrokenRow(f"expected an object, got {entry!r:.60}")
+        for entry in content
+    ]
+
+
+# The first two are those of Hugging Face's image folders.
+LISTINGS = {
+    "metadata.jsonl": read_jsonl,
+    "metadata.csv": read_csv,
+    "captions.json": read_captions_json,
+}
 
 
 def listed_row(listing: Path, line: int, entry: dict | BrokenRow, columns: tuple[str, ...]) -> dict:
@@ -193,7 +253,7 @@ def listed_row(listing: Path, line: int, entry: dict | BrokenRow, columns: tuple
     where = f"{listing.name}:{line}"
     if isinstance(entry, BrokenRow):
         return as_row(where, None, [], str(entry))
-    name = entry.get("file_name")
+    name = next((entry[key] for key in FILE_KEYS if key in entry), None)
     if not isinstance(name, str) or not name:
         return as_row(where, None, [], f"its file_name must be text, got {name!r:.60}")
     path = folder / name

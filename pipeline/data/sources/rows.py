@@ -19,7 +19,8 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 from pipeline.diffusion.captions import normalize
 
-CAPTION_COLUMNS = ("caption", "text")
+# The last is WebDataset's.
+CAPTION_COLUMNS = ("caption", "text", "txt")
 # HTTPError is the client's own, also for refused connections.
 NETWORK_ERRORS = (ConnectionError, TimeoutError, HTTPError)
 TRANSIENT_STATUS = frozenset({408, 429, 500, 502, 503, 504})

@@ -1,7 +1,8 @@
-"""Captioned rows from parquet, WebDataset or a dataset on the Hub."""
+"""Captioned rows from parquet, WebDataset, `save_to_disk` or a dataset on the Hub."""
 
 import functools
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from huggingface_hub import constants
 from pipeline.config import DataConfig
 from pipeline.data.fingerprint import digest
 from pipeline.data.sources.rows import (
+    CAPTION_COLUMNS,
     NETWORK_ERRORS,
     DataError,
     Rows,
@@ -38,15 +40,7 @@ def open_table(config: DataConfig, split: str) -> Rows:
     the Hub is out of reach.
     """
     try:
-        builder = open_builder(config)
-        require_revision(builder, config)
-        require_split(builder, config.source, split)
-        table: Any
-        if config.streaming:
-            table = builder.as_streaming_dataset(split=split)
-        else:
-            builder.download_and_prepare()
-            table = builder.as_dataset(split=split)
+        table, content = load_saved(config, split) or load_built(config, split)
     except DataError:
         raise
     except (*NETWORK_ERRORS, OSError, ValueError, DatasetsError) as error:
@@ -57,16 +51,67 @@ def open_table(config: DataConfig, split: str) -> Rows:
             "WebDataset or an image folder."
         )
     image = find_image_column(config, table.features)
-    captions = find_columns(config.source, table.features, config.caption_column)
+    classes = {
+        name: [label.replace("_", " ") for label in feature.names]
+        for name, feature in table.features.items()
+        if isinstance(feature, datasets.ClassLabel)
+    }
+    wanted = config.caption_column
+    notes = []
+    if wanted is None and len(classes) == 1 and not set(CAPTION_COLUMNS) & set(table.features):
+        (wanted,) = classes
+        notes.append(f"no caption column: captions are the class names of the column {wanted!r}")
+    captions = find_columns(config.source, table.features, wanted)
     files = []
     if value_type(table.features[image]) in PATH_TYPES and not config.streaming:
         files = [(path, file_stat(path)) for path in table[image][:]]
     table = table.select_columns([image, *(name for name in captions if name != image)])
     table = table.cast_column(image, datasets.Image(decode=False))
     hub_id = None if Path(config.source).exists() else config.source
-    read = functools.partial(table_row, image=image, captions=captions, hub_id=hub_id)
-    stamp = digest(str(builder.cache_dir), split, image, captions, *files)
-    return Rows(table, read, stamp, f"{config.source} ({split})")
+    classes = {name: classes[name] for name in captions if name in classes}
+    read = functools.partial(
+        table_row, image=image, captions=captions, hub_id=hub_id, classes=classes
+    )
+    stamp = digest(content, split, image, captions, *files, *classes.items())
+    return Rows(table, read, stamp, f"{config.source} ({split})", tuple(notes))
+
+
+def saved_dataset(folder: Path) -> bool:
+    """Return whether `save_to_disk` of a Dataset or a DatasetDict wrote a folder."""
+    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
+
+
+def load_saved(config: DataConfig, split: str) -> tuple[Any, str] | None:
+    """Return one split of what `save_to_disk` wrote, and what its content depends on; else None.
+
+    A Dataset is the split `train`.
+    """
+    folder = Path(config.source)
+    if not saved_dataset(folder):
+        return None
+    saved = datasets.load_from_disk(folder)
+    splits = dict(saved) if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+    rows = {str(name): len(table) for name, table in splits.items()}
+    require_split(rows, config.source, split)
+    parts = [
+        splits[part.splitname].select(range(part.from_, part.to))
+        for part in datasets.ReadInstruction.from_spec(split).to_absolute(rows)
+    ]
+    table = datasets.concatenate_datasets(parts)
+    files = [(str(path), file_stat(str(path))) for path in sorted(folder.rglob("*"))]
+    return table.to_iterable_dataset() if config.streaming else table, digest(*files)
+
+
+def load_built(config: DataConfig, split: str) -> tuple[Any, str]:
+    """Return one split of a file, a folder of files or a Hub id, and what it depends on."""
+    builder = open_builder(config)
+    require_revision(builder, config)
+    known = builder.info.splits or builder.config.data_files or ()
+    require_split(known, config.source, split)
+    if config.streaming:
+        return builder.as_streaming_dataset(split=split), str(builder.cache_dir)
+    builder.download_and_prepare()
+    return builder.as_dataset(split=split), str(builder.cache_dir)
 
 
 def open_builder(config: DataConfig) -> datasets.DatasetBuilder:
@@ -93,9 +138,9 @@ def require_revision(builder: datasets.DatasetBuilder, config: DataConfig) -> No
         )
 
 
-def require_split(builder: datasets.DatasetBuilder, source: str, split: str) -> None:
+def require_split(known: Iterable[str], source: str, split: str) -> None:
     """Raise DataError for a split, such as `train[:95%]+test`, that a dataset does not have."""
-    known = list(builder.info.splits or builder.config.data_files or ())
+    known = list(known)
     names = [part.split("[")[0].strip() for part in split.split("+")]
     unknown = [name for name in names if name not in known]
     if unknown:
@@ -147,11 +192,22 @@ def value_type(feature: object) -> str | None:
 
 
 def table_row(
-    example: dict, number: int, image: str, captions: tuple[str, ...], hub_id: str | None = None
+    example: dict,
+    number: int,
+    image: str,
+    captions: tuple[str, ...],
+    hub_id: str | None = None,
+    classes: Mapping[str, Sequence[str]] | None = None,
 ) -> dict:
-    """Return one row of a table; one of a Hub dataset may not refer to files outside it."""
+    """Return one row of a table; one of a Hub dataset may not refer to files outside it.
+
+    classes: the names of the classes in each caption column of labels; label -1 is no caption.
+    """
     content = example[image]
     texts = [example[column] for column in captions]
+    for i, column in enumerate(captions):
+        if classes and column in classes and texts[i] is not None:
+            texts[i] = classes[column][texts[i]] if texts[i] >= 0 else None
     if content is None or (content["bytes"] is None and not content["path"]):
         return as_row(f"row {number}", None, texts, "it has no image")
     name = Path(content["path"]).name if content["path"] else f"row {number}"

@@ -1,7 +1,10 @@
 """Captions and images of a folder, and every kind of listing that is wrong."""
 
+import json
+import zipfile
+
 import pytest
-from datasets_on_disk import reasons, save_image, write_listing
+from datasets_on_disk import png, reasons, save_image, write_listing
 from PIL import Image
 
 from pipeline.data.sources.rows import DataError
@@ -105,6 +108,56 @@ def test_listed_row_reports_missing_and_unlisted_files(load, tmp_path):
     assert "got None" in broken["metadata.jsonl:3"]
     assert "Expecting value" in broken["metadata.jsonl:5"]
     assert "got [1]" in broken["metadata.jsonl:6"]
+
+
+@pytest.mark.parametrize(
+    ("listing", "captions"),
+    [
+        ({"b.png": "blue", "a.png": ["red", "rosy"]}, [["blue"], ["red", "rosy"]]),
+        ([{"file": "b.png", "text": "blue"}, {"image": "a.png", "text": ""}], [["blue"], [""]]),
+    ],
+)
+def test_open_image_folder_reads_captions_json(listing, captions, load, tmp_path):
+    for name in ("a.png", "b.png", "IMG_1.png"):
+        save_image(tmp_path / "set" / name)
+    (tmp_path / "set" / "captions.json").write_text(json.dumps(listing))
+    images = load()
+    assert images.alternatives == captions
+    assert "1 images have no row" in str(images.report)
+
+
+@pytest.mark.parametrize("content", ["{", '"a.png"', "[[1]]"])
+def test_read_captions_json_refuses_other_json(content, load, tmp_path):
+    save_image(tmp_path / "set" / "a.png")
+    (tmp_path / "set" / "captions.json").write_text(content)
+    with pytest.raises(DataError, match=r"captions\.json"):
+        load()
+
+
+def test_open_image_folder_counts_images_it_cannot_read(load, tmp_path):
+    (tmp_path / "set" / "IMG_1.HEIC").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"no images.*1 images are.*JPEG.*IMG_1\.HEIC"):
+        load()
+    save_image(tmp_path / "set" / "a cat.png")
+    images = load()
+    assert images.captions == ["a cat"]
+    assert "1 images are of kinds that cannot be read" in str(images.report)
+
+
+@pytest.mark.parametrize("wrapper", ["", "pets/"])
+def test_unzip_reads_what_the_folder_would_give(wrapper, load, tmp_path):
+    archive = tmp_path / "pets.zip"
+    with zipfile.ZipFile(archive, "w") as opened:
+        opened.writestr(f"{wrapper}train/cat/1.png", png(1))
+        opened.writestr(f"{wrapper}train/dog/2.png", png(2))
+        opened.writestr(f"{wrapper}test/metadata.csv", "file_name,text\n3.png,a bird\n")
+        opened.writestr(f"{wrapper}test/3.png", png(3))
+        opened.writestr("__MACOSX/._pets", b"x")
+    assert load(archive).captions == ["cat", "dog"]
+    assert load(archive, split="test").captions == ["a bird"]
+    archive.write_bytes(b"PK")
+    with pytest.raises(DataError, match=r"pets\.zip"):
+        load(archive)
 
 
 @pytest.mark.parametrize("listing", ["metadata.jsonl", "train/more/metadata.csv"])

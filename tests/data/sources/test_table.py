@@ -53,9 +53,50 @@ def test_open_table_reads_a_webdataset(load, tmp_path):
                 member = tarfile.TarInfo(name)
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content))
-    images = load(tmp_path / "shard.tar", caption_column="txt")
+    images = load(tmp_path / "shard.tar")
     assert images.captions == [f"square {i}" for i in range(4)]
     assert reds(images) == [*range(4)]
+
+
+def labelled(first, last):
+    """Return a dataset of squares with a column of labels; the first has none."""
+    names = datasets.ClassLabel(names=["red_square", "dark"])
+    features = datasets.Features({"image": datasets.Image(), "label": names})
+    rows = [
+        {"image": {"bytes": png(i), "path": None}, "label": i % 2 if i else -1}
+        for i in range(first, last)
+    ]
+    return datasets.Dataset.from_list(rows, features=features)
+
+
+def test_open_table_reads_class_names_as_captions(load, tmp_path):
+    path = tmp_path / "set" / "train.parquet"
+    labelled(0, 4).to_parquet(path)
+    images = load()
+    assert images.captions == ["", "dark", "red square", "dark"]
+    assert "class names of the column 'label'" in str(images.report)
+    assert load(caption_column="label").captions == images.captions
+
+
+def test_load_saved_reads_what_save_to_disk_wrote(load, tmp_path):
+    labelled(1, 9).save_to_disk(tmp_path / "one", num_shards=2)
+    assert reds(load(tmp_path / "one")) == [*range(1, 9)]
+    assert load(tmp_path / "one").captions[:2] == ["dark", "red square"]
+    with pytest.raises(DataError, match="'test', only train"):
+        load(tmp_path / "one", split="test")
+    both = datasets.DatasetDict(train=labelled(1, 9), test=labelled(9, 11))
+    both.save_to_disk(tmp_path / "two")
+    assert reds(load(tmp_path / "two", split="test")) == [9, 10]
+    assert reds(load(tmp_path / "two", split="train[6:]+test[:1]")) == [7, 8, 9]
+    labelled(3, 6).save_to_disk(tmp_path / "one")
+    assert reds(load(tmp_path / "one")) == [3, 4, 5]
+
+
+def test_load_saved_can_be_streamed(stream, tmp_path):
+    labelled(1, 9).save_to_disk(tmp_path / "one")
+    batch = stream(tmp_path / "one").take(8)
+    assert sorted(batch.images[:, 0, 0, 0].tolist()) == [*range(1, 9)]
+    assert set(map(tuple, batch.alternatives)) == {("dark",), ("red square",)}
 
 
 def test_open_table_reads_a_changed_file_again(load, tmp_path):
@@ -115,11 +156,11 @@ def test_open_table_reads_the_current_file_of_a_path(load, tmp_path, struct):
 
 def test_is_table_is_false_for_a_folder_of_images(load, tmp_path):
     for i in range(3):
-        save_image(tmp_path / "set" / "train" / f"{i}.png", (i, 0, 0))
+        save_image(tmp_path / "set" / "train" / f"square {i}.png", (i, 0, 0))
     write_parquet(tmp_path / "set" / "all.parquet", squares(5, 9))
     assert reds(load()) == [0, 1, 2]
     (tmp_path / "set" / "train" / "metadata.jsonl").write_text(
-        '{"file_name": "1.png", "text": "one"}'
+        '{"file_name": "square 1.png", "text": "one"}'
     )
     write_parquet(tmp_path / "set" / "train" / "train.parquet", squares(5, 9))
     assert reds(load()) == [1]
