@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pipeline.cli.runner import run_cli
 from pipeline.data.emoji.catalogue import CATEGORIES, SETS, EmojiError
-from pipeline.data.emoji.styles import DEFAULT_STYLES, STYLES
+from pipeline.data.emoji.styles import STYLES
 
 
 def write(args: argparse.Namespace) -> None:
@@ -34,7 +34,7 @@ def write_in_styles(args: argparse.Namespace, others: list[str]) -> None:
             "Leave one of them out."
         )
     size = 128 if args.size is None else args.size
-    folder = write_styles(args.folder, tuple(dict.fromkeys(args.styles)) or DEFAULT_STYLES, size)
+    folder = write_styles(args.folder, tuple(args.styles), size)
     manifest = read_manifest(folder) or {}
     counts = manifest["images"] | {"left_out": len(manifest["left_out"])}
     print_counts(folder, counts, "images")

@@ -27,7 +27,7 @@ def fetch_archive(package: Package, cache: Path) -> Path:
 
     Raises EmojiError where npm is missing, cannot download it, or the digest is another.
     """
-    archive = cache / f"{package.name.removeprefix('@').replace('/', '-')}-{package.version}.tgz"
+    archive = archive_path(package, cache)
     if not archive.exists():
         download(package, archive)
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
@@ -37,6 +37,11 @@ def fetch_archive(package: Package, cache: Path) -> Path:
             "Delete it and run the command again."
         )
     return archive
+
+
+def archive_path(package: Package, cache: Path) -> Path:
+    """Return where a package's archive is cached, under npm's name."""
+    return cache / f"{package.name.removeprefix('@').replace('/', '-')}-{package.version}.tgz"
 
 
 def download(package: Package, archive: Path) -> None:

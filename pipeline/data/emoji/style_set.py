@@ -73,19 +73,19 @@ def held_out_kind(entry: Emoji, style: str) -> str | None:
     return "cell" if one_in(CELLS_PER_HELD_OUT, f"{entry.caption}, {style} style") else None
 
 
-def write_styles(
-    folder: str | Path, styles: tuple[str, ...] = DEFAULT_STYLES, size: int = 128
-) -> Path:
+def write_styles(folder: str | Path, styles: tuple[str, ...] = (), size: int = 128) -> Path:
     """Write every emoji in several styles as a folder of size x size PNGs and return the folder.
 
-    npm downloads the packages of the styles on first use. As with `write_emoji`, the folder appears
-    complete or not at all, and a folder with the same selection stays. Raises EmojiError.
+    No styles mean DEFAULT_STYLES. npm downloads their packages on first use. As with `write_emoji`,
+    the folder appears complete or not at all, and one with the same selection stays. Raises
+    EmojiError.
     """
     require_size(size)
     require_known(styles, tuple(STYLES), "style")
-    selection = describe_styles(styles, size)
+    chosen = tuple(dict.fromkeys(styles)) or DEFAULT_STYLES
+    selection = describe_styles(chosen, size)
     return write_folder(
-        Path(folder), selection, lambda new: selection | write_rows(new, styles, size)
+        Path(folder), selection, lambda new: selection | write_rows(new, chosen, size)
     )
 
 
