@@ -36,7 +36,7 @@ class Package:
 
 FLUENT = "Fluent Emoji, (c) Microsoft Corporation, MIT"
 NOTO = "Noto Emoji, (c) Google, Apache 2.0"
-EMOJITWO = "EmojiTwo and EmojiOne 2, (c) EmojiTwo contributors and Ranks.com Inc., CC-BY 4.0"
+EMOJITWO = "EmojiTwo, (c) Emoji One and the EmojiTwo contributors, CC-BY 4.0"
 # Style -> where its drawings come from. Captions use the style's name: "fox, 3d style".
 STYLES = {
     "twemoji": Package(
