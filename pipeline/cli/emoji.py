@@ -1,24 +1,49 @@
 """`direct-jump emoji`: write an embedded emoji dataset as an image folder."""
 
 import argparse
+from pathlib import Path
 
 from pipeline.cli.runner import run_cli
-from pipeline.data.emoji.catalogue import CATEGORIES, SETS
+from pipeline.data.emoji.catalogue import CATEGORIES, SETS, EmojiError
+from pipeline.data.emoji.styles import STYLES
 
 
 def write(args: argparse.Namespace) -> None:
-    """Write the dataset and print how many emoji it has."""
+    """Write a dataset of one style and print how many emoji it has."""
     # Imported here, because torch takes seconds and --help needs none of it.
     from pipeline.data.emoji.writer import read_manifest, write_emoji
 
     categories = tuple(args.categories) if args.categories else None
+    size = 64 if args.size is None else args.size
     folder = write_emoji(
-        args.folder, args.set, args.size, categories, args.skin_tones, args.font, args.style
+        args.folder, args.set, size, categories, args.skin_tones, args.font, args.style
     )
     manifest = read_manifest(folder) or {}
     counts = {part: len(manifest.get(part, [])) for part in ("train", "test", "left_out")}
+    print_counts(folder, counts, "emoji")
+
+
+def write_in_styles(args: argparse.Namespace, others: list[str]) -> None:
+    """Write the dataset of many styles and print how many images it has."""
+    from pipeline.data.emoji.style_set import write_styles
+    from pipeline.data.emoji.writer import read_manifest
+
+    if others:
+        raise EmojiError(
+            f"--styles writes a dataset of its own, without {', '.join(others)}. "
+            "Leave one of them out."
+        )
+    size = 128 if args.size is None else args.size
+    folder = write_styles(args.folder, tuple(args.styles), size)
+    manifest = read_manifest(folder) or {}
+    counts = manifest["images"] | {"left_out": len(manifest["left_out"])}
+    print_counts(folder, counts, "images")
+
+
+def print_counts(folder: Path, counts: dict[str, int], noun: str) -> None:
+    """Print how large the splits are."""
     left_out = f", {counts['left_out']} left out" if counts["left_out"] else ""
-    print(f"{folder}: {counts['train']} training emoji, {counts['test']} held out{left_out}")
+    print(f"{folder}: {counts['train']} training {noun}, {counts['test']} held out{left_out}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,7 +55,16 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("folder")
     parser.add_argument("--set", default="emoji", help="; ".join(SETS))
-    parser.add_argument("--size", type=int, default=64, help="pixels; Twemoji's own is 72")
+    parser.add_argument(
+        "--styles",
+        nargs="*",
+        metavar="NAME",
+        help=f"every emoji in several drawing styles, some of: {'; '.join(STYLES)} (default: all "
+        "but openmoji, whose licence is share-alike). npm downloads them once, 30 MB",
+    )
+    parser.add_argument(
+        "--size", type=int, help="pixels (default: 64, with --styles 128); Twemoji's own is 72"
+    )
     parser.add_argument(
         "--categories", nargs="+", help=f"some of: {'; '.join(CATEGORIES)} (default: all but Flags)"
     )
@@ -40,4 +74,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--style", default="", help='end of every caption: "in noto style"')
     args = parser.parse_args(argv)
-    return run_cli(lambda: write(args), "no dataset was written.")
+    if args.styles is None:
+        return run_cli(lambda: write(args), "no dataset was written.")
+    names = ("set", "categories", "skin_tones", "font", "style")
+    changed = [name for name in names if getattr(args, name) != parser.get_default(name)]
+    others = [f"--{name.replace('_', '-')}" for name in changed]
+    return run_cli(lambda: write_in_styles(args, others), "no dataset was written.")

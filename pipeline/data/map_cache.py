@@ -86,7 +86,12 @@ def read_arrays(
 
 
 def cache_file(cache_dir: str | Path | None, kind: str, key: str) -> Path:
-    """Return the path of a cached table; without `cache_dir`, beside the cached Hub datasets."""
+    """Return the path of a cached table."""
+    return cache_folder(cache_dir) / f"{kind}-{key}.arrow"
+
+
+def cache_folder(cache_dir: str | Path | None = None) -> Path:
+    """Return the folder of cached files; without `cache_dir`, beside the cached Hub datasets."""
     folder = Path(cache_dir or datasets_config.HF_DATASETS_CACHE) / "direct-jump"
     folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{kind}-{key}.arrow"
+    return folder

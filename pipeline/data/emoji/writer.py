@@ -50,6 +50,19 @@ def captions_of(entry: Emoji) -> list[str]:
     return [*entry.all_names, f"a {entry.factors['gender']}"]
 
 
+def has_variations(entry: Emoji) -> bool:
+    """Return whether an emoji is a thing without a colour or shape in its names."""
+    words = {word for name in entry.all_names for word in name.lower().split()}
+    return entry.category in THINGS and not entry.grid and not words & WORDS_WITHOUT_VARIATION
+
+
+def count_of(entry: Emoji) -> str | None:
+    """Return "two" or "three" for half of the things with a short name, None for the others."""
+    if len(entry.caption.split()) >= 3:
+        return None
+    return choose_by_name(f"how many {entry.caption}", (None, None, *recolour.COUNTS))
+
+
 def variations_of(entry: Emoji, draw: Draw) -> list[Variant]:
     """Return the variations of an emoji that are trained on.
 
@@ -62,8 +75,7 @@ def variations_of(entry: Emoji, draw: Draw) -> list[Variant]:
         for tone in skin_tones().get(strip_modifiers(entry.emoji), ())
     ]
     names = entry.all_names
-    words = {word for name in names for word in name.lower().split()}
-    if entry.category not in THINGS or entry.grid or words & WORDS_WITHOUT_VARIATION:
+    if not has_variations(entry):
         return tones
     image = draw(entry)
     colored_names = {color: [f"{color} {name}" for name in names] for color in COLORS}
@@ -76,8 +88,8 @@ def variations_of(entry: Emoji, draw: Draw) -> list[Variant]:
         (color, colored_names[color], new)
         for color, new in itertools.islice(recolour.recoloured(image, colors), COLOURS_PER_EMOJI)
     ]
-    count = choose_by_name(f"how many {entry.caption}", (None, None, *recolour.COUNTS))
-    if count and len(entry.caption.split()) < 3:
+    count = count_of(entry)
+    if count:
         captions = [f"{count} {recolour.plural(name)}" for name in names]
         if not any(map(recolour.mentions_open_prompt, captions)):
             variations.append((count, captions, recolour.repeated(image, recolour.COUNTS[count])))
@@ -99,9 +111,7 @@ def write_emoji(
     caption ("in noto style"). The folder appears complete or not at all. A folder with the same
     selection stays, one with another is replaced, and any other folder is refused (EmojiError).
     """
-    folder = Path(folder)
-    if isinstance(size, bool) or not isinstance(size, int) or not 8 <= size <= 1024:
-        raise EmojiError(f"The size must be an integer from 8 to 1024, got {size!r}.")
+    require_size(size)
     split = select_split(name, categories, skin_tones)
     emoji_font = EmojiFont(font) if font else None
     if emoji_font:
@@ -110,7 +120,27 @@ def write_emoji(
             for part, entries in split.items()
         }
     manifest = describe_set(name, size, split, font, style)
-    if read_manifest(folder) == manifest:
+
+    def write(new: Path) -> dict:
+        write_splits(new, split, size, emoji_font, style, vary=name in VARIED)
+        return manifest
+
+    return write_folder(Path(folder), manifest, write)
+
+
+def require_size(size: int) -> None:
+    """Raise EmojiError unless images can have this size."""
+    if isinstance(size, bool) or not isinstance(size, int) or not 8 <= size <= 1024:
+        raise EmojiError(f"The size must be an integer from 8 to 1024, got {size!r}.")
+
+
+def write_folder(folder: Path, selection: dict, write: Callable[[Path], dict]) -> Path:
+    """Let `write` fill a new folder and return its manifest, then put it in the place of `folder`.
+
+    A folder whose manifest has all of `selection` stays, and a folder of other files is refused
+    (EmojiError). The new one appears complete or not at all.
+    """
+    if is_current(folder, selection):
         return folder
     empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     if not empty and not (folder / EMOJI_MANIFEST).is_file():
@@ -118,11 +148,10 @@ def write_emoji(
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        write_splits(new, split, size, emoji_font, style, vary=name in VARIED)
-        text = json.dumps(manifest, ensure_ascii=False, indent=1)
+        text = json.dumps(write(new), ensure_ascii=False, indent=1)
         (new / EMOJI_MANIFEST).write_text(text + "\n", encoding="utf-8")
         new.chmod(0o755)
-        swap_folders(new, folder, manifest)
+        swap_folders(new, folder, selection)
     finally:
         shutil.rmtree(new, ignore_errors=True)
     return folder
@@ -151,6 +180,12 @@ def describe_set(
         manifest["style"] = style
         manifest["licence"] = "that of the font"
     return manifest
+
+
+def is_current(folder: Path, selection: dict) -> bool:
+    """Return whether a folder's manifest has all of `selection`."""
+    manifest = read_manifest(folder) or {}
+    return manifest | selection == manifest
 
 
 def read_manifest(folder: Path) -> dict | None:
@@ -208,7 +243,7 @@ def write_splits(
         (folder / part / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-def swap_folders(new: Path, folder: Path, manifest: dict) -> None:
+def swap_folders(new: Path, folder: Path, selection: dict) -> None:
     """Put `new` in the place of `folder`, unless another process has just written the same."""
     old = new.with_name(new.name + ".old")
     try:
@@ -216,7 +251,7 @@ def swap_folders(new: Path, folder: Path, manifest: dict) -> None:
             os.rename(folder, old)
         os.rename(new, folder)
     except OSError:
-        if read_manifest(folder) != manifest:
+        if not is_current(folder, selection):
             raise
     finally:
         shutil.rmtree(old, ignore_errors=True)
