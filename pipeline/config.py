@@ -7,7 +7,7 @@ import inspect
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, NoReturn, get_args
+from typing import Annotated, ClassVar, Literal, NoReturn, TypeVar, get_args
 
 import yaml
 from huggingface_hub.utils import HFValidationError, validate_repo_id
@@ -199,17 +199,13 @@ class DiffusionConfig:
 
 
 @dataclass(frozen=True, config=SECTION)
-class TrainConfig:
+class OptimizationConfig:
     """The optimisation; a step is one optimiser step on `batch_size` examples."""
 
-    method: Literal["full", "lora"] = "full"
-    """train all weights, or LoRA adapters alone"""
     steps: PositiveInt = 1000
     """steps of the whole run; raise it later to train on"""
     batch_size: PositiveInt = 32
     """images per step, over all processes and accumulated micro-batches"""
-    accumulation: PositiveInt = 1
-    """micro-batches per step"""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: orthogonalised momentum for matrices, AdamW for the rest"""
     lr: FinitePositive = 1e-4
@@ -235,14 +231,6 @@ class TrainConfig:
     """largest norm of a step's gradient"""
     max_skipped: PositiveInt = 10
     """consecutive steps without a finite gradient that end the run"""
-    weighting: Literal["simple", "min_snr", "velocity", "min_velocity", "x_0"] = "simple"
-    """weight of the loss by timestep; simple is (13)"""
-    gamma: FinitePositive | None = None
-    """where min_snr and min_velocity clip"""
-    ema: Share = 0.999
-    """decay of the moving average of the weights, which is saved; 0: the last weights"""
-    gradient_checkpointing: bool = False
-    """recompute activations in the backward pass to save memory"""
     precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """auto: bf16 if the hardware computes in it, fp16 on older CUDA GPUs, otherwise no (float32)"""
     threads: PositiveInt | None = None
@@ -260,14 +248,36 @@ class TrainConfig:
         """Yield what is wrong with values that are valid one by one."""
         if self.warmup > self.steps:
             yield f"train.warmup must be at most train.steps ({self.steps}), got {self.warmup}"
-        if self.batch_size % self.accumulation:
-            multiple = f"a multiple of train.accumulation ({self.accumulation})"
-            yield f"train.batch_size must be {multiple}, got {self.batch_size}"
-        falls = (self.lr_end, self.decay_share) != (TrainConfig.lr_end, TrainConfig.decay_share)
-        if self.lr_schedule != "flat_then_linear" and falls:
+        defaults = (OptimizationConfig.lr_end, OptimizationConfig.decay_share)
+        if self.lr_schedule != "flat_then_linear" and (self.lr_end, self.decay_share) != defaults:
             yield "train.lr_end and train.decay_share need train.lr_schedule flat_then_linear"
         if self.optimizer != "muon" and self.matrix_lr is not None:
             yield "train.matrix_lr needs train.optimizer muon"
+
+
+@dataclass(frozen=True, config=SECTION)
+class TrainConfig(OptimizationConfig):
+    """The optimisation; a step is one optimiser step on `batch_size` examples."""
+
+    method: Literal["full", "lora"] = "full"
+    """train all weights, or LoRA adapters alone"""
+    accumulation: PositiveInt = 1
+    """micro-batches per step"""
+    weighting: Literal["simple", "min_snr", "velocity", "min_velocity", "x_0"] = "simple"
+    """weight of the loss by timestep; simple is (13)"""
+    gamma: FinitePositive | None = None
+    """where min_snr and min_velocity clip"""
+    ema: Share = 0.999
+    """decay of the moving average of the weights, which is saved; 0: the last weights"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass to save memory"""
+
+    def problems(self) -> Iterator[str]:
+        """Yield what is wrong with values that are valid one by one."""
+        yield from super().problems()
+        if self.batch_size % self.accumulation:
+            multiple = f"a multiple of train.accumulation ({self.accumulation})"
+            yield f"train.batch_size must be {multiple}, got {self.batch_size}"
         if self.weighting.startswith("min_") != (self.gamma is not None):
             needed = "needs train.gamma" if self.gamma is None else "does not use train.gamma"
             yield f"train.weighting {self.weighting} {needed}"
@@ -332,10 +342,14 @@ class HubConfig:
 
 
 @dataclass(frozen=True, config=SECTION)
-class Config:
-    """Everything that a run depends on."""
+class RunConfig:
+    """What the settings of every kind of run have."""
 
-    name: str = "emoji-small"
+    command: ClassVar[str]
+    purpose: ClassVar[str]
+    default_file: ClassVar[str]
+
+    name: str = "run"
     """name of the run, whose folder is output/name"""
     output: str = "runs"
     """folder of all runs"""
@@ -343,13 +357,6 @@ class Config:
     """seed of all random numbers of a run"""
     report_to: str | None = None
     """a tracker of accelerate, in addition to metrics.jsonl: tensorboard, wandb, ..."""
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
-    diffusion: DiffusionConfig = dataclasses.field(default_factory=DiffusionConfig)
-    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
-    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
-    sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
-    hub: HubConfig = dataclasses.field(default_factory=HubConfig)
 
     @property
     def folder(self) -> Path:
@@ -358,11 +365,57 @@ class Config:
 
     def problems(self) -> list[str]:
         """Return what is wrong with values that are valid one by one, a sentence each."""
-        sections = (self.data, self.model, self.diffusion, self.train, self.hub)
-        found = [problem for section in sections for problem in section.problems()]
-        noise = self.diffusion.values()
         if self.name in ("", "..") or Path(self.name).name != self.name:
-            found.append(f"name must be the name of one folder, got {self.name!r}")
+            return [f"name must be the name of one folder, got {self.name!r}"]
+        return []
+
+    def unused(self) -> list[str]:
+        """Return which settings have no effect, a sentence each."""
+        return []
+
+    def to_dict(self) -> dict:
+        """Return every setting except tokens, in nested dicts."""
+        return dataclasses.asdict(self)
+
+    def to_yaml(self) -> str:
+        """Return the configuration, as `load` reads it, without tokens."""
+        tree = TypeAdapter(type(self)).dump_python(self, mode="json")
+        return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+    @classmethod
+    def sections(cls) -> dict[str, type]:
+        """Return the class of each group of settings by its name."""
+        return {
+            field.name: field.default_factory
+            for field in dataclasses.fields(cls)
+            if isinstance(field.default_factory, type)
+        }
+
+
+@dataclass(frozen=True, config=SECTION)
+class Config(RunConfig):
+    """Everything that the training of a text-to-image model depends on."""
+
+    command: ClassVar = "train_text2img.py"
+    purpose: ClassVar = "Train or fine-tune a text-to-image diffusion model."
+    default_file: ClassVar = DEFAULT
+
+    name: str = "emoji-small"
+    """name of the run, whose folder is output/name"""
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    diffusion: DiffusionConfig = dataclasses.field(default_factory=DiffusionConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
+    hub: HubConfig = dataclasses.field(default_factory=HubConfig)
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with values that are valid one by one, a sentence each."""
+        found = super().problems()
+        for section in (self.data, self.model, self.diffusion, self.train, self.hub):
+            found += section.problems()
+        noise = self.diffusion.values()
         if self.sample.steps > noise["num_train_timesteps"]:
             found.append(
                 f"sample.steps must be at most diffusion.num_train_timesteps "
@@ -409,7 +462,7 @@ class Config:
 
     def to_dict(self) -> dict:
         """Return every setting except the token, in nested dicts."""
-        tree = dataclasses.asdict(self)
+        tree = super().to_dict()
         tree["hub"]["token"] = None
         return tree
 
@@ -426,11 +479,60 @@ class Config:
         return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
-SECTIONS = {
-    field.name: field.default_factory
-    for field in dataclasses.fields(Config)
-    if field.default_factory is not dataclasses.MISSING
-}
+@dataclass(frozen=True, config=SECTION)
+class AutoencoderModelConfig:
+    """The ConvAutoencoder."""
+
+    block_out_channels: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt] = (3, 32, 96, 192)
+    """channels at 1/1, 1/2, 1/4 and 1/8 of the resolution; the first are the image's"""
+    encoder_layers: PositiveInt = 2
+    """residual blocks of the encoder at 1/4 and at 1/8"""
+    decoder_layers: PositiveInt = 3
+    """residual blocks of the decoder at 1/4 and at 1/8"""
+    latent_channels: PositiveInt = 16
+    """numbers per position of the latents"""
+
+
+@dataclass(frozen=True, config=SECTION)
+class AutoencoderTrainConfig(OptimizationConfig):
+    """The optimisation; a step is one optimiser step on `batch_size` crops."""
+
+    accumulation: ClassVar = 1
+
+    crop: PositiveInt = 64
+    """side in pixels of the square that each step cuts from an image, at random"""
+    latent_noise: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
+    """standard deviation of the noise added to the latents, which have 1"""
+
+
+@dataclass(frozen=True, config=SECTION)
+class AutoencoderConfig(RunConfig):
+    """Everything that the training of an autoencoder depends on."""
+
+    command: ClassVar = "direct-jump train-autoencoder"
+    purpose: ClassVar = "Train an autoencoder of images, whose latents a diffusion model can use."
+    default_file: ClassVar = "configs/autoencoder.yaml"
+
+    name: str = "autoencoder"
+    """name of the run, whose folder is output/name"""
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    model: AutoencoderModelConfig = dataclasses.field(default_factory=AutoencoderModelConfig)
+    train: AutoencoderTrainConfig = dataclasses.field(default_factory=AutoencoderTrainConfig)
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with values that are valid one by one, a sentence each."""
+        found = [*super().problems(), *self.data.problems(), *self.train.problems()]
+        sides = {"data.resolution": self.data.resolution, "train.crop": self.train.crop}
+        found += [f"{name} must be a multiple of 8, got {n}" for name, n in sides.items() if n % 8]
+        if self.train.crop > self.data.resolution:
+            found.append(
+                f"train.crop must be at most data.resolution ({self.data.resolution}), got "
+                f"{self.train.crop}"
+            )
+        return found
+
+
+AnyConfig = TypeVar("AnyConfig", bound=RunConfig)
 
 
 def zero_snr_problems(noise: Mapping, weighting: str) -> list[str]:
@@ -478,14 +580,15 @@ def flatten(tree: Mapping, prefix: str = "") -> dict:
     return flat
 
 
-def help_texts() -> dict[str, str]:
+def help_texts(kind: type[RunConfig] = Config) -> dict[str, str]:
     """Return the help of every setting: its attribute docstring, its choices, its default."""
     texts = {}
-    for prefix, section in [("", Config), *((f"{name}.", cls) for name, cls in SECTIONS.items())]:
+    sections = kind.sections()
+    for prefix, section in [("", kind), *((f"{name}.", cls) for name, cls in sections.items())]:
         for name, field in section.__pydantic_fields__.items():
-            if not prefix and name in SECTIONS:
+            if not prefix and name in sections:
                 continue
-            text = inspect.cleandoc(field.description).replace("\n", " ")
+            text = inspect.cleandoc(_docstring(section, name)).replace("\n", " ")
             if choices := _choices(field.annotation):
                 text += f"; one of {', '.join(choices)}"
             default = NEW_MODEL_NOISE[name] if prefix == "diffusion." else field.default
@@ -493,6 +596,12 @@ def help_texts() -> dict[str, str]:
                 text += f" (default: {default})"
             texts[prefix + name] = text
     return texts
+
+
+def _docstring(section: type, name: str) -> str:
+    """Return an attribute's docstring, which pydantic knows only in the class that defines it."""
+    fields = [vars(base).get("__pydantic_fields__", {}).get(name) for base in section.__mro__]
+    return next(field.description for field in fields if field and field.description)
 
 
 def _choices(annotation: object) -> list[str]:
@@ -506,13 +615,13 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(message)
 
 
-def _build_parser() -> argparse.ArgumentParser:
+def _build_parser(kind: type[RunConfig]) -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="train_text2img.py",
+        prog=kind.command,
         usage="%(prog)s [--config FILE] [--dry_run] [--SETTING VALUE ...]",
-        description="Train or fine-tune a text-to-image diffusion model. Settings come from YAML "
-        f"files (--config, default {DEFAULT}); the command line overrides them. After an "
-        "interruption, the same command resumes from the newest checkpoint.",
+        description=f"{kind.purpose} Settings come from YAML files (--config, default "
+        f"{kind.default_file}); the command line overrides them. After an interruption, the same "
+        "command resumes from the newest checkpoint.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=100),
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -523,9 +632,10 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--print_config", action="store_true", help="print all settings and stop")
     groups = {
-        name: parser.add_argument_group(name, section.__doc__) for name, section in SECTIONS.items()
+        name: parser.add_argument_group(name, section.__doc__)
+        for name, section in kind.sections().items()
     }
-    for name, text in help_texts().items():
+    for name, text in help_texts(kind).items():
         group = groups.get(name.partition(".")[0], parser)
         group.add_argument(f"--{name}", metavar="", help=text.replace("%", "%%"))
     return parser
@@ -590,15 +700,15 @@ def _merge(tree: dict, other: Mapping) -> dict:
     return merged
 
 
-def _describe(error: Mapping) -> str:
+def _describe(error: Mapping, kind: type[RunConfig]) -> str:
     """Return one of pydantic's errors as a sentence; an unknown setting with the nearest name."""
     location = [str(part) for part in error["loc"]]
-    names = help_texts().keys() | SECTIONS.keys()
+    names = help_texts(kind).keys() | kind.sections().keys()
     name = location[0]
     if ".".join(location[:2]) in names:
         name = ".".join(location[:2])
     if error["type"] == "unexpected_keyword_argument":
-        return _unknown_setting(".".join(location))
+        return _unknown_setting(".".join(location), kind)
     message = error["msg"][0].lower() + error["msg"][1:]
     return f"{name}: {message}, got {error['input']!r}"
 
@@ -649,8 +759,8 @@ DIFFUSERS_FLAGS = {
 }
 
 
-def _unknown_setting(name: str) -> str:
-    known = list(help_texts())
+def _unknown_setting(name: str, kind: type[RunConfig]) -> str:
+    known = list(help_texts(kind))
     hint = DIFFUSERS_FLAGS.get(name.rpartition(".")[2])
     if hint is not None:
         return f"unknown setting {name!r}. Use {hint.replace('`', '')}."
@@ -659,18 +769,18 @@ def _unknown_setting(name: str) -> str:
     return f"unknown setting {name!r}" + (f". Did you mean {near[0]!r}?" if near else "")
 
 
-def validate(tree: Mapping, saved: bool = False) -> Config:
+def validate(tree: Mapping, saved: bool = False, kind: type[AnyConfig] = Config) -> AnyConfig:
     """Return the configuration that nested dicts describe; one ConfigError lists every problem.
 
     saved: the settings are those of an existing run, in which unused ones are allowed.
     """
-    adapter = TypeAdapter(Config)
+    adapter = TypeAdapter(kind)
     found: list[str] = []
     try:
         config = adapter.validate_python(tree)
     except ValidationError as error:
         errors = error.errors(include_url=False)
-        found = list(dict.fromkeys(map(_describe, errors)))
+        found = list(dict.fromkeys(_describe(error, kind) for error in errors))
         # The rest is checked with the defaults in the place of what is wrong.
         rest = {
             key: dict(value) if isinstance(value, dict) else value for key, value in tree.items()
@@ -688,15 +798,15 @@ def validate(tree: Mapping, saved: bool = False) -> Config:
     return config
 
 
-def load(argv: list[str]) -> tuple[Config, bool]:
+def load(argv: list[str], kind: type[AnyConfig] = Config) -> tuple[AnyConfig, bool]:
     """Return the configuration of a command line, and whether it is a dry run."""
-    parsed, unknown = _build_parser().parse_known_args(argv)
+    parsed, unknown = _build_parser(kind).parse_known_args(argv)
     given = vars(parsed)
-    files, dry_run = given.pop("config", [DEFAULT]), given.pop("dry_run", False)
+    files, dry_run = given.pop("config", [kind.default_file]), given.pop("dry_run", False)
     print_config = given.pop("print_config", False)
     if unknown:
         names = [word.removeprefix("--").partition("=")[0] for word in unknown if word[:2] == "--"]
-        raise ConfigError("\n".join(map(_unknown_setting, names or unknown)))
+        raise ConfigError("\n".join(_unknown_setting(name, kind) for name in names or unknown))
     tree: dict = {}
     for file in files:
         tree = _merge(tree, read_yaml(file))
@@ -704,19 +814,19 @@ def load(argv: list[str]) -> tuple[Config, bool]:
         *section, key = name.split(".")
         values = {key: _parse_value(text)}
         tree = _merge(tree, {section[0]: values} if section else values)
-    config = validate(tree)
+    config = validate(tree, kind=kind)
     if print_config:
         print(config.to_yaml(), end="")
         sys.exit(0)
     return config, dry_run
 
 
-def load_file(path: str | Path) -> Config:
+def load_file(path: str | Path, kind: type[AnyConfig] = Config) -> AnyConfig:
     """Return the configuration in a file such as a run's config.yaml."""
-    return validate(read_yaml(str(path)), saved=True)
+    return validate(read_yaml(str(path)), saved=True, kind=kind)
 
 
-def differences(old: Config, new: Config, free: tuple[str, ...] = ()) -> list[str]:
+def differences(old: RunConfig, new: RunConfig, free: tuple[str, ...] = ()) -> list[str]:
     """Return a sentence for each setting that differs, except the groups and names in `free`."""
     before, after = flatten(old.to_dict()), flatten(new.to_dict())
     changed = []
