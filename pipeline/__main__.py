@@ -6,6 +6,10 @@ import sys
 COMMANDS = {  # command: (module with main(argv), what it does)
     "sample": ("pipeline.cli.sample", "generate images for a prompt"),
     "train": ("train_text2img", "train or fine-tune a model"),
+    "train-autoencoder": (
+        "pipeline.cli.train_autoencoder",
+        "train the autoencoder of a latent diffusion model",
+    ),
     "app": ("app", "serve the demo"),
     "search": (
         "pipeline.cli.search",
@@ -23,7 +27,7 @@ COMMANDS = {  # command: (module with main(argv), what it does)
 
 def usage() -> str:
     """Return the list of commands."""
-    lines = [f"  {name:10}{summary}" for name, (_, summary) in COMMANDS.items()]
+    lines = [f"  {name:19}{summary}" for name, (_, summary) in COMMANDS.items()]
     return (
         "usage: direct-jump COMMAND ...\n\n" + "\n".join(lines) + "\n\ndirect-jump COMMAND --help"
     )

@@ -41,8 +41,9 @@ class DataConfig:
     """The captioned images."""
 
     source: str = "emoji-small"
-    """embedded dataset (emoji, emoji-small, emoji-varied, shapes), image folder or zip, parquet or
-    WebDataset file or folder, save_to_disk folder, or the id of a dataset on the Hub"""
+    """embedded dataset (emoji, emoji-small, emoji-varied, emoji-styles, shapes, monsters), image
+    folder or zip, parquet or WebDataset file or folder, save_to_disk folder, or the id of a dataset
+    on the Hub"""
     subset: str | None = None
     """subset of a dataset on the Hub"""
     revision: str | None = None

@@ -14,7 +14,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self
 
 import datasets
@@ -24,8 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.config import DataConfig
-from pipeline.data.emoji.catalogue import SETS
-from pipeline.data.emoji.writer import write_emoji
+from pipeline.data.emoji.embedded import EMBEDDED_SETS, write_embedded
 from pipeline.data.fingerprint import digest
 from pipeline.data.image_ops import DECODE_VERSION, DECODER_THREADS, decoder_pool, prepare_rows
 from pipeline.data.map_cache import cache_file, cached_map, read_arrays
@@ -157,14 +155,13 @@ class CaptionedImages:
 def load_splits(
     config: DataConfig, retry_failed: bool = False
 ) -> tuple[CaptionedImages, CaptionedImages | None]:
-    """Return the training and held-out splits; a named emoji set is written first.
+    """Return the training and held-out splits; an embedded dataset is written first.
 
     `retry_failed` reads files again that could not be read before. A resumed run and its
     evaluation leave it off, to keep the images that the run began with.
     """
-    if config.source in SETS:
-        folder = Path(config.cache) / f"{config.source}-{config.resolution}"
-        written = write_emoji(folder, name=config.source, size=config.resolution)
+    if config.source in EMBEDDED_SETS:
+        written = write_embedded(config.source, config.cache, config.resolution)
         config = dataclasses.replace(config, source=str(written))
     train = load_split(config, config.split, retry_failed)
     if not config.held_out:

@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from pipeline.config import Config, DataConfig, load_file
 from pipeline.data.dataset import CaptionedImages
-from pipeline.data.emoji.catalogue import SETS
+from pipeline.data.emoji.embedded import EMBEDDED_SETS, attribution_of
 from pipeline.diffusion.hub_format import MODEL_TAGS, usage_snippet
 from pipeline.diffusion.text_to_image import TextToImagePipeline
 from pipeline.hub.figures import collect_images
@@ -23,7 +23,6 @@ from pipeline.runs.folder import IMAGES_FOLDER, RunFolder
 from pipeline.runs.results import Metrics
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
-ATTRIBUTION = "Emoji images: Twemoji, (c) Twitter, Inc and other contributors, CC-BY 4.0."
 TRAINING_FACTS = "training.json"  # what only the end of a training knows
 LOCAL_NAME = "local-folder"  # in the place of a path of this machine
 
@@ -141,7 +140,7 @@ def without_local_paths(config: Config, facts: dict) -> tuple[Config, dict]:
 
     def public(name: str) -> str:
         repository = name.partition("@")[0]
-        is_public = name in (*SETS, "minilm") or is_hub_id(repository, facts.get("of_hub"))
+        is_public = name in (*EMBEDDED_SETS, "minilm") or is_hub_id(repository, facts.get("of_hub"))
         return name if is_public else LOCAL_NAME
 
     report = facts.get("images", "").splitlines()
@@ -209,7 +208,7 @@ def build_card(
         if f"prompt-{i}.png" in images
     ]
     data = ModelCardData(
-        license=card_license(source in SETS, base, facts.get("base_license")),
+        license=card_license(bool(attribution_of(source)), base, facts.get("base_license")),
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=MODEL_TAGS,
@@ -242,7 +241,7 @@ def build_card(
         folder=IMAGES_FOLDER,
         results=metrics_section(metrics) if metrics else "",
         notes=notes,
-        attribution=ATTRIBUTION if source in SETS else "",
+        attribution=attribution_of(source),
         inline_code=inline_code,
         code_block=code_block,
         repr=repr,

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,12 +27,14 @@ from pipeline.training.optimizers import (
 # Of a split, for a PSNR during training.
 MEASURED_IMAGES = 512
 MEASURED_BATCH = 32
+# `psnr`'s floor in the loss: beyond 46 dB a crop, such as a white one, is good enough.
+LOSS_FLOOR = 2.5e-5
 
 
 class StepResult(NamedTuple):
     """The outcome of a training step."""
 
-    loss: float
+    loss: float  # the negative PSNR in dB
     grad_norm: float  # before clipping
     lr: float
 
@@ -41,42 +44,31 @@ class StepResult(NamedTuple):
         return math.isfinite(self.grad_norm)
 
 
-def reconstruction_loss(restored: Tensor, x: Tensor, edges: float) -> Tensor:
-    """Return the mean absolute error of images (B, 3, H, W), plus that of their differences.
+def psnr(restored: Tensor, x: Tensor, floor: float = 1e-10) -> Tensor:
+    """Return the peak signal-to-noise ratio of images (B, 3, H, W) in [-1, 1], (B,) in dB.
 
-    edges: the weight of the differences between neighbouring pixels, which keep lines sharp.
+    floor: added to the mean squared error relative to the squared range; 1e-10 is 100 dB.
     """
-    error = restored - x
-    horizontal = error.diff(dim=3).abs().mean()
-    vertical = error.diff(dim=2).abs().mean()
-    return error.abs().mean() + edges * (horizontal + vertical)
-
-
-def psnr(restored: Tensor, x: Tensor) -> Tensor:
-    """Return the peak signal-to-noise ratio of 8-bit images, (B,) in dB.
-
-    restored, x: (B, 3, H, W) in [-1, 1]; values beyond are clipped. Equal images give 100 dB.
-    """
-    restored, x = (as_uint8((images.clamp(-1, 1) + 1) / 2).float() for images in (restored, x))
-    mean_square = ((restored - x) / 255).square().mean((1, 2, 3))
-    return -10 * torch.log10(mean_square.clamp(min=1e-10))
+    mean_square = ((restored - x) / 2).square().mean((1, 2, 3))
+    return -10 * torch.log10(mean_square + floor)
 
 
 @torch.no_grad()
 def measure_psnr(vae: ConvAutoencoder, images: Tensor) -> Tensor:
-    """Return the PSNR of uint8 images (N, 3, H, W), encoded and decoded, (N,) in dB."""
+    """Return the PSNR of uint8 images (N, 3, H, W) after encoding and decoding, (N,) in dB."""
     values = []
     for batch in images.split(MEASURED_BATCH):
         x = as_float(batch.to(vae.device))
-        values.append(psnr(vae(x).sample.float(), x).cpu())
+        restored = as_uint8((vae(x).sample.float().clamp(-1, 1) + 1) / 2)
+        values.append(psnr(as_float(restored), x).cpu())
     return torch.cat(values)
 
 
 class AutoencoderTrainer:
     """A ConvAutoencoder in training, with everything that a step changes and a checkpoint saves.
 
-    Images, mirroring and latent noise are functions of (seed, step, slot), so a resumed run ends in
-    the same weights.
+    Images, crops, mirroring and latent noise are functions of (seed, step, slot), so a resumed run
+    ends in the same weights.
     """
 
     def __init__(
@@ -94,6 +86,7 @@ class AutoencoderTrainer:
         self.weights = list(vae.parameters())
         self.global_step = 0
         self.skipped = 0
+        self.consecutive_skips = 0
         self.start_time = time.monotonic()
 
     @property
@@ -102,26 +95,34 @@ class AutoencoderTrainer:
         return time.monotonic() - self.start_time
 
     def batch(self) -> Tensor:
-        """Return the images of the step, (B, 3, H, W) in [-1, 1]; half of them are mirrored."""
-        seed, step, size = self.config.seed, self.global_step, self.config.train.batch_size
-        slots = range(size)
-        rows = batch_indices(seed, step, size, len(self.images))
-        x = as_float(self.images.images[rows])
+        """Return the step's crops, (B, 3, crop, crop) in [-1, 1]; half of them are mirrored."""
+        seed, step, train = self.config.seed, self.global_step, self.config.train
+        slots = range(train.batch_size)
+        images = self.images.images[batch_indices(seed, step, train.batch_size, len(self.images))]
+        places = self.config.data.resolution - train.crop + 1
+        tops, lefts = (
+            (randomness.uniform(seed, step, slots, purpose) * places).long().tolist()
+            for purpose in ("top", "left")
+        )
+        crops = [
+            image[:, top : top + train.crop, left : left + train.crop]
+            for image, top, left in zip(images, tops, lefts, strict=True)
+        ]
+        x = as_float(torch.stack(crops))
         mirrored = randomness.flips(seed, step, slots)[:, None, None, None]
         x = torch.where(mirrored, x.flip(3), x)
         return x.to(self.accelerator.device, memory_format=torch.channels_last)
 
     def step(self) -> StepResult:
-        """Take a step on the next images; skip one whose gradient is not finite."""
+        """Take a step to a higher PSNR of the next crops; skip a gradient that is not finite."""
         x = self.batch()
-        train = self.config.train
+        seed, train = self.config.seed, self.config.train
         with self.accelerator.autocast():
             z = self.vae.encode(x).latents
-            eps = randomness.noise(
-                self.config.seed, self.global_step, range(len(z)), z.shape[1:], "latents"
-            )
+            slots = range(len(z))
+            eps = randomness.noise(seed, self.global_step, slots, z.shape[1:], "latents")
             restored = self.vae.decode(z + train.latent_noise * eps.to(z)).sample
-        loss = reconstruction_loss(restored.float(), x, train.edges)
+        loss = -psnr(restored.float(), x, LOSS_FLOOR).mean()
         self.accelerator.backward(loss)
         norm = self.accelerator.clip_grad_norm_(self.weights, train.clip)
         lr = self.optimizer.param_groups[-1]["lr"]
@@ -129,27 +130,34 @@ class AutoencoderTrainer:
         if result.is_finite:
             self.optimizer.step()
         self.skipped += not result.is_finite
+        self.consecutive_skips = 0 if result.is_finite else self.consecutive_skips + 1
         self.optimizer.zero_grad()
         self.schedule.step()
         self.global_step += 1
         return result
 
-    def measure(self, images: CaptionedImages) -> float:
-        """Return the mean PSNR in dB of up to MEASURED_IMAGES images of a split."""
-        rows = evenly_spaced(MEASURED_IMAGES, len(images))
+    def measure(self, images: CaptionedImages, rows: Sequence[int] | None = None) -> Tensor:
+        """Return the PSNR in dB of up to MEASURED_IMAGES of some images, all by default."""
+        rows = range(len(images)) if rows is None else rows
+        chosen = [rows[i] for i in evenly_spaced(MEASURED_IMAGES, len(rows)).tolist()]
         self.vae.eval()
-        values = measure_psnr(self.vae, images.images[rows])
+        values = measure_psnr(self.vae, images.images[chosen])
         self.vae.train()
-        return values.mean().item()
+        return values
+
+    def save_model(self, folder: Path) -> None:
+        """Save the autoencoder, as `ConvAutoencoder.from_pretrained` loads it."""
+        self.vae.save_pretrained(folder, safe_serialization=True)
 
     def save(self, folder: Path) -> None:
         """Write the weights and the training state into a checkpoint's folder."""
-        self.vae.save_pretrained(folder / "autoencoder", safe_serialization=True)
+        self.save_model(folder / "autoencoder")
         state = {
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "step": self.global_step,
             "skipped": self.skipped,
+            "in_a_row": self.consecutive_skips,
             "seconds": self.seconds,
         }
         save_state(folder, "trainer", state)
@@ -163,4 +171,5 @@ class AutoencoderTrainer:
         resume_lr_schedule(self.schedule, saved["schedule"])
         self.global_step = saved["step"]
         self.skipped = saved["skipped"]
+        self.consecutive_skips = saved["in_a_row"]
         self.start_time -= saved["seconds"]

@@ -6,7 +6,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
-from pipeline.config import Config, ConfigError, differences, load_file
+from pipeline.config import ConfigError, RunConfig, differences, load_file
 from pipeline.data.sources.rows import DataError
 from pipeline.models.build import parameter_count
 from pipeline.runs.checkpoints import CHECKPOINT_MANIFEST, read_checkpoint_manifest
@@ -25,7 +25,7 @@ CHANGEABLE_ON_RESUME = (
 
 
 def find_start(
-    run: RunFolder, config: Config, accelerator: Accelerator, facts_file: str
+    run: RunFolder, config: RunConfig, accelerator: Accelerator, facts_file: str
 ) -> tuple[Path | None, bool]:
     """Return the checkpoint to resume from, None for a new run, and whether the run is finished.
 
@@ -49,7 +49,7 @@ def find_start(
     return checkpoint, finished and step >= config.train.steps
 
 
-def newest_checkpoint(run: RunFolder, config: Config, facts_file: str) -> Path | None:
+def newest_checkpoint(run: RunFolder, config: RunConfig, facts_file: str) -> Path | None:
     """Return the newest complete checkpoint, None for a new run.
 
     Raises RunError if settings changed, or if a new run would overwrite files of the folder.
@@ -64,7 +64,7 @@ def newest_checkpoint(run: RunFolder, config: Config, facts_file: str) -> Path |
             )
         return None
     try:
-        before = load_file(run.config)
+        before = load_file(run.config, type(config))
     except ConfigError as error:
         reasons = "; ".join(str(error).splitlines())
         raise RunError(
