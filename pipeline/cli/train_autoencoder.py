@@ -111,7 +111,7 @@ def training_loop(
                     skipped=trainer.skipped,
                     seconds=trainer.seconds,
                 )
-            if is_due(train.validate_every) and held_out is not None and not stop:
+            if is_due(train.validate_every) and held_out is not None:
                 log(held_out_psnr=trainer.measure(held_out).mean().item())
             if stop or is_due(train.save_every):
                 step = trainer.global_step
