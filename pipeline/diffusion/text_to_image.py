@@ -113,6 +113,14 @@ class TextToImagePipeline(HubFormat, DiffusionPipeline, StableDiffusionLoraLoade
         self._num_timesteps = 0
         self._interrupt = False
 
+    @classmethod
+    def load_lora_into_text_encoder(
+        cls, state_dict: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Load a text encoder's layers of a LoRA file, if it has any: diffusers warns if not."""
+        if any(name.startswith(f"{cls.text_encoder_name}.") for name in state_dict):
+            super().load_lora_into_text_encoder(state_dict, *args, **kwargs)
+
     @property
     def guidance_scale(self) -> Weight:
         """Return s = 1 + w of the last call; a callback may change `_guidance_scale`."""

@@ -1,6 +1,7 @@
 """Call the Hub: commits, retries, and errors in plain words."""
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,6 +9,11 @@ from typing import TypeVar
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 from safetensors import SafetensorError
 
 from pipeline.data.sources.rows import TRANSIENT_STATUS, one_line
@@ -41,8 +47,22 @@ def commit_folder(api: HfApi, folder: Path, repo: str, kind: str, message: str) 
         operations = commit_operations(api, repo, folder, kind)
         api.create_commit(repo, operations, commit_message=message, repo_type=kind)
 
-    with_retries(commit)
+    with no_progress_outside_a_terminal():
+        with_retries(commit)
     return f"{api.endpoint}/{'spaces/' if kind == 'space' else ''}{repo}"
+
+
+@contextlib.contextmanager
+def no_progress_outside_a_terminal() -> Iterator[None]:
+    """Hide the client's progress bars where each of their steps would be a line."""
+    hide = not sys.stderr.isatty() and not are_progress_bars_disabled()
+    if hide:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if hide:
+            enable_progress_bars()
 
 
 def is_transient(error: BaseException) -> bool:

@@ -202,6 +202,7 @@ def build_card(
     source = config.data.source
     hub_names = facts.get("of_hub")
     has_base = is_hub_id(base_name, hub_names)
+    is_adapter = facts.get("base_model_relation") == "adapter"
     gallery = [
         {"text": prompt, "output": {"url": f"{IMAGES_FOLDER}/prompt-{i}.png"}}
         for i, prompt in enumerate(config.sample.prompts)
@@ -211,7 +212,7 @@ def build_card(
         license=card_license(bool(attribution_of(source)), base, facts.get("base_license")),
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=MODEL_TAGS,
+        tags=[*MODEL_TAGS, "lora"] if is_adapter else MODEL_TAGS,
         datasets=[source] if is_hub_id(source, hub_names) else None,
         base_model=base_name if has_base else None,
         base_model_relation=facts["base_model_relation"] if has_base else None,
@@ -219,7 +220,6 @@ def build_card(
         model_name=config.name,
         eval_results=eval_results(config, metrics or {}) or None,
     )
-    is_adapter = facts.get("base_model_relation") == "adapter"
     is_shipped = facts.get("shipped") and model == facts["model"]
     prompt = config.sample.prompts[0]
     w = config.sample.default_w

@@ -132,7 +132,7 @@ def test_save_pretrained_gives_img2img_and_inpainting(auto, stock, inputs, tmp_p
     ours = TextToImagePipeline.from_pipe(stable_diffusion())
     ours.save_pretrained(tmp_path)
     size = {"height": 16, "width": 16} if "mask_image" in inputs else {}
-    images = {name: Image.new("RGB", (16, 16), "white") for name in inputs}
+    images = {name: [Image.new("RGB", (16, 16), "white")] * 2 for name in inputs}
     saved = getattr(diffusers, auto).from_pretrained(tmp_path)
     shared = getattr(diffusers, stock).from_pipe(ours, **NONE)
     assert type(saved) is type(shared)

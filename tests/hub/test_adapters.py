@@ -28,6 +28,7 @@ def test_push_of_an_adapter_loads_on_its_base(hub, owner, pushed, adapter, expec
     assert not [name for name in files if name.endswith(".py") or name.startswith("unet/")]
     data = ModelCard(files["README.md"].decode()).data
     assert (data.base_model, data.base_model_relation) == (pushed, "adapter")
+    assert "lora" in data.tags
     owner("adapted = load_pipeline('tester/adapter')")
     adapted = owner.images("adapted")
     owner("adapted.unload_lora_weights()")

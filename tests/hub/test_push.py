@@ -129,6 +129,16 @@ def test_push_adds_the_text_encoder_of_the_settings(hub, owner, place, bert):
     assert "text_encoder/model.safetensors" in hub.files("models", "tester/bare")
 
 
+def test_commit_folder_prints_no_progress_outside_a_terminal(hub, owner, run):
+    """The client's bars would leave empty lines in a log."""
+    hub.lfs.clear()
+    # Loading a model hides them for the whole process.
+    owner("from huggingface_hub import utils\nutils.enable_progress_bars()")
+    code, output = owner.command("push", run.folder, "tester/silent")
+    assert (code, output) == (0, f"{hub.endpoint}/tester/silent")
+    owner("assert not utils.are_progress_bars_disabled()")
+
+
 # ---- check_push, before training
 
 

@@ -1,8 +1,10 @@
 """Adapters change nothing at first, survive a round trip, and name unknown layers."""
 
+import logging
+
 import pytest
 import torch
-from tiny import WIDTH, tiny_unet
+from tiny import WIDTH, tiny_pipeline, tiny_unet
 
 from pipeline.config import ConfigError, LoraConfig
 from pipeline.models import build, lora
@@ -42,3 +44,18 @@ def test_save_adapter_and_load_adapter_weights_round_trip(tmp_path):
     fresh = lora.add_adapter(tiny_unet(), LoraConfig(rank=2))
     lora.load_adapter_weights(fresh, tmp_path)
     assert torch.allclose(predict(fresh), predict(trained), atol=1e-6)
+
+
+def test_load_lora_weights_of_a_network_alone_warns_of_nothing(tmp_path, caplog):
+    pipe = tiny_pipeline()
+    before = predict(pipe.unet)
+    lora.save_adapter(lora.add_adapter(tiny_unet(), LoraConfig(rank=2)), tmp_path)
+    logger = logging.getLogger("diffusers")
+    logger.addHandler(caplog.handler)
+    try:
+        pipe.load_lora_weights(str(tmp_path), use_safetensors=True)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not caplog.messages
+    assert pipe.get_list_adapters() == {"unet": ["default_0"]}
+    assert torch.allclose(predict(pipe.unet), before, atol=1e-6)
