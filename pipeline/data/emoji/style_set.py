@@ -187,7 +187,7 @@ def write_metadata(folder: Path, rows: list[Row]) -> dict:
     seen = {row.digest for row in rows if row.split == "train"}
     kept: dict[str, list[dict]] = {split: [] for split in SPLITS}
     left_out = []
-    for row in sorted(rows, key=lambda row: row.split == "test"):
+    for row in rows:
         metadata = row.metadata
         shown = metadata["held_out"] != "cell" or metadata["concept"] in trained
         if row.split == "test" and (row.digest in seen or not shown):

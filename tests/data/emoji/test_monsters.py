@@ -77,6 +77,8 @@ def test_load_artist_uses_the_palette_on_white(color, draw):
     assert pixels.shape == (100, 100, 3)
     assert pixels[0, 0].tolist() == [255, 255, 255]
     assert tuple(pixels[90, 50]) == PALETTE[color]
+    horns = {PALETTE["yellow"], PALETTE["blue"]} - {PALETTE[color]}
+    assert horns & set(map(tuple, pixels[:20].reshape(-1, 3).tolist()))
 
 
 def test_write_monsters_splits_by_pairs(tmp_path, few):

@@ -11,10 +11,11 @@ from PIL import Image
 
 from pipeline.data import map_cache
 from pipeline.data.emoji import packages, recolour, style_set
-from pipeline.data.emoji.catalogue import EmojiError, catalogue, select_split
+from pipeline.data.emoji.captions import is_plural
+from pipeline.data.emoji.catalogue import THINGS, EmojiError, catalogue, select_split
 from pipeline.data.emoji.style_set import held_out_kind, write_styles
 from pipeline.data.emoji.styles import DEFAULT_STYLES, STYLES
-from pipeline.data.emoji.writer import read_manifest
+from pipeline.data.emoji.writer import count_of, read_manifest
 
 
 @pytest.fixture(scope="module")
@@ -132,9 +133,35 @@ def test_write_styles_varies_coloured_styles(tmp_path, styles):
         if row["variation"] != "three":
             assert row["caption"][0] == full
         assert not any(recolour.mentions_open_prompt(text) for text in row["caption"])
-    assert not {row["variation"] for row in varied if row["concept"] == "banana"} & {"purple"}
-    colors = {(row["style"], row["variation"]) for row in varied if row["concept"] == "fox"}
-    assert len({style for style, _ in colors}) == 2
+    assert {row["style"] for row in varied if row["concept"] == "fox"} == {"flat", "noto"}
+
+
+def variations_of_square(entry, style):
+    """Return the names of the variations of a red square that stands for an emoji."""
+    square = Image.new("RGBA", (8, 8), (220, 40, 60, 255))
+    return [name for name, _ in style_set.style_variations(entry, style, square, ())]
+
+
+def test_style_variations_differ_between_styles(entries):
+    fox = next(entry for entry in entries if entry.caption == "fox")
+    assert len({tuple(variations_of_square(fox, style)) for style in STYLES}) > 4
+
+
+def test_style_variations_are_no_open_prompt(entries, monkeypatch):
+    monkeypatch.setattr(style_set, "COLOURS_PER_STYLE", len(recolour.PALETTE))
+    named = {entry.caption: entry for entry in entries}
+    banana = variations_of_square(named["banana"], "3d")
+    assert "green" in banana and "purple" not in banana
+    counted = next(e for e in named.values() if "two" in variations_of_square(e, "3d"))
+    monkeypatch.setattr(recolour, "OPEN_PROMPTS", (f"two {recolour.plural(counted.caption)}",))
+    assert "two" not in variations_of_square(counted, "3d")
+
+
+def test_style_variations_repeat_no_plural(entries):
+    plurals = [e for e in entries if e.category in THINGS and is_plural(e.caption) and count_of(e)]
+    assert len(plurals) > 5
+    for entry in plurals:
+        assert not {"two", "three"} & set(variations_of_square(entry, "3d"))
 
 
 def test_write_styles_leaves_out_what_training_shows(tmp_path, styles, monkeypatch):
@@ -166,6 +193,8 @@ def test_write_styles_twice_changes_nothing(tmp_path, styles, monkeypatch):
     again = write_styles(tmp_path / "b", styles, size=16)
     for path, content in files.items():
         assert (again / path.relative_to(folder)).read_bytes() == content
+    repeated = write_styles(tmp_path / "c", (*styles, "flat"), size=16)
+    assert read_rows(repeated, "train") == read_rows(folder, "train")
     before = (folder / "emoji.json").stat().st_mtime_ns
     for archive in (map_cache.cache_folder() / "packages").iterdir():
         archive.unlink()
