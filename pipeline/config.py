@@ -70,6 +70,8 @@ class DataConfig:
     """image height and width in pixels"""
     caption_length: Annotated[int, Field(ge=2)] = 16
     """tokens; longer captions are cut and counted"""
+    simplify_captions: bool = False
+    """read captions and prompts in lower case, without articles and punctuation"""
     caption_dropout: Share = 0.1
     """share of captions replaced by the empty caption (14), chosen at every step"""
     max_broken: Share = 0.05
@@ -87,6 +89,10 @@ class DataConfig:
             split = getattr(self, name)
             if self.streaming and "[" in (split or ""):
                 yield f"data.{name} must be a whole split with data.streaming, got {split}"
+
+
+# How captions are read. A base model brings these.
+CAPTION_SETTINGS = ("caption_length", "simplify_captions")
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -429,8 +435,12 @@ class Config(RunConfig):
             )
         if self.model.pretrained is None:
             found += self._problems_of_new_model(noise)
-        elif self.data.caption_length != DataConfig.caption_length:
-            found.append("data.caption_length comes from model.pretrained. Remove it.")
+        else:
+            found += [
+                f"data.{name} comes from model.pretrained. Remove it."
+                for name in CAPTION_SETTINGS
+                if getattr(self.data, name) != getattr(DataConfig, name)
+            ]
         return found
 
     def _problems_of_new_model(self, noise: dict) -> list[str]:
@@ -476,7 +486,8 @@ class Config(RunConfig):
         tree["hub"]["token"] = None
         if self.model.pretrained is not None:
             tree["model"] = {"pretrained": self.model.pretrained}
-            del tree["data"]["caption_length"]
+            for name in CAPTION_SETTINGS:
+                del tree["data"][name]
         return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 

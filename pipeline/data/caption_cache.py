@@ -1,7 +1,7 @@
 """Caption states of a frozen text encoder, encoded once and cached."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import datasets
@@ -41,15 +41,16 @@ def encode_captions(
     tokenizer: PreTrainedTokenizerBase,
     text_encoder: PreTrainedModel,
     length: int,
+    read: Callable[[str], str] = normalize,
     cache_dir: str | Path | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
     """Return the states (N, length, D) of captions, cached by (encoder, length, captions).
 
-    Each distinct caption is encoded once. Encoding moves the encoder to `device`. Captions are cut
+    read: the words that the encoder sees of a caption. Each distinct text is encoded once. Encoding moves the encoder to `device`. Captions are cut
     at `length` tokens; `CaptionedImages.with_caption_lengths` reports how many.
     """
-    captions = [normalize(caption) for caption in captions]
+    captions = [read(caption) for caption in captions]
     distinct = sorted(set(captions))
     vocabulary = Hasher.hash(tokenizer.get_vocab())
     key = digest(
@@ -99,10 +100,12 @@ class CaptionCache:
         tokenizer: PreTrainedTokenizerBase,
         text_encoder: PreTrainedModel,
         length: int,
+        read: Callable[[str], str] = normalize,
     ) -> None:
         self.tokenizer = tokenizer
         self.text_encoder = text_encoder
         self.length = length
+        self.read = read
         self.cached: OrderedDict[str, Tensor] = OrderedDict()
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
@@ -110,8 +113,9 @@ class CaptionCache:
         new = [caption for caption in dict.fromkeys(captions) if caption not in self.cached]
         for start in range(0, len(new), ENCODER_BATCH):
             batch = new[start : start + ENCODER_BATCH]
+            words = [self.read(caption) for caption in batch]
             padding = [""] * (ENCODER_BATCH - len(batch))
-            states = encode_batch(batch + padding, self.tokenizer, self.text_encoder, self.length)
+            states = encode_batch(words + padding, self.tokenizer, self.text_encoder, self.length)
             for caption, state in zip(batch, states, strict=False):
                 self.cached[caption] = state.clone()
         for caption in captions:

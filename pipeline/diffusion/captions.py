@@ -1,5 +1,6 @@
 """Captions as the network reads them: the states of a frozen text encoder, optionally whitened."""
 
+import re
 import unicodedata
 
 import torch
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 WHITENING_BATCH = 1024  # captions whose states are whitened at once
 # Stable Diffusion runs these text encoders without an attention mask.
 PADDING_AWARE_ENCODERS = ("clip", "clip_text_model")
+ARTICLES = ("a", "an", "the")
 
 
 def normalize(caption: str) -> str:
@@ -22,6 +24,16 @@ def normalize(caption: str) -> str:
         elif letter.isspace():
             letters.append(" ")
     return " ".join(unicodedata.normalize("NFC", "".join(letters)).split())
+
+
+def simplify(caption: str) -> str:
+    """Return a caption's words in lower case, without articles and punctuation.
+
+    "A cat!" and "the cat" become "cat". Hyphens and apostrophes inside of words stay, and so does
+    an article that is the whole caption.
+    """
+    words = re.findall(r"\w+(?:['’-]\w+)*", normalize(caption).lower())
+    return " ".join([word for word in words if word not in ARTICLES] or words)
 
 
 @torch.no_grad()

@@ -50,7 +50,12 @@ WEIGHTS_PATTERN = re.compile(
     rf"(\w+)/\w+{SHARD_PATTERN}(?:\.(\w+))?{SHARD_PATTERN}\.(?:safetensors|bin)"
     r"(?:\.index(?:\.(\w+))?\.json)?"
 )
-PIPELINE_SETTINGS = ("caption_length", "caption_dropout", "w")  # beside the components
+PIPELINE_SETTINGS = (
+    "caption_length",
+    "caption_dropout",
+    "simplify_captions",
+    "w",
+)  # beside the components
 PRIVATE_KEY = "_text_to_image"  # diffusers ignores keys with a leading underscore
 STABLE_DIFFUSION_INDEX = {
     "_class_name": "StableDiffusionPipeline",
@@ -287,6 +292,7 @@ class HubFormat(Base):
             and unet.config["class_embed_type"] is None
             and unet.config["time_cond_proj_dim"] is None
             and not vae.config["shift_factor"]
+            and not self.config["simplify_captions"]
             and self.config["caption_length"] in (None, tokenizer.model_max_length)
         )
 

@@ -25,7 +25,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .captions import last_hidden_states, normalize
+from .captions import last_hidden_states, normalize, simplify
 from .guidance import InputError, Weight, guide, prompt_weights, shift_weight, w_from_guidance_scale
 from .hub_format import HubFormat
 
@@ -67,8 +67,9 @@ class TextToImagePipeline(HubFormat, DiffusionPipeline, StableDiffusionLoraLoade
 
     whitening: CaptionWhitening, or None where the network takes the text encoder's states as they
     are. caption_length: tokens that every caption is padded or cut to; None is the tokenizer's own
-    length. caption_dropout: the rate used in training; None is unknown. w: the default guidance of
-    a call.
+    length. caption_dropout: the rate used in training; None is unknown. simplify_captions: whether
+    captions are read in lower case, without articles and punctuation. w: the default guidance of a
+    call.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
@@ -94,6 +95,7 @@ class TextToImagePipeline(HubFormat, DiffusionPipeline, StableDiffusionLoraLoade
         whitening: ModelMixin | None = None,
         caption_length: int | None = None,
         caption_dropout: float | None = None,
+        simplify_captions: bool = False,
         w: float = 0.0,
     ) -> None:
         super().__init__()
@@ -105,7 +107,12 @@ class TextToImagePipeline(HubFormat, DiffusionPipeline, StableDiffusionLoraLoade
             vae=vae,
             whitening=whitening,
         )
-        self.register_to_config(caption_length=caption_length, caption_dropout=caption_dropout, w=w)
+        self.register_to_config(
+            caption_length=caption_length,
+            caption_dropout=caption_dropout,
+            simplify_captions=simplify_captions,
+            w=w,
+        )
         levels = 1 if vae is None else len(self.vae.config.block_out_channels)
         self.vae_scale_factor = 2 ** (levels - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
@@ -469,7 +476,8 @@ class TextToImagePipeline(HubFormat, DiffusionPipeline, StableDiffusionLoraLoade
                 f"this pipeline has no text encoder to read {captions} with. Load it with "
                 "pipeline.load_pipeline, or pass prompt_embeds and negative_prompt_embeds."
             )
-        captions = [normalize(caption) for caption in captions]
+        read = simplify if self.config["simplify_captions"] else normalize
+        captions = [read(caption) for caption in captions]
         length = self._caption_length(captions, length)
         states = last_hidden_states(captions, self.tokenizer, self.text_encoder, length, device)
         return states if self.whitening is None else self.whitening(states)

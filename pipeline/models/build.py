@@ -136,15 +136,17 @@ def build_pipeline(
 ) -> TextToImagePipeline:
     """Build the pipeline of a run.
 
-    pretrained: the model that the run started from, which brings its caption length and scheduler
-    values.
+    pretrained: the model that the run started from, which brings its way to read captions and its
+    scheduler values.
     """
     if pretrained is None:
         scheduler = build_scheduler(config.diffusion, latents=is_learned_autoencoder(vae))
         caption_length = config.data.caption_length
+        simplify_captions = config.data.simplify_captions
     else:
         scheduler = build_scheduler(config.diffusion, pretrained.scheduler)
         caption_length = pretrained.config["caption_length"]
+        simplify_captions = pretrained.config["simplify_captions"]
     return TextToImagePipeline(
         unet,
         scheduler,
@@ -154,6 +156,7 @@ def build_pipeline(
         whitening,
         caption_length=caption_length,
         caption_dropout=config.data.caption_dropout,
+        simplify_captions=simplify_captions,
         w=config.sample.default_w,
     )
 

@@ -1,7 +1,7 @@
 """What the loop trains on and with: the data of a run, its frozen models and its network."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from pipeline.data.image_ops import as_float
 from pipeline.data.latent_cache import LatentCache, cache_latents
 from pipeline.data.sampler import batch_indices
 from pipeline.data.streaming import Stream, StreamBatch
-from pipeline.diffusion.captions import CaptionWhitening
+from pipeline.diffusion.captions import CaptionWhitening, normalize, simplify
 from pipeline.diffusion.losses import training_loss
 from pipeline.diffusion.scheduler import DDPMScheduler
 from pipeline.diffusion.text_to_image import TextToImagePipeline
@@ -47,11 +47,12 @@ class Batch(NamedTuple):
 
 
 class Text(NamedTuple):
-    """What reads captions: a tokenizer, a frozen encoder, and the number of tokens it reads."""
+    """What reads captions: a tokenizer, a frozen encoder, its tokens, and which words it sees."""
 
     tokenizer: PreTrainedTokenizerBase
     encoder: PreTrainedModel
     length: int
+    read: Callable[[str], str]
 
 
 @dataclass
@@ -316,16 +317,18 @@ def build_text(config: Config, base: TextToImagePipeline | None) -> Text:
     if base is None:
         tokenizer, encoder = load_text_encoder(config.model.text_encoder)
         length, setting = config.data.caption_length, "data.caption_length"
+        simplified = config.data.simplify_captions
     else:
         tokenizer, encoder = base.tokenizer, base.text_encoder
         length = base.config["caption_length"] or tokenizer.model_max_length
         setting = f"the tokenizer's model_max_length of {config.model.pretrained}"
+        simplified = base.config["simplify_captions"]
     limit = getattr(encoder.config, "max_position_embeddings", None)
     if limit and length > limit:
         raise ConfigError(
             f"{setting} must be at most {limit}, the text encoder's limit, got {length}."
         )
-    return Text(tokenizer, encoder, length)
+    return Text(tokenizer, encoder, length, simplify if simplified else normalize)
 
 
 def build_whitening(

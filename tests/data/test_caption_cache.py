@@ -45,7 +45,7 @@ def test_encode_captions_matches_the_encoder_without_padding(tokenizer, tmp_path
     """The oracle is the encoder run on each caption alone; padded positions are zero."""
     encoder = bert()
     captions = ["red heart", "", "cat", "red heart"]
-    states = caption_cache.encode_captions(captions, tokenizer, encoder, 6, tmp_path)
+    states = caption_cache.encode_captions(captions, tokenizer, encoder, 6, cache_dir=tmp_path)
     assert states.shape == (4, 6, 16)
     assert states.dtype == torch.float32
     assert torch.equal(states[0], states[3])
@@ -65,7 +65,7 @@ def test_encode_captions_matches_the_pipeline(build, tokenizer, tmp_path):
     pipe = text_to_image.TextToImagePipeline(
         unet=None, scheduler=None, text_encoder=encoder, tokenizer=tokenizer, caption_length=8
     )
-    states = caption_cache.encode_captions(captions, tokenizer, encoder, 8, tmp_path)
+    states = caption_cache.encode_captions(captions, tokenizer, encoder, 8, cache_dir=tmp_path)
     sampled = pipe._caption_states(captions, torch.device("cpu"))
     empty = pipe._caption_states([""], torch.device("cpu"))
     assert torch.allclose(states, sampled, atol=1e-6)
@@ -74,7 +74,9 @@ def test_encode_captions_matches_the_pipeline(build, tokenizer, tmp_path):
 
 def test_encode_captions_caches_by_encoder_and_caption(tokenizer, tmp_path, monkeypatch, calls):
     def encode(captions, encoder, length=5):
-        return caption_cache.encode_captions(captions, tokenizer, encoder, length, tmp_path)
+        return caption_cache.encode_captions(
+            captions, tokenizer, encoder, length, cache_dir=tmp_path
+        )
 
     # Three captions are copied in two batches.
     monkeypatch.setattr(caption_cache, "COPY_BATCH", 2)
@@ -95,7 +97,7 @@ def test_caption_cache_states_do_not_depend_on_the_request(tokenizer, tmp_path):
     captions = [" ".join(pair) for pair in itertools.permutations(words, 2)]
     cache = caption_cache.CaptionCache(tokenizer, encoder, 6)
     states = cache(captions)
-    expected = caption_cache.encode_captions(captions, tokenizer, encoder, 6, tmp_path)
+    expected = caption_cache.encode_captions(captions, tokenizer, encoder, 6, cache_dir=tmp_path)
     assert torch.allclose(states, expected, atol=1e-6)
     for request in (captions[3:4], captions[9:2:-1], captions[5:6] * 3):
         fresh = caption_cache.CaptionCache(tokenizer, encoder, 6)(request)

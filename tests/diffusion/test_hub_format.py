@@ -22,6 +22,7 @@ OWN_INDEX = {
     "tokenizer": ["transformers", "BertTokenizer"],
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["patches", "PatchAutoencoder"],
+    "simplify_captions": False,
     "w": 1.5,
     "whitening": ["captions", "CaptionWhitening"],
 }
@@ -32,6 +33,7 @@ STOCK_INDEX = {
         "caption_dropout": None,
         "caption_length": None,
         "scheduler": ["scheduler", "DDPMScheduler"],
+        "simplify_captions": False,
         "w": 2.0,
         "whitening": [None, None],
     },
