@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from pipeline.data.sources.rows import DataError
 from pipeline.data.streaming import StreamPosition
-from pipeline.hardware import skip_on_out_of_memory
+from pipeline.hardware import peak_memory_gib, skip_on_out_of_memory
 from pipeline.models.ema import ema_weights
 from pipeline.runs.folder import Diverged, RunFolder
 from pipeline.runs.state_files import save_state
@@ -121,6 +121,7 @@ class Monitor:
         """Write a line of metrics.jsonl and send it to the trackers."""
         loss = self.trainer.pop_mean_loss()
         images = self.config.train.batch_size * self.steps_since_log
+        memory = peak_memory_gib()
         record = {
             "step": self.trainer.global_step,
             "loss": loss,
@@ -129,10 +130,15 @@ class Monitor:
             "skipped": self.trainer.skipped,
             "images_per_s": images / self.busy_seconds,
             "seconds": self.trainer.seconds,
+            **memory,
         }
         self.busy_seconds = 0.0
         self.steps_since_log = 0
-        self.bar.set_postfix(loss=f"{loss:.4f}")
+        *_, gib = memory.values()  # the GPU's if there is one
+        self.bar.set_postfix_str(
+            f"loss {loss:.4f}, gradient {result.grad_norm:.2g}, "
+            f"{record['images_per_s']:.1f} images/s, {gib:.1f} GiB"
+        )
         if self.accelerator.is_main_process:
             self.run.log(**record)
         self.trackers.log(self.trainer.global_step, record)
