@@ -250,6 +250,10 @@ class TrainConfig:
     """steps between checkpoints"""
     keep: PositiveInt = 2
     """checkpoints to keep"""
+    keep_best: bool = False
+    """save the averaged weights with the lowest held-out loss as the result, not the last ones"""
+    patience: PositiveInt | None = None
+    """validations without a lower held-out loss that end the run; null: no limit"""
 
     def problems(self) -> Iterator[str]:
         """Yield what is wrong with values that are valid one by one."""
@@ -356,6 +360,8 @@ class Config:
         sections = (self.data, self.model, self.diffusion, self.train, self.hub)
         found = [problem for section in sections for problem in section.problems()]
         noise = self.diffusion.values()
+        if not self.data.held_out and (self.train.keep_best or self.train.patience):
+            found.append("train.keep_best and train.patience need data.held_out")
         if self.name in ("", "..") or Path(self.name).name != self.name:
             found.append(f"name must be the name of one folder, got {self.name!r}")
         if self.sample.steps > noise["num_train_timesteps"]:

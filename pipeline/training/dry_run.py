@@ -15,7 +15,7 @@ TIMED_STEPS = 4
 class StepTimer:
     """Takes the place of a Monitor and times each step; the first one warms up."""
 
-    stopped = False
+    ended = False
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
