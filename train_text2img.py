@@ -39,7 +39,7 @@ from pipeline.training.resume import check_data, find_start, prepare_run_folder,
 from pipeline.training.task import TrainingTask, open_stream, predict
 from pipeline.training.trackers import Trackers, check_tracker
 from pipeline.training.trainer import Trainer
-from pipeline.training.validation import check_sampling
+from pipeline.training.validation import check_sampling, sample_images
 
 # Errors of a full disk, or of missing permissions.
 UNWRITABLE = (
@@ -49,9 +49,11 @@ UNWRITABLE = (
 
 
 def training_loop(trainer: Trainer, monitor: Monitor | StepTimer, steps: int) -> None:
-    """Train up to a number of steps, or until the monitor stops."""
+    """Train up to a number of steps, or until the monitor ends the run."""
     accelerator, task, network = trainer.accelerator, trainer.task, trainer.network
     for step in range(trainer.global_step, steps):
+        if monitor.ended:
+            return
         for batch in monitor.read(task.micro_batches(step, accelerator)):
             with accelerator.accumulate(network):
                 t = task.timesteps(batch)
@@ -65,8 +67,6 @@ def training_loop(trainer: Trainer, monitor: Monitor | StepTimer, steps: int) ->
             trainer.record(batch, losses)
         result = trainer.optimizer_step()  # clips the gradient, skips one that is not finite
         monitor.after_step(result)  # logs, validates, samples and saves when due
-        if monitor.stopped:
-            return
 
 
 def train(config: Config, dry_run: bool = False) -> int:
@@ -130,14 +130,19 @@ def run_training(
     if accelerator.is_main_process:
         monitor.require_finite_validation()
         with stop.raise_on_stop("after the last step"):
-            finish(config, trainer, run)
+            finish(config, trainer, run, stop)
 
 
-def finish(config: Config, trainer: Trainer, run: RunFolder) -> None:
+def finish(config: Config, trainer: Trainer, run: RunFolder, stop: StopSignals) -> None:
     """Save the averaged weights as a loadable model, with its figures and, last, its card."""
     pipe, images = trainer.task.pipe, trainer.task.images
     sample, seconds = config.sample, trainer.seconds
     trainer.save_model(run)
+    samples = sample_path(run, trainer.global_step)
+    if trainer.best is not None:
+        # The card shows the last samples, which must be the result's.
+        with skip_on_failure(samples, ". Use fewer sample.prompts."):
+            sample_images(pipe, sample, samples, stop)
     with skip_on_failure(run.figures / "training.png"):
         plot_training(run, images, pipe)
     strips = run.figures / "strips.png"
@@ -153,8 +158,8 @@ def finish(config: Config, trainer: Trainer, run: RunFolder) -> None:
             eta=sample.eta,
             columns=min(8, sample.steps),
         )
-    write_card(config, run, pipe, images, seconds, **base_model_facts(config))
-    samples = sample_path(run, config.train.steps)
+    facts = {"steps": trainer.global_step, "best_step": trainer.best and trainer.best["step"]}
+    write_card(config, run, pipe, images, seconds, **facts, **base_model_facts(config))
     if samples.is_file():
         print(f"\nSamples: {samples}")
     print(f"Model card: {run.card}\n{usage(run, config)}")

@@ -276,6 +276,10 @@ class TrainConfig(OptimizationConfig):
     """where min_snr and min_velocity clip"""
     ema: Share = 0.999
     """decay of the moving average of the weights, which is saved; 0: the last weights"""
+    keep_best: bool = False
+    """save the averaged weights with the lowest held-out loss as the result, not the last ones"""
+    patience: PositiveInt | None = None
+    """validations without a lower held-out loss that end the run; null: no limit"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass to save memory"""
 
@@ -422,6 +426,8 @@ class Config(RunConfig):
         found = super().problems()
         for section in (self.data, self.model, self.diffusion, self.train, self.hub):
             found += section.problems()
+        if not self.data.held_out and (self.train.keep_best or self.train.patience):
+            found.append("train.keep_best and train.patience need data.held_out")
         noise = self.diffusion.values()
         if self.sample.steps > noise["num_train_timesteps"]:
             found.append(

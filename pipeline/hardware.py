@@ -40,8 +40,8 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def peak_memory() -> str:
-    """Return the memory that this process and its GPU have used at most, as text."""
+def peak_memory_gib() -> dict[str, float]:
+    """Return the most memory that this process and, if there is one, its GPU have used, in GiB."""
     # Windows reports the peak; elsewhere getrusage does, in KiB or, on macOS, in bytes.
     peak = getattr(psutil.Process().memory_info(), "peak_wset", None)
     if peak is None:
@@ -49,10 +49,10 @@ def peak_memory() -> str:
 
         unit = 1 if platform.system() == "Darwin" else 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    text = f"{peak / 2**30:.1f} GiB"
+    found = {"memory_gib": peak / 2**30}
     if torch.cuda.is_available():
-        text += f" and {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on each GPU"
-    return text
+        found["gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return found
 
 
 def keep_freed_memory() -> None:

@@ -52,12 +52,15 @@ def training_facts(
     base_model_relation: str = "finetune",
     base_license: str | None = None,
     stock: bool = False,
+    steps: int | None = None,
+    best_step: int | None = None,
 ) -> dict:
     """Return what a card says about a training that ends now.
 
     report: of the dataset. base_model: the Hub name or folder of the model that was fine-tuned.
     base_model_relation: `finetune` or `adapter`. base_license: as the Hub names licences.
     stock: whether stock diffusers loads the model, or an adapter's base model, without code.
+    steps: taken, fewer than train.steps under train.patience. best_step: of train.keep_best.
     """
     facts = {
         "images": report,
@@ -65,6 +68,8 @@ def training_facts(
         "hardware": hardware_name(),
         "commit": git_commit(),
         "stock": stock,
+        "steps": steps,
+        "best_step": best_step,
     }
     if base_model is not None:
         facts["base_model"] = base_model
@@ -83,7 +88,7 @@ def write_card(
 ) -> None:
     """Write the card of a finished run, its images and its training.json.
 
-    base: base_model, base_model_relation and base_license of `training_facts`.
+    base: steps, best_step and what is said about a base model, as in `training_facts`.
     """
     facts = training_facts(str(images.report), seconds, stock=pipe.is_stable_diffusion(), **base)
     # A folder with the name of a repository may come and go later, so note now what is on the Hub.

@@ -6,18 +6,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 
 from pipeline.data.sources.rows import DataError
 from pipeline.data.streaming import StreamPosition
-from pipeline.hardware import skip_on_out_of_memory
+from pipeline.hardware import peak_memory_gib, skip_on_out_of_memory
 from pipeline.models.ema import ema_weights
 from pipeline.runs.folder import Diverged, RunFolder
 from pipeline.runs.state_files import save_state
 from pipeline.runs.stop_signals import Stopped, StopSignals
 from pipeline.training.distributed import any_rank_stopped
-from pipeline.training.resume import sample_path
+from pipeline.training.resume import has_plateaued, sample_path
 from pipeline.training.task import Batch
 from pipeline.training.trackers import Trackers
 from pipeline.training.trainer import StepResult, Trainer
@@ -25,7 +25,11 @@ from pipeline.training.validation import sample_images, validate
 
 
 class Monitor:
-    """Watches a run; `stopped` is set after a step in which any rank was asked to stop."""
+    """Watches a run.
+
+    `stopped` is set after a step in which any rank was asked to stop, `plateaued` once the held-out
+    loss has not improved for train.patience validations. Either ends the run.
+    """
 
     def __init__(self, trainer: Trainer, run: RunFolder, trackers: Trackers, stop: StopSignals):
         self.config = trainer.config
@@ -36,6 +40,7 @@ class Monitor:
         self.trackers = trackers
         self.stop = stop
         self.stopped = False
+        self.plateaued = False  # for train.patience
         self.step_started = 0.0
         self.busy_seconds = 0.0  # since the last log line, as steps_since_log
         self.steps_since_log = 0
@@ -57,10 +62,15 @@ class Monitor:
     def __exit__(self, *_: object) -> None:
         self.bar.close()
 
+    @property
+    def ended(self) -> bool:
+        """Whether the loop ends before the next step."""
+        return self.stopped or self.plateaued
+
     def is_due(self, every: int) -> bool:
         """Return whether what happens every n steps is due; at the last step everything is."""
         step = self.trainer.global_step
-        return step % every == 0 or step == self.config.train.steps
+        return step % every == 0 or step == self.config.train.steps or self.plateaued
 
     def read(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Yield the micro-batches of a step; save the steps before it if they cannot be read."""
@@ -121,6 +131,7 @@ class Monitor:
         """Write a line of metrics.jsonl and send it to the trackers."""
         loss = self.trainer.pop_mean_loss()
         images = self.config.train.batch_size * self.steps_since_log
+        memory = peak_memory_gib()
         record = {
             "step": self.trainer.global_step,
             "loss": loss,
@@ -129,18 +140,37 @@ class Monitor:
             "skipped": self.trainer.skipped,
             "images_per_s": images / self.busy_seconds,
             "seconds": self.trainer.seconds,
+            **memory,
         }
         self.busy_seconds = 0.0
         self.steps_since_log = 0
-        self.bar.set_postfix(loss=f"{loss:.4f}")
+        *_, gib = memory.values()  # the GPU's if there is one
+        self.bar.set_postfix_str(
+            f"loss {loss:.4f}, gradient {result.grad_norm:.2g}, "
+            f"{record['images_per_s']:.1f} images/s, {gib:.1f} GiB"
+        )
         if self.accelerator.is_main_process:
             self.run.log(**record)
         self.trackers.log(self.trainer.global_step, record)
 
     def validate_and_sample(self) -> None:
         """Run the validation and sampling due at this step on the main process, if not yet done."""
-        if not self.accelerator.is_main_process:
-            return
+        is_main, patience = self.accelerator.is_main_process, self.config.train.patience
+        if is_main:
+            self.validate()
+        if patience is not None:
+            decision = [is_main and has_plateaued(self.run, patience)]
+            (self.plateaued,) = broadcast_object_list(decision)
+        if is_main and self.plateaued:
+            tqdm.write(
+                f"No lower held-out loss in {patience} validations (train.patience): the run ends "
+                f"after step {self.trainer.global_step} of {self.config.train.steps}."
+            )
+        if is_main:
+            self.sample()
+
+    def validate(self) -> None:
+        """Validate the averaged weights if that is due and not in the log; keep the best ones."""
         step, network = self.trainer.global_step, self.task.unet
         history = self.run.history()
         validated = any(line["step"] == step and "train_loss" in line for line in history)
@@ -148,9 +178,15 @@ class Monitor:
             record, what = {}, f"the validation of step {step}"
             with ema_weights(network, self.trainer.ema), skip_on_out_of_memory(what):
                 record = validate(network, self.task, self.stop)
+            if record and self.config.train.keep_best:
+                self.trainer.keep_if_best(record["held_out_loss"])
             if record:
                 self.run.log(step=step, **record)
                 self.trackers.log(step, record)
+
+    def sample(self) -> None:
+        """Sample with the averaged weights if that is due and there is no file."""
+        step, network = self.trainer.global_step, self.task.unet
         path = sample_path(self.run, step)
         if self.is_due(self.config.sample.every) and not path.is_file() and not self.stop:
             advice = ". Use fewer sample.prompts."

@@ -1,5 +1,6 @@
 """Find where a run resumes, refuse what would lose or mix results, and prepare its folder."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ CHANGEABLE_ON_RESUME = (
     *("name", "output", "report_to", "hub", "sample", "data.cache", "data.max_broken"),
     *("train.steps", "train.threads", "train.accumulation", "train.gradient_checkpointing"),
     *("train.log_every", "train.validate_every", "train.save_every", "train.keep"),
-    "train.max_skipped",
+    *("train.max_skipped", "train.patience"),
 )
 
 
@@ -31,10 +32,11 @@ def find_start(
 
     The main process decides for all. facts_file: what a run writes beside its card.
     """
-    decision: list[Any] = [None, None]
+    decision: list[Any] = [None, None, None]
     if accelerator.is_main_process:
-        decision = [newest_checkpoint(run, config, facts_file), run.finished]
-    checkpoint, finished = broadcast_object_list(decision)
+        checkpoint = newest_checkpoint(run, config, facts_file)
+        decision = [checkpoint, run.finished, has_plateaued(run, config.train.patience)]
+    checkpoint, finished, plateaued = broadcast_object_list(decision)
     step = int(checkpoint.name) if checkpoint else 0
     if checkpoint and not (checkpoint / CHECKPOINT_MANIFEST).is_file():
         raise RunError(
@@ -46,7 +48,16 @@ def find_start(
             f"{run.folder} is at step {step} already, got train.steps {config.train.steps}. "
             f"Set train.steps to at least {step}, or choose another --name."
         )
-    return checkpoint, finished and step >= config.train.steps
+    return checkpoint, finished and (plateaued or step >= config.train.steps)
+
+
+def has_plateaued(run: RunFolder, patience: int | None) -> bool:
+    """Return whether the last `patience` validations brought no lower held-out loss."""
+    logged = [line["held_out_loss"] for line in run.history() if "held_out_loss" in line]
+    losses = [math.inf if loss is None else loss for loss in logged]
+    if patience is None or not losses:
+        return False
+    return len(losses) - 1 - losses.index(min(losses)) >= patience
 
 
 def newest_checkpoint(run: RunFolder, config: RunConfig, facts_file: str) -> Path | None:

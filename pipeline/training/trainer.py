@@ -59,6 +59,8 @@ class Trainer:
         self.start_time = time.monotonic()
         self.micro_losses: list[tuple[Tensor, Tensor]] = []  # of the step in progress
         self.losses: list[float] = []  # since the last log line
+        # Step, held-out loss and averaged weights of the best validation, for train.keep_best.
+        self.best: dict[str, Any] | None = None
         self.resumed_lr = (0.0, 0.0)  # as a checkpoint saved it, and by this run's plan
 
     @property
@@ -99,6 +101,12 @@ class Trainer:
         mean: Any = self.accelerator.reduce(losses.mean(), "mean")
         return mean.item()
 
+    def keep_if_best(self, loss: float) -> None:
+        """Copy the averaged weights if this held-out loss is the lowest so far."""
+        if loss < (self.best["loss"] if self.best else math.inf):
+            copies = [mean.to("cpu", copy=True) for mean in self.ema.shadow_params]
+            self.best = {"step": self.global_step, "loss": loss, "weights": copies}
+
     def state_dict(self) -> dict:
         """Return the state that `resume` restores, for all ranks: each must call it."""
         scaler, stream = self.accelerator.scaler, self.task.stream
@@ -113,6 +121,7 @@ class Trainer:
             "schedule": self.schedule.state_dict(),
             "ema": self.ema.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else {},
+            "best": self.best,
             "state": counters,
             "losses": gather_object([self.losses]),
             "streams": gather_object([stream.state_dict()]) if stream is not None else [],
@@ -124,6 +133,7 @@ class Trainer:
         restore_optimizer(self.optimizer, saved["optimizer"])
         self.resumed_lr = resume_lr_schedule(self.schedule, saved["schedule"])
         self.ema.load_state_dict(saved["ema"])
+        self.best = saved.get("best")
         # In the memory format of the weights, or the EMA takes torch's slow path.
         self.ema.shadow_params = [
             torch.empty_like(weight).copy_(mean)
@@ -144,7 +154,12 @@ class Trainer:
             self.task.stream.load_state_dict(for_this_rank(saved["streams"], self.accelerator))
 
     def save_model(self, run: RunFolder) -> None:
-        """Copy the averaged weights into the network; save it as a pipeline or an adapter."""
+        """Copy the averaged weights, or the best ones, into the network, and save the model.
+
+        It is saved as a pipeline or an adapter.
+        """
+        if self.best is not None:
+            self.ema.shadow_params = self.best["weights"]
         self.ema.copy_to(self.weights)
         network = self.task.unet.eval()
         if self.config.train.method == "lora":

@@ -1,6 +1,7 @@
 """What a run leaves, and who can read it."""
 
 import json
+import re
 import shutil
 import time
 from os import utime
@@ -38,6 +39,12 @@ def test_train_leaves_a_pipeline_card_samples_and_log(finished):
     assert (run / "figures" / "training.png").stat().st_size > 5000
     assert "library_name: diffusers" in (run / "README.md").read_text()
     assert [line["step"] for line in log(run)] == [1, 2, 3, 3, 4, 5, 6, 6]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if "loss" in line:
+            assert min(line["grad_norm"], line["images_per_s"], line["memory_gib"]) > 0
+    shown = re.findall(r"loss ([\d.]+), gradient \S+, [\d.]+ images/s, ", done.stderr)[-1]
+    assert shown == f"{lines[-2]['loss']:.4f}"
     assert "direct-jump sample" in done.stdout
     count = sum(value.numel() for value in weights(run).values())
     assert f"{count:,} weights to train; a new run" in done.stdout
