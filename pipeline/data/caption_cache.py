@@ -47,8 +47,9 @@ def encode_captions(
 ) -> Tensor:
     """Return the states (N, length, D) of captions, cached by (encoder, length, captions).
 
-    read: the words that the encoder sees of a caption. Each distinct text is encoded once. Encoding moves the encoder to `device`. Captions are cut
-    at `length` tokens; `CaptionedImages.with_caption_lengths` reports how many.
+    read: the words that the encoder sees of a caption. Each distinct text is encoded once. Encoding
+    moves the encoder to `device`. Captions are cut at `length` tokens;
+    `CaptionedImages.with_caption_lengths` reports how many.
     """
     captions = [read(caption) for caption in captions]
     distinct = sorted(set(captions))

@@ -50,12 +50,8 @@ WEIGHTS_PATTERN = re.compile(
     rf"(\w+)/\w+{SHARD_PATTERN}(?:\.(\w+))?{SHARD_PATTERN}\.(?:safetensors|bin)"
     r"(?:\.index(?:\.(\w+))?\.json)?"
 )
-PIPELINE_SETTINGS = (
-    "caption_length",
-    "caption_dropout",
-    "simplify_captions",
-    "w",
-)  # beside the components
+# Beside the components.
+PIPELINE_SETTINGS = ("caption_length", "caption_dropout", "simplify_captions", "w")
 PRIVATE_KEY = "_text_to_image"  # diffusers ignores keys with a leading underscore
 STABLE_DIFFUSION_INDEX = {
     "_class_name": "StableDiffusionPipeline",

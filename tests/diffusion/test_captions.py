@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipeline.diffusion import captions
-from pipeline.diffusion.captions import CaptionWhitening
+from pipeline.diffusion.captions import CaptionWhitening, simplify
 
 RIDGE = 0.02
 
@@ -82,3 +82,25 @@ def test_whiten_in_batches_matches_whitening_at_once(states, monkeypatch):
         pieces.mean, whole.mean, atol=1e-5
     )
     assert whole.whiten_(memory) is memory and torch.allclose(memory, whole(states), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("typed", "read"),
+    [
+        ("cat", "cat"),
+        ("Cat!", "cat"),
+        ("the cat", "cat"),
+        ("  A  red,\tcat. ", "red cat"),
+        ("an owl & an eagle", "owl eagle"),
+        ("fox, 3d style", "fox 3d style"),
+        ("jack-o'-lantern", "jack-o lantern"),
+        ("woman’s T-shirt", "woman’s t-shirt"),
+        ("A", "a"),
+        ("Éclair 🍰", "éclair"),
+        ("...", ""),
+        ("", ""),
+    ],
+)
+def test_simplify_leaves_words_in_lower_case(typed, read):
+    assert simplify(typed) == read
+    assert simplify(read) == read

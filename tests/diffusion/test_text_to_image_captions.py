@@ -15,6 +15,7 @@ from tiny import WIDTH, tiny_pipeline, tiny_text, tiny_unet
 
 from pipeline import TextToImagePipeline
 from pipeline.data import caption_cache
+from pipeline.diffusion.captions import simplify
 from pipeline.diffusion.guidance import InputError
 from pipeline.diffusion.scheduler import DDPMScheduler
 
@@ -60,6 +61,25 @@ def test_encode_prompt_matches_encode_captions(kind, tmp_path):
     states, empty = pipe.encode_prompt(captions)
     torch.testing.assert_close(states, trained)
     torch.testing.assert_close(empty, trained[1:2].expand(len(captions), -1, -1))
+
+
+@pytest.mark.parametrize("kind", ["bert", "clip"])
+def test_encode_prompt_reads_simple_words_where_the_model_asks_for_it(kind, tmp_path):
+    tokenizer, encoder = tiny_text(kind)
+    simple, plain = (
+        TextToImagePipeline(None, None, encoder, tokenizer, caption_length=6, simplify_captions=on)
+        for on in (True, False)
+    )
+    typed = ["A red heart!", "the Red Heart", "red heart"]
+    states, _ = simple.encode_prompt(typed)
+    wanted, _ = plain.encode_prompt("red heart")
+    torch.testing.assert_close(states, wanted.expand(3, -1, -1))
+    assert not torch.allclose(plain.encode_prompt(typed)[0][0], wanted[0])
+    options = {"read": simplify, "cache_dir": tmp_path}
+    trained = caption_cache.encode_captions(typed, tokenizer, encoder, 6, **options)
+    torch.testing.assert_close(states, trained)
+    cached = caption_cache.CaptionCache(tokenizer, encoder, 6, simplify)(typed)
+    torch.testing.assert_close(states, cached)
 
 
 @settings(max_examples=50, deadline=None)

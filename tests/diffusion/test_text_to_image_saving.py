@@ -31,13 +31,13 @@ def diffusers_log(caplog):
 @pytest.mark.parametrize("safe", [True, False])
 @pytest.mark.parametrize("patch_size", [None, 2])
 def test_from_pretrained_generates_the_same(tmp_path, safe, patch_size, diffusers_log):
-    pipe = tiny_pipeline(patch_size=patch_size, w=1.5, caption_length=8, caption_dropout=0.1)
+    settings = {"w": 1.5, "caption_length": 8, "caption_dropout": 0.1, "simplify_captions": True}
+    pipe = tiny_pipeline(patch_size=patch_size, **settings)
     pipe.save_pretrained(tmp_path, safe_serialization=safe)
     again = TextToImagePipeline.from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
     assert np.array_equal(generate(again), generate(pipe))
-    config = again.config
-    assert (config.w, config.caption_length, config.caption_dropout) == (1.5, 8, 0.1)
+    assert {name: again.config[name] for name in settings} == settings
     assert type(again.scheduler) is DDPMScheduler
     for name, component in pipe.components.items():
         assert component is None or name in diffusers_log.text
