@@ -516,6 +516,7 @@ class AutoencoderTrainConfig(OptimizationConfig):
     """The optimisation; a step is one optimiser step on `batch_size` crops."""
 
     accumulation: ClassVar = 1
+    patience: ClassVar = None
 
     crop: PositiveInt = 64
     """side in pixels of the square that each step cuts from an image, at random"""

@@ -48,7 +48,6 @@ def write_autoencoder_card(
     facts = training_facts(str(images.report), seconds) | {
         "psnr": {name: vars(value) for name, value in results.items()},
         "weights": sum(weight.numel() for weight in vae.parameters()),
-        "model": str(run.autoencoder),
     }
     replace_text(run.folder / TRAINING_FACTS, json.dumps(facts, indent=1))
     refresh_autoencoder_card(run.folder, config, str(run.autoencoder))

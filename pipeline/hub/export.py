@@ -10,15 +10,21 @@ from pathlib import Path
 
 import torch
 
+from pipeline.config import AutoencoderConfig, DataConfig, load_file
+from pipeline.diffusion.autoencoder import ConvAutoencoder
+from pipeline.hub.autoencoder_card import refresh_autoencoder_card
 from pipeline.hub.client import HubError, disk_errors
 from pipeline.hub.model_card import (
     TRAINING_FACTS,
+    public_name,
+    public_report,
     read_settings,
     refresh_card,
     without_local_paths,
 )
 from pipeline.hub.push import require_finished
 from pipeline.models import trusted
+from pipeline.models.build import is_learned_autoencoder
 from pipeline.models.loading import load_pipeline
 from pipeline.runs.folder import IMAGES_FOLDER, MODEL_INDEX, RunFolder
 
@@ -32,11 +38,15 @@ def export(source: str | Path, folder: Path) -> Path:
     """
     require_new_folder(folder)
     run = RunFolder(source)
+    if run.autoencoder.is_dir():
+        return export_autoencoder(run, folder)
     if not (run.config.is_file() and (run.pipeline / MODEL_INDEX).is_file()):
         raise HubError(f"{source} is not a finished run. Finish its training first.")
     require_finished(run)
     pipe = load_pipeline(source)
     pipe.unet.to(torch.bfloat16)
+    if is_learned_autoencoder(pipe.vae):
+        pipe.vae.to(torch.bfloat16)
     pipe.register_modules(text_encoder=None, tokenizer=None)
     with atomic_folder(folder) as new:
         pipe.save_pretrained(new, safe_serialization=True, max_shard_size=SHARD_SIZE)
@@ -51,6 +61,25 @@ def export(source: str | Path, folder: Path) -> Path:
         (new / TRAINING_FACTS).write_text(json.dumps(facts), encoding="utf-8")
         shutil.copytree(run.folder / IMAGES_FOLDER, new / IMAGES_FOLDER)
         refresh_card(new, str(folder), shipped=True)
+    return folder
+
+
+def export_autoencoder(run: RunFolder, folder: Path) -> Path:
+    """Save a run's autoencoder in half precision, with its card, settings and figure."""
+    require_finished(run)
+    config = load_file(run.config, AutoencoderConfig)
+    vae = ConvAutoencoder.from_pretrained(run.autoencoder, use_safetensors=True)
+    with atomic_folder(folder) as new:
+        vae.half().save_pretrained(new, safe_serialization=True, max_shard_size=SHARD_SIZE)
+        facts = json.loads((run.folder / TRAINING_FACTS).read_text(encoding="utf-8"))
+        facts["images"] = public_report(facts["images"], config.data)
+        (new / TRAINING_FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+        source = public_name(config.data.source)
+        data = dataclasses.replace(config.data, source=source, cache=DataConfig.cache)
+        config = dataclasses.replace(config, output=AutoencoderConfig.output, data=data)
+        (new / run.config.name).write_text(config.to_yaml(), encoding="utf-8")
+        shutil.copytree(run.folder / IMAGES_FOLDER, new / IMAGES_FOLDER)
+        refresh_autoencoder_card(new, config, str(folder))
     return folder
 
 

@@ -134,6 +134,28 @@ def read_settings(folder: Path, base: str | None = None) -> tuple[Config, dict]:
     return config, facts
 
 
+def public_name(name: str, of_hub: list[str] | None = None) -> str:
+    """Return the name of something embedded or on the Hub; LOCAL_NAME for a path of this machine.
+
+    of_hub: the names that were on the Hub when a run ended; None if that was not recorded.
+    """
+    is_public = name in (*EMBEDDED_SETS, "minilm") or is_hub_id(name.partition("@")[0], of_hub)
+    return name if is_public else LOCAL_NAME
+
+
+def public_report(report: str, data: DataConfig, of_hub: list[str] | None = None) -> str:
+    """Return a dataset report without paths of this machine and without skipped files."""
+    lines = [line for line in report.splitlines() if not line.startswith("  skipped ")]
+    report = "\n".join(lines)
+    names = {data.source: public_name(data.source, of_hub), data.cache: DataConfig.cache}
+    for name, known in names.items():
+        if name == known or name == ".":
+            continue
+        for path in (str(Path(name).absolute()), name, str(Path(name))):
+            report = re.sub(rf"(?<![\w./-]){re.escape(path)}(?![\w.-])", LOCAL_NAME, report)
+    return report
+
+
 def without_local_paths(config: Config, facts: dict) -> tuple[Config, dict]:
     """Return settings and facts that do not tell where anything lay on this machine.
 
@@ -144,18 +166,9 @@ def without_local_paths(config: Config, facts: dict) -> tuple[Config, dict]:
     model = config.model
 
     def public(name: str) -> str:
-        repository = name.partition("@")[0]
-        is_public = name in (*EMBEDDED_SETS, "minilm") or is_hub_id(repository, facts.get("of_hub"))
-        return name if is_public else LOCAL_NAME
+        return public_name(name, facts.get("of_hub"))
 
-    report = facts.get("images", "").splitlines()
-    report = "\n".join(line for line in report if not line.startswith("  skipped "))
-    for name, known in ((data.source, public(data.source)), (data.cache, DataConfig.cache)):
-        if name == known or name == ".":
-            continue
-        for path in (str(Path(name).absolute()), name, str(Path(name))):
-            report = re.sub(rf"(?<![\w./-]){re.escape(path)}(?![\w.-])", LOCAL_NAME, report)
-    facts = facts | {"images": report}
+    facts = facts | {"images": public_report(facts.get("images", ""), data, facts.get("of_hub"))}
     if facts.get("base_model"):
         facts["base_model"] = public(facts["base_model"])
     data = dataclasses.replace(data, source=public(data.source), cache=DataConfig.cache)
@@ -163,6 +176,7 @@ def without_local_paths(config: Config, facts: dict) -> tuple[Config, dict]:
         model,
         pretrained=model.pretrained and public(model.pretrained),
         text_encoder=public(model.text_encoder),
+        autoencoder=model.autoencoder and public(model.autoencoder),
     )
     return dataclasses.replace(config, output=Config.output, data=data, model=model), facts
 

@@ -9,9 +9,11 @@ from safetensors.torch import load_file
 from training_runs import COLOURS, write_images, write_template
 
 from pipeline.cli import train_autoencoder
-from pipeline.config import AutoencoderConfig, load
+from pipeline.config import AutoencoderConfig, ModelConfig, load
 from pipeline.diffusion.autoencoder import ConvAutoencoder
+from pipeline.hub.export import export
 from pipeline.hub.model_card import TRAINING_FACTS
+from pipeline.models.build import build_autoencoder
 from pipeline.runs.folder import RunFolder
 from pipeline.training import autoencoder
 from pipeline.training.autoencoder import AutoencoderTrainer, psnr
@@ -165,3 +167,18 @@ def test_each_step_cuts_other_crops_from_the_next_images(config, tmp_path):
         assert (both == crop).flatten(1).all(1).any()
     trainer.global_step = 3
     assert not torch.equal(trainer.batch(), first)
+
+
+def test_export_halves_the_weights_and_names_no_local_path(config, tmp_path):
+    _, run = train(config, tmp_path)
+    folder = export(run.folder, tmp_path / "shipped")
+    stored = load_file(folder / "diffusion_pytorch_model.safetensors")
+    whole = weights(run)
+    assert stored.keys() == whole.keys()
+    for name, weight in stored.items():
+        assert torch.equal(weight, whole[name].half() if weight.is_floating_point() else weight)
+    vae = build_autoencoder(ModelConfig(autoencoder=str(folder)))
+    assert vae.dtype == torch.float32
+    for path in (folder / "README.md", folder / "config.yaml", folder / "config.json"):
+        assert str(config.parent) not in path.read_text()
+    assert (folder / "images" / "reconstructions.png").is_file()
