@@ -24,21 +24,20 @@ from pipeline.training.resume import find_start
 from pipeline.training.trackers import Trackers, check_tracker
 
 
-def train(config: AutoencoderConfig, dry_run: bool) -> int:
+def train(config: AutoencoderConfig, dry_run: bool = False) -> int:
     """Train as configured, from the newest checkpoint if there is one; return the exit code."""
     check_tracker(config.report_to)
     accelerator = start_accelerator(config)
     if accelerator.num_processes > 1:
         raise ConfigError("An autoencoder trains in one process. Start it without a launcher.")
+    if dry_run:
+        print_plan(config, accelerator)
+        return 0
     run = RunFolder(config.folder)
-    if not dry_run:
-        run.create()
-    with StopSignals() as stop, run.lock() if not dry_run else stop.raise_on_stop("the dry run"):
+    run.create()
+    with StopSignals() as stop, run.lock():
         try:
-            if dry_run:
-                print_plan(config, accelerator)
-            else:
-                run_training(config, accelerator, run, stop)
+            run_training(config, accelerator, run, stop)
         except Stopped as stopped:
             print(f"{stopped}; run the same command to resume.")
             return stop.exit_code
@@ -113,11 +112,12 @@ def training_loop(
                 )
             if is_due(train.validate_every) and held_out is not None:
                 log(held_out_psnr=trainer.measure(held_out).mean().item())
-            if stop or is_due(train.save_every):
-                step = trainer.global_step
+            stopped = bool(stop)
+            if stopped or is_due(train.save_every):
                 fingerprint = trainer.images.fingerprint
+                step = trainer.global_step
                 run.save(step, trainer.save, train.keep, processes=1, data=fingerprint)
-            if stop:
+            if stopped:
                 raise Stopped(f"Stopped ({stop.reason}) after step {trainer.global_step}")
 
 
