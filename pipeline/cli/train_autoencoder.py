@@ -65,6 +65,7 @@ def run_training(
     with Trackers(accelerator, config) as trackers:
         training_loop(trainer, run, trackers, stop, held_out)
     with stop.raise_on_stop("after the last step"):
+        trainer.calibrate()
         replace_folder(run.autoencoder, trainer.save_model)
         results = measure_splits(trainer, images, held_out)
         vae = trainer.vae.eval()

@@ -33,8 +33,9 @@ def residual_blocks(count: int, channels: int) -> nn.Sequential:
 class ConvAutoencoder(ModelMixin, ConfigMixin):
     """Images (B, 3, H, W) in [-1, 1] as latents (B, c, H/8, W/8), with AutoencoderTiny's interface.
 
-    Every latent channel has mean 0 and variance 1 over the training images: in training mode over
-    the batch, afterwards by the averages kept from training, as in a batch normalisation.
+    Every latent channel has mean 0 and variance 1 over the training crops: in training mode over
+    the batch, afterwards by the averages kept from training, as in a batch normalisation. As in
+    diffusers, (z - shift_factor) scaling_factor has mean 0 and variance 1 over whole images.
 
     block_out_channels: the channels at 1/1, 1/2, 1/4 and 1/8 of the resolution; the first are the
     image's. encoder_layers, decoder_layers: residual blocks at 1/4 and at 1/8.

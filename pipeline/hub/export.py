@@ -7,11 +7,11 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from pipeline.config import AutoencoderConfig, DataConfig, load_file
-from pipeline.diffusion.autoencoder import ConvAutoencoder
 from pipeline.hub.autoencoder_card import refresh_autoencoder_card
 from pipeline.hub.client import HubError, disk_errors
 from pipeline.hub.model_card import (
@@ -24,11 +24,11 @@ from pipeline.hub.model_card import (
 )
 from pipeline.hub.push import require_finished
 from pipeline.models import trusted
-from pipeline.models.build import is_learned_autoencoder
+from pipeline.models.build import is_learned_autoencoder, load_autoencoder
 from pipeline.models.loading import load_pipeline
 from pipeline.runs.folder import IMAGES_FOLDER, MODEL_INDEX, RunFolder
 
-SHARD_SIZE = "9MB"  # of weights in one file of an export
+SHARD_SIZE = 9_400_000  # bytes of weights in one file of an export
 
 
 def export(source: str | Path, folder: Path) -> Path:
@@ -68,7 +68,7 @@ def export_autoencoder(run: RunFolder, folder: Path) -> Path:
     """Save a run's autoencoder in half precision, with its card, settings and figure."""
     require_finished(run)
     config = load_file(run.config, AutoencoderConfig)
-    vae = ConvAutoencoder.from_pretrained(run.autoencoder, use_safetensors=True)
+    vae: Any = load_autoencoder(str(run.folder))
     with atomic_folder(folder) as new:
         vae.half().save_pretrained(new, safe_serialization=True, max_shard_size=SHARD_SIZE)
         facts = json.loads((run.folder / TRAINING_FACTS).read_text(encoding="utf-8"))

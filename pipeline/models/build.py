@@ -49,6 +49,7 @@ def load_autoencoder(name: str) -> nn.Module:
                 f"it is a {settings['_class_name']}, not one of {', '.join(AUTOENCODERS)}"
             )
         vae = kind.from_pretrained(source, use_safetensors=True, **options)
+        vae.register_to_config(_name_or_path="")  # no saved file tells where it came from
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"model.autoencoder {name!r} cannot be loaded: {reason}") from error

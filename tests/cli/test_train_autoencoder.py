@@ -5,11 +5,11 @@ import signal
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file as load_tensors
 from training_runs import COLOURS, write_images, write_template
 
 from pipeline.cli import train_autoencoder
-from pipeline.config import AutoencoderConfig, ModelConfig, load
+from pipeline.config import AutoencoderConfig, ModelConfig, load, load_file
 from pipeline.diffusion.autoencoder import ConvAutoencoder
 from pipeline.hub.export import export
 from pipeline.hub.model_card import TRAINING_FACTS
@@ -49,7 +49,7 @@ def train(config, out, *more):
 
 
 def weights(run):
-    return load_file(run.autoencoder / "diffusion_pytorch_model.safetensors")
+    return load_tensors(run.autoencoder / "diffusion_pytorch_model.safetensors")
 
 
 def same(a, b):
@@ -61,6 +61,12 @@ def test_a_run_leaves_a_model_a_log_and_a_card(config, tmp_path, capsys):
     assert code == 0
     vae = ConvAutoencoder.from_pretrained(run.autoencoder, use_safetensors=True)
     assert vae.config.latent_channels == 4
+    images, _ = train_autoencoder.load_splits(load_file(run.config, AutoencoderConfig).data)
+    with torch.no_grad():
+        z = vae.eval().encode(images.images[:] / 127.5 - 1).latents
+    z = (z - vae.config.shift_factor) * vae.config.scaling_factor
+    assert z.mean().item() == pytest.approx(0, abs=1e-3)
+    assert z.std().item() == pytest.approx(1, abs=1e-3)
     history = run.history()
     assert [line["step"] for line in history if "psnr" in line] == [1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in history if "held_out_psnr" in line] == [3, 6]
@@ -172,7 +178,7 @@ def test_each_step_cuts_other_crops_from_the_next_images(config, tmp_path):
 def test_export_halves_the_weights_and_names_no_local_path(config, tmp_path):
     _, run = train(config, tmp_path)
     folder = export(run.folder, tmp_path / "shipped")
-    stored = load_file(folder / "diffusion_pytorch_model.safetensors")
+    stored = load_tensors(folder / "diffusion_pytorch_model.safetensors")
     whole = weights(run)
     assert stored.keys() == whole.keys()
     for name, weight in stored.items():
