@@ -37,6 +37,16 @@ class ConfigError(ValueError):
 
 
 @dataclass(frozen=True, config=SECTION)
+class KeepConfig:
+    """A second dataset that fills a share of every batch, so that fine-tuning forgets less."""
+
+    source: str
+    """like data.source; all of its training split is used"""
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    """share of every batch"""
+
+
+@dataclass(frozen=True, config=SECTION)
 class DataConfig:
     """The captioned images."""
 
@@ -72,13 +82,22 @@ class DataConfig:
     """tokens; longer captions are cut and counted"""
     caption_dropout: Share = 0.1
     """share of captions replaced by the empty caption (14), chosen at every step"""
+    keep: KeepConfig | None = None
+    """second dataset for a share of every batch, against forgetting: {source: ..., share: 0.25}"""
     max_broken: Share = 0.05
     """largest share of unreadable rows"""
     cache: str = "data"
     """folder of prepared data and embedded datasets, shared by all runs"""
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The source, and that of `keep`."""
+        return (self.source,) if self.keep is None else (self.source, self.keep.source)
+
     def problems(self) -> Iterator[str]:
         """Yield what is wrong with values that are valid one by one."""
+        if self.keep is not None and self.streaming:
+            yield "data.keep cannot be used with data.streaming. Remove one."
         columns = self.caption_column
         names = (columns,) if isinstance(columns, str) else columns
         if names is not None and (not names or not all(names) or len(set(names)) < len(names)):
@@ -416,6 +435,12 @@ class Config(RunConfig):
         found = super().problems()
         for section in (self.data, self.model, self.diffusion, self.train, self.hub):
             found += section.problems()
+        keep, size = self.data.keep, self.train.batch_size
+        if keep is not None and not 0 < round(keep.share * size) < size:
+            found.append(
+                f"data.keep.share must be between 1 and {size - 1} images of train.batch_size "
+                f"({size}), got {keep.share:g}"
+            )
         noise = self.diffusion.values()
         if self.sample.steps > noise["num_train_timesteps"]:
             found.append(
@@ -523,6 +548,8 @@ class AutoencoderConfig(RunConfig):
     def problems(self) -> list[str]:
         """Return what is wrong with values that are valid one by one, a sentence each."""
         found = [*super().problems(), *self.data.problems(), *self.train.problems()]
+        if self.data.keep is not None:
+            found.append("data.keep is for text-to-image models. Remove it.")
         sides = {"data.resolution": self.data.resolution, "train.crop": self.train.crop}
         found += [f"{name} must be a multiple of 8, got {n}" for name, n in sides.items() if n % 8]
         if self.train.crop > self.data.resolution:
@@ -831,8 +858,9 @@ def differences(old: RunConfig, new: RunConfig, free: tuple[str, ...] = ()) -> l
     """Return a sentence for each setting that differs, except the groups and names in `free`."""
     before, after = flatten(old.to_dict()), flatten(new.to_dict())
     changed = []
-    for key, value in after.items():
+    # A setting such as data.keep may be null or hold settings of its own.
+    for key in dict.fromkeys([*after, *before]):
         is_free = key in free or key.partition(".")[0] in free
-        if not is_free and before[key] != value:
-            changed.append(f"{key} was {before[key]!r} and is now {value!r}")
+        if not is_free and before.get(key) != after.get(key):
+            changed.append(f"{key} was {before.get(key)!r} and is now {after.get(key)!r}")
     return changed

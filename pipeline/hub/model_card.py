@@ -87,7 +87,7 @@ def write_card(
     """
     facts = training_facts(str(images.report), seconds, stock=pipe.is_stable_diffusion(), **base)
     # A folder with the name of a repository may come and go later, so note now what is on the Hub.
-    names = (config.data.source, base.get("base_model") or "", config.model.text_encoder)
+    names = (*config.data.sources, base.get("base_model") or "", config.model.text_encoder)
     repositories = {name.partition("@")[0] for name in names}
     facts["of_hub"] = sorted(name for name in repositories if is_hub_id(name))
     logged = [record for record in run.history() if record.get("loss") is not None]
@@ -145,7 +145,8 @@ def without_local_paths(config: Config, facts: dict) -> tuple[Config, dict]:
 
     report = facts.get("images", "").splitlines()
     report = "\n".join(line for line in report if not line.startswith("  skipped "))
-    for name, known in ((data.source, public(data.source)), (data.cache, DataConfig.cache)):
+    sources = [(name, public(name)) for name in data.sources]
+    for name, known in (*sources, (data.cache, DataConfig.cache)):
         if name == known or name == ".":
             continue
         for path in (str(Path(name).absolute()), name, str(Path(name))):
@@ -153,7 +154,8 @@ def without_local_paths(config: Config, facts: dict) -> tuple[Config, dict]:
     facts = facts | {"images": report}
     if facts.get("base_model"):
         facts["base_model"] = public(facts["base_model"])
-    data = dataclasses.replace(data, source=public(data.source), cache=DataConfig.cache)
+    keep = data.keep and dataclasses.replace(data.keep, source=public(data.keep.source))
+    data = dataclasses.replace(data, source=public(data.source), keep=keep, cache=DataConfig.cache)
     model = dataclasses.replace(
         model,
         pretrained=model.pretrained and public(model.pretrained),
@@ -199,7 +201,7 @@ def build_card(
     """
     base = facts.get("base_model")
     base_name = (base or "").partition("@")[0]
-    source = config.data.source
+    attribution = "\n\n".join(filter(None, dict.fromkeys(map(attribution_of, config.data.sources))))
     hub_names = facts.get("of_hub")
     has_base = is_hub_id(base_name, hub_names)
     is_adapter = facts.get("base_model_relation") == "adapter"
@@ -209,11 +211,11 @@ def build_card(
         if f"prompt-{i}.png" in images
     ]
     data = ModelCardData(
-        license=card_license(bool(attribution_of(source)), base, facts.get("base_license")),
+        license=card_license(bool(attribution), base, facts.get("base_license")),
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=[*MODEL_TAGS, "lora"] if is_adapter else MODEL_TAGS,
-        datasets=[source] if is_hub_id(source, hub_names) else None,
+        datasets=[name for name in config.data.sources if is_hub_id(name, hub_names)] or None,
         base_model=base_name if has_base else None,
         base_model_relation=facts["base_model_relation"] if has_base else None,
         widget=gallery or None,
@@ -241,7 +243,7 @@ def build_card(
         folder=IMAGES_FOLDER,
         results=metrics_section(metrics) if metrics else "",
         notes=notes,
-        attribution=attribution_of(source),
+        attribution=attribution,
         inline_code=inline_code,
         code_block=code_block,
         repr=repr,
