@@ -218,6 +218,22 @@ class DiffusionConfig:
             )
 
 
+def _typed(value: object) -> object:
+    """Return a YAML value whose type no setting declares, with truth values and 1e-3 as numbers."""
+    if isinstance(value, dict):
+        return {key: _typed(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_typed(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
 @dataclass(frozen=True, config=SECTION)
 class OptimizationConfig:
     """The optimisation; a step is one optimiser step on `batch_size` examples."""
@@ -226,14 +242,23 @@ class OptimizationConfig:
     """steps of the whole run; raise it later to train on"""
     batch_size: PositiveInt = 32
     """images per step, over all processes and accumulated micro-batches"""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon: orthogonalised momentum for matrices, AdamW for the rest"""
+    optimizer: str = "adamw"
+    """adamw; muon: orthogonalised momentum for matrices, AdamW for the rest; or the import path of
+    a torch optimizer, such as prodigyopt.Prodigy"""
+    optimizer_args: Annotated[dict[str, object] | None, BeforeValidator(_typed)] = None
+    """arguments of an optimizer by import path, except lr: {weight_decay: 0.01, ...}"""
     lr: FinitePositive = 1e-4
     """learning rate"""
     matrix_lr: FinitePositive | None = None
     """learning rate of the matrices under muon; null: lr"""
-    lr_schedule: Literal["constant", "linear", "cosine", "flat_then_linear"] = "constant"
+    lr_schedule: Literal[
+        "constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "flat_then_linear"
+    ] = "constant"
     """learning rate after the warm-up"""
+    lr_cycles: PositiveInt = 1
+    """cosine_with_restarts: how often the learning rate falls from lr to 0"""
+    lr_power: FinitePositive = 1.0
+    """polynomial: its exponent; it ends at 1e-7"""
     lr_end: Share = 0.0
     """flat_then_linear: the last learning rate as a share of lr"""
     decay_share: Share = 0.4
@@ -271,8 +296,34 @@ class OptimizationConfig:
         defaults = (OptimizationConfig.lr_end, OptimizationConfig.decay_share)
         if self.lr_schedule != "flat_then_linear" and (self.lr_end, self.decay_share) != defaults:
             yield "train.lr_end and train.decay_share need train.lr_schedule flat_then_linear"
+        for name, schedule in (("lr_cycles", "cosine_with_restarts"), ("lr_power", "polynomial")):
+            is_set = getattr(self, name) != getattr(OptimizationConfig, name)
+            if is_set and self.lr_schedule != schedule:
+                yield f"train.{name} needs train.lr_schedule {schedule}"
+        # diffusers lets a polynomial end at this learning rate.
+        if self.lr_schedule == "polynomial" and self.lr <= 1e-7:
+            yield f"train.lr must be above 1e-7 with train.lr_schedule polynomial, got {self.lr}"
         if self.optimizer != "muon" and self.matrix_lr is not None:
             yield "train.matrix_lr needs train.optimizer muon"
+        yield from self._problems_of_optimizer()
+
+    def _problems_of_optimizer(self) -> Iterator[str]:
+        arguments = self.optimizer_args
+        if self.optimizer in ("adamw", "muon"):
+            if arguments is not None:
+                yield "train.optimizer_args needs a train.optimizer by import path"
+            return
+        parts = self.optimizer.split(".")
+        if len(parts) < 2 or not all(part.isidentifier() for part in parts):
+            yield (
+                "train.optimizer must be adamw, muon or an import path such as "
+                f"torch.optim.Adafactor, got {self.optimizer!r}"
+            )
+        for name in ("betas", "weight_decay"):
+            if getattr(self, name) != getattr(OptimizationConfig, name):
+                yield f"train.{name} is for adamw and muon. Set it in train.optimizer_args."
+        if arguments is not None and not arguments.keys().isdisjoint(("lr", "params")):
+            yield "train.optimizer_args must have neither lr nor params. Set train.lr."
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -764,6 +815,11 @@ DIFFUSERS_FLAGS = {
     "num_train_epochs": "`train.steps`, which is epochs × images / `train.batch_size`",
     "learning_rate": "`train.lr`",
     "lr_scheduler": "`train.lr_schedule`",
+    "with_prior_preservation": "`data.keep`",
+    "class_data_dir": "`data.keep`, whose images have captions of their own",
+    "prior_loss_weight": "the share of `data.keep`",
+    "lr_num_cycles": "`train.lr_cycles`",
+    "lr_power": "`train.lr_power`",
     "lr_warmup_steps": "`train.warmup`",
     "snr_gamma": "`train.weighting min_snr` (`min_velocity` if SNR ends at 0) and `train.gamma`",
     "use_ema": "`train.ema`",
