@@ -37,6 +37,16 @@ class ConfigError(ValueError):
 
 
 @dataclass(frozen=True, config=SECTION)
+class KeepConfig:
+    """A second dataset that fills a share of every batch, so that fine-tuning forgets less."""
+
+    source: str
+    """like data.source; all of its training split is used"""
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    """share of every batch"""
+
+
+@dataclass(frozen=True, config=SECTION)
 class DataConfig:
     """The captioned images."""
 
@@ -74,13 +84,22 @@ class DataConfig:
     """read captions and prompts in lower case, without articles and punctuation"""
     caption_dropout: Share = 0.1
     """share of captions replaced by the empty caption (14), chosen at every step"""
+    keep: KeepConfig | None = None
+    """second dataset for a share of every batch, against forgetting: {source: ..., share: 0.25}"""
     max_broken: Share = 0.05
     """largest share of unreadable rows"""
     cache: str = "data"
     """folder of prepared data and embedded datasets, shared by all runs"""
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The source, and that of `keep`."""
+        return (self.source,) if self.keep is None else (self.source, self.keep.source)
+
     def problems(self) -> Iterator[str]:
         """Yield what is wrong with values that are valid one by one."""
+        if self.keep is not None and self.streaming:
+            yield "data.keep cannot be used with data.streaming. Remove one."
         columns = self.caption_column
         names = (columns,) if isinstance(columns, str) else columns
         if names is not None and (not names or not all(names) or len(set(names)) < len(names)):
@@ -205,6 +224,22 @@ class DiffusionConfig:
             )
 
 
+def _typed(value: object) -> object:
+    """Return a YAML value whose type no setting declares, with truth values and 1e-3 as numbers."""
+    if isinstance(value, dict):
+        return {key: _typed(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_typed(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
 @dataclass(frozen=True, config=SECTION)
 class OptimizationConfig:
     """The optimisation; a step is one optimiser step on `batch_size` examples."""
@@ -213,14 +248,23 @@ class OptimizationConfig:
     """steps of the whole run; raise it later to train on"""
     batch_size: PositiveInt = 32
     """images per step, over all processes and accumulated micro-batches"""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon: orthogonalised momentum for matrices, AdamW for the rest"""
+    optimizer: str = "adamw"
+    """adamw; muon: orthogonalised momentum for matrices, AdamW for the rest; or the import path of
+    a torch optimizer, such as prodigyopt.Prodigy"""
+    optimizer_args: Annotated[dict[str, object] | None, BeforeValidator(_typed)] = None
+    """arguments of an optimizer by import path, except lr: {weight_decay: 0.01, ...}"""
     lr: FinitePositive = 1e-4
     """learning rate"""
     matrix_lr: FinitePositive | None = None
     """learning rate of the matrices under muon; null: lr"""
-    lr_schedule: Literal["constant", "linear", "cosine", "flat_then_linear"] = "constant"
+    lr_schedule: Literal[
+        "constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "flat_then_linear"
+    ] = "constant"
     """learning rate after the warm-up"""
+    lr_cycles: PositiveInt = 1
+    """cosine_with_restarts: how often the learning rate falls from lr to 0"""
+    lr_power: FinitePositive = 1.0
+    """polynomial: its exponent; it ends at 1e-7"""
     lr_end: Share = 0.0
     """flat_then_linear: the last learning rate as a share of lr"""
     decay_share: Share = 0.4
@@ -258,8 +302,34 @@ class OptimizationConfig:
         defaults = (OptimizationConfig.lr_end, OptimizationConfig.decay_share)
         if self.lr_schedule != "flat_then_linear" and (self.lr_end, self.decay_share) != defaults:
             yield "train.lr_end and train.decay_share need train.lr_schedule flat_then_linear"
+        for name, schedule in (("lr_cycles", "cosine_with_restarts"), ("lr_power", "polynomial")):
+            is_set = getattr(self, name) != getattr(OptimizationConfig, name)
+            if is_set and self.lr_schedule != schedule:
+                yield f"train.{name} needs train.lr_schedule {schedule}"
+        # diffusers lets a polynomial end at this learning rate.
+        if self.lr_schedule == "polynomial" and self.lr <= 1e-7:
+            yield f"train.lr must be above 1e-7 with train.lr_schedule polynomial, got {self.lr}"
         if self.optimizer != "muon" and self.matrix_lr is not None:
             yield "train.matrix_lr needs train.optimizer muon"
+        yield from self._problems_of_optimizer()
+
+    def _problems_of_optimizer(self) -> Iterator[str]:
+        arguments = self.optimizer_args
+        if self.optimizer in ("adamw", "muon"):
+            if arguments is not None:
+                yield "train.optimizer_args needs a train.optimizer by import path"
+            return
+        parts = self.optimizer.split(".")
+        if len(parts) < 2 or not all(part.isidentifier() for part in parts):
+            yield (
+                "train.optimizer must be adamw, muon or an import path such as "
+                f"torch.optim.Adafactor, got {self.optimizer!r}"
+            )
+        for name in ("betas", "weight_decay"):
+            if getattr(self, name) != getattr(OptimizationConfig, name):
+                yield f"train.{name} is for adamw and muon. Set it in train.optimizer_args."
+        if arguments is not None and not arguments.keys().isdisjoint(("lr", "params")):
+            yield "train.optimizer_args must have neither lr nor params. Set train.lr."
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -428,6 +498,12 @@ class Config(RunConfig):
             found += section.problems()
         if not self.data.held_out and (self.train.keep_best or self.train.patience):
             found.append("train.keep_best and train.patience need data.held_out")
+        keep, size = self.data.keep, self.train.batch_size
+        if keep is not None and not 0 < round(keep.share * size) < size:
+            found.append(
+                f"data.keep.share must be between 1 and {size - 1} images of train.batch_size "
+                f"({size}), got {keep.share:g}"
+            )
         noise = self.diffusion.values()
         if self.sample.steps > noise["num_train_timesteps"]:
             found.append(
@@ -541,6 +617,8 @@ class AutoencoderConfig(RunConfig):
     def problems(self) -> list[str]:
         """Return what is wrong with values that are valid one by one, a sentence each."""
         found = [*super().problems(), *self.data.problems(), *self.train.problems()]
+        if self.data.keep is not None:
+            found.append("data.keep is for text-to-image models. Remove it.")
         sides = {"data.resolution": self.data.resolution, "train.crop": self.train.crop}
         found += [f"{name} must be a multiple of 8, got {n}" for name, n in sides.items() if n % 8]
         if self.train.crop > self.data.resolution:
@@ -755,6 +833,11 @@ DIFFUSERS_FLAGS = {
     "num_train_epochs": "`train.steps`, which is epochs × images / `train.batch_size`",
     "learning_rate": "`train.lr`",
     "lr_scheduler": "`train.lr_schedule`",
+    "with_prior_preservation": "`data.keep`",
+    "class_data_dir": "`data.keep`, whose images have captions of their own",
+    "prior_loss_weight": "the share of `data.keep`",
+    "lr_num_cycles": "`train.lr_cycles`",
+    "lr_power": "`train.lr_power`",
     "lr_warmup_steps": "`train.warmup`",
     "snr_gamma": "`train.weighting min_snr` (`min_velocity` if SNR ends at 0) and `train.gamma`",
     "use_ema": "`train.ema`",
@@ -849,8 +932,9 @@ def differences(old: RunConfig, new: RunConfig, free: tuple[str, ...] = ()) -> l
     """Return a sentence for each setting that differs, except the groups and names in `free`."""
     before, after = flatten(old.to_dict()), flatten(new.to_dict())
     changed = []
-    for key, value in after.items():
+    # A setting such as data.keep may be null or hold settings of its own.
+    for key in dict.fromkeys([*after, *before]):
         is_free = key in free or key.partition(".")[0] in free
-        if not is_free and before[key] != value:
-            changed.append(f"{key} was {before[key]!r} and is now {value!r}")
+        if not is_free and before.get(key) != after.get(key):
+            changed.append(f"{key} was {before.get(key)!r} and is now {after.get(key)!r}")
     return changed

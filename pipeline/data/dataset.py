@@ -171,6 +171,31 @@ def load_splits(
     return train, load_split(centred, config.held_out, retry_failed)
 
 
+def load_kept(config: DataConfig, retry_failed: bool = False) -> CaptionedImages | None:
+    """Return the images of `data.keep`, None without it: prepared as those of `data.source`."""
+    if config.keep is None:
+        return None
+    own = {"split": "train", "held_out": None, "keep": None}
+    # These name parts of data.source.
+    theirs = dict.fromkeys(("subset", "revision", "image_column", "caption_column"))
+    kept = dataclasses.replace(config, source=config.keep.source, **own, **theirs)
+    return load_splits(kept, retry_failed)[0]
+
+
+def concatenate(first: CaptionedImages, second: CaptionedImages) -> CaptionedImages:
+    """Return the rows of two datasets of one resolution in turn, with both reports."""
+    tables = [first.images.dataset, second.images.dataset]
+    notes = (*first.report.notes, *str(second.report).splitlines())
+    return CaptionedImages(
+        Images(datasets.concatenate_datasets(tables), first.images.shape[-1]),
+        first.alternatives + second.alternatives,
+        first.metadata + second.metadata,
+        digest(first.fingerprint, second.fingerprint),
+        digest(first.pixels, second.pixels),
+        dataclasses.replace(first.report, notes=notes),
+    )
+
+
 def load_split(config: DataConfig, split: str, retry_failed: bool = True) -> CaptionedImages:
     """Return one split, prepared; of a stream, its first PREVIEW_ROWS rows."""
     rows = open_rows(config, split)

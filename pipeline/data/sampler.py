@@ -34,3 +34,21 @@ def batch_indices(
         epoch, position = divmod(step * batch_size + int(slot), n)
         rows.append(int(epoch_order(seed, epoch, n)[position]))
     return torch.tensor(rows, dtype=torch.long)
+
+
+def mixed_batch_indices(
+    seed: int, step: int, batch_size: int, n: int, kept: int, share: float, slots: Slots
+) -> Tensor:
+    """Return the rows at `slots` of a step's batch, (B,), whose last slots are of a second dataset.
+
+    The second dataset has `kept` rows after the n of the first, and fills a share of every batch.
+    Each dataset has epochs of its own.
+    """
+    first_kept = batch_size - round(share * batch_size)
+    slots = torch.as_tensor(slots)
+    is_kept = slots >= first_kept
+    rows = torch.empty_like(slots)
+    rows[~is_kept] = batch_indices(seed, step, first_kept, n, slots[~is_kept])
+    kept_slots = slots[is_kept] - first_kept
+    rows[is_kept] = n + batch_indices(seed, step, batch_size - first_kept, kept, kept_slots)
+    return rows

@@ -92,7 +92,7 @@ def write_card(
     """
     facts = training_facts(str(images.report), seconds, stock=pipe.is_stable_diffusion(), **base)
     # A folder with the name of a repository may come and go later, so note now what is on the Hub.
-    names = (config.data.source, base.get("base_model") or "", config.model.text_encoder)
+    names = (*config.data.sources, base.get("base_model") or "", config.model.text_encoder)
     repositories = {name.partition("@")[0] for name in names}
     facts["of_hub"] = sorted(name for name in repositories if is_hub_id(name))
     logged = [record for record in run.history() if record.get("loss") is not None]
@@ -147,7 +147,8 @@ def public_report(report: str, data: DataConfig, of_hub: list[str] | None = None
     """Return a dataset report without paths of this machine and without skipped files."""
     lines = [line for line in report.splitlines() if not line.startswith("  skipped ")]
     report = "\n".join(lines)
-    names = {data.source: public_name(data.source, of_hub), data.cache: DataConfig.cache}
+    names = {name: public_name(name, of_hub) for name in data.sources}
+    names[data.cache] = DataConfig.cache
     for name, known in names.items():
         if name == known or name == ".":
             continue
@@ -171,7 +172,8 @@ def without_local_paths(config: Config, facts: dict) -> tuple[Config, dict]:
     facts = facts | {"images": public_report(facts.get("images", ""), data, facts.get("of_hub"))}
     if facts.get("base_model"):
         facts["base_model"] = public(facts["base_model"])
-    data = dataclasses.replace(data, source=public(data.source), cache=DataConfig.cache)
+    keep = data.keep and dataclasses.replace(data.keep, source=public(data.keep.source))
+    data = dataclasses.replace(data, source=public(data.source), keep=keep, cache=DataConfig.cache)
     model = dataclasses.replace(
         model,
         pretrained=model.pretrained and public(model.pretrained),
@@ -218,7 +220,7 @@ def build_card(
     """
     base = facts.get("base_model")
     base_name = (base or "").partition("@")[0]
-    source = config.data.source
+    attribution = "\n\n".join(filter(None, dict.fromkeys(map(attribution_of, config.data.sources))))
     hub_names = facts.get("of_hub")
     has_base = is_hub_id(base_name, hub_names)
     is_adapter = facts.get("base_model_relation") == "adapter"
@@ -228,11 +230,11 @@ def build_card(
         if f"prompt-{i}.png" in images
     ]
     data = ModelCardData(
-        license=card_license(bool(attribution_of(source)), base, facts.get("base_license")),
+        license=card_license(bool(attribution), base, facts.get("base_license")),
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=[*MODEL_TAGS, "lora"] if is_adapter else MODEL_TAGS,
-        datasets=[source] if is_hub_id(source, hub_names) else None,
+        datasets=[name for name in config.data.sources if is_hub_id(name, hub_names)] or None,
         base_model=base_name if has_base else None,
         base_model_relation=facts["base_model_relation"] if has_base else None,
         widget=gallery or None,
@@ -260,7 +262,7 @@ def build_card(
         folder=IMAGES_FOLDER,
         results=metrics_section(metrics) if metrics else "",
         notes=notes,
-        attribution=attribution_of(source),
+        attribution=attribution,
         inline_code=inline_code,
         code_block=code_block,
         repr=repr,

@@ -1,18 +1,29 @@
 """The optimizer of a run and its learning rate by step, new or restored from a checkpoint."""
 
+import importlib
+from collections.abc import Callable
+
 import torch
 from diffusers.optimization import get_scheduler
 from torch.optim.lr_scheduler import LambdaLR
 
-from pipeline.config import TrainConfig
+from pipeline.config import ConfigError, TrainConfig
 from pipeline.hardware import has_bf16
 from pipeline.models.build import trainable_parameters
 from pipeline.training.muon import Muon, muon_parameters
 
 
-def build_optimizer(network: torch.nn.Module, train: TrainConfig) -> torch.optim.AdamW:
-    """Return the configured optimizer of the trainable weights."""
+def build_optimizer(network: torch.nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
+    """Return the configured optimizer of the trainable weights; ConfigError if there is none."""
     weights = trainable_parameters(network)
+    if train.optimizer not in ("adamw", "muon"):
+        try:
+            kind = load_optimizer_class(train.optimizer)
+            return kind(weights, lr=train.lr, **(train.optimizer_args or {}))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{train.optimizer} does not take these train.optimizer_args: {error}"
+            ) from error
     settings = {"lr": train.lr, "betas": train.betas, "weight_decay": train.weight_decay}
     if train.optimizer != "muon":
         return torch.optim.AdamW(weights, **settings, fused=True)
@@ -23,6 +34,26 @@ def build_optimizer(network: torch.nn.Module, train: TrainConfig) -> torch.optim
     return Muon(matrices, others, matrix_lr=train.matrix_lr, dtype=dtype, **settings)
 
 
+def load_optimizer_class(path: str) -> Callable[..., torch.optim.Optimizer]:
+    """Return the optimizer class at an import path; ConfigError if it cannot be used."""
+    module, _, name = path.rpartition(".")
+    try:
+        kind = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"train.optimizer {path} cannot be imported: {error}. Install its package, or correct "
+            "the path."
+        ) from error
+    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+        raise ConfigError(f"train.optimizer {path} is not a class of torch optimizers.")
+    if hasattr(kind, "eval"):
+        raise ConfigError(
+            f"train.optimizer {path} trains other weights than it saves, which is not supported. "
+            "Choose one without train() and eval(); train.ema averages weights."
+        )
+    return kind
+
+
 def build_lr_schedule(optimizer: torch.optim.Optimizer, train: TrainConfig) -> LambdaLR:
     """Return a learning-rate schedule of diffusers, or one flat and then linear to lr_end.
 
@@ -31,7 +62,12 @@ def build_lr_schedule(optimizer: torch.optim.Optimizer, train: TrainConfig) -> L
     if train.lr_schedule != "flat_then_linear":
         name = "constant_with_warmup" if train.lr_schedule == "constant" else train.lr_schedule
         return get_scheduler(
-            name, optimizer, num_warmup_steps=train.warmup, num_training_steps=train.steps
+            name,
+            optimizer,
+            num_warmup_steps=train.warmup,
+            num_training_steps=train.steps,
+            num_cycles=train.lr_cycles,
+            power=train.lr_power,
         )
     decay_steps = max(train.decay_share * train.steps, 1)
 
@@ -65,7 +101,9 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     optimizer.load_state_dict(state)
     for weight, moments in optimizer.state.items():
         for name, value in moments.items():
+            if not isinstance(value, torch.Tensor):
+                continue
             if value.shape == weight.shape:
-                moments[name] = torch.empty_like(weight).copy_(value)
+                moments[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
             else:
                 moments[name] = value.clone()

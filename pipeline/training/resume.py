@@ -93,7 +93,7 @@ def newest_checkpoint(run: RunFolder, config: RunConfig, facts_file: str) -> Pat
 
 def check_data(task: TrainingTask, run: RunFolder, checkpoint: Path | None) -> None:
     """Raise DataError if ranks read different data, RunError if it changed since the start."""
-    source, now = task.config.data.source, task.fingerprint
+    source, now = " and ".join(task.config.data.sources), task.fingerprint
     if len(set(gather_object([now]))) > 1:
         raise DataError(
             f"The processes read different images or captions in {source}. "

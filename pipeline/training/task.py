@@ -15,10 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline import randomness
 from pipeline.config import Config, ConfigError, ModelConfig, zero_snr_problems
 from pipeline.data.caption_cache import CaptionCache, encode_captions
-from pipeline.data.dataset import CaptionedImages, load_splits
+from pipeline.data.dataset import CaptionedImages, concatenate, load_kept, load_splits
 from pipeline.data.image_ops import as_float
 from pipeline.data.latent_cache import LatentCache, cache_latents
-from pipeline.data.sampler import batch_indices
+from pipeline.data.sampler import batch_indices, mixed_batch_indices
 from pipeline.data.streaming import Stream, StreamBatch
 from pipeline.diffusion.captions import CaptionWhitening, normalize, simplify
 from pipeline.diffusion.losses import training_loss
@@ -61,12 +61,13 @@ class TrainingTask:
 
     config: Config
     pipe: TextToImagePipeline
-    images: CaptionedImages  # the first rows, if the data is a stream
+    images: CaptionedImages  # the first rows, if the data is a stream; those of data.keep last
+    kept: int  # the number of rows of data.keep
     held_out: CaptionedImages | None
-    caption_states: Tensor  # (M, L, D) on the CPU, one row a caption of the training split
+    caption_states: Tensor  # (M, L, D) on the CPU, one row a caption of `images`
     held_out_states: Tensor | None  # (M, L, D) on the CPU
     empty_caption: Tensor  # (1, L, D) on the network's device
-    latents: LatentCache | None  # of the training split, if the autoencoder is learned
+    latents: LatentCache | None  # of `images`, if the autoencoder is learned
     caption_cache: CaptionCache  # encodes a stream's captions
     stream: Stream | None = None
 
@@ -91,6 +92,10 @@ class TrainingTask:
             add_adapter(base.unet, config.lora)
         images, held_out = load_splits(config.data, retry_failed)
         images = images.with_caption_lengths(text.tokenizer, text.length)
+        kept = load_kept(config.data, retry_failed)
+        if kept is not None:
+            kept = kept.with_caption_lengths(text.tokenizer, text.length)
+            images = concatenate(images, kept)
 
         def encode(captions: list[str]) -> Tensor:
             return encode_captions(captions, *text, config.data.cache, device)
@@ -120,7 +125,8 @@ class TrainingTask:
         if is_learned_autoencoder(pipe.vae) and not config.data.streaming:
             latents = cache_latents(images, pipe.vae, config.data.cache, mirrored=config.data.flip)
         tensors = states, held_out_states, empty.to(device)
-        return cls(config, pipe, images, held_out, *tensors, latents, CaptionCache(*text))
+        count = 0 if kept is None else len(kept)
+        return cls(config, pipe, images, count, held_out, *tensors, latents, CaptionCache(*text))
 
     @property
     def unet(self) -> UNet2DConditionModel:
@@ -210,7 +216,10 @@ class TrainingTask:
     def rows(self, step: int, slots: Tensor | list[int]) -> Tensor:
         """Return the dataset's rows at `slots` of the global batch of one step, (B,)."""
         seed, size = self.config.seed, self.config.train.batch_size
-        return batch_indices(seed, step, size, len(self.images), slots=slots)
+        own, keep = len(self.images) - self.kept, self.config.data.keep
+        if keep is None:
+            return batch_indices(seed, step, size, own, slots=slots)
+        return mixed_batch_indices(seed, step, size, own, self.kept, keep.share, slots)
 
     def timesteps(self, batch: Batch) -> Tensor:
         """Return t, (B,) in 0..T-1: stratified over the global batch."""

@@ -32,6 +32,26 @@ def test_batch_indices_of_slots_are_those_of_the_batch():
     assert torch.equal(some, sampler.batch_indices(0, 3, 10, 17)[6:])
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 7), st.integers(2, 5))
+def test_mixed_batch_indices_have_epochs_of_both(n, kept, kept_slots, ranks):
+    """Also slot by slot, as ranks ask for them."""
+    size = 8
+    share = kept_slots / size
+
+    def mixed(step, slots):
+        return sampler.mixed_batch_indices(3, step, size, n, kept, share, slots)
+
+    batches = torch.stack([mixed(step, range(size)) for step in range(n * kept)])
+    assert ((batches >= n).sum(1) == kept_slots).all()
+    for rows, count in ((batches[batches < n], n), (batches[batches >= n] - n, kept)):
+        assert rows[: len(rows) // count * count].bincount().unique().numel() == 1
+        assert sorted(rows[:count].tolist()) == list(range(count))
+    for rank in range(ranks):
+        slots = range(rank, size, ranks)
+        assert torch.equal(mixed(1, slots), mixed(1, range(size))[list(slots)])
+
+
 def test_batch_indices_refuses_an_empty_dataset():
     with pytest.raises(DataError, match="got 0"):
         sampler.batch_indices(0, 0, 4, 0)

@@ -8,7 +8,7 @@ import yaml
 from hub_world import ROOT
 from huggingface_hub import ModelCard
 
-from pipeline.config import Config, DataConfig, ModelConfig, SampleConfig, load_file
+from pipeline.config import Config, DataConfig, KeepConfig, ModelConfig, SampleConfig, load_file
 from pipeline.hub import model_card
 from pipeline.hub.model_card import build_card, training_facts
 from pipeline.models import loading
@@ -106,18 +106,28 @@ def test_write_card_notes_what_was_on_the_hub(run, tmp_path, monkeypatch):
     assert unnoted.data.datasets == ["data/mine"]
 
 
+def test_build_card_credits_the_kept_images():
+    config = Config(data=DataConfig("user/photos", keep=KeepConfig("emoji-small")))
+    card = build_card(config, training_facts("", 1.0))
+    assert card.data.datasets == ["user/photos"]
+    assert "CC-BY" in card.text
+
+
 def test_without_local_paths_keeps_public_names_only(tmp_path):
     folder = tmp_path / "ann" / "photos"
     config = Config(
         name="x",
         output=str(tmp_path / "runs"),
-        data=DataConfig(f"{folder}/", cache=str(tmp_path / "cache")),
+        data=DataConfig(
+            f"{folder}/", cache=str(tmp_path / "cache"), keep=KeepConfig(str(tmp_path / "kept"))
+        ),
         model=ModelConfig(pretrained=str(tmp_path / "sd"), text_encoder="someone/bert@v1"),
     )
     report = (
         f"{folder}/train: 58 of 60 images usable\n"
         f"2 images have no row in {folder}/train/metadata.csv, e.g. ann.png\n"
         f"2 broken rows: 2 x its file cannot be read\n"
+        f"{tmp_path}/kept: 4 of 4 images usable\n"
         f"  skipped ann.png: its file cannot be read: '{tmp_path}/elsewhere'"
     )
     facts = training_facts(report, 1.0, base_model=str(tmp_path / "sd"))

@@ -49,6 +49,18 @@ def test_resume_with_muon_ends_in_the_same_bytes(config, tmp_path):
     assert not same(weights(tmp_path / "adamw" / "tiny"), weights(through))
 
 
+@pytest.mark.slow
+def test_resume_with_an_imported_optimizer_ends_in_the_same_bytes(config, tmp_path):
+    """Adafactor's state has other shapes than its weights."""
+    more = ["--train.optimizer", "torch.optim.Adafactor"]
+    more += ["--train.optimizer_args", "{eps: [null, 1e-3], weight_decay: 0, maximize: false}"]
+    train(config, tmp_path / "through", *more)
+    through = tmp_path / "through" / "tiny"
+    run = killed_after(4, through, tmp_path / "again")
+    assert "resuming from step 4" in train(config, tmp_path / "again", *more).stdout
+    assert same(weights(run), weights(through))
+
+
 def test_resume_of_a_finished_run_is_unfinished_until_its_end(finished, tmp_path, monkeypatch):
     """Its first card must not pass for the second one's."""
     shutil.copytree(finished[0], tmp_path / "tiny")
