@@ -20,7 +20,7 @@ COMMANDS = {  # command: (module with main(argv), what it does)
     "emoji": ("pipeline.cli.emoji", "write an embedded emoji dataset as an image folder"),
     "push": ("pipeline.cli.push", "upload a run or a saved pipeline to the Hub"),
     "pull": ("pipeline.cli.pull", "download a model from the Hub, without code"),
-    "export": ("pipeline.cli.export", "make a run's model small enough for a git repository"),
+    "export": ("pipeline.cli.export", "write a run for git, or as one file for other programs"),
     "space": ("pipeline.cli.space", "upload the demo as a Space"),
 }
 

@@ -31,6 +31,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="image i uses seed + i (default: 0)")
     add("--steps", type=int, default=50, help="denoising steps (default: 50)")
     add("--eta", type=float, help="1 is ancestral, 0 is DDIM (default: the scheduler's)")
+    add("--height", type=int, help="pixels (default: the model's)")
+    add("--width", type=int, help="pixels (default: the model's)")
+    add("--scheduler", metavar="NAME", help="class of diffusers, such as DDIMScheduler")
+    add("--lora", type=Path, metavar="FOLDER_OR_FILE", help="adapter to load onto the model")
     add("--n", type=int, default=1, help="number of images (default: 1)")
     add("--batch", type=int, default=8, help="images generated at once (default: 8)")
     add("--device", help="cpu, cuda or mps (default: the fastest)")
@@ -54,18 +58,17 @@ def output_files(output: Path, n: int) -> list[Path]:
     return files
 
 
-def png_settings(pipe: "TextToImagePipeline", model: str, args: argparse.Namespace) -> dict | None:
+def png_settings(pipe: "TextToImagePipeline", model: str, args: argparse.Namespace) -> dict:
     """Return what a PNG stores to reproduce its image, as in the demo.
 
-    None for another library's scheduler, because the demo samples with this project's own.
+    The demo has neither sizes nor other schedulers. They are added to the model's name, which then
+    is not the demo's, so that it says that its image differs.
     """
     from pipeline.data.fingerprint import weights_digest
     from pipeline.diffusion.scheduler import DDPMScheduler
     from pipeline.serving.png_metadata import model_identity, png_parameters
     from pipeline.serving.requests import Request
 
-    if not isinstance(pipe.scheduler, DDPMScheduler):
-        return None
     request = Request(
         prompt=args.prompt,
         negative_prompt=args.negative,
@@ -75,7 +78,15 @@ def png_settings(pipe: "TextToImagePipeline", model: str, args: argparse.Namespa
         seed=args.seed,
     )
     name = Path(model.partition("@")[0]).name
-    return png_parameters(request, "network", model_identity(name, weights_digest(pipe.unet)))
+    identity = [model_identity(name, weights_digest(pipe.unet))]
+    if args.lora:
+        identity.append(f"lora {args.lora.name}")
+    if not isinstance(pipe.scheduler, DDPMScheduler):
+        identity.append(type(pipe.scheduler).__name__)
+    for side in ("height", "width"):
+        if getattr(args, side) is not None:
+            identity.append(f"{side} {getattr(args, side)}")
+    return png_parameters(request, "network", ", ".join(identity))
 
 
 def save_image(image: "Image", path: Path, settings: dict | None = None) -> None:
@@ -100,12 +111,22 @@ def generate(args: argparse.Namespace) -> None:
     files = output_files(args.output, args.n)
     if args.batch < 1:
         raise ValueError(f"--batch must be 1 or more, got {args.batch}.")
+    if args.lora and not args.lora.exists():
+        raise ValueError(
+            f"--lora {args.lora} does not exist. Pass a .safetensors file or its folder."
+        )
     folder = resolve_model_folder(args.model)
     # Imported here, because torch takes seconds and the mistakes above need no model.
     from pipeline.hardware import pick_device
-    from pipeline.models.loading import load_from_folder
+    from pipeline.models.build import stock_scheduler
+    from pipeline.models.loading import load_from_folder, load_lora
 
-    pipe = load_from_folder(folder).to(pick_device(args.device))
+    pipe = load_from_folder(folder)
+    if args.scheduler:
+        pipe.scheduler = stock_scheduler(args.scheduler, pipe.scheduler.config)
+    if args.lora:
+        load_lora(pipe, args.lora)
+    pipe.to(pick_device(args.device))
     settings = png_settings(pipe, args.model, args)
     for start in range(0, args.n, args.batch):
         batch = files[start : start + args.batch]
@@ -115,12 +136,14 @@ def generate(args: argparse.Namespace) -> None:
             w=args.w,
             eta=args.eta,
             seed=args.seed + start,
+            height=args.height,
+            width=args.width,
             num_inference_steps=args.steps,
             num_images_per_prompt=len(batch),
             return_dict=False,
         )[0]
         for i, (image, file) in enumerate(zip(images, batch, strict=True), start):
-            save_image(image, file, settings and settings | {"seed": args.seed + i})
+            save_image(image, file, settings | {"seed": args.seed + i})
             print(file, flush=True)
 
 

@@ -1,11 +1,19 @@
 """Build the networks of a run and its pipeline from the settings."""
 
+import copy
 import inspect
 import warnings
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, ConfigMixin, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    ConfigMixin,
+    SchedulerMixin,
+    UNet2DConditionModel,
+)
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors import SafetensorError
 from torch import nn
@@ -124,6 +132,31 @@ def build_scheduler(
             return DDPMScheduler(**diffusion.values(theirs))
     except ValueError as error:
         raise ConfigError(f"diffusion: {error}") from error
+
+
+def stock_scheduler(name: str, config: Any) -> Any:
+    """Build a scheduler of diffusers by its class name, with the values of a model's scheduler.
+
+    ValueError for an unknown name and for a scheduler that does not fit the model.
+    """
+    kind: Any = getattr(diffusers, name, None)
+    is_scheduler = isinstance(kind, type) and issubclass(kind, SchedulerMixin)
+    # Those of flow matching and EDM have another noise process.
+    if not is_scheduler or "beta_schedule" not in inspect.signature(kind.__init__).parameters:
+        raise ValueError(
+            f"{name} is no scheduler of diffusers for noise as in (5). "
+            "Use one such as DDIMScheduler or DPMSolverMultistepScheduler."
+        )
+    try:
+        scheduler = kind.from_config(config)
+        # Some refuse what a network predicts in their first step only.
+        trial = copy.deepcopy(scheduler)
+        trial.set_timesteps(2)
+        zero = torch.zeros(1, 1, 1, 1)
+        trial.step(zero, trial.timesteps[0], trial.scale_model_input(zero, trial.timesteps[0]))
+    except (NotImplementedError, ValueError) as error:
+        raise ValueError(f"{name} does not fit this model: {error} Use another one.") from error
+    return scheduler
 
 
 def build_pipeline(

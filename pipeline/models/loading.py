@@ -81,15 +81,24 @@ def load_with_adapter(path: Path) -> TextToImagePipeline:
                 f"Load its base model, then `pipe.load_lora_weights({str(path)!r})`."
             )
         pipe = load_pipeline(base)
+    load_lora(pipe, path / ADAPTER_FILE)
+    return pipe
+
+
+def load_lora(pipe: TextToImagePipeline, path: Path) -> None:
+    """Load an adapter's file, its folder or its run onto a pipeline; ModelError if it fails."""
+    if path.is_dir():
+        run = RunFolder(path)
+        path = (run.adapter if run.has_adapter else path) / ADAPTER_FILE
     try:
         pipe.load_lora_weights(
-            str(path), weight_name=ADAPTER_FILE, use_safetensors=True, local_files_only=True
+            str(path.parent), weight_name=path.name, use_safetensors=True, local_files_only=True
         )
-    except (OSError, SafetensorError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ModelError(
-            f"{path / ADAPTER_FILE} cannot be loaded: {error}. Save the adapter again."
+            f"{path} cannot be loaded: {' '.join(str(error).split())} Save the adapter again for "
+            "this model."
         ) from error
-    return pipe
 
 
 def load_checkpoint(run: RunFolder, step: int) -> TextToImagePipeline:

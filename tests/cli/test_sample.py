@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from diffusers import DDIMScheduler
 from PIL import Image
 from serving_data import pixels
 from tiny import tiny_pipeline
@@ -14,8 +16,8 @@ from tiny import tiny_pipeline
 from pipeline import TextToImagePipeline
 from pipeline.cli import sample
 from pipeline.config import Config, DataConfig, LoraConfig, ModelConfig, TrainConfig
-from pipeline.models import loading, lora
-from pipeline.serving.png_metadata import read_png
+from pipeline.models import build, loading, lora
+from pipeline.serving.png_metadata import read_png, same_model
 from pipeline.serving.session import InferenceSession
 
 ROOT = Path(__file__).parents[2]
@@ -119,6 +121,26 @@ def test_sample_stores_what_reproduces_an_image_in_the_demo(run, output, generat
     assert difference(path, frame.images[0]) <= 1
 
 
+def test_sample_takes_a_size_a_scheduler_and_an_adapter(output, tmp_path, generate):
+    adapter = tiny_pipeline(patch_size=2)
+    lora.add_adapter(adapter.unet, LoraConfig(rank=2, alpha=5))
+    with torch.no_grad():
+        for weight in build.trainable_parameters(adapter.unet):
+            weight.normal_(generator=torch.Generator().manual_seed(weight.numel()))
+    lora.save_adapter(adapter.unet, tmp_path / "mine")
+    adapter.scheduler = DDIMScheduler.from_config(adapter.scheduler.config)
+    size = {"height": 16, "width": 24}
+    image = adapter("red heart", w=1.0, seed=0, num_inference_steps=2, **size).images[0]
+    options = ["--height", 16, "--width", 24, "--scheduler", "DDIMScheduler", "--lora"]
+    for path in (tmp_path / "mine", tmp_path / "mine" / "pytorch_lora_weights.safetensors"):
+        assert generate("red heart", *options, path) == 0
+        assert Image.open(output).size == (24, 16)
+        assert difference(output, image) <= 1
+    _, _, model = read_png(output, 1000)
+    assert all(part in model for part in ("DDIMScheduler", "height 16", "width 24", "lora"))
+    assert not same_model(model, model.partition(",")[0])
+
+
 def test_sample_ends_without_traceback_on_ctrl_c(run, output, capsys, monkeypatch):
     def stop(*_args, **_call):
         raise KeyboardInterrupt
@@ -151,6 +173,10 @@ def test_save_image_reports_a_full_disk_in_one_line(output, generate, capsys, mo
         (["-o", "cat.txt"], ("cat.txt", ".png")),
         (["-o", "no/such/cat.png"], ("no/such",)),
         (["--batch", "0"], ("--batch", "0")),
+        (["--height", "15"], ("height", "15")),
+        (["--scheduler", "UNet2DModel"], ("UNet2DModel", "DDIMScheduler")),
+        (["--scheduler", "FlowMatchEulerDiscreteScheduler"], ("FlowMatch", "DDIMScheduler")),
+        (["--lora", "nowhere"], ("--lora", "nowhere")),
         (["-o", "folder.png"], ("folder.png",)),
     ],
     ids=lambda x: " ".join(x),
