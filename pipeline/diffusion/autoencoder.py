@@ -17,8 +17,8 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)
+        for weights in self.conv2.parameters():
+            nn.init.zeros_(weights)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return features (B, c, H, W) of features of the same shape."""

@@ -139,8 +139,9 @@ def stock_scheduler(name: str, config: Any) -> Any:
 
     ValueError for an unknown name and for a scheduler that does not fit the model.
     """
-    kind: Any = getattr(diffusers, name, None)
-    is_scheduler = isinstance(kind, type) and issubclass(kind, SchedulerMixin)
+    found = getattr(diffusers, name, None)
+    is_scheduler = isinstance(found, type) and issubclass(found, SchedulerMixin)
+    kind: Any = found
     # Those of flow matching and EDM have another noise process.
     if not is_scheduler or "beta_schedule" not in inspect.signature(kind.__init__).parameters:
         raise ValueError(
@@ -165,7 +166,7 @@ def build_pipeline(
     tokenizer: PreTrainedTokenizerBase,
     encoder: PreTrainedModel,
     whitening: CaptionWhitening | None,
-    vae: nn.Module | None,
+    vae: Any | None,
     pretrained: TextToImagePipeline | None = None,
 ) -> TextToImagePipeline:
     """Build the pipeline of a run.

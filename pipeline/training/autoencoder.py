@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -124,7 +124,7 @@ class AutoencoderTrainer:
             restored = self.vae.decode(z + train.latent_noise * eps.to(z)).sample
         loss = -psnr(restored.float(), x, LOSS_FLOOR).mean()
         self.accelerator.backward(loss)
-        norm = self.accelerator.clip_grad_norm_(self.weights, train.clip)
+        norm: Any = self.accelerator.clip_grad_norm_(self.weights, train.clip)
         lr = self.optimizer.param_groups[-1]["lr"]
         result = StepResult(loss.item(), float(norm), lr)
         if result.is_finite:

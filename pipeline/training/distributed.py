@@ -14,7 +14,7 @@ from accelerate.utils import (
     parse_flag_from_env,
 )
 
-from pipeline.config import Config, ConfigError
+from pipeline.config import AutoencoderConfig, Config, ConfigError
 from pipeline.hardware import keep_freed_memory, mixed_precision, set_threads
 from pipeline.runs.stop_signals import StopSignals
 
@@ -26,7 +26,7 @@ PREPARE_TIMEOUT = timedelta(hours=12)
 SAMPLE_TIMEOUT = timedelta(hours=2)
 
 
-def start_accelerator(config: Config) -> Accelerator:
+def start_accelerator(config: Config | AutoencoderConfig) -> Accelerator:
     """Start accelerate on the GPU if there is one, and set threads and precision.
 
     Raises ConfigError for a precision or a batch size that this machine cannot use.

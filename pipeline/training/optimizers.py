@@ -7,13 +7,13 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch.optim.lr_scheduler import LambdaLR
 
-from pipeline.config import ConfigError, TrainConfig
+from pipeline.config import ConfigError, OptimizationConfig
 from pipeline.hardware import has_bf16
 from pipeline.models.build import trainable_parameters
 from pipeline.training.muon import Muon, muon_parameters
 
 
-def build_optimizer(network: torch.nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
+def build_optimizer(network: torch.nn.Module, train: OptimizationConfig) -> torch.optim.Optimizer:
     """Return the configured optimizer of the trainable weights; ConfigError if there is none."""
     weights = trainable_parameters(network)
     if train.optimizer not in ("adamw", "muon"):
@@ -54,7 +54,7 @@ def load_optimizer_class(path: str) -> Callable[..., torch.optim.Optimizer]:
     return kind
 
 
-def build_lr_schedule(optimizer: torch.optim.Optimizer, train: TrainConfig) -> LambdaLR:
+def build_lr_schedule(optimizer: torch.optim.Optimizer, train: OptimizationConfig) -> LambdaLR:
     """Return a learning-rate schedule of diffusers, or one flat and then linear to lr_end.
 
     All begin with a linear warm-up.

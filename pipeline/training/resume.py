@@ -7,7 +7,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
-from pipeline.config import ConfigError, RunConfig, differences, load_file
+from pipeline.config import AutoencoderConfig, Config, ConfigError, differences, load_file
 from pipeline.data.sources.rows import DataError
 from pipeline.models.build import parameter_count
 from pipeline.runs.checkpoints import CHECKPOINT_MANIFEST, read_checkpoint_manifest
@@ -26,7 +26,7 @@ CHANGEABLE_ON_RESUME = (
 
 
 def find_start(
-    run: RunFolder, config: RunConfig, accelerator: Accelerator, facts_file: str
+    run: RunFolder, config: Config | AutoencoderConfig, accelerator: Accelerator, facts_file: str
 ) -> tuple[Path | None, bool]:
     """Return the checkpoint to resume from, None for a new run, and whether the run is finished.
 
@@ -60,7 +60,9 @@ def has_plateaued(run: RunFolder, patience: int | None) -> bool:
     return len(losses) - 1 - losses.index(min(losses)) >= patience
 
 
-def newest_checkpoint(run: RunFolder, config: RunConfig, facts_file: str) -> Path | None:
+def newest_checkpoint(
+    run: RunFolder, config: Config | AutoencoderConfig, facts_file: str
+) -> Path | None:
     """Return the newest complete checkpoint, None for a new run.
 
     Raises RunError if settings changed, or if a new run would overwrite files of the folder.

@@ -11,7 +11,7 @@ from accelerate.utils import LoggerType
 from PIL import Image
 from tqdm.auto import tqdm
 
-from pipeline.config import Config, ConfigError, flatten
+from pipeline.config import ConfigError, RunConfig, flatten
 from pipeline.data.sources.rows import one_line
 from pipeline.runs.stop_signals import Stopped
 
@@ -30,7 +30,7 @@ def check_tracker(name: str | None) -> None:
 class Trackers:
     """The trackers of a run. The first failure is printed and ends reporting, not training."""
 
-    def __init__(self, accelerator: Accelerator, config: Config):
+    def __init__(self, accelerator: Accelerator, config: RunConfig):
         self.accelerator = accelerator
         self.open = config.report_to is not None
         self._try(lambda: accelerator.init_trackers(config.name, config=tracked_settings(config)))
@@ -76,7 +76,7 @@ class Trackers:
         self.accelerator.state.destroy_process_group()
 
 
-def tracked_settings(config: Config) -> dict:
+def tracked_settings(config: RunConfig) -> dict:
     """Return all settings but the token by dotted name, as numbers and texts for TensorBoard."""
     plain = (bool, int, float, str)
     flat = flatten(config.to_dict())
