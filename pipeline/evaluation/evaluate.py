@@ -25,13 +25,13 @@ from pipeline.diffusion.losses import PIXEL_SPACES
 from pipeline.diffusion.scheduler import DDPMScheduler
 from pipeline.diffusion.text_to_image import TextToImagePipeline
 from pipeline.evaluation import distances, image_quality, likelihood, samples
-from pipeline.evaluation.feature_extractor import FEATURE_NETWORK, FeatureExtractor
 from pipeline.evaluation.reference_set import ReferenceSet
 from pipeline.evaluation.retrieval import EvaluationError, bootstrap_mean, recall_summary
 from pipeline.evaluation.samples import SEED_STRIDE, cached_statistic
 from pipeline.hardware import pick_device
 from pipeline.hub.model_card import TRAINING_FACTS, refresh_card
 from pipeline.models.build import build_scheduler
+from pipeline.models.feature_extractor import FEATURE_NETWORK, FeatureExtractor, extract_features
 from pipeline.models.loading import load_pipeline
 from pipeline.runs import results
 from pipeline.runs.files import replace_text
@@ -164,9 +164,8 @@ def feature_distances(
     def of_real(what: str, compute: Callable[[], Tensor]) -> Tensor:
         return cached_statistic(cache, what, name, references.images, compute)
 
-    extract = distances.extract_features
-    real = of_real("features", lambda: extract(network, references.images))
-    features = extract(network, images)
+    real = of_real("features", lambda: extract_features(network, references.images))
+    features = extract_features(network, images)
     a, b = distances.random_halves(len(real))
     frechet = distances.frechet_distance
     between_halves = of_real("halves", lambda: torch.tensor(frechet(real[a], real[b])))
