@@ -30,6 +30,7 @@ from pipeline.evaluation.retrieval import EvaluationError, bootstrap_mean, recal
 from pipeline.evaluation.samples import SEED_STRIDE, cached_statistic
 from pipeline.hardware import pick_device
 from pipeline.hub.model_card import TRAINING_FACTS, refresh_card
+from pipeline.models.alignment import AlignmentModel
 from pipeline.models.build import build_scheduler
 from pipeline.models.feature_extractor import FEATURE_NETWORK, FeatureExtractor, extract_features
 from pipeline.models.loading import load_pipeline
@@ -183,6 +184,14 @@ def clip_score(
     return results.ClipScore(model, *map(bootstrap_mean, scores))
 
 
+def alignment_score(
+    model: AlignmentModel, references: ReferenceSet, images: Tensor
+) -> results.ClipScore:
+    """Return the alignment of samples (N, 3, H, W) of all captions and of the real images."""
+    scores = [model.score(x, references.captions) for x in (images, references.images)]
+    return results.ClipScore("alignment", *map(bootstrap_mean, scores))
+
+
 def extra_metrics(
     extractor: FeatureExtractor,
     references: ReferenceSet,
@@ -299,13 +308,14 @@ def evaluate(
     more: bool = False,
     features: Sequence[str] = (),
     clip: str | None = None,
+    alignment: bool = False,
 ) -> Metrics:
     """Choose w on `choose_on` training captions with one seed, then measure all captions' samples.
 
     Every seed of `seeds` samples each caption once. The result is all of metrics.json.
 
     more: also `extra_metrics`, and the Fréchet distance. features: other networks for distances.
-    clip: the folder or Hub id of a CLIP model.
+    clip: the folder or Hub id of a CLIP model. alignment: also the alignment score.
     """
     if len(ws) == 1 and (choose_seed is not None or choose_on is not None):
         raise EvaluationError(
@@ -320,6 +330,7 @@ def evaluate(
         )
     # What is misspelt or not installed is refused before the first sample.
     verifier = None if clip is None else ClipVerifier(clip)
+    scorer = AlignmentModel.load() if alignment else None
     names = [FEATURE_NETWORK, *features] if more else features
     networks = {name: FEATURE_NETWORKS[name]() for name in dict.fromkeys(names)}
     config, extractor, references, pipe = load_run(folder)
@@ -358,6 +369,8 @@ def evaluate(
             result.distances[name] = found
         if clip is not None and verifier is not None:
             result = replace(result, clip=clip_score(clip, verifier, references, images))
+        if scorer is not None:
+            result = replace(result, alignment=alignment_score(scorer, references, images))
         by_seed[seed] = result
         images = generate(open_prompts, f"free-{digest(open_prompts)[:8]}", w, seed)
         copies[seed] = image_quality.copy_rate(images, references.train, threshold)

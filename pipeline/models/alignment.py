@@ -20,7 +20,8 @@ from pipeline.diffusion.captions import simplify
 from pipeline.models.feature_extractor import FeatureExtractor, extract_features
 from pipeline.models.text_encoders import load_text_encoder
 
-SHIPPED_ALIGNMENT = "pretrained/alignment"
+# In a clone of the repository; a pip package has no pretrained models.
+SHIPPED_ALIGNMENT = Path(__file__).parents[2] / "pretrained" / "alignment"
 CAPTION_LENGTH = 32  # tokens
 BATCH = 32
 HISTOGRAM_SIZE = 32  # pixels a side that a histogram counts
