@@ -1,39 +1,26 @@
-"""The alignment score ranks the right caption, and the right colour, of images it never saw."""
+"""The alignment score compares images with captions, and its heads are saved and loaded."""
 
-import numpy as np
 import pytest
 import torch
 from tiny_run import emoji_images
 from torch import nn
 
-from benchmarks.alignment import is_trained_on
 from pipeline.config import ConfigError
-from pipeline.data.emoji import catalogue, recolour
-from pipeline.data.emoji.styles import load_rgba
-from pipeline.data.image_ops import flatten_on_white
 from pipeline.models.alignment import (
-    SHIPPED_ALIGNMENT,
     AlignmentHeads,
     AlignmentModel,
     Head,
     colour_histogram,
 )
+from pipeline.models.feature_extractor import FeatureExtractor
+from pipeline.models.text_encoders import load_text_encoder
 
 
 @pytest.fixture(scope="module")
 def model():
-    return AlignmentModel.load()
-
-
-def held_out(categories):
-    """Return the concepts of a category that the shipped heads were not trained on."""
-    return [
-        entry
-        for entry in catalogue.catalogue()
-        if entry.category in categories
-        and entry.grid is None
-        and not is_trained_on({"factors": entry.factors, "concept": entry.caption})
-    ]
+    torch.manual_seed(0)
+    heads = AlignmentHeads(1280 + 64, 384).eval()
+    return AlignmentModel(heads, FeatureExtractor(), *load_text_encoder("minilm"))
 
 
 def test_colour_histogram_counts_pixels():
@@ -93,33 +80,3 @@ def test_save_pretrained_keeps_the_score(tmp_path, model):
 def test_load_refuses_a_folder_without_heads(tmp_path):
     with pytest.raises(ConfigError, match=tmp_path.name):
         AlignmentModel.load(tmp_path)
-
-
-def test_shipped_heads_are_small_and_safe():
-    sizes = {path.name: path.stat().st_size for path in SHIPPED_ALIGNMENT.iterdir()}
-    assert sum(sizes.values()) < 2e6
-    assert not [name for name in sizes if name.endswith((".bin", ".pt", ".py"))]
-
-
-def test_shipped_heads_rank_captions_of_unseen_emoji(model):
-    """Chance has a recall@5 of 12.5 % among 40 captions."""
-    entries = held_out(["Animals & Nature", "Food & Drink"])[::4][:40]
-    names = [entry.caption for entry in entries]
-    similarities = model.similarities(emoji_images(names), names)
-    ranks = (similarities >= similarities.diagonal()[:, None]).sum(1)
-    assert len(names) == 40
-    assert (ranks <= 5).float().mean() > 0.35
-
-
-def test_shipped_heads_rank_the_colour_of_recoloured_emoji(model):
-    """Chance is 1 in 5 colours."""
-    colors = ["red", "yellow", "green", "blue", "purple"]
-    hits = []
-    for entry in held_out(["Food & Drink"])[:12]:
-        for color, image in recolour.recoloured(load_rgba(entry.path), colors):
-            pixels = torch.from_numpy(np.array(flatten_on_white(image))).permute(2, 0, 1)
-            captions = [f"{name} {entry.caption}" for name in colors]
-            best = model.similarities(pixels[None], captions).argmax()
-            hits.append(colors[best] == color)
-    assert len(hits) >= 20
-    assert sum(hits) / len(hits) > 0.6
