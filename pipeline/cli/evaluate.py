@@ -51,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"also KID and Fréchet distance in features of {', '.join(FEATURE_NETWORKS)}",
     )
     add("--clip", metavar="PATH_OR_ID", help="also the CLIP score of this model")
+    add("--alignment", action="store_true", default=None, help="also the alignment score")
     add(
         "--from-real",
         type=int,
@@ -74,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
         if timesteps is None:
             print(evaluate(run, **given))
             return
-        unused = ", ".join(given.keys() & {"seeds", "more", "features", "clip"})
+        unused = ", ".join(given.keys() & {"seeds", "more", "features", "clip", "alignment"})
         if unused:
             raise EvaluationError(f"--from-real does not use {unused}. Leave it out.")
         for t, recall in evaluate_from_real(run, timesteps, **given):

@@ -21,12 +21,6 @@ class PrecomputedFeatures(nn.Identity):
         self.num_features = num_features
 
 
-@torch.no_grad()
-def extract_features(network: nn.Module, images: Tensor, batch: int = 32) -> Tensor:
-    """Return a network's features (N, D) of images (N, 3, H, W), float32 on the CPU."""
-    return torch.cat([network(part).float().cpu() for part in images.split(batch)])
-
-
 def load_inception() -> nn.Module:
     """Return the FID paper's Inception-v3, uint8 (B, 3, H, W) -> (B, 2048)."""
     if importlib.util.find_spec("torch_fidelity") is None:

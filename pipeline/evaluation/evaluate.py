@@ -25,13 +25,14 @@ from pipeline.diffusion.losses import PIXEL_SPACES
 from pipeline.diffusion.scheduler import DDPMScheduler
 from pipeline.diffusion.text_to_image import TextToImagePipeline
 from pipeline.evaluation import distances, image_quality, likelihood, samples
-from pipeline.evaluation.feature_extractor import FEATURE_NETWORK, FeatureExtractor
 from pipeline.evaluation.reference_set import ReferenceSet
 from pipeline.evaluation.retrieval import EvaluationError, bootstrap_mean, recall_summary
 from pipeline.evaluation.samples import SEED_STRIDE, cached_statistic
 from pipeline.hardware import pick_device
 from pipeline.hub.model_card import TRAINING_FACTS, refresh_card
+from pipeline.models.alignment import AlignmentModel
 from pipeline.models.build import build_scheduler
+from pipeline.models.feature_extractor import FEATURE_NETWORK, FeatureExtractor, extract_features
 from pipeline.models.loading import load_pipeline
 from pipeline.runs import results
 from pipeline.runs.files import replace_text
@@ -164,9 +165,8 @@ def feature_distances(
     def of_real(what: str, compute: Callable[[], Tensor]) -> Tensor:
         return cached_statistic(cache, what, name, references.images, compute)
 
-    extract = distances.extract_features
-    real = of_real("features", lambda: extract(network, references.images))
-    features = extract(network, images)
+    real = of_real("features", lambda: extract_features(network, references.images))
+    features = extract_features(network, images)
     a, b = distances.random_halves(len(real))
     frechet = distances.frechet_distance
     between_halves = of_real("halves", lambda: torch.tensor(frechet(real[a], real[b])))
@@ -182,6 +182,14 @@ def clip_score(
     scores = [clip_scores(verifier, x, references.captions) for x in (images, references.images)]
     model = Path(name).name if Path(name).exists() else name
     return results.ClipScore(model, *map(bootstrap_mean, scores))
+
+
+def alignment_score(
+    model: AlignmentModel, references: ReferenceSet, images: Tensor
+) -> results.ClipScore:
+    """Return the alignment of samples (N, 3, H, W) of all captions and of the real images."""
+    scores = [model.score(x, references.captions) for x in (images, references.images)]
+    return results.ClipScore("alignment", *map(bootstrap_mean, scores))
 
 
 def extra_metrics(
@@ -300,13 +308,14 @@ def evaluate(
     more: bool = False,
     features: Sequence[str] = (),
     clip: str | None = None,
+    alignment: bool = False,
 ) -> Metrics:
     """Choose w on `choose_on` training captions with one seed, then measure all captions' samples.
 
     Every seed of `seeds` samples each caption once. The result is all of metrics.json.
 
     more: also `extra_metrics`, and the Fréchet distance. features: other networks for distances.
-    clip: the folder or Hub id of a CLIP model.
+    clip: the folder or Hub id of a CLIP model. alignment: also the alignment score.
     """
     if len(ws) == 1 and (choose_seed is not None or choose_on is not None):
         raise EvaluationError(
@@ -321,6 +330,7 @@ def evaluate(
         )
     # What is misspelt or not installed is refused before the first sample.
     verifier = None if clip is None else ClipVerifier(clip)
+    scorer = AlignmentModel.load() if alignment else None
     names = [FEATURE_NETWORK, *features] if more else features
     networks = {name: FEATURE_NETWORKS[name]() for name in dict.fromkeys(names)}
     config, extractor, references, pipe = load_run(folder)
@@ -359,6 +369,8 @@ def evaluate(
             result.distances[name] = found
         if clip is not None and verifier is not None:
             result = replace(result, clip=clip_score(clip, verifier, references, images))
+        if scorer is not None:
+            result = replace(result, alignment=alignment_score(scorer, references, images))
         by_seed[seed] = result
         images = generate(open_prompts, f"free-{digest(open_prompts)[:8]}", w, seed)
         copies[seed] = image_quality.copy_rate(images, references.train, threshold)

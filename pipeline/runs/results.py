@@ -108,7 +108,7 @@ class Distances:
 
 @dataclass(frozen=True)
 class ClipScore:
-    """The mean CLIP scores of samples and of the real images."""
+    """The mean scores of samples and of the real images by a CLIP, or by another dual encoder."""
 
     model: str
     samples: Annotated[Mean, _json_names("samples", "drawn")]
@@ -125,6 +125,7 @@ class SeedResult:
     grids: dict[str, Recall] = field(default_factory=dict)
     distances: dict[str, Distances] = field(default_factory=dict)
     clip: ClipScore | None = None
+    alignment: ClipScore | None = None
 
     def lines(self) -> Iterator[str]:
         """Yield the text, a line a metric."""
@@ -139,6 +140,8 @@ class SeedResult:
         if self.clip is not None:
             scores = f"{self.clip.samples}, real images: {self.clip.real}"
             yield f"  CLIP score ({self.clip.model}) {scores}"
+        if self.alignment is not None:
+            yield f"  alignment {self.alignment.samples}, real images: {self.alignment.real}"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from tiny_run import normal
-from torch import nn
 
 from pipeline.evaluation import distances
 from pipeline.evaluation.retrieval import EvaluationError
@@ -100,13 +99,6 @@ def test_random_halves_are_disjoint_equal_and_always_the_same():
     assert len(a) == len(b) == 5
     assert len({*a.tolist(), *b.tolist()}) == 10
     assert torch.equal(distances.random_halves(11)[0], a)
-
-
-def test_extract_features_takes_any_network():
-    images = torch.randint(256, (5, 3, 4, 4), dtype=torch.uint8)
-    found = distances.extract_features(nn.Flatten(), images, batch=2)
-    assert found.dtype == torch.float32
-    assert torch.equal(found, images.flatten(1).float())
 
 
 def test_load_inception_refuses_without_its_package(monkeypatch):

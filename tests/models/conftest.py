@@ -1,0 +1,10 @@
+"""Fixtures of the models' tests."""
+
+import pytest
+
+from pipeline.models.feature_extractor import FeatureExtractor
+
+
+@pytest.fixture(scope="session")
+def feature_extractor():
+    return FeatureExtractor()
