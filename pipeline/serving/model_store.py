@@ -9,11 +9,11 @@ from safetensors import SafetensorError
 
 from pipeline.config import DataConfig, DiffusionConfig, load_file, setting_in
 from pipeline.data.emoji.catalogue import SETS
+from pipeline.data.emoji.embedded import attribution_of
 from pipeline.diffusion.guidance import InputError
 from pipeline.diffusion.scheduler import DDPMScheduler
 from pipeline.diffusion.text_to_image import TextToImagePipeline
 from pipeline.hardware import pick_device
-from pipeline.hub.model_card import ATTRIBUTION
 from pipeline.models.build import build_scheduler
 from pipeline.models.loading import load_checkpoint, load_pipeline
 from pipeline.models.trusted import download_model, parse_repo_id
@@ -136,7 +136,9 @@ class ModelStore:
                 text = found.read_text(encoding="utf-8")
         # Images could be loaded from other servers.
         text = CARD_IMAGE.sub("", FRONT_MATTER.sub("", text))
-        return f"{text}\n\n---\nDirect Jump is Apache-2.0. {ATTRIBUTION}"
+        # The walk may show them, whatever the model was trained on.
+        attribution = attribution_of(DataConfig().source)
+        return f"{text}\n\n---\nDirect Jump is Apache-2.0. {attribution}"
 
 
 def dataset_of_shared_model(folder: Path) -> str:
