@@ -4,6 +4,7 @@ This file has the components and their wiring. `pipeline/serving/` validates and
 """
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Callable
@@ -12,11 +13,12 @@ from typing import Any
 # Gradio and diffusers read these when they are imported.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "1")
+if "SPACE_ID" in os.environ:
+    importlib.import_module("spaces")  # must come before anything that uses CUDA
 
 import gradio as gr
 
 from pipeline.cli.runner import run_cli
-from pipeline.hub.model_card import inline_code
 from pipeline.models.locate import default_model
 from pipeline.serving.endpoints import Endpoints
 from pipeline.serving.errors import report_errors
@@ -34,11 +36,8 @@ from pipeline.serving.requests import (
 from pipeline.serving.server import require_free_address, serve
 from pipeline.serving.session import STRIP_COLUMNS, SWEEP_WS, InferenceSession
 from pipeline.serving.temp_files import delete_on_sigterm, temporary_cache
+from pipeline.serving.zero_gpu import on_gpu
 
-EXAMPLES = [
-    *("red heart", "green cat", "hot dog", "cat face", "woman astronaut", "blue apple", "rocket"),
-    *("purple dog face", "red apple", "two hearts", "snowman", "yellow star"),
-]
 MAX_STEPS = 250
 MAX_DATASET_CAPTIONS = 1000  # held-out captions in the list of images
 QUEUE_SIZE = 20  # later requests are answered with "Queue is full"
@@ -64,7 +63,7 @@ def build_demo(store: ModelStore) -> gr.Blocks:
     session = store.session()
     endpoints = Endpoints(store)
     with gr.Blocks(title=f"Direct Jump · {store.name}", analytics_enabled=False) as demo:
-        about = f"Text-to-image diffusion from the equations. {describe_model(store, session)}"
+        about = f"Text-to-image diffusion from the equations. {store.describe()}"
         gr.Markdown(f"# Direct Jump\n{about}", elem_id="title")
         checkpoint = checkpoint_slider(store, demo)
         with gr.Tab("Create"):
@@ -80,22 +79,6 @@ def build_demo(store: ModelStore) -> gr.Blocks:
 
 
 # ---- shared components
-
-
-def describe_model(store: ModelStore, session: InferenceSession) -> str:
-    """Return a sentence about the model in use."""
-    if session.trained is None:
-        return (
-            "**There is no trained model yet**, so the exact denoiser of the embedded emoji "
-            "answers. It only knows their captions. `make train` trains a model in minutes."
-        )
-    return f"Model: `{inline_code(store.name)}`."
-
-
-def default_caption(session: InferenceSession) -> str:
-    """Return a prompt that every denoiser here knows."""
-    known = session.known_captions
-    return next((example for example in EXAMPLES if example in known), known[0])
 
 
 def prompt_box(value: str, label: str = "Prompt", **options: Any) -> gr.Textbox:
@@ -155,7 +138,7 @@ def connect_generate(
         [prompt.submit, start.click], show_buttons(True), None, [start, stop], **PRIVATE
     )
     options = {"show_progress": "minimal", "api_name": function.__name__, **MODEL_CALL}
-    generated = started.then(function, inputs, outputs, **options)
+    generated = started.then(on_gpu(function), inputs, outputs, **options)
     stopped = stop.click(None, cancels=[generated], **PRIVATE)
     for ended in (generated.success, generated.failure, stopped.then):
         ended(show_buttons(False), None, [start, stop], **PRIVATE)
@@ -163,18 +146,16 @@ def connect_generate(
 
 def checkpoint_slider(store: ModelStore, demo: gr.Blocks) -> gr.Slider:
     """Return the slider of a running training's checkpoints, hidden if there is one model."""
-    steps = store.steps()
+    first, last, newest_step = store.step_range()
     with gr.Group(visible=store.follows):
         info = "The nearest saved checkpoint is used."
-        first, last = slider_range(steps)
-        checkpoint = slider(first, last, max(steps, default=0), 1, "Checkpoint (step)", info=info)
+        checkpoint = slider(first, last, newest_step, 1, "Checkpoint (step)", info=info)
         newest = gr.Checkbox(True, label="Follow the newest")
 
     def refresh(value: object, follow: bool) -> gr.Slider:
-        steps = store.steps()
-        first, last = slider_range(steps)
+        first, last, newest_step = store.step_range()
         if follow:
-            return gr.Slider(minimum=first, maximum=last, value=max(steps, default=0))
+            return gr.Slider(minimum=first, maximum=last, value=newest_step)
         if value is None:  # the visitor has just emptied the number
             return gr.Slider(minimum=first, maximum=last)
         step = parse_integer("checkpoint", value, 0, MAX_SEED)
@@ -186,13 +167,6 @@ def checkpoint_slider(store: ModelStore, demo: gr.Blocks) -> gr.Slider:
         inputs = [checkpoint, newest]
         gr.on(triggers, report_errors(refresh), inputs, checkpoint, preprocess=False, **PRIVATE)
     return checkpoint
-
-
-def slider_range(steps: list[int]) -> tuple[int, int]:
-    """Return a slider's two ends, which Gradio wants to differ."""
-    first = min(steps, default=0)
-    last = max([*steps, 1])
-    return (first if first < last else 0), last
 
 
 # ---- tabs
@@ -246,7 +220,8 @@ def create_tab(endpoints: Endpoints, session: InferenceSession, checkpoint: gr.S
                     "log p(x | c) - log p(x) in nats."
                 )
                 discarded = image_strip("Discarded candidates", 4, "discarded")
-            add_examples(session, prompt)
+            rows = [[example] for example in session.example_prompts()]
+            gr.Examples(rows, prompt, label="Examples", examples_per_page=len(rows))
 
     sampling = [prompt, negative, w, steps, eta, images, seed]
     inputs = [*sampling, randomise, low, high, denoiser, checkpoint, budget]
@@ -263,16 +238,6 @@ def create_tab(endpoints: Endpoints, session: InferenceSession, checkpoint: gr.S
     prompt.change(count, prompt, tokens, trigger_mode="always_last", **PRIVATE)
 
 
-def add_examples(session: InferenceSession, prompt: gr.Textbox) -> None:
-    """Add example prompts; without a trained model only those that the exact denoiser knows."""
-    examples = EXAMPLES
-    if session.trained is None:
-        known = sorted(session.known_captions)
-        examples = [example for example in EXAMPLES if example in known] or known[:8]
-    rows = [[example] for example in examples]
-    gr.Examples(rows, prompt, label="Examples", examples_per_page=len(EXAMPLES))
-
-
 def sweep_tab(endpoints: Endpoints, session: InferenceSession, checkpoint: gr.Slider) -> None:
     """Add the tab that shows the same noise at six w."""
     ws = ", ".join(f"{w:g}" for w in SWEEP_WS)
@@ -281,7 +246,7 @@ def sweep_tab(endpoints: Endpoints, session: InferenceSession, checkpoint: gr.Sl
         "prompt and w = 0 is unguided. The guidance scale elsewhere is 1 + w."
     )
     with gr.Row():
-        prompt = prompt_box(default_caption(session), scale=4, min_width=200)
+        prompt = prompt_box(session.default_prompt(), scale=4, min_width=200)
         seed = gr.Number(0, label="Seed", scale=1, min_width=100)
         most = MAX_STEPS_PER_REQUEST // len(SWEEP_WS)
         steps = steps_slider(session, most, scale=2, min_width=140)
@@ -312,7 +277,7 @@ def walk_tab(endpoints: Endpoints, session: InferenceSession, checkpoint: gr.Sli
     )
     with gr.Row():
         wide: dict[str, Any] = {"scale": 3, "min_width": 200}
-        value = default_caption(session)
+        value = session.default_prompt()
         picture = gr.Dropdown(captions, value=value, label="Image of the dataset", **wide)
         t = slider(1, session.T, max(session.T // 4, 1), 1, "t", **wide)
         seed = gr.Number(0, label="Seed", scale=1, min_width=100)
@@ -329,7 +294,7 @@ def walk_tab(endpoints: Endpoints, session: InferenceSession, checkpoint: gr.Sli
         "From noise to an image by x_s = mean(x_t, x̂_0) + √variance · z."
     )
     with gr.Row():
-        prompt = prompt_box(default_caption(session), scale=3, min_width=200)
+        prompt = prompt_box(session.default_prompt(), scale=3, min_width=200)
         w = slider(-1, 10, session.pipe.config["w"], 0.25, "w", scale=2, min_width=140)
         steps = steps_slider(session, MAX_STEPS, scale=2, min_width=140)
         eta = slider(0, 1, 1, 0.05, "η", scale=1, min_width=160)
@@ -342,7 +307,7 @@ def walk_tab(endpoints: Endpoints, session: InferenceSession, checkpoint: gr.Sli
     clean = image_strip("x̂_0", STRIP_COLUMNS, "strip-clean")
 
     inputs = [picture, t, seed, tell, upload, checkpoint]
-    noise.click(endpoints.forward, inputs, panels, api_name="forward", **MODEL_CALL)
+    noise.click(on_gpu(endpoints.forward), inputs, panels, api_name="forward", **MODEL_CALL)
 
     def mark_timestep(t: object) -> object:
         if t is None:  # the visitor has just emptied the number
@@ -378,6 +343,8 @@ def main(argv: list[str] | None = None) -> int:
         require_free_address(args.host, args.port)
         try:
             store = ModelStore(args.model or default_model(), args.device)
+            if "SPACE_ID" in os.environ:
+                store.session().prepare()
             with temporary_cache() as folder:
                 delete_on_sigterm(folder)
                 serve(build_demo(store), args.host, args.port)

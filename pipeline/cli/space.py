@@ -3,7 +3,7 @@
 import argparse
 
 from pipeline.cli.runner import run_cli
-from pipeline.hub.space import push_space
+from pipeline.hub.space import ZERO_GPU, push_space
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -14,9 +14,12 @@ def main(argv: list[str] | None = None) -> int:
     model = {"metavar": "USER/NAME[@REVISION]", "help": "pinned to the commit it is at now"}
     parser.add_argument("repo_id", metavar="USER/NAME", help="created if it does not exist")
     parser.add_argument("--model", required=True, **model)
+    hardware = "of a new Space (default: %(default)s, which is free)"
+    parser.add_argument("--hardware", default=ZERO_GPU, help=hardware)
     parser.add_argument("--private", action="store_true", help="create the Space as private")
     args = parser.parse_args(argv)
+    options = {"hardware": args.hardware, "private": args.private}
     return run_cli(
-        lambda: print(push_space(args.repo_id, args.model, private=args.private)),
+        lambda: print(push_space(args.repo_id, args.model, **options)),
         "a push is one commit, complete or absent. Run the same command again.",
     )

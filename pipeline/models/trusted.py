@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
     XetDownloadError,
 )
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
 from pipeline.runs.folder import ADAPTER_FILE, IMAGES_FOLDER, MODEL_INDEX, SHARED_CONFIG_FILE
 
@@ -180,6 +180,18 @@ def resolve_revision(model: str, token: str | None = None) -> tuple[str, str, bo
             validate_index(read_json(Path(index)))
             require_plain_weights(repo_id, names)
     return repo_id, str(info.sha), bool(info.private or info.gated)
+
+
+def files_on_hub(repo_id: str, revision: str, token: str | None = None) -> list[str]:
+    """Return the files of a commit on the Hub that `download_model` downloads."""
+    with download_errors(repo_id):
+        names = HfApi(token=token).list_repo_files(repo_id, revision=revision)
+        file = MODEL_INDEX if MODEL_INDEX in names else ADAPTER_FILE
+        folder = Path(hf_hub_download(repo_id, file, revision=revision, token=token)).parent
+    patterns = download_patterns(folder)
+    return sorted(
+        filter_repo_objects(names, allow_patterns=patterns, ignore_patterns=VARIANT_PATTERN)
+    )
 
 
 def unet_on_hub(model: str, token: str | None = None) -> tuple[dict, dict[str, str]]:

@@ -9,11 +9,12 @@ from safetensors import SafetensorError
 
 from pipeline.config import DataConfig, DiffusionConfig, load_file, setting_in
 from pipeline.data.emoji.catalogue import SETS
-from pipeline.data.emoji.embedded import TWEMOJI_CREDIT
+from pipeline.data.emoji.embedded import attribution_of
 from pipeline.diffusion.guidance import InputError
 from pipeline.diffusion.scheduler import DDPMScheduler
 from pipeline.diffusion.text_to_image import TextToImagePipeline
 from pipeline.hardware import pick_device
+from pipeline.hub.model_card import inline_code
 from pipeline.models.build import build_scheduler
 from pipeline.models.loading import load_checkpoint, load_pipeline
 from pipeline.models.trusted import download_model, parse_repo_id
@@ -61,6 +62,22 @@ class ModelStore:
     def steps(self) -> list[int]:
         """Return the checkpoints of a running training, oldest first."""
         return self.run.steps() if self.run is not None and self.follows else []
+
+    def step_range(self) -> tuple[int, int, int]:
+        """Return a slider's two ends, which Gradio wants to differ, and the newest checkpoint."""
+        steps = self.steps()
+        first = min(steps, default=0)
+        last = max([*steps, 1])
+        return (first if first < last else 0), last, max(steps, default=0)
+
+    def describe(self) -> str:
+        """Return a sentence about the model in use."""
+        if self.session().trained is None:
+            return (
+                "**There is no trained model yet**, so the exact denoiser of the embedded emoji "
+                "answers. It only knows their captions. `make train` trains a model in minutes."
+            )
+        return f"Model: `{inline_code(self.name)}`."
 
     def session(self, step: int | None = None) -> InferenceSession:
         """Return the model's session, or that of the checkpoint nearest to a step, else the newest.
@@ -136,7 +153,9 @@ class ModelStore:
                 text = found.read_text(encoding="utf-8")
         # Images could be loaded from other servers.
         text = CARD_IMAGE.sub("", FRONT_MATTER.sub("", text))
-        return f"{text}\n\n---\nDirect Jump is Apache-2.0. {TWEMOJI_CREDIT}"
+        # The walk may show them, whatever the model was trained on.
+        attribution = attribution_of(DataConfig().source)
+        return f"{text}\n\n---\nDirect Jump is Apache-2.0. {attribution}"
 
 
 def dataset_of_shared_model(folder: Path) -> str:

@@ -37,6 +37,10 @@ from pipeline.search.verifiers import LikelihoodVerifier
 from pipeline.serving.png_metadata import model_identity, png_parameters, read_upload
 from pipeline.serving.requests import DENOISERS, MAX_PROMPT_CHARACTERS, Request, quoted
 
+EXAMPLES = (
+    *("red heart", "green cat", "hot dog", "cat face", "woman astronaut", "blue apple", "rocket"),
+    *("purple dog face", "red apple", "two hearts", "snowman", "yellow star"),
+)
 SWEEP_WS = (-1.0, 0.0, 1.0, 2.0, 4.0, 8.0)
 VERIFIER = LikelihoodVerifier(pairs=8)
 # Colour values of the images that the exact denoiser knows: 10,922 images of 64 x 64 take 0.5 GB.
@@ -155,6 +159,25 @@ class InferenceSession:
         """The captions that the exact denoiser knows."""
         captions = self.splits[0].captions
         return [captions[row] for row in self.exact_rows]
+
+    def example_prompts(self) -> list[str]:
+        """Return example prompts; without a trained model only those that the exact one knows."""
+        if self.trained is not None:
+            return list(EXAMPLES)
+        known = sorted(self.known_captions)
+        return [example for example in EXAMPLES if example in known] or known[:8]
+
+    def default_prompt(self) -> str:
+        """Return a prompt that every denoiser here knows."""
+        known = self.known_captions
+        return next((example for example in EXAMPLES if example in known), known[0])
+
+    def prepare(self) -> None:
+        """Read the dataset and compute the digest and the exact denoiser, which are kept.
+
+        ZeroGPU takes the weights from the main process when the demo is launched.
+        """
+        _ = self.identity, self.splits, self.exact
 
     @property
     def pipe(self) -> TextToImagePipeline:

@@ -228,7 +228,7 @@ def test_checkpoint_slider_follows_the_saved_checkpoints(monkeypatch):
     steps[:] = [250]  # Gradio wants the ends of a slider to differ
     assert refreshed(100, False) == (0, 100)
     assert refreshed(100, True) == (0, 250)
-    assert app.slider_range(steps) == (0, 250)
+    assert store.step_range() == (0, 250, 250)
     steps[:] = [500, 600]
     assert refreshed(100, False) == (500, 500)
     assert refreshed(100, True) == (500, 600)

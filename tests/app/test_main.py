@@ -11,13 +11,16 @@ import time
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
-from demo_client import create, web
+from demo_client import call, create, fetch_image, gallery_pixels, web
+from serving_data import last, pixels
 from torch.distributed.elastic.utils.distributed import get_free_port
 
 import app
 from pipeline.config import Config
 from pipeline.serving.model_store import ModelStore
+from pipeline.serving.requests import Request
 from pipeline.serving.server import require_free_address
 
 ROOT = Path(__file__).parents[2]
@@ -108,14 +111,18 @@ sys.exit(app.main(sys.argv[1:]))
 
 
 @contextlib.contextmanager
-def own_process(model, files):
-    """Run the demo without development packages and network: (address, process)."""
+def own_process(model, files, **settings):
+    """Run the demo without development packages and network: (address, process).
+
+    settings: of its environment.
+    """
     port = get_free_port()
     nowhere = "http://127.0.0.1:9"
     env = {**os.environ, "GRADIO_TEMP_DIR": str(files), "no_proxy": "127.0.0.1"}
     env |= {"http_proxy": nowhere, "https_proxy": nowhere}
     for name in ("HF_HUB_OFFLINE", "GRADIO_ANALYTICS_ENABLED"):  # set by conftest
         env.pop(name)
+    env |= settings
     command = [sys.executable, "-c", RUNTIME_ONLY, "--model", str(model), "--port", str(port)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(command, cwd=ROOT, env=env, **pipes) as process:
@@ -161,3 +168,26 @@ def test_create_survives_a_full_disk(store, tmp_path):
         assert (status, event) == (200, "error")
         assert str(tmp_path) not in json.dumps(data)
         assert create(url, seed=99)[1] == "complete"
+
+
+@pytest.mark.slow
+def test_main_draws_on_zero_gpu(store, tmp_path):
+    """The stand-in forks, pickles, and takes the weights from the main process."""
+    log = tmp_path / "log.jsonl"
+    settings = {"SPACE_ID": "tester/demo", "SPACES_LOG": str(log)}
+    settings["PYTHONPATH"] = str(ROOT / "tests" / "support" / "zero_gpu")
+    with own_process(store.model, tmp_path, **settings) as (url, _process):
+        status, event, (gallery, *_) = create(url, w=2.0)
+        assert (status, event) == (200, "complete")
+        image = fetch_image(gallery[0])
+        assert json.loads(image.info["parameters"])["model"] == store.session().identity
+        expected = last(store.session().create(Request("red heart", w=2.0, steps=4, seed=7)))
+        assert np.array_equal(pixels([image]), pixels(expected.images))
+        panels = call(url, "forward", "red heart", 500, 0, False, None, 0)[2][0]
+        there = store.session().forward(store.session().find_image("red heart"), 500, 0)
+        assert np.array_equal(gallery_pixels(panels), pixels(there.values()))
+        _, event, data = create(url, steps=0)
+        assert event == "error" and "steps" in data["error"]
+    launch, *calls = [json.loads(line) for line in log.read_text().splitlines()]
+    assert set(launch["bound"]) == {"create", "sweep", "forward", "backward"}
+    assert [entry["call"] for entry in calls] == ["create", "forward", "create"]

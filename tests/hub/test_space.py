@@ -6,37 +6,72 @@ import re
 import subprocess
 import sys
 import time
+from importlib.metadata import requires
 
 import httpx
 import pytest
 import yaml
 from hub_world import ROOT
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from torch.distributed.elastic.utils.distributed import get_free_port
 
 from pipeline.hub import space
 from pipeline.hub.client import HubError
-from pipeline.hub.space import push_space, required_gradio, space_readme
+from pipeline.hub.space import (
+    ZERO_GPU,
+    push_space,
+    required_gradio,
+    space_readme,
+    space_requirements,
+)
 
 COLOURS = {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}
 
 
 def test_space_readme_has_metadata_that_the_hub_takes():
-    readme = space_readme("tester/tiny", "0" * 40)
+    files = ["images/a.png", "model_index.json", "images/two hearts.png"]
+    readme = space_readme("tester/tiny", "0" * 40, files)
     metadata = yaml.safe_load(readme.split("---\n")[1])
     assert metadata["title"] == "tiny" and metadata["models"] == ["tester/tiny"]
     assert metadata["sdk"] == "gradio" and (ROOT / metadata["app_file"]).is_file()
     assert {metadata["colorFrom"], metadata["colorTo"]} <= COLOURS
     assert metadata["license"] == "apache-2.0" and len(metadata["emoji"]) == 1
     assert len(metadata["short_description"]) <= 60
-    assert metadata["suggested_hardware"] == "cpu-basic"
-    assert metadata["python_version"] == ".".join(map(str, sys.version_info[:2]))
+    assert metadata["suggested_hardware"] == ZERO_GPU
+    assert metadata["python_version"] in ("3.12.12", "3.10.13")  # all that ZeroGPU has
+    assert metadata["startup_duration_timeout"] == "1h"
+    preloaded = "tester/tiny images/a.png,model_index.json " + "0" * 40
+    assert metadata["preload_from_hub"] == [preloaded]
+    assert metadata["thumbnail"].endswith("/tester/tiny/resolve/" + "0" * 40 + "/images/a.png")
     assert "`tester/tiny` at commit `" + "0" * 40 in readme
 
 
 def test_space_readme_pins_the_gradio_that_is_required():
     pinned = re.search(r"^gradio==(\S+)", (ROOT / "requirements.txt").read_text(), re.M)[1]
     assert required_gradio() == pinned
-    assert f"sdk_version: {pinned}\n" in space_readme("a/b", "0" * 40)
+    assert f"sdk_version: {pinned}\n" in space_readme("a/b", "0" * 40, [])
+
+
+def test_space_requirements_agree_with_what_the_builder_adds():
+    """The builder adds gradio[oauth,mcp] and brings torch."""
+    lines = [Requirement(line) for line in space_requirements().splitlines() if line[:1] != "#"]
+    ours = {canonicalize_name(line.name): line.specifier for line in lines}
+    assert not ours["torch"]
+    for extra in ("oauth", "mcp"):
+        for text in requires("gradio"):
+            theirs = Requirement(text)
+            pin = str(ours.get(canonicalize_name(theirs.name), "")).removeprefix("==")
+            if pin and (theirs.marker is None or theirs.marker.evaluate({"extra": extra})):
+                assert theirs.specifier.contains(pin), (text, pin)
+
+
+def test_push_space_names_both_ways_out_of_a_402(hub, owner, pushed):
+    argv = ("tester/no-pro", "--model", pushed)
+    code, output = owner.command("space", *argv, "--hardware", "cpu-basic")
+    assert code == 1 and "402" in output
+    assert f"--hardware {ZERO_GPU}" in output and "https://huggingface.co/pro" in output
+    assert ("spaces", "tester/no-pro") not in hub.repos
 
 
 def test_push_space_refuses_to_run_outside_a_checkout(tmp_path, monkeypatch):
@@ -77,7 +112,13 @@ def test_push_space_serves_the_commit_it_is_pinned_to(hub, owner, place, pushed)
     revision = hub.repos["models", pushed].refs["main"]
     assert files["model.txt"].decode() == f"{pushed}@{revision}\n"
     assert re.fullmatch("[0-9a-f]{40}", revision)
-    assert files["README.md"].decode() == space_readme(pushed, revision)
+    readme = files["README.md"].decode()
+    (preload,) = yaml.safe_load(readme.split("---\n")[1])["preload_from_hub"]
+    name, preloaded, commit = preload.split(" ")
+    assert (name, commit) == (pushed, revision)
+    assert "unet/diffusion_pytorch_model.safetensors" in preloaded.split(",")
+    assert not [path for path in preloaded.split(",") if path.endswith(".py")]
+    assert files["requirements.txt"].decode() == space_requirements()
     needed = {"app.py", "pipeline/hub/push.py", "pipeline/hub/model_card_template.md"}
     assert needed | {"LICENSE", "NOTICE", "requirements.txt"} < files.keys()
     assert not [path for path in files if "test" in path]

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from serving_data import COLOURS, last, pixels
 
-import app
 from pipeline.diffusion.guidance import InputError
 from pipeline.serving import session as session_module
 from pipeline.serving.requests import Request
@@ -48,8 +47,8 @@ def test_exact_knows_a_part_of_a_large_dataset(session, monkeypatch):
     assert len(part.exact.unet.x_0) == 2
     image = last(part.create(Request(third, w=0.0, steps=20), "exact")).images[0]
     assert distance(image, third).max() <= 1
-    monkeypatch.setattr(app, "EXAMPLES", [second, third])
-    assert app.default_caption(part) == third
+    monkeypatch.setattr(session_module, "EXAMPLES", [second, third])
+    assert part.default_prompt() == third
     with pytest.raises(InputError, match="2 captions"):
         part.select_pipeline("exact", second)
 
