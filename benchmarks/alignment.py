@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from pipeline.data.emoji.recolour import COUNTS, PALETTE
 from pipeline.data.fingerprint import digest
 from pipeline.diffusion.captions import simplify
+from pipeline.evaluation.alignment import AlignmentHeads, AlignmentModel, colour_histogram
+from pipeline.evaluation.feature_extractor import FeatureExtractor, extract_features
 from pipeline.evaluation.retrieval import bootstrap_mean
 from pipeline.evaluation.samples import cached_tensors
-from pipeline.models.alignment import AlignmentHeads, AlignmentModel, colour_histogram
-from pipeline.models.feature_extractor import FeatureExtractor, extract_features
 from pipeline.models.text_encoders import load_text_encoder
 from pipeline.runs.results import Mean
 

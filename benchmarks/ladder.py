@@ -34,10 +34,10 @@ from pipeline.data.dataset import load_splits
 from pipeline.data.fingerprint import digest
 from pipeline.data.sampler import batch_indices
 from pipeline.evaluation.evaluate import load_run
+from pipeline.evaluation.feature_extractor import FeatureExtractor
 from pipeline.evaluation.reference_set import ReferenceSet
 from pipeline.evaluation.retrieval import recall_summary
 from pipeline.evaluation.samples import generate_batch
-from pipeline.models.feature_extractor import FeatureExtractor
 from pipeline.models.loading import load_checkpoint
 from pipeline.runs.files import replace_text
 from pipeline.runs.folder import RunFolder

@@ -29,11 +29,11 @@ from pipeline import TextToImagePipeline
 from pipeline.data.image_ops import as_uint8
 from pipeline.data.sampler import evenly_spaced
 from pipeline.evaluation.evaluate import load_run
+from pipeline.evaluation.feature_extractor import FeatureExtractor
 from pipeline.evaluation.reference_set import ReferenceSet
 from pipeline.evaluation.retrieval import EvaluationError, centred_unit_vectors
 from pipeline.evaluation.samples import SEED_STRIDE, cached_tensors, samples_identity
 from pipeline.hardware import has_bf16
-from pipeline.models.feature_extractor import FeatureExtractor
 from pipeline.search.search import calls_of_sample
 from pipeline.search.verifiers import LIKELIHOOD_WEIGHTS, LikelihoodVerifier
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,11 +59,13 @@ def output_files(output: Path, n: int) -> list[Path]:
     return files
 
 
-def png_settings(pipe: "TextToImagePipeline", model: str, args: argparse.Namespace) -> dict:
+def png_settings(
+    pipe: "TextToImagePipeline", model: str, args: argparse.Namespace, changes: Sequence[str] = ()
+) -> dict:
     """Return what a PNG stores to reproduce its image, as in the demo.
 
-    The demo has neither sizes nor other schedulers. They are added to the model's name, which then
-    is not the demo's, so that it says that its image differs.
+    changes: what the demo cannot choose, such as a size. They and a stock scheduler are added to
+    the model's name, which then is not the demo's, so that it says that its image differs.
     """
     from pipeline.data.fingerprint import weights_digest
     from pipeline.diffusion.scheduler import DDPMScheduler
@@ -79,14 +82,16 @@ def png_settings(pipe: "TextToImagePipeline", model: str, args: argparse.Namespa
     )
     name = Path(model.partition("@")[0]).name
     identity = [model_identity(name, weights_digest(pipe.unet))]
-    if args.lora:
-        identity.append(f"lora {args.lora.name}")
     if not isinstance(pipe.scheduler, DDPMScheduler):
         identity.append(type(pipe.scheduler).__name__)
-    for side in ("height", "width"):
-        if getattr(args, side) is not None:
-            identity.append(f"{side} {getattr(args, side)}")
-    return png_parameters(request, "network", ", ".join(identity))
+    return png_parameters(request, "network", ", ".join([*identity, *changes]))
+
+
+def describe_changes(args: argparse.Namespace) -> list[str]:
+    """Return the adapter and the size of a command line, for `png_settings`."""
+    adapter = [f"lora {args.lora.name}"] if args.lora else []
+    sides = [(side, getattr(args, side)) for side in ("height", "width")]
+    return adapter + [f"{side} {pixels}" for side, pixels in sides if pixels is not None]
 
 
 def save_image(image: "Image", path: Path, settings: dict | None = None) -> None:
@@ -127,7 +132,7 @@ def generate(args: argparse.Namespace) -> None:
     if args.lora:
         load_lora(pipe, args.lora)
     pipe.to(pick_device(args.device))
-    settings = png_settings(pipe, args.model, args)
+    settings = png_settings(pipe, args.model, args, describe_changes(args))
     for start in range(0, args.n, args.batch):
         batch = files[start : start + args.batch]
         images = pipe(

@@ -25,14 +25,18 @@ from pipeline.diffusion.losses import PIXEL_SPACES
 from pipeline.diffusion.scheduler import DDPMScheduler
 from pipeline.diffusion.text_to_image import TextToImagePipeline
 from pipeline.evaluation import distances, image_quality, likelihood, samples
+from pipeline.evaluation.alignment import AlignmentModel
+from pipeline.evaluation.feature_extractor import (
+    FEATURE_NETWORK,
+    FeatureExtractor,
+    extract_features,
+)
 from pipeline.evaluation.reference_set import ReferenceSet
 from pipeline.evaluation.retrieval import EvaluationError, bootstrap_mean, recall_summary
 from pipeline.evaluation.samples import SEED_STRIDE, cached_statistic
 from pipeline.hardware import pick_device
 from pipeline.hub.model_card import TRAINING_FACTS, refresh_card
-from pipeline.models.alignment import AlignmentModel
 from pipeline.models.build import build_scheduler
-from pipeline.models.feature_extractor import FEATURE_NETWORK, FeatureExtractor, extract_features
 from pipeline.models.loading import load_pipeline
 from pipeline.runs import results
 from pipeline.runs.files import replace_text

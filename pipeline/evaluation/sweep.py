@@ -22,10 +22,10 @@ from pipeline.diffusion.scheduler import DDPMScheduler
 from pipeline.diffusion.text_to_image import prepare_extra_step_kwargs
 from pipeline.evaluation.distances import MIN_SAMPLES, kid
 from pipeline.evaluation.evaluate import load_run, update_metrics
+from pipeline.evaluation.feature_extractor import FEATURE_NETWORK, FeatureExtractor
 from pipeline.evaluation.reference_set import ReferenceSet
 from pipeline.evaluation.retrieval import EvaluationError, recall_summary
 from pipeline.evaluation.samples import generate_samples, samples_file, samples_identity
-from pipeline.models.feature_extractor import FEATURE_NETWORK, FeatureExtractor
 from pipeline.runs.folder import IMAGES_FOLDER, RunFolder
 from pipeline.runs.results import Metrics, Sweep, SweepPoint
 from pipeline.search.search import calls_of_sample

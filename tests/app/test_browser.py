@@ -1,5 +1,7 @@
 """The demo in a real browser."""
 
+import time
+
 import pytest
 from demo_client import create, web
 from serving_data import png_with
@@ -7,6 +9,15 @@ from serving_data import png_with
 from pipeline.serving.requests import Request
 
 TABS = ("Create", "What w does", "Walk the equations", "About")
+
+
+@pytest.fixture
+def slow_network(store):
+    """A network whose calls take 20 ms, so that a click comes before the last step."""
+    network = store.session().pipe.unet
+    hook = network.register_forward_pre_hook(lambda *_: time.sleep(0.02))
+    yield
+    hook.remove()
 
 
 def number(page, label):
@@ -51,7 +62,7 @@ def test_keyboard_alone_operates_the_demo(page):
     page.locator("#sweep").wait_for()
 
 
-def test_stop_ends_a_request_and_the_next_one_works(page):
+def test_stop_ends_a_request_and_the_next_one_works(page, slow_network):
     page.locator("#prompt textarea").fill("red heart")
     number(page, "Steps").fill("250")
     number(page, "Images").fill("4")
@@ -64,7 +75,7 @@ def test_stop_ends_a_request_and_the_next_one_works(page):
     page.wait_for_function("/^\\d+\\.\\d s/.test(document.querySelector('#status').innerText)")
 
 
-def test_search_shows_its_curve_and_can_be_stopped(page):
+def test_search_shows_its_curve_and_can_be_stopped(page, slow_network):
     page.locator("#prompt textarea").fill("red heart")
     assert not page.locator("#discarded").is_visible()
 

@@ -6,8 +6,8 @@ import pytest
 from datasets_on_disk import load_images
 from tiny_run import shapes_dataset, untrained_run
 
+from pipeline.evaluation.feature_extractor import FeatureExtractor
 from pipeline.evaluation.reference_set import ReferenceSet
-from pipeline.models.feature_extractor import FeatureExtractor
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,8 @@ from pipeline.data.image_ops import as_float
 from pipeline.diffusion.exact_denoiser import ExactDenoiser
 from pipeline.diffusion.text_to_image import TextToImagePipeline
 from pipeline.evaluation import evaluate, samples
+from pipeline.evaluation.feature_extractor import FEATURE_NETWORK
 from pipeline.evaluation.retrieval import EvaluationError
-from pipeline.models.feature_extractor import FEATURE_NETWORK
 from pipeline.models.loading import load_pipeline
 from pipeline.runs.folder import RunFolder
 

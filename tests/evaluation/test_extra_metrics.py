@@ -12,9 +12,9 @@ from pipeline import TextToImagePipeline
 from pipeline.cli import evaluate as command
 from pipeline.config import DiffusionConfig
 from pipeline.evaluation import distances, evaluate
+from pipeline.evaluation.feature_extractor import FEATURE_NETWORK
 from pipeline.hub import model_card
 from pipeline.models.build import build_scheduler
-from pipeline.models.feature_extractor import FEATURE_NETWORK
 
 SAMPLING = ["--w", "1", "--steps", "2", "--batch", "16"]
 

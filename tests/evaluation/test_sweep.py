@@ -11,9 +11,9 @@ from pipeline.cli import sweep as command
 from pipeline.config import load_file
 from pipeline.diffusion.text_to_image import TextToImagePipeline
 from pipeline.evaluation import sweep
+from pipeline.evaluation.feature_extractor import FEATURE_NETWORK
 from pipeline.evaluation.retrieval import EvaluationError
 from pipeline.hub import model_card
-from pipeline.models.feature_extractor import FEATURE_NETWORK
 from pipeline.runs.folder import RunFolder
 from pipeline.runs.results import Kid, Proportion, Sweep, SweepPoint
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.models.feature_extractor import FeatureExtractor
+from pipeline.evaluation.feature_extractor import FeatureExtractor
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,8 @@ from tiny_run import emoji_images
 from torch import nn
 
 from pipeline.config import ConfigError
-from pipeline.models import feature_extractor as module
-from pipeline.models.feature_extractor import FeatureExtractor
+from pipeline.evaluation import feature_extractor as module
+from pipeline.evaluation.feature_extractor import FeatureExtractor
 
 
 def test_logits_see_a_uniform_on_grace_hopper(feature_extractor):

@@ -6,13 +6,13 @@ from tiny_run import emoji_images
 from torch import nn
 
 from pipeline.config import ConfigError
-from pipeline.models.alignment import (
+from pipeline.evaluation.alignment import (
     AlignmentHeads,
     AlignmentModel,
     Head,
     colour_histogram,
 )
-from pipeline.models.feature_extractor import FeatureExtractor
+from pipeline.evaluation.feature_extractor import FeatureExtractor
 from pipeline.models.text_encoders import load_text_encoder
 
 
@@ -28,7 +28,7 @@ def test_colour_histogram_counts_pixels():
     image = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
     image[..., 32:] = 255
     shares = colour_histogram(image)[0].square()
-    assert shares[0] == shares[-1] == 0.5
+    assert shares[0].item() == shares[-1].item() == pytest.approx(0.5)
     red = torch.tensor([255, 0, 255 / 6]).view(1, 3, 1, 1).expand(1, 3, 32, 32) / 127.5 - 1
     shares = colour_histogram(red)[0].square().view(4, 4, 4)
     torch.testing.assert_close(shares[3, 0, :2], torch.tensor([0.5, 0.5]))

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.config import ConfigError
 from pipeline.data.image_ops import as_float
 from pipeline.diffusion.captions import simplify
-from pipeline.models.feature_extractor import FeatureExtractor, extract_features
+from pipeline.evaluation.feature_extractor import FeatureExtractor, extract_features
 from pipeline.models.text_encoders import load_text_encoder
 
 # In a clone of the repository; a pip package has no pretrained models.
