@@ -5,7 +5,8 @@ import pytest
 import torch
 from tiny import tiny_pipeline
 
-from benchmarks import bench, growth, guidance, muon, sampling, scheduler, training
+from benchmarks import autoencoder, bench, growth, guidance, muon, sampling, scheduler, training
+from pipeline.diffusion.autoencoder import ConvAutoencoder
 
 
 def test_contenders_sample_the_same_pixels_by_the_same_calls():
@@ -34,6 +35,14 @@ def test_sampling_writes_its_section(run, quick_section):
     assert "| 1 steps, UniPC |" in text
     assert "float32, batch 2" in text
     assert "What limits it" in text
+
+
+def test_autoencoder_writes_its_section(quick_section, tmp_path):
+    ConvAutoencoder((3, 4, 8, 16), 1, 1).save_pretrained(tmp_path / "vae")
+    text = quick_section(autoencoder, "--model", tmp_path / "vae", "--cache", tmp_path / "cache")
+    assert "| shapes | 22 |" in text
+    assert "decode, bfloat16, batch 8" in text
+    assert "the goal is ≥ 33: **not met**" in text
 
 
 def test_measure_speed_refuses_other_pixels(monkeypatch):
