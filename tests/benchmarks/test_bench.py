@@ -74,4 +74,5 @@ def test_publish_finds_every_section_of_the_document():
     names = [name for name, _ in marks]
     assert names[::2] == names[1::2]
     known = {"scheduler", "sampling", "guidance", "training", "growth", "muon", "ladder"}
+    known |= {"autoencoder"}
     assert sorted(names[::2]) == sorted(known)
