@@ -18,12 +18,13 @@ from pipeline.config import DataConfig
 from pipeline.data.dataset import CaptionedImages, load_splits
 from pipeline.data.emoji.style_set import write_styles
 from pipeline.data.image_ops import as_float
+from pipeline.data.latent_cache import restore_images
 from pipeline.data.sampler import evenly_spaced
 from pipeline.diffusion.autoencoder import ConvAutoencoder
 from pipeline.evaluation.image_quality import seam_ratio
 from pipeline.evaluation.retrieval import bootstrap_mean
 from pipeline.models.build import load_autoencoder
-from pipeline.training.autoencoder import measure_psnr
+from pipeline.training.autoencoder import psnr
 
 AUTOENCODER = "pretrained/autoencoder"
 GOAL_PSNR = 33.0  # dB, of held-out images
@@ -48,21 +49,14 @@ def kinds_of_images(size: int, cache: str, folders: list[str]) -> dict[str, Capt
     return kinds
 
 
-@torch.no_grad()
-def restore(vae: ConvAutoencoder, images: torch.Tensor) -> torch.Tensor:
-    """Return uint8 images (N, 3, H, W) after encoding and decoding, in [-1, 1]."""
-    batches = [vae(as_float(batch)).sample.clamp(-1, 1) for batch in images.split(32)]
-    return torch.cat(batches)
-
-
 def psnr_rows(vae: ConvAutoencoder, kinds: dict[str, CaptionedImages]) -> list[list]:
     """Return a row a kind: its number of images, its PSNR, its seams before and after."""
     rows = []
     for name, images in kinds.items():
         chosen = images.images[evenly_spaced(MOST_IMAGES, len(images))]
-        values = measure_psnr(vae, chosen)
-        before = seam_ratio(chosen, STRIDE)
-        after = seam_ratio(restore(vae, chosen), STRIDE)
+        restored = restore_images(vae, chosen)
+        values = psnr(as_float(restored), as_float(chosen))
+        before, after = (seam_ratio(each, STRIDE) for each in (chosen, restored))
         rows.append([name, len(chosen), bootstrap_mean(values), f"{before:.3f}", f"{after:.3f}"])
     return rows
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.data.dataset import CaptionedImages
 from pipeline.data.fingerprint import digest, weights_digest
-from pipeline.data.image_ops import as_float
+from pipeline.data.image_ops import as_float, as_uint8
 from pipeline.data.map_cache import cache_file, cached_map, read_arrays
 
 # Images that are encoded together.
@@ -54,6 +54,16 @@ def posterior_moments(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
         return encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
     mean = encoded.latents.float()
     return mean, torch.zeros_like(mean)
+
+
+@torch.no_grad()
+def restore_images(vae: Any, images: Tensor) -> Tensor:
+    """Return uint8 images (N, 3, H, W) after encoding and decoding, as uint8 on the CPU."""
+    restored = []
+    for batch in images.split(ENCODE_BATCH):
+        decoded = vae(as_float(batch.to(vae.device))).sample
+        restored.append(as_uint8((decoded.float().clamp(-1, 1) + 1) / 2).cpu())
+    return torch.cat(restored)
 
 
 @torch.no_grad()

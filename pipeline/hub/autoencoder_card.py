@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.config import AutoencoderConfig
 from pipeline.data.dataset import CaptionedImages
 from pipeline.data.emoji.embedded import attribution_of
-from pipeline.data.image_ops import as_float, as_uint8
+from pipeline.data.latent_cache import restore_images
 from pipeline.data.sampler import evenly_spaced
 from pipeline.diffusion.autoencoder import ConvAutoencoder
 from pipeline.hub.model_card import (
@@ -19,6 +19,7 @@ from pipeline.hub.model_card import (
     card_license,
     training_facts,
 )
+from pipeline.models.build import parameter_count
 from pipeline.runs.files import replace_text
 from pipeline.runs.folder import IMAGES_FOLDER, RunFolder
 from pipeline.runs.results import Mean
@@ -47,7 +48,7 @@ def write_autoencoder_card(
     plot_reconstructions(vae, shown.images[rows], figure)
     facts = training_facts(str(images.report), seconds) | {
         "psnr": {name: vars(value) for name, value in results.items()},
-        "weights": sum(weight.numel() for weight in vae.parameters()),
+        "weights": parameter_count(list(vae.parameters())),
     }
     replace_text(run.folder / TRAINING_FACTS, json.dumps(facts, indent=1))
     refresh_autoencoder_card(run.folder, config, str(run.autoencoder))
@@ -75,10 +76,8 @@ def refresh_autoencoder_card(folder: Path, config: AutoencoderConfig, model: str
     replace_text(folder / "README.md", str(card))
 
 
-@torch.no_grad()
 def plot_reconstructions(vae: ConvAutoencoder, images: Tensor, path: Path) -> None:
     """Save uint8 images (N, 3, H, W) in a row, and below what the autoencoder makes of them."""
-    restored = vae(as_float(images).to(vae.device)).sample.float().clamp(-1, 1).cpu()
-    rows = [images, as_uint8((restored + 1) / 2)]
+    rows = [images, restore_images(vae, images)]
     grid = torch.cat([torch.cat(list(row), 2) for row in rows], 1)
     Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path)

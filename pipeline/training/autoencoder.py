@@ -13,7 +13,8 @@ from torch import Tensor
 from pipeline import randomness
 from pipeline.config import AutoencoderConfig
 from pipeline.data.dataset import CaptionedImages
-from pipeline.data.image_ops import as_float, as_uint8
+from pipeline.data.image_ops import as_float
+from pipeline.data.latent_cache import restore_images
 from pipeline.data.sampler import batch_indices, evenly_spaced
 from pipeline.diffusion.autoencoder import ConvAutoencoder
 from pipeline.runs.state_files import load_state, save_state
@@ -53,15 +54,9 @@ def psnr(restored: Tensor, x: Tensor, floor: float = 1e-10) -> Tensor:
     return -10 * torch.log10(mean_square + floor)
 
 
-@torch.no_grad()
 def measure_psnr(vae: ConvAutoencoder, images: Tensor) -> Tensor:
     """Return the PSNR of uint8 images (N, 3, H, W) after encoding and decoding, (N,) in dB."""
-    values = []
-    for batch in images.split(MEASURED_BATCH):
-        x = as_float(batch.to(vae.device))
-        restored = as_uint8((vae(x).sample.float().clamp(-1, 1) + 1) / 2)
-        values.append(psnr(as_float(restored), x).cpu())
-    return torch.cat(values)
+    return psnr(as_float(restore_images(vae, images)), as_float(images))
 
 
 class AutoencoderTrainer:

@@ -159,6 +159,17 @@ def test_psnr_of_an_error_of_one_grey_level_is_48_db():
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
 
 
+def test_a_step_decodes_noisy_latents(config, tmp_path):
+    losses = []
+    for noise in ("0", "3"):
+        argv = ["--config", str(config), "--output", str(tmp_path), "--train.latent_noise", noise]
+        chosen, _ = load(argv, AutoencoderConfig)
+        images, _ = train_autoencoder.load_splits(chosen.data)
+        accelerator = train_autoencoder.start_accelerator(chosen)
+        losses.append(AutoencoderTrainer(chosen, accelerator, images).step().loss)
+    assert losses[0] < losses[1]
+
+
 def test_each_step_cuts_other_crops_from_the_next_images(config, tmp_path):
     chosen, _ = load(["--config", str(config), "--output", str(tmp_path)], AutoencoderConfig)
     images, _ = train_autoencoder.load_splits(chosen.data)
